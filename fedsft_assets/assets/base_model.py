@@ -1,0 +1,37 @@
+"""`base_model`: the checkpoint that all jobs start from."""
+
+import dagster as dg
+
+from fedsft_assets.resources import ModelResource, StoreResource
+
+
+class BaseModelConfig(dg.Config):
+    """The seed of random weights, for presets that have no pretrained ones."""
+
+    seed: int = 1234
+
+
+@dg.asset(
+    group_name="model",
+    kinds={"nemo", "pytorch"},
+    description="The checkpoint that all jobs start from, as a NeMo archive with its tokenizer inside.",
+)
+def base_model(config: BaseModelConfig, store: StoreResource, model: ModelResource) -> dg.MaterializeResult:
+    from fedsft_assets.model.base import create_base_model
+
+    preset = model.load()
+    archive = store.files.base_model(preset.name)
+    report = create_base_model(preset, into=archive, seed=config.seed)
+    return dg.MaterializeResult(
+        data_version=dg.DataVersion(report.digest),
+        metadata={
+            "preset": preset.name,
+            "title": report.title,
+            "parameters": report.parameters,
+            "vocabulary": report.vocabulary,
+            "layers": report.layers,
+            "width": report.width,
+            "bytes": archive.stat().st_size,
+            "path": dg.MetadataValue.path(archive),
+        },
+    )

@@ -1,0 +1,77 @@
+"""`checkpoint/<job>`: the trained archive that a job ends with, and its MLflow run."""
+
+import dagster as dg
+
+from fedsft_assets.assets.metadata import curve, image
+from fedsft_assets.execution import ExecutedJob, execute_job
+from fedsft_assets.federation.launch import JobError
+from fedsft_assets.federation.report import MODEL_FILE
+from fedsft_assets.resources import MLflowResource, ModelResource, RuntimeResource, StoreResource
+from fedsft_assets.specs import JobSpec
+
+GPU_TAGS = {
+    "fedsft/needs": "gpu",
+    "dagster-k8s/config": {"container_config": {"resources": {"limits": {"nvidia.com/gpu": "1"}}}},
+}
+
+
+class LaunchConfig(dg.Config):
+    """How a job is run; what it does is in its job folder."""
+
+    threads_per_trainer: int = 0  # 0 shares the cores among the trainers
+
+
+def checkpoint_asset(spec: JobSpec) -> dg.AssetsDefinition:
+    @dg.asset(
+        key_prefix="checkpoint",
+        name=spec.name,
+        group_name="checkpoints",
+        kinds={"nemo", "nvflare", "mlflow"},
+        deps=[dg.AssetKey(["job_folder", spec.name]), dg.AssetKey("base_model")],
+        op_tags=GPU_TAGS,
+        pool="gpu",
+        description=f"{spec.description}: the best global model of the job, as a NeMo archive.",
+    )
+    def checkpoint(
+        context: dg.AssetExecutionContext,
+        config: LaunchConfig,
+        store: StoreResource,
+        model: ModelResource,
+        runtime: RuntimeResource,
+        mlflow: MLflowResource,
+    ) -> dg.MaterializeResult:
+        try:
+            executed = execute_job(
+                spec.name,
+                store.files,
+                model.load(),
+                mlflow.tracking,
+                tags={"dagster.run_id": context.run_id, "dagster.asset": context.asset_key.to_user_string()},
+                say=lambda text: context.log.info(f"{spec.name} · {text}"),
+                threads_per_trainer=config.threads_per_trainer,
+                environment=runtime.environment,
+            )
+        except JobError as error:
+            raise dg.Failure(f"job {spec.name}: {error}") from None
+        return _result(executed)
+
+    return checkpoint
+
+
+def _result(executed: ExecutedJob) -> dg.MaterializeResult:
+    report = executed.report
+    return dg.MaterializeResult(
+        data_version=dg.DataVersion(report.checkpoint_digest),
+        metadata={
+            "validation loss": image(executed.chart),
+            "validation loss by round": curve(report.samples, report.val_loss),
+            "best validation loss": report.best_val_loss,
+            "test loss": report.test_loss,
+            "perplexity": report.perplexity,
+            "tokens trained": report.tokens,
+            "seconds": report.seconds,
+            "path": dg.MetadataValue.path(executed.folder / MODEL_FILE),
+            "MLflow run": executed.mlflow_run_id,
+            "registered as": f"{executed.registered_model} version {executed.registered_version}",
+        },
+    )

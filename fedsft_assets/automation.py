@@ -1,0 +1,64 @@
+"""What re-runs the study without a person: a weekly schedule and a sensor on the source data, both off at first."""
+
+import json
+from collections.abc import Sequence
+
+import dagster as dg
+
+from fedsft_assets.data.sources import Dataset, source_digest
+from fedsft_assets.resources import SourceResource
+
+full_study = dg.define_asset_job(
+    "full_study",
+    selection=dg.AssetSelection.all(),
+    description="Everything from raw data to the comparison, for all jobs.",
+)
+
+weekly_study = dg.ScheduleDefinition(
+    name="weekly_study",
+    job=full_study,
+    cron_schedule="0 3 * * 0",
+    description="The full study, every Sunday at three in the morning.",
+)
+
+
+def new_data_sensor(datasets: Sequence[Dataset]) -> dg.SensorDefinition:
+    """Compares each dataset's source with what was last materialized or asked for, by digest."""
+
+    @dg.sensor(
+        name="new_data",
+        target=dg.AssetSelection.all(),
+        minimum_interval_seconds=60,
+        description="Rebuilds what is downstream of a dataset whose source is new or has changed, and only that.",
+    )
+    def new_data(context: dg.SensorEvaluationContext, source: SourceResource) -> dg.SensorResult | dg.SkipReason:
+        asked_for: dict[str, str] = json.loads(context.cursor or "{}")
+        now = {dataset.name: source_digest(dataset, source.folder) for dataset in datasets}
+        changed = [
+            name for name, digest in now.items() if digest not in (asked_for.get(name), _materialized(context, name))
+        ]
+        if not changed:
+            return dg.SkipReason("no source has changed since it was last read")
+        request = dg.RunRequest(
+            asset_selection=_stale_and_missing(context, changed), tags={"fedsft/changed": ",".join(changed)}
+        )
+        return dg.SensorResult(run_requests=[request], cursor=json.dumps(now))
+
+    return new_data
+
+
+def _stale_and_missing(context: dg.SensorEvaluationContext, changed: Sequence[str]) -> list[dg.AssetKey]:
+    """All that is downstream of the changed datasets, and what that needs and was never made."""
+    assert context.repository_def is not None
+    graph = context.repository_def.asset_graph
+    downstream = dg.AssetSelection.assets(*(["raw", name] for name in changed)).downstream()
+    needed = downstream.upstream().resolve(graph) - downstream.resolve(graph)
+    missing = {key for key in needed if context.instance.get_latest_materialization_event(key) is None}
+    return sorted(downstream.resolve(graph) | missing)
+
+
+def _materialized(context: dg.SensorEvaluationContext, dataset: str) -> str | None:
+    """The digest of the dataset's raw files as last materialized."""
+    event = context.instance.get_latest_materialization_event(dg.AssetKey(["raw", dataset]))
+    materialization = event.asset_materialization if event else None
+    return (materialization.tags or {}).get("dagster/data_version") if materialization else None

@@ -1,0 +1,134 @@
+"""The embedded sample: small raw files in the three published formats, the same bytes on every call.
+
+What they say is in `sample_text`; here is how it is laid out. Nothing depends on the clock or the machine.
+"""
+
+import random
+import uuid
+from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fedsft_assets.data import alpaca, dolly, oasst1
+from fedsft_assets.data.records import DataError
+from fedsft_assets.data.sample_text import Turn, conversations, facts, passages
+
+_ALPACA_TEXT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+    "\n\n### Instruction:\n{instruction}\n\n### Response:\n{output}"
+)
+_ALPACA_TEXT_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request."
+    "\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n{output}"
+)
+_ALPACA_SCHEMA = pa.schema([(name, pa.string()) for name in ("instruction", "input", "output", "text")])
+_OASST1_SCHEMA = pa.schema(
+    [
+        ("message_id", pa.string()),
+        ("parent_id", pa.string()),
+        ("user_id", pa.string()),
+        ("created_date", pa.string()),
+        ("text", pa.string()),
+        ("role", pa.string()),
+        ("lang", pa.string()),
+        ("review_count", pa.int32()),
+        ("review_result", pa.bool_()),
+        ("deleted", pa.bool_()),
+        ("rank", pa.int32()),
+        ("synthetic", pa.bool_()),
+        ("model_name", pa.string()),
+        ("message_tree_id", pa.string()),
+        ("tree_state", pa.string()),
+    ]
+)
+_FIRST_MESSAGE = datetime(2023, 2, 5, 14, 23, 50, tzinfo=UTC)
+
+
+def write_sample(dataset_name: str, folder: Path) -> None:
+    """Write the raw files of one built-in dataset into `folder`, named as the published repository names them.
+
+    Raises DataError if the sample has no such dataset.
+    """
+    writers = {"alpaca": _write_alpaca, "dolly": _write_dolly, "oasst1": _write_oasst1}
+    if dataset_name not in writers:
+        raise DataError(
+            f"embedded sample: {dataset_name!r} is not in it, only {', '.join(writers)}; give a folder as the source"
+        )
+    writers[dataset_name](folder, random.Random(f"fedsft sample of {dataset_name}"))
+
+
+def _write_alpaca(folder: Path, rng: random.Random) -> None:
+    rows = []
+    for instruction, context, response in facts(rng):
+        row = {"instruction": instruction, "input": context, "output": response}
+        template = _ALPACA_TEXT_WITH_INPUT if context else _ALPACA_TEXT
+        rows.append({**row, "text": template.format(**row)})
+    _write_parquet(folder / alpaca.FILES[0], rows, _ALPACA_SCHEMA)
+
+
+def _write_dolly(folder: Path, rng: random.Random) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / dolly.FILES[0]).open("wb") as file:
+        for instruction, context, response in passages(rng):
+            row = {
+                "instruction": instruction,
+                "context": context,
+                "response": response,
+                "category": "closed_qa" if context else "classification",
+            }
+            file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
+
+
+def _write_oasst1(folder: Path, rng: random.Random) -> None:
+    trees = [_messages(tree, index, rng) for index, tree in enumerate(conversations(rng))]
+    validation = len(trees) // 10
+    for name, part in zip(oasst1.FILES, (trees[:-validation], trees[-validation:]), strict=True):
+        _write_parquet(folder / name, (message for tree in part for message in tree), _OASST1_SCHEMA)
+
+
+def _messages(root: Turn, index: int, rng: random.Random) -> list[dict[str, Any]]:
+    """The tree's messages, parents before their replies, as rows of the published table."""
+    tree_id = _identifier(rng)
+    rows: list[dict[str, Any]] = []
+
+    def add(turn: Turn, parent_id: str | None, message_id: str) -> None:
+        written = _FIRST_MESSAGE + timedelta(hours=index, minutes=len(rows))
+        rows.append(
+            {
+                "message_id": message_id,
+                "parent_id": parent_id,
+                "user_id": _identifier(rng),
+                "created_date": written.isoformat(),
+                "text": turn.text,
+                "role": turn.role,
+                "lang": turn.lang,
+                "review_count": 3,
+                "review_result": not turn.deleted,
+                "deleted": turn.deleted,
+                "rank": turn.rank,
+                "synthetic": False,
+                "model_name": None,
+                "message_tree_id": tree_id,
+                "tree_state": "ready_for_export",
+            }
+        )
+        for reply in turn.replies:
+            add(reply, message_id, _identifier(rng))
+
+    add(root, None, tree_id)
+    return rows
+
+
+def _identifier(rng: random.Random) -> str:
+    return str(uuid.UUID(int=rng.getrandbits(128), version=4))
+
+
+def _write_parquet(path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), path, compression="none")

@@ -1,0 +1,39 @@
+"""The code location on one screen."""
+
+import dagster as dg
+
+from fedsft_assets.assets.base_model import base_model
+from fedsft_assets.assets.checkpoint import checkpoint_asset
+from fedsft_assets.assets.comparison import comparison_asset
+from fedsft_assets.assets.job_folder import job_folder_asset
+from fedsft_assets.assets.raw import raw_asset
+from fedsft_assets.assets.splits import combined_asset, processed_asset
+from fedsft_assets.automation import full_study, new_data_sensor, weekly_study
+from fedsft_assets.data.sources import DATASETS
+from fedsft_assets.resources import resources
+from fedsft_assets.settings import Settings
+from fedsft_assets.specs import load_jobs
+
+settings = Settings()
+datasets = list(DATASETS.values())
+jobs = load_jobs(settings.jobs, list(DATASETS))
+
+defs = dg.Definitions(
+    assets=[
+        *map(raw_asset, datasets),
+        *map(processed_asset, datasets),
+        combined_asset(datasets),
+        base_model,
+        *map(job_folder_asset, jobs),
+        *map(checkpoint_asset, jobs),
+        comparison_asset(jobs),
+    ],
+    jobs=[full_study],
+    schedules=[weekly_study],
+    sensors=[new_data_sensor(datasets)],
+    resources=resources(settings),
+    # Steps are forked from one process that has this module loaded: half a second each instead of several.
+    executor=dg.multiprocess_executor.configured(
+        {"start_method": {"forkserver": {"preload_modules": ["fedsft_assets.definitions"]}}}
+    ),
+)

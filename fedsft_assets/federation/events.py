@@ -1,0 +1,30 @@
+"""What the supervisor of a job tells whoever started it: one JSON object a line on its standard output."""
+
+import json
+from dataclasses import asdict, dataclass
+
+from fedsft_assets.federation.metrics import Point
+from fedsft_assets.federation.report import JobReport
+from fedsft_assets.federation.trainer_log import Progress
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The job failed; nothing of it runs any more."""
+
+    reason: str
+
+
+Event = Progress | Point | JobReport | Failed
+_KINDS = {"progress": Progress, "point": Point, "report": JobReport, "failed": Failed}
+_NAMES = {kind: name for name, kind in _KINDS.items()}
+
+
+def encode(event: Event) -> str:
+    return json.dumps({"event": _NAMES[type(event)], **asdict(event)})
+
+
+def decode(line: str) -> Event:
+    """Raises ValueError for a line that is no event."""
+    data = json.loads(line)
+    return _KINDS[data.pop("event")](**data)

@@ -1,0 +1,106 @@
+"""The NVFlare job folder of a JobSpec: what NVFlare's own tools take, whole and by itself.
+
+`meta.json`, `app_server/` and one `app_<site>/` for each site, with the site's `config/plan.json`, and
+`job.json`, the JobSpec with all overrides. A site runs the package that is installed there, by the `python3`
+on its path; the server finds the little that it runs inside the job folder, so it needs only NVFlare and torch.
+"""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedsft_assets.specs import COMBINED, JobSpec, ModelPreset, SitePlan
+from fedsft_assets.store import Store, file_digest, folder_digest, publish_folder, split_file
+
+SPEC_FILE = "job.json"
+_PLAN = "config/plan.json"
+_SECONDS_BETWEEN_REQUESTS = 0.5  # a site asks for its next task so often; NVFlare's 2 s are felt in every round
+_TRAINER = ["python3", "-u", "-m", "fedsft_assets.federation.client", "--plan", _PLAN]
+
+
+@dataclass(frozen=True)
+class JobFolderReport:
+    digest: str
+    files: list[str]
+    plans: list[SitePlan]
+
+
+def build_job_folder(spec: JobSpec, preset: ModelPreset, store: Store) -> JobFolderReport:
+    """Write the job folder of `spec` into the store, over an older one only when it is complete.
+
+    Raises FileNotFoundError that names the missing split.
+    """
+    plans = [_site_plan(spec, site, preset, store) for site in spec.sites]
+    target = store.job_folder(spec.name)
+    with tempfile.TemporaryDirectory(dir=_parent(target)) as exported:
+        _export(spec, store.base_model(preset.name), Path(exported))
+        with publish_folder(target) as folder:
+            Path(exported, spec.name).rename(folder)
+            for plan in plans:
+                app = folder / f"app_{plan.site}"
+                (app / _PLAN).write_text(plan.model_dump_json(indent=2) + "\n", encoding="utf-8")
+            (folder / SPEC_FILE).write_text(spec.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    files = sorted(path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file())
+    return JobFolderReport(folder_digest(target), files, plans)
+
+
+def read_spec(job_folder: Path) -> JobSpec:
+    """The JobSpec that a job folder was built from."""
+    return JobSpec.model_validate_json((job_folder / SPEC_FILE).read_text(encoding="utf-8"))
+
+
+def read_plans(job_folder: Path) -> list[SitePlan]:
+    """What each site is told, in the order of the JobSpec."""
+    return [
+        SitePlan.model_validate_json((job_folder / f"app_{site}" / _PLAN).read_text(encoding="utf-8"))
+        for site in read_spec(job_folder).sites
+    ]
+
+
+def _site_plan(spec: JobSpec, site: str, preset: ModelPreset, store: Store) -> SitePlan:
+    files = {
+        "training_file": split_file(store.splits(spec.sites[site].dataset), "training"),
+        "validation_file": split_file(store.splits(COMBINED), "validation"),
+    }
+    for path in files.values():
+        if not path.is_file():
+            raise FileNotFoundError(f"job {spec.name}, {site}: {path} does not exist; materialize its asset first")
+    return SitePlan(
+        job=spec.name,
+        site=site,
+        rounds=spec.rounds,
+        local_epochs=spec.local_epochs,
+        max_local_steps=spec.max_local_steps,
+        max_evaluation_records=spec.max_evaluation_records,
+        seed=spec.seed,
+        training=preset.resolve(spec.training),
+        base_model=store.base_model(preset.name),
+        digests={field: file_digest(path) for field, path in files.items()},
+        **files,
+    )
+
+
+def _export(spec: JobSpec, base_model: Path, root: Path) -> None:
+    from nvflare.app_common.executors.client_api_executor import ClientAPIExecutor
+    from nvflare.client.config import ExchangeFormat
+    from nvflare.job_config.api import FedJob
+
+    from fedsft_assets.federation.server import FederatedSFT
+
+    job = FedJob(name=spec.name, min_clients=len(spec.sites))
+    job.to_server(FederatedSFT(base_model=str(base_model), num_clients=len(spec.sites), num_rounds=spec.rounds))
+    job.to_server({"task_request_interval": _SECONDS_BETWEEN_REQUESTS})
+    for site in spec.sites:
+        trainer = ClientAPIExecutor(
+            execution_mode="external_process",
+            command=_TRAINER,
+            params_exchange_format=ExchangeFormat.PYTORCH,
+            server_expected_format=ExchangeFormat.PYTORCH,
+        )
+        job.to(trainer, site, tasks=["*"])
+    job.export_job(str(root))
+
+
+def _parent(target: Path) -> Path:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target.parent

@@ -1,0 +1,57 @@
+"""Finding and ending every process of a job, also those that left its process group or lost their parent.
+
+A job's processes carry a mark in their environment, which children inherit. Nothing else is ever ended.
+"""
+
+import os
+import signal
+import time
+
+import psutil
+
+MARK = "FEDSFT_JOB_MARK"
+_POLL_SECONDS = 0.1
+
+
+def marked_processes(mark: str) -> list[psutil.Process]:
+    """Living processes that carry the mark, this one left out."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if (
+                process.pid != os.getpid()
+                and process.environ().get(MARK) == mark
+                and process.status() != psutil.STATUS_ZOMBIE
+            ):
+                found.append(process)
+        except psutil.Error:
+            continue  # ended meanwhile, or not ours to look at
+    return found
+
+
+def stop_marked(mark: str, grace: float = 5.0) -> int:
+    """End all processes that carry the mark: politely, and after `grace` seconds by force.
+
+    Looks again until none is left, since a dying parent may still start a child. Returns how many were
+    found. Raises RuntimeError if some cannot be ended.
+    """
+    seen: set[int] = set()
+    begun = time.monotonic()
+    while processes := marked_processes(mark):
+        waited = time.monotonic() - begun
+        if waited > grace + 30:
+            raise RuntimeError(f"processes {[p.pid for p in processes]} of {mark} do not end")
+        for process in processes:
+            sign = signal.SIGKILL if waited > grace else signal.SIGTERM
+            if sign == signal.SIGKILL or process.pid not in seen:
+                seen.add(process.pid)
+                _send(process, sign)
+        time.sleep(_POLL_SECONDS)
+    return len(seen)
+
+
+def _send(process: psutil.Process, sign: signal.Signals) -> None:
+    try:
+        process.send_signal(sign)
+    except psutil.NoSuchProcess:
+        pass

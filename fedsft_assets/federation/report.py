@@ -1,0 +1,89 @@
+"""What a finished job has to say for itself; it stands beside the checkpoint as `report.json`."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from fedsft_assets.federation.metrics import Point
+from fedsft_assets.specs import JobSpec
+from fedsft_assets.store import publish_file
+
+REPORT_FILE = "report.json"
+MODEL_FILE = "model.nemo"
+
+
+@dataclass(frozen=True)
+class JobReport:
+    """Losses are nats per answer token, `perplexity` is e to the test loss.
+
+    `val_loss[k]` belongs to the global model after k rounds, scored on the combined validation split, and
+    `samples[k]` says how many records all sites had trained on by then; k = 0 is the base model.
+    `best_round` is the k whose model became the checkpoint. `tokens` are answer tokens trained on.
+    `seconds` count from the start of the job to the finished checkpoint. Digests are of content.
+    """
+
+    job: str
+    kind: str
+    rounds: int
+    best_round: int
+    tokens: int
+    samples: list[int]
+    val_loss: list[float]
+    test_loss: float
+    perplexity: float
+    seconds: float
+    checkpoint_digest: str
+    base_model_digest: str
+    validation_digest: str
+
+    @property
+    def base_val_loss(self) -> float:
+        return self.val_loss[0]
+
+    @property
+    def last_val_loss(self) -> float:
+        return self.val_loss[-1]
+
+    @property
+    def best_val_loss(self) -> float:
+        return self.val_loss[self.best_round]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """From the folder of a checkpoint."""
+        return cls(**json.loads((folder / REPORT_FILE).read_text(encoding="utf-8")))
+
+    def write(self, folder: Path) -> None:
+        with publish_file(folder / REPORT_FILE) as path:
+            path.write_text(json.dumps(self.as_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The curve of the global model, and the tokens behind it."""
+
+    samples: list[int]
+    val_loss: list[float]
+    tokens: int
+
+    @property
+    def best_round(self) -> int:
+        """The round after which the loss was lowest; the base model does not count."""
+        return min(range(1, len(self.val_loss)), key=self.val_loss.__getitem__)
+
+
+def global_curve(points: list[Point], spec: JobSpec) -> Curve:
+    """Raises ValueError if the points are not those of a job that went to its end."""
+    losses = {p.round: p for p in points if p.name == "val_loss" and p.site is None}
+    missing = [k for k in range(spec.rounds + 1) if k not in losses]
+    if missing:
+        raise ValueError(
+            f"job {spec.name}: no val_loss after rounds {missing}; it ended before its {spec.rounds} rounds"
+        )
+    ordered = [losses[k] for k in range(spec.rounds + 1)]
+    tokens = sum(p.tokens or 0 for p in points if p.name == "train_loss" and p.site is None)
+    return Curve([p.samples for p in ordered], [p.value for p in ordered], tokens)

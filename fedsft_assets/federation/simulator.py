@@ -1,0 +1,76 @@
+"""The runtime `simulator`: NVFlare's simulator over a job folder, in a process of its own.
+
+Started as a module, it is that process.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from fedsft_assets.federation.metrics import METRICS_FILE
+
+_RUN = "server/simulate_job"
+
+
+class Simulator:
+    """One job in NVFlare's simulator, all its files in `workspace`."""
+
+    def __init__(self, job_folder: Path, workspace: Path, sites: list[str]) -> None:
+        self._job_folder = job_folder
+        self._workspace = workspace
+        self._sites = sites
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def log_file(self) -> Path:
+        return self._workspace.with_suffix(".log")
+
+    @property
+    def run_dir(self) -> Path:
+        """Where the server part of the job writes."""
+        return self._workspace / _RUN
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.run_dir / METRICS_FILE
+
+    def start(self, threads_per_trainer: int) -> None:
+        """Start the job. Each trainer uses so many threads: trainers that take all cores slow each other down."""
+        self._workspace.parent.mkdir(parents=True, exist_ok=True)
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": str(threads_per_trainer),
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        }
+        command = [sys.executable, "-m", __name__, str(self._job_folder), str(self._workspace), *self._sites]
+        with self.log_file.open("wb") as log:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
+            )
+
+    def poll(self) -> int | None:
+        """The exit code, or None while the job runs."""
+        assert self._process is not None, "start() comes first"
+        return self._process.poll()
+
+
+def main() -> None:
+    from nvflare.private.fed.app.simulator.simulator_runner import SimulatorRunner
+
+    parser = argparse.ArgumentParser(description="Run a job folder in NVFlare's simulator.")
+    parser.add_argument("job_folder")
+    parser.add_argument("workspace")
+    parser.add_argument("sites", nargs="+")
+    args = parser.parse_args()
+    runner = SimulatorRunner(
+        args.job_folder, args.workspace, clients=",".join(args.sites), threads=len(args.sites), log_config="concise"
+    )
+    # NVFlare leaves threads behind that keep an interpreter from ending.
+    sys.stdout.flush()
+    os._exit(runner.run() or 0)
+
+
+if __name__ == "__main__":
+    main()

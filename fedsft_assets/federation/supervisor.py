@@ -1,0 +1,143 @@
+"""The process that stands between Dagster and a running job.
+
+It starts the job in its runtime, passes on what happens as events, writes the checkpoint at the end, and
+leaves no process behind, whichever way it ends: also when it is told to stop, and when whoever started it
+is gone.
+"""
+
+import argparse
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+from fedsft_assets.evaluation.losses import split_loss
+from fedsft_assets.federation.events import Event, Failed, encode
+from fedsft_assets.federation.job_folder import read_plans, read_spec
+from fedsft_assets.federation.metrics import Point, parse_point
+from fedsft_assets.federation.processes import MARK, stop_marked
+from fedsft_assets.federation.report import MODEL_FILE, Curve, JobReport, global_curve
+from fedsft_assets.federation.server import BEST_MODEL
+from fedsft_assets.federation.simulator import Simulator
+from fedsft_assets.federation.tail import Tail
+from fedsft_assets.federation.trainer_log import Progress, TrainerFailure, read_line
+from fedsft_assets.store import publish_folder
+
+_POLL_SECONDS = 0.3
+_TAIL_LINES = 40
+
+
+class JobFailedError(RuntimeError):
+    """The job ended without a result; the message is for the user."""
+
+
+def supervise(job_folder: Path, workspace: Path, testing_file: Path, into: Path, threads: int) -> Iterator[Event]:
+    """Run the job to its end and write its checkpoint and report into the folder `into`.
+
+    `threads` is per trainer; 0 shares the cores among the trainers. Raises JobFailedError, also when the
+    parent process ends.
+    """
+    spec = read_spec(job_folder)
+    begun = time.monotonic()
+    job = Simulator(job_folder, workspace, list(spec.sites))
+    job.start(threads or max(1, (os.cpu_count() or 1) // len(spec.sites)))
+    points: list[Point] = []
+    for event in _follow(job):
+        if isinstance(event, Point):
+            points.append(event)
+        yield event
+    try:
+        curve = global_curve(points, spec)
+    except ValueError as error:
+        raise JobFailedError(f"{error}\nThe end of {job.log_file}:\n{Tail(job.log_file).end(_TAIL_LINES)}") from error
+    yield Progress("writing the checkpoint and scoring it on the combined testing split")
+    yield _finish(job_folder, job.run_dir / BEST_MODEL, testing_file, into, curve, begun)
+
+
+def _follow(job: Simulator) -> Iterator[Event]:
+    """Events of a running job until it has ended and all is read."""
+    log, metrics = Tail(job.log_file), Tail(job.metrics_file)
+    parent = os.getppid()
+    while True:
+        if os.getppid() != parent:
+            raise JobFailedError("whoever started the job is gone")
+        ended = job.poll() is not None
+        for line in log.new_lines():
+            said = read_line(line)
+            if isinstance(said, TrainerFailure):
+                raise JobFailedError(f"the trainer of {said.site} failed:\n{said.reason}")
+            if said:
+                yield said
+        yield from map(parse_point, metrics.new_lines())
+        if ended:
+            return
+        time.sleep(_POLL_SECONDS)
+
+
+def _finish(job_folder: Path, weights: Path, testing_file: Path, into: Path, curve: Curve, begun: float) -> JobReport:
+    import torch
+
+    from fedsft_assets.model.sft_model import SFTModel
+
+    spec = read_spec(job_folder)
+    plan = read_plans(job_folder)[0]
+    model = SFTModel.load(plan.base_model)
+    base_model_digest = model.content_digest()
+    model.load_weights(torch.load(weights, map_location="cpu", weights_only=True))
+    with publish_folder(into) as folder:
+        model.save(folder / MODEL_FILE)
+        test = split_loss(
+            folder / MODEL_FILE,
+            testing_file,
+            max_length=plan.training.max_length,
+            batch_size=plan.training.batch_size,
+            max_records=plan.max_evaluation_records,
+        )
+        report = JobReport(
+            job=spec.name,
+            kind=spec.kind,
+            rounds=spec.rounds,
+            best_round=curve.best_round,
+            tokens=curve.tokens,
+            samples=curve.samples,
+            val_loss=curve.val_loss,
+            test_loss=test.loss,
+            perplexity=test.perplexity,
+            seconds=time.monotonic() - begun,
+            checkpoint_digest=model.content_digest(),
+            base_model_digest=base_model_digest,
+            validation_digest=plan.digests["validation_file"],
+        )
+        report.write(folder)
+    return report
+
+
+def _stop(_signal: int, _frame: FrameType | None) -> None:
+    sys.exit(128 + _signal)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Run one job and write its checkpoint.")
+    for name in ("job-folder", "workspace", "testing-file", "into"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--threads", type=int, default=0)
+    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGINT, _stop)
+    code = 1
+    try:
+        for event in supervise(args.job_folder, args.workspace, args.testing_file, args.into, args.threads):
+            print(encode(event), flush=True)
+        code = 0
+    except JobFailedError as error:
+        print(encode(Failed(str(error))), flush=True)
+    finally:
+        stop_marked(os.environ[MARK])
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

