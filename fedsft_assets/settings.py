@@ -14,7 +14,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 class Settings(BaseSettings):
     """Read anew wherever it is made; the process environment is the only source."""
 
-    model_config = SettingsConfigDict(env_prefix="FEDSFT_", populate_by_name=True)
+    model_config = SettingsConfigDict(env_prefix="FEDSFT_", env_ignore_empty=True, populate_by_name=True)
 
     home: Path = Field(default=PROJECT / ".fedsft", description="where everything is written")
     data: str = Field(default="sample", description="'sample', or a folder laid out as the published repositories are")
@@ -55,5 +55,6 @@ class Settings(BaseSettings):
             "MPLCONFIGDIR": str(cache / "matplotlib"),
             "HF_HOME": str(cache / "huggingface"),
             "XDG_CACHE_HOME": str(cache),
+            "TORCHINDUCTOR_CACHE_DIR": str(cache / "torchinductor"),
             "TOKENIZERS_PARALLELISM": "false",
         }

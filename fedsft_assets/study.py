@@ -6,13 +6,14 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import dagster as dg
 
 from fedsft_assets.settings import PROJECT, Settings
+from fedsft_assets.specs import JobSpec
 
 _TAG = "fedsft/study"
 _POLL_SECONDS = 0.5
@@ -37,21 +38,30 @@ def study_job() -> dg.JobDefinition:
     return defs.resolve_job_def("full_study")
 
 
+def study_run_config(overrides: dict[str, Any], jobs: Sequence[JobSpec], sites: int) -> dict[str, Any]:
+    """The Dagster run config that gives every job folder these overrides; those that are None say nothing.
+
+    A centralized job gets `max_local_steps` times the number of sites, so that it trains on as many
+    records as all sites together.
+    """
+    given = {key: value for key, value in overrides.items() if value is not None}
+    ops: dict[str, Any] = {}
+    for job in jobs if given else ():
+        config = dict(given)
+        if job.kind == "centralized" and "max_local_steps" in config:
+            config["max_local_steps"] *= sites
+        ops[f"job_folder__{job.name}"] = {"config": config}
+    return {"ops": ops}
+
+
 def run_study(overrides: dict[str, Any]) -> None:
     """Materialize all assets; `overrides` are fields of JobOverrides, set for every job folder.
 
-    A centralized job gets `max_local_steps` times the number of datasets, so that it trains on as many
-    records as all sites together. Raises StudyFailedError.
+    Raises StudyFailedError.
     """
     from fedsft_assets.definitions import datasets, jobs
 
-    run_config: dict[str, Any] = {"ops": {}}
-    for job in jobs:
-        given = {key: value for key, value in overrides.items() if value is not None}
-        if job.kind == "centralized" and "max_local_steps" in given:
-            given["max_local_steps"] *= len(datasets)
-        if given:
-            run_config["ops"][f"job_folder__{job.name}"] = {"config": given}
+    run_config = study_run_config(overrides, jobs, sites=len(datasets))
     mark = uuid.uuid4().hex
     with dg.DagsterInstance.get() as instance, _progress(instance, mark):
         result = dg.execute_job(

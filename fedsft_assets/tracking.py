@@ -43,7 +43,7 @@ class Tracking:
         client = self.client()
         location = self.artifacts.as_uri() if self.artifacts else None
         try:
-            return str(client.create_experiment(EXPERIMENT, artifact_location=location))
+            return str(client.create_experiment(EXPERIMENT, location))
         except MlflowException as error:
             existing = client.get_experiment_by_name(EXPERIMENT)
             if existing is None:
@@ -64,7 +64,6 @@ class TrackedJob:
         experiment = tracking.experiment_id()
         run = self._client.create_run(experiment, run_name=job, tags={**tags, MLFLOW_RUN_NOTE: note})
         self.run_id: str = run.info.run_id
-        self.url_path = f"#/experiments/{experiment}/runs/{self.run_id}"
         self._client.log_batch(self.run_id, params=[Param(key, str(value)) for key, value in params.items()])
         self._sites = {
             site: self._client.create_run(
@@ -84,7 +83,7 @@ class TrackedJob:
         else:
             self._keep(self._sites[point.site], point.name, point)
             if point.step is None:
-                self._keep(self.run_id, f"{point.name}/{point.site}", point)
+                self._keep(self.run_id, f"{point.name}.{point.site}", point)
 
     def _keep(self, run_id: str, name: str, point: Point) -> None:
         self._waiting[run_id].append(_metric(name, point.value, point.samples))
@@ -117,6 +116,7 @@ class TrackedJob:
             "data_version.base_model": report.base_model_digest,
         }
         self._client.log_batch(self.run_id, metrics=metrics, tags=[RunTag(k, v) for k, v in tags.items()])
+        self._client.log_dict(self.run_id, tags, "checkpoint.json")
         for artifact in artifacts:
             self._client.log_artifact(self.run_id, str(artifact))
         self.end("FINISHED")
@@ -126,7 +126,11 @@ class TrackedJob:
 
     def __exit__(self, kind: type[BaseException] | None, _error: object, _traceback: object) -> None:
         """A cancelled job is KILLED, a failed one FAILED; `finish` comes before for one that went well."""
-        if kind is not None:
+        if kind is None:
+            return
+        try:
+            self.flush()
+        finally:
             self.end("FAILED" if issubclass(kind, Exception) else "KILLED")
 
     def end(self, status: str) -> None:

@@ -6,26 +6,40 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from types import FrameType
 
 from fedsft_assets.federation.processes import MARK, stop_marked
 from fedsft_assets.settings import PROJECT, Settings
+from fedsft_assets.tracking import Tracking
 
 _HOST = "127.0.0.1"
 
 
+@dataclass(frozen=True)
+class Server:
+    """A user interface: where it is to be found, and the command that serves it."""
+
+    title: str
+    url: str
+    command: list[str]
+
+
 def serve(settings: Settings) -> None:
-    """Start both servers, say where they are, and stop them when this process is told to stop or one of them ends."""
+    """Start the servers, say where they are, and stop them when this process is told to stop or one of them ends."""
     signal.signal(signal.SIGTERM, _stop)
     mark = f"ui of {settings.home} by {os.getpid()}"
-    environment = {**os.environ, MARK: mark}
-    servers = []
+    # MLflow's job workers are for judging answers of agents; nobody asks them anything here.
+    environment = {**os.environ, MARK: mark, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    running = []
     try:
-        for name, command in _commands(settings).items():
-            print(name, flush=True)
-            servers.append(subprocess.Popen(command, cwd=PROJECT, env=environment, stdin=subprocess.DEVNULL))
-        print("stop both with Ctrl-C", flush=True)
-        while all(server.poll() is None for server in servers):
+        for server in servers(settings):
+            print(f"{server.title + ':':8} {server.url}", flush=True)
+            running.append(subprocess.Popen(server.command, cwd=PROJECT, env=environment, stdin=subprocess.DEVNULL))
+        if settings.mlflow_uri:
+            print(f"MLflow:  {settings.mlflow_uri}", flush=True)
+        print("ready in half a minute; stop with Ctrl-C", flush=True)
+        while all(process.poll() is None for process in running):
             time.sleep(0.5)
     except KeyboardInterrupt:
         pass
@@ -33,32 +47,42 @@ def serve(settings: Settings) -> None:
         stop_marked(mark)
 
 
-def _commands(settings: Settings) -> dict[str, list[str]]:
-    """A line for the user and the command, for each server."""
-    dagster, mlflow = _free_port(3000), _free_port(5000)
-    python = sys.executable
-    commands = {
-        f"Dagster: http://{_HOST}:{dagster}": [
-            *(python, "-m", "dagster", "dev", "--host", _HOST, "--port", str(dagster)),
+def servers(settings: Settings) -> list[Server]:
+    """What there is to serve: Dagster, and MLflow unless the user has a tracking server."""
+    found = [_dagster(_free_port(3000))]
+    return found if settings.mlflow_uri else [*found, _mlflow(settings, _free_port(5000))]
+
+
+def _dagster(port: int) -> Server:
+    return Server(
+        "Dagster",
+        f"http://{_HOST}:{port}/asset-groups/~all",
+        [
+            *(sys.executable, "-m", "dagster", "dev", "--host", _HOST, "--port", str(port)),
             *("--workspace", str(PROJECT / "workspace.yaml"), "--log-level", "warning"),
-        ]
-    }
-    if settings.mlflow_uri:
-        return {**commands, f"MLflow:  {settings.mlflow_uri}": [python, "-c", "import signal; signal.pause()"]}
+        ],
+    )
+
+
+def _mlflow(settings: Settings, port: int) -> Server:
+    """The link opens the curves of all jobs side by side."""
     store = settings.store
-    return {
-        **commands,
-        f"MLflow:  http://{_HOST}:{mlflow}": [
-            *(python, "-m", "mlflow", "server", "--host", _HOST, "--port", str(mlflow), "--workers", "1"),
+    experiment = Tracking(store.mlflow_uri, store.mlflow_artifacts).experiment_id()
+    return Server(
+        "MLflow",
+        f"http://{_HOST}:{port}/#/experiments/{experiment}/runs?workflowType=machine_learning&compareRunsMode=CHART",
+        [
+            *(sys.executable, "-m", "mlflow", "server", "--host", _HOST, "--port", str(port), "--workers", "1"),
             *("--backend-store-uri", store.mlflow_uri, "--default-artifact-root", str(store.mlflow_artifacts)),
         ],
-    }
+    )
 
 
 def _free_port(preferred: int) -> int:
     """The preferred port if nobody listens there, else any free one."""
     for port in (preferred, 0):
         with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((_HOST, port))
             except OSError:

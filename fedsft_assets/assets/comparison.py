@@ -40,8 +40,8 @@ def comparison_asset(jobs: Sequence[JobSpec]) -> dg.AssetsDefinition:
             metadata={
                 "table": dg.MetadataValue.md(result.markdown()),
                 "validation loss": image(chart),
-                "base model's validation loss": result.reports[0].base_val_loss,
-                **{f"{report.job}: best validation loss": report.best_val_loss for report in result.reports},
+                **{f"{report.job}: best validation loss": round(report.best_val_loss, 4) for report in result.reports},
+                "base model's validation loss": round(result.reports[0].base_val_loss, 4),
                 "table file": dg.MetadataValue.path(table),
                 "plot file": dg.MetadataValue.path(chart),
             },

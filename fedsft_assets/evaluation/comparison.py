@@ -41,11 +41,9 @@ class Comparison:
     reports: list[JobReport]
 
     def markdown(self) -> str:
-        return tabulate(self._rows(), headers=_HEADERS, tablefmt="pipe", disable_numparse=True)
-
-    def text(self) -> str:
-        """The same for a terminal."""
-        return tabulate(self._rows(), headers=_HEADERS, tablefmt="simple", disable_numparse=True)
+        """For a page, and readable in a terminal."""
+        align = ("left", "left", *["right"] * (len(_HEADERS) - 2))
+        return tabulate(self._rows(), headers=_HEADERS, tablefmt="pipe", disable_numparse=True, colalign=align)
 
     def _rows(self) -> list[tuple[str, ...]]:
         start = self.reports[0].base_val_loss
@@ -104,6 +102,7 @@ def plot(reports: Sequence[JobReport], path: Path) -> None:
     axes.set_ylabel("loss on the combined validation split\n(nats per answer token)")
     axes.set_title("Validation loss of every job from the same base model", loc="left", fontweight="bold")
     axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9)

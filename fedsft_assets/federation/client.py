@@ -107,8 +107,7 @@ def main() -> None:
                 break
             flare.send(trainer.evaluate(received) if flare.is_evaluate() else trainer.train(received))
     except Exception:
-        failure = {"site": plan.site, "traceback": traceback.format_exc()}
-        print(f"{FAILURE_MARK}{json.dumps(failure)}", flush=True)
+        print(f"{FAILURE_MARK}{json.dumps(traceback.format_exc())}", flush=True)
         sys.exit(1)
 
 

@@ -27,4 +27,6 @@ def encode(event: Event) -> str:
 def decode(line: str) -> Event:
     """Raises ValueError for a line that is no event."""
     data = json.loads(line)
+    if not isinstance(data, dict) or data.get("event") not in _KINDS:
+        raise ValueError(f"expected an event, found {line!r}")
     return _KINDS[data.pop("event")](**data)

@@ -53,8 +53,8 @@ class TokenWeightedAverage(ModelAggregator):
         weight = model.meta.get(FLMetaKey.NUM_STEPS_CURRENT_ROUND)
         if not isinstance(weight, int) or weight <= 0:
             raise ValueError(f"{site}: expected the number of answer tokens it trained on, found {weight!r}")
-        if self._sums and self._sums.keys() != model.params.keys():
-            odd = sorted(self._sums.keys() ^ model.params.keys())
+        if self._sums and (differ := _shapes(self._sums) ^ _shapes(model.params)):
+            odd = sorted({name for name, _ in differ})
             raise ValueError(f"{site}: tensors differ from those of the other sites: {', '.join(odd[:5])}")
         for name in list(model.params):
             value = model.params.pop(name).to(torch.float64).mul_(weight)
@@ -179,6 +179,10 @@ def read_nemo_weights(archive: Path) -> dict[str, torch.Tensor]:
             seen.add(identity)
             unique[name] = tensor.to(torch.float32)
     return unique
+
+
+def _shapes(tensors: dict[str, torch.Tensor]) -> set[tuple[str, torch.Size]]:
+    return {(name, tensor.shape) for name, tensor in tensors.items()}
 
 
 def _write_weights(weights: dict[str, torch.Tensor], path: Path) -> None:

@@ -5,6 +5,7 @@ Started as a module, it is that process.
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,13 @@ class Simulator:
 
     @property
     def log_file(self) -> Path:
+        """What the simulator prints."""
         return self._workspace.with_suffix(".log")
+
+    @property
+    def site_logs(self) -> dict[str, Path]:
+        """NVFlare's log of each site, with all that the site's trainer prints."""
+        return {site: self._workspace / site / "log.txt" for site in self._sites}
 
     @property
     def run_dir(self) -> Path:
@@ -38,6 +45,7 @@ class Simulator:
 
     def start(self, threads_per_trainer: int) -> None:
         """Start the job. Each trainer uses so many threads: trainers that take all cores slow each other down."""
+        shutil.rmtree(self._workspace, ignore_errors=True)  # an earlier execution's points are not this one's
         self._workspace.parent.mkdir(parents=True, exist_ok=True)
         environment = {
             **os.environ,

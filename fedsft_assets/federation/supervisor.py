@@ -59,22 +59,28 @@ def supervise(job_folder: Path, workspace: Path, testing_file: Path, into: Path,
 
 def _follow(job: Simulator) -> Iterator[Event]:
     """Events of a running job until it has ended and all is read."""
-    log, metrics = Tail(job.log_file), Tail(job.metrics_file)
+    logs, metrics = {site: Tail(path) for site, path in job.site_logs.items()}, Tail(job.metrics_file)
     parent = os.getppid()
     while True:
         if os.getppid() != parent:
             raise JobFailedError("whoever started the job is gone")
         ended = job.poll() is not None
-        for line in log.new_lines():
-            said = read_line(line)
-            if isinstance(said, TrainerFailure):
-                raise JobFailedError(f"the trainer of {said.site} failed:\n{said.reason}")
-            if said:
-                yield said
+        for site, log in logs.items():
+            for said in map(read_line, log.new_lines()):
+                if isinstance(said, TrainerFailure):
+                    raise JobFailedError(_explain(site, said, log))
+                if said:
+                    yield said
         yield from map(parse_point, metrics.new_lines())
         if ended:
             return
         time.sleep(_POLL_SECONDS)
+
+
+def _explain(site: str, failure: TrainerFailure, log: Tail) -> str:
+    """What the user must see: the trainer's own traceback, or the end of its site's log."""
+    rest = "" if failure.said_why else f"\nThe end of {log.path}:\n{log.end(_TAIL_LINES)}"
+    return f"the trainer of {site} failed:\n{failure.reason}{rest}"
 
 
 def _finish(job_folder: Path, weights: Path, testing_file: Path, into: Path, curve: Curve, begun: float) -> JobReport:
@@ -125,15 +131,18 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=0)
     args = parser.parse_args()
+    # Standard output is for events alone; whatever libraries print goes where errors go.
+    events = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, _stop)
     code = 1
     try:
         for event in supervise(args.job_folder, args.workspace, args.testing_file, args.into, args.threads):
-            print(encode(event), flush=True)
+            print(encode(event), file=events, flush=True)
         code = 0
     except JobFailedError as error:
-        print(encode(Failed(str(error))), flush=True)
+        print(encode(Failed(str(error))), file=events, flush=True)
     finally:
         stop_marked(os.environ[MARK])
     sys.exit(code)

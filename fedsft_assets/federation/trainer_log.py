@@ -11,7 +11,11 @@ from dataclasses import dataclass
 PROGRESS_MARK = "fedsft-progress: "
 FAILURE_MARK = "fedsft-failure: "
 
-_EXIT = re.compile(r"identity=(?P<site>[^,\]]+).*trainer process.* exited.*\(rc=(?P<code>-?\d+)\)")
+# What NVFlare's external_process_backend says, while it waits for a trainer and while it fetches a result.
+_EXIT = re.compile(
+    r"trainer process(?: group)? exited(?: \(rc=(?P<code>-?\d+)\))?"
+    r"|result source died before transfer completion \(rc=(?P<lost>-?[1-9]\d*)\)"
+)
 
 
 @dataclass(frozen=True)
@@ -21,27 +25,29 @@ class Progress:
 
 @dataclass(frozen=True)
 class TrainerFailure:
-    """A trainer that ended before its job did, and all that is known of why."""
+    """A trainer that ended before its job did; `said_why` tells whether the reason is its own traceback."""
 
-    site: str
     reason: str
+    said_why: bool
 
 
 def read_line(line: str) -> Progress | TrainerFailure | None:
-    """What a line of a log says, or None if it is of no interest."""
+    """What a line of a site's log says, or None if it is of no interest."""
     if PROGRESS_MARK in line:
         return Progress(line.split(PROGRESS_MARK, 1)[1].rstrip())
     if FAILURE_MARK in line:
-        said = json.loads(line.split(FAILURE_MARK, 1)[1])
-        return TrainerFailure(said["site"], said["traceback"])
+        return TrainerFailure(json.loads(line.split(FAILURE_MARK, 1)[1]), said_why=True)
     if match := _EXIT.search(line):
-        return TrainerFailure(match["site"], _explain_exit(int(match["code"])))
+        code = match["code"] or match["lost"]
+        return TrainerFailure(_explain_exit(int(code) if code else None), said_why=False)
     return None
 
 
-def _explain_exit(code: int) -> str:
+def _explain_exit(code: int | None) -> str:
+    if code is None:
+        return "the trainer process ended"
     if code >= 0:
         return f"the trainer process ended with exit code {code}"
-    name = signal.Signals(-code).name
+    name = signal.Signals(-code).name if -code in set(signal.Signals) else "of no name"
     cause = "; the usual cause is too little memory" if name == "SIGKILL" else ""
     return f"the trainer process was killed by signal {-code} ({name}){cause}"

@@ -1,0 +1,100 @@
+"""A whole job for real: NVFlare's simulator, a trainer process per site, NeMo checkpoints, MLflow."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fedsft_assets.execution import ExecutedJob, execute_job
+from fedsft_assets.federation.processes import marked_processes
+from fedsft_assets.federation.report import MODEL_FILE, JobReport
+from fedsft_assets.store import Store, split_file
+from fedsft_assets.tracking import CHAMPION, Tracking
+
+from .conftest import TINY
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nvflare")]
+
+ROUNDS = 3
+_RESTORE = """
+import json, sys
+from pathlib import Path
+from fedsft_assets.evaluation.losses import split_loss
+from fedsft_assets.model.sft_model import SFTModel
+archive, records, prompt = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+loss = split_loss(archive, records, max_length=256, batch_size=7).loss
+print(json.dumps({"loss": loss, "answer": SFTModel.load(archive).generate([prompt], max_new_tokens=40)[0]}))
+"""
+
+
+def _execute(job: str, store: Store) -> tuple[ExecutedJob, list[str]]:
+    said: list[str] = []
+    tracking = Tracking(store.mlflow_uri, store.mlflow_artifacts)
+    return execute_job(job, store, TINY, tracking, {"dagster.run_id": "none"}, said.append), said
+
+
+def _in_a_new_process(archive: Path, records: Path, prompt: str) -> dict[str, object]:
+    command = [sys.executable, "-c", _RESTORE, str(archive), str(records), prompt]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    result: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def test_federated_job_ends_with_a_checkpoint_that_is_tracked_and_registered(
+    store: Store, build: Callable[..., str]
+) -> None:
+    job = build("fedavg", rounds=ROUNDS, max_local_steps=6)
+    executed, said = _execute(job, store)
+    report = executed.report
+
+    assert report == JobReport.read(store.checkpoint(job))
+    assert report.kind == "federated"
+    assert len(report.val_loss) == len(report.samples) == ROUNDS + 1
+    assert report.samples == [0, *(3 * 6 * 16 * k for k in range(1, ROUNDS + 1))]
+    assert report.best_val_loss < report.base_val_loss
+    for site in ("site-1", "site-2", "site-3"):
+        assert any(line.startswith(f"{site} · round {ROUNDS} of {ROUNDS}") for line in said)
+
+    restored = _in_a_new_process(
+        store.checkpoint(job) / MODEL_FILE, split_file(store.combined, "validation"), "What is the capital of Norway?"
+    )
+    assert restored["loss"] == pytest.approx(report.best_val_loss, abs=1e-4)
+
+    client = Tracking(store.mlflow_uri).client()
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    runs = {run.info.run_name: run for run in client.search_runs(experiments)}
+    assert sorted(runs) == ["fedavg", "fedavg site-1", "fedavg site-2", "fedavg site-3"]
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    history = client.get_metric_history(executed.mlflow_run_id, "val_loss")
+    assert sorted((m.step, m.value) for m in history) == list(zip(report.samples, report.val_loss, strict=True))
+    steps = client.get_metric_history(executed.mlflow_run_id, "train_loss")
+    assert sorted(m.step for m in steps) == [3 * 16 * k for k in range(1, 6 * ROUNDS + 1)]
+    child = client.get_metric_history(runs["fedavg site-2"].info.run_id, "train_loss")
+    assert sorted(m.step for m in child) == [16 * k for k in range(1, 6 * ROUNDS + 1)]
+    champion = client.get_model_version_by_alias("fedsft-tiny", CHAMPION)
+    assert champion.version == executed.registered_version
+    assert marked_processes(str(store.flare(job))) == []
+
+
+def test_same_seed_gives_the_same_losses(store: Store, build: Callable[..., str]) -> None:
+    job = build("fedavg", rounds=2, max_local_steps=4)
+    first, _ = _execute(job, store)
+    second, _ = _execute(job, store)
+    assert second.report.val_loss == pytest.approx(first.report.val_loss, abs=1e-3)
+    assert second.report.test_loss == pytest.approx(first.report.test_loss, abs=1e-3)
+
+
+def test_restored_checkpoint_answers_questions_of_its_training_distribution(
+    store: Store, build: Callable[..., str]
+) -> None:
+    executed, _ = _execute(build("combined", rounds=6), store)
+    assert executed.report.kind == "centralized"
+    archive = executed.folder / MODEL_FILE
+    validation = split_file(store.combined, "validation")
+    for prompt, expected in (("What is the capital of Norway?", "Oslo"), ("What is Japan's currency?", "yen")):
+        restored = _in_a_new_process(archive, validation, prompt)
+        assert expected in str(restored["answer"])
+        assert restored["loss"] == pytest.approx(executed.report.best_val_loss, abs=1e-4)

@@ -1,0 +1,124 @@
+"""The table and the plot over all jobs, and jobs that cannot be compared."""
+
+import struct
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fedsft_assets.evaluation.comparison import NotComparableError, compare, plot, write_table
+from fedsft_assets.federation.report import JobReport
+
+BASE_TEST_LOSS = 7.25
+
+
+def _report(job: str, kind: str, val_loss: list[float], best_round: int, test_loss: float) -> JobReport:
+    return JobReport(
+        job=job,
+        kind=kind,
+        rounds=len(val_loss) - 1,
+        best_round=best_round,
+        tokens=12_345_678,
+        samples=[16 * k for k in range(len(val_loss))],
+        val_loss=val_loss,
+        test_loss=test_loss,
+        perplexity=0.0,
+        seconds=61.6,
+        checkpoint_digest=job,
+        base_model_digest="b" * 64,
+        validation_digest="v" * 64,
+    )
+
+
+REPORTS = [
+    _report("fedavg", "federated", [7.0, 1.2, 0.9, 1.1], 2, 1.0),
+    _report("combined", "centralized", [7.0, 1.0, 0.8], 2, 0.9),
+    _report("oasst1", "local", [7.0, 6.5], 1, 6.4),
+    _report("alpaca", "local", [7.0, 6.1, 7.5], 1, 6.2),
+]
+
+
+def _cells(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+
+
+def test_jobs_are_ordered_local_centralized_federated_each_by_name() -> None:
+    result = compare(REPORTS, BASE_TEST_LOSS)
+    assert [report.job for report in result.reports] == ["alpaca", "oasst1", "combined", "fedavg"]
+
+
+def test_table_has_a_line_for_the_base_model_and_for_each_job() -> None:
+    header, _, base, *jobs = _cells(compare(REPORTS, BASE_TEST_LOSS).markdown())
+    assert header == [
+        "job",
+        "kind",
+        "rounds",
+        "tokens trained",
+        "val loss, last round",
+        "val loss, best",
+        "best round",
+        "test loss",
+        "perplexity",
+        "seconds",
+    ]
+    assert base == ["base model", "", "", "", "7.0000", "7.0000", "", "7.2500", "1408.105", ""]
+    assert [row[0] for row in jobs] == ["alpaca", "oasst1", "combined", "fedavg"]
+    assert jobs[-1] == [
+        "fedavg",
+        "federated",
+        "3",
+        "12,345,678",
+        "1.1000",
+        "0.9000",
+        "2",
+        "1.0000",
+        "2.718",
+        "62",
+    ]
+
+
+def test_table_is_written_as_it_is_shown(tmp_path: Path) -> None:
+    result = compare(REPORTS, BASE_TEST_LOSS)
+    path = tmp_path / "reports" / "comparison.md"
+    write_table(result, path)
+    assert path.read_text() == result.markdown() + "\n"
+
+
+@pytest.mark.parametrize(
+    ("field", "said"), [("base_model_digest", "base model"), ("validation_digest", "validation split")]
+)
+def test_jobs_that_answer_different_questions_are_not_compared(field: str, said: str) -> None:
+    odd = replace(REPORTS[2], **{field: "0123456789abcdef"})
+    with pytest.raises(NotComparableError) as error:
+        compare([*REPORTS[:2], odd], BASE_TEST_LOSS)
+    assert f"more than one {said}" in str(error.value)
+    assert "oasst1: 0123456789ab" in str(error.value)
+    assert "materialize their checkpoints again" in str(error.value)
+
+
+def _png_size(path: Path) -> tuple[int, int]:
+    content = path.read_bytes()
+    assert content.startswith(b"\x89PNG\r\n\x1a\n")
+    width, height = struct.unpack(">II", content[16:24])
+    return width, height
+
+
+@pytest.mark.parametrize("reports", [REPORTS, REPORTS[:1], REPORTS * 4], ids=["all", "one", "many"])
+def test_plot_is_a_picture_of_the_size_of_a_page(tmp_path: Path, reports: list[JobReport]) -> None:
+    path = tmp_path / "reports" / "comparison.png"
+    plot(reports, path)
+    width, height = _png_size(path)
+    assert 1000 <= width <= 2000
+    assert 500 <= height <= 1200
+    assert 10_000 < path.stat().st_size < 500_000
+    assert [file.name for file in path.parent.iterdir()] == ["comparison.png"]
+
+
+def test_plot_shows_the_curve_of_each_job(tmp_path: Path) -> None:
+    """Another loss of one job at one round changes the picture; the same reports give the same one."""
+    plot(REPORTS, tmp_path / "one.png")
+    plot(REPORTS, tmp_path / "same.png")
+    plot([replace(REPORTS[0], val_loss=[7.0, 3.2, 0.9, 1.1]), *REPORTS[1:]], tmp_path / "other.png")
+    one, same, other = ((tmp_path / f"{name}.png").read_bytes() for name in ("one", "same", "other"))
+    assert one == same
+    assert one != other

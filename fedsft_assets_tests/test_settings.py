@@ -1,0 +1,68 @@
+"""Settings: defaults that work, environment variables that are checked, and nothing written outside FEDSFT_HOME."""
+
+import os
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from fedsft_assets.settings import PROJECT, Settings
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith("FEDSFT_") or name == "MLFLOW_TRACKING_URI":
+            monkeypatch.delenv(name)
+
+
+def test_defaults_work_without_any_variable() -> None:
+    settings = Settings()
+    assert settings.home == PROJECT / ".fedsft"
+    assert settings.jobs == PROJECT / "jobs"
+    assert (settings.data, settings.model, settings.runtime, settings.mlflow_uri) == (
+        "sample",
+        "tiny",
+        "simulator",
+        None,
+    )
+    assert settings.source is None
+    assert settings.store.home == settings.home
+
+
+def test_environment_variables_are_read_anew_each_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for name, value in {
+        "FEDSFT_HOME": "home",
+        "FEDSFT_DATA": "data",
+        "FEDSFT_MODEL": "smollm2-135m",
+        "FEDSFT_JOBS": "~/jobs",
+        "MLFLOW_TRACKING_URI": "http://tracking:5000",
+        "HOME": str(tmp_path / "me"),
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    settings = Settings()
+    assert settings.home == tmp_path / "home"
+    assert settings.source == tmp_path / "data"
+    assert settings.jobs == tmp_path / "me" / "jobs"
+    assert (settings.model, settings.mlflow_uri) == ("smollm2-135m", "http://tracking:5000")
+
+
+def test_data_that_is_no_folder_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FEDSFT_DATA", str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=f"FEDSFT_DATA: '{tmp_path}/nowhere' is neither 'sample' nor a folder"):
+        _ = Settings().source
+
+
+def test_unknown_runtime_is_refused_with_those_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDSFT_RUNTIME", "cloud")
+    with pytest.raises(ValidationError, match=r"runtime\n.*'simulator'.*'cloud'"):
+        Settings()
+
+
+def test_libraries_write_under_home_only(tmp_path: Path) -> None:
+    environment = Settings(home=tmp_path).environment()
+    places = {name: Path(value) for name, value in environment.items() if value.startswith("/")}
+    assert {"FEDSFT_HOME", "DAGSTER_HOME", "MPLCONFIGDIR", "HF_HOME", "XDG_CACHE_HOME"} <= places.keys()
+    assert all(place.is_relative_to(tmp_path) for place in places.values())

@@ -1,0 +1,251 @@
+"""Job files and model presets: what is wrong is named by file, field, what was found and what was expected."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fedsft_assets.data.sources import DATASETS
+from fedsft_assets.settings import PROJECT
+from fedsft_assets.specs import (
+    PRESETS,
+    JobSpec,
+    SitePlan,
+    SpecError,
+    TrainingSpec,
+    load_jobs,
+    model_preset,
+)
+from fedsft_assets.store import file_digest
+
+NAMES = list(DATASETS)
+GOOD = """
+description: a job
+sites:
+  site-1: {dataset: alpaca}
+  site-2: {dataset: dolly}
+rounds: 5
+"""
+
+WriteJob = Callable[..., Path]
+
+
+@pytest.fixture
+def write_job(tmp_path: Path) -> WriteJob:
+    """Writes a job file and returns its path."""
+
+    def write(content: str, name: str = "fedavg.yaml") -> Path:
+        path = tmp_path / name
+        path.write_text(content, encoding="utf-8")
+        return path
+
+    return write
+
+
+def _error(path: Path) -> str:
+    with pytest.raises(SpecError) as caught:
+        JobSpec.load(path, NAMES)
+    return str(caught.value)
+
+
+def test_the_shipped_jobs_are_three_local_ones_a_centralized_and_a_federated_one() -> None:
+    jobs = load_jobs(PROJECT / "jobs", NAMES)
+    assert {job.name: (job.kind, job.datasets) for job in jobs} == {
+        "alpaca": ("local", ["alpaca"]),
+        "combined": ("centralized", ["combined"]),
+        "dolly": ("local", ["dolly"]),
+        "fedavg": ("federated", ["alpaca", "dolly", "oasst1"]),
+        "oasst1": ("local", ["oasst1"]),
+    }
+    assert all(job.description for job in jobs)
+
+
+def test_job_takes_its_name_from_its_file_and_defaults_for_the_rest(write_job: WriteJob) -> None:
+    spec = JobSpec.load(write_job(GOOD, "my-study_2.yaml"), NAMES)
+    assert (spec.name, spec.rounds, spec.local_epochs, spec.max_local_steps) == ("my-study_2", 5, 1, None)
+    assert spec.training == TrainingSpec()
+
+
+def test_unknown_dataset_is_named_with_those_that_there_are(write_job: WriteJob) -> None:
+    path = write_job(GOOD.replace("dolly", "doly"))
+    assert _error(path) == (
+        f"{path}: sites.site-2.dataset: 'doly' is not a dataset; one of alpaca, dolly, oasst1, combined"
+    )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("rounds: 5", "rounds: 0", "rounds: Input should be greater than or equal to 1, found 0"),
+        ("rounds: 5", "rounds: many", "rounds: Input should be a valid integer, unable to parse string"),
+        ("rounds: 5", "rounds: 5\nround: 6", "round: Extra inputs are not permitted, found 6"),
+        ("rounds: 5", "", "rounds: Field required"),
+        ("dataset: dolly", "data: dolly", "sites.site-2.dataset: Field required"),
+        ("{dataset: dolly}", "dolly", "sites.site-2: Input should be a valid dictionary or instance of SiteSpec"),
+        ("rounds: 5", "rounds: 5\nalgorithm: fedprox", "algorithm: Input should be 'fedavg', found 'fedprox'"),
+        (
+            "rounds: 5",
+            "rounds: 5\ntraining: {learning_rate: -1}",
+            "training.learning_rate: Input should be greater than 0, found -1",
+        ),
+        (
+            "rounds: 5",
+            "rounds: 5\ntraining: {precision: bf16}",
+            "training.precision: Input should be '32', 'bf16-mixed' or '16-mixed', found 'bf16'",
+        ),
+        ("rounds: 5", "rounds: 5\ntraining: {lr: 0.1}", "training.lr: Extra inputs are not permitted, found 0.1"),
+        ("site-2:", "server:", "'server' cannot name a site; use letters, digits, '-', '_', and not 'server'"),
+        ("site-2:", "site/2:", "'site/2' cannot name a site"),
+        ("rounds: 5", "rounds: 5\nname: other", "name: 'other' is not the file's name; remove it or write 'fedavg'"),
+    ],
+)
+def test_wrong_field_is_named_with_what_was_found_and_expected(
+    write_job: WriteJob, old: str, new: str, said: str
+) -> None:
+    path = write_job(GOOD.replace(old, new))
+    error = _error(path)
+    assert error.startswith(f"{path}: ")
+    assert said in error
+
+
+def test_every_wrong_field_has_a_line_of_its_own(write_job: WriteJob) -> None:
+    path = write_job(GOOD.replace("rounds: 5", "rounds: 0\nseed: x").replace("dataset: dolly", "dataset: 7"))
+    lines = _error(path).splitlines()
+    assert [line.removeprefix(f"{path}: ").split(": ")[0] for line in lines] == [
+        "sites.site-2.dataset",
+        "rounds",
+        "seed",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("sites: [", "is not YAML"),
+        ("a:\tb: c", "is not YAML"),
+        ("", "expected fields like 'sites:' and 'rounds:', found NoneType"),
+        ("- a\n- b\n", "expected fields like 'sites:' and 'rounds:', found list"),
+        ("sites: {}\nrounds: 1\ndescription: x\n", "sites: Dictionary should have at least 1 item"),
+    ],
+)
+def test_file_that_is_no_job_is_named(write_job: WriteJob, content: str, said: str) -> None:
+    path = write_job(content)
+    error = _error(path)
+    assert error.startswith(f"{path}: ")
+    assert said in error
+
+
+def test_file_that_is_not_text_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "binary.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    assert _error(path).startswith(f"{path}: is not YAML")
+
+
+def test_file_whose_name_cannot_name_a_job_is_refused(write_job: WriteJob) -> None:
+    path = write_job(GOOD, "Fed Avg.yaml")
+    assert _error(path).startswith(f"{path}: name: String should match pattern")
+
+
+def test_folder_without_jobs_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=f"{tmp_path}: has no job files"):
+        load_jobs(tmp_path, NAMES)
+
+
+@pytest.fixture
+def spec(write_job: WriteJob) -> JobSpec:
+    return JobSpec.load(write_job(GOOD + "max_local_steps: 9\ntraining: {learning_rate: 0.1}\n"), NAMES)
+
+
+def test_overrides_reach_job_and_training_and_leave_the_rest(spec: JobSpec) -> None:
+    changed = spec.override(rounds=2, batch_size=3, seed=None, max_local_steps=None)
+    assert (changed.rounds, changed.training.batch_size) == (2, 3)
+    kept = {"rounds": spec.rounds, "training": spec.training}
+    assert changed.model_copy(update=kept) == spec
+    assert changed.training.learning_rate == 0.1
+    assert spec.rounds == 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rounds": 0}, "jobs/fedavg.yaml with overrides: rounds: Input should be greater than or equal to 1, found 0"),
+        ({"max_length": 4}, "training.max_length: Input should be greater than or equal to 8, found 4"),
+        ({"epochs": 4}, "epochs: Extra inputs are not permitted, found 4"),
+    ],
+)
+def test_overrides_that_do_not_fit_are_named(spec: JobSpec, changes: dict[str, int], said: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        spec.override(**changes)
+    assert said in str(caught.value)
+
+
+def test_preset_fills_only_what_the_job_leaves_open() -> None:
+    resolved = PRESETS["tiny"].resolve(TrainingSpec(batch_size=3, weight_decay=0.5))
+    assert (resolved.batch_size, resolved.weight_decay) == (3, 0.5)
+    assert resolved.learning_rate == PRESETS["tiny"].learning_rate
+    assert resolved.max_length == PRESETS["tiny"].max_length
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_preset_is_found_by_its_name(name: str) -> None:
+    assert model_preset(name) is PRESETS[name]
+
+
+def test_hugging_face_folder_is_a_preset_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "my-model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    for said in (str(folder), "my-model", "./my-model/"):
+        preset = model_preset(said)
+        assert (preset.name, preset.folder) == ("my-model", folder)
+
+
+def test_model_that_is_neither_preset_nor_folder_is_named_with_what_there_is(tmp_path: Path) -> None:
+    with pytest.raises(SpecError) as caught:
+        model_preset(str(tmp_path))
+    assert str(caught.value) == (
+        f"FEDSFT_MODEL: '{tmp_path}' is neither a preset (tiny, smollm2-135m) nor a folder with a config.json"
+    )
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> SitePlan:
+    for name in ("training", "validation"):
+        (tmp_path / f"{name}.jsonl").write_text(name)
+    files = {f"{name}_file": tmp_path / f"{name}.jsonl" for name in ("training", "validation")}
+    return SitePlan(
+        job="fedavg",
+        site="site-1",
+        rounds=1,
+        local_epochs=1,
+        max_local_steps=None,
+        max_evaluation_records=None,
+        seed=1,
+        training=PRESETS["tiny"].resolve(TrainingSpec()),
+        base_model=tmp_path / "tiny.nemo",
+        digests={field: file_digest(path) for field, path in files.items()},
+        **files,
+    )
+
+
+def test_plan_is_the_same_after_a_trip_through_its_file(plan: SitePlan) -> None:
+    assert SitePlan.model_validate_json(plan.model_dump_json()) == plan
+
+
+def test_plan_accepts_the_files_that_it_was_made_for(plan: SitePlan) -> None:
+    plan.verify_files()
+    plan.training_file.touch()
+    plan.verify_files()
+
+
+def test_plan_refuses_a_file_that_has_changed(plan: SitePlan) -> None:
+    plan.validation_file.write_text("validatioN")
+    with pytest.raises(SpecError, match=r"site-1: validation_file: .*validation.jsonl has changed since; build"):
+        plan.verify_files()
+
+
+def test_plan_refuses_a_file_that_is_missing(plan: SitePlan) -> None:
+    plan.training_file.unlink()
+    with pytest.raises(SpecError, match=r"site-1: training_file: .*training.jsonl is missing; build the data and"):
+        plan.verify_files()
