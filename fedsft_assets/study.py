@@ -5,12 +5,12 @@ import os
 import shutil
 import threading
 import time
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import dagster as dg
+import psutil
 
 from fedsft_assets.settings import PROJECT, Settings
 from fedsft_assets.specs import JobSpec
@@ -62,13 +62,32 @@ def run_study(overrides: dict[str, Any]) -> None:
     from fedsft_assets.definitions import datasets, jobs
 
     run_config = study_run_config(overrides, jobs, sites=len(datasets))
-    mark = uuid.uuid4().hex
-    with dg.DagsterInstance.get() as instance, _progress(instance, mark):
-        result = dg.execute_job(
-            dg.reconstructable(study_job), instance=instance, run_config=run_config, tags={_TAG: mark}
-        )
+    me = psutil.Process()
+    mark = f"{me.pid} {me.create_time()}"
+    with dg.DagsterInstance.get() as instance:
+        _end_dead_studies(instance)
+        try:
+            with _progress(instance, mark):
+                result = dg.execute_job(
+                    dg.reconstructable(study_job), instance=instance, run_config=run_config, tags={_TAG: mark}
+                )
+        finally:
+            for run in instance.get_runs(filters=dg.RunsFilter(tags={_TAG: mark})):
+                instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
     if not result.success:
         raise StudyFailedError(f"the study did not succeed; see Dagster run {result.run_id}")
+
+
+def _end_dead_studies(instance: dg.DagsterInstance) -> None:
+    """Cancel Dagster runs of studies whose process was killed, and free the pool slots that they still hold.
+
+    Dagster's daemon does that for runs that it launched; a study from a terminal needs no daemon.
+    """
+    alive = {f"{process.pid} {process.create_time()}" for process in psutil.process_iter()}
+    for run in instance.get_runs(filters=dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED])):
+        if _TAG in run.tags and run.tags[_TAG] not in alive:
+            instance.report_run_canceled(run, message="The process of this study is gone.")
+            instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
 
 
 @contextmanager

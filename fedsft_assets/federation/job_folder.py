@@ -89,7 +89,7 @@ def _export(spec: JobSpec, base_model: Path, root: Path) -> None:
 
     job = FedJob(name=spec.name, min_clients=len(spec.sites))
     job.to_server(FederatedSFT(base_model=str(base_model), num_clients=len(spec.sites), num_rounds=spec.rounds))
-    job.to_server({"task_request_interval": _SECONDS_BETWEEN_REQUESTS})
+    job.to_server({"server": {"task_request_interval": _SECONDS_BETWEEN_REQUESTS}})
     for site in spec.sites:
         trainer = ClientAPIExecutor(
             execution_mode="external_process",

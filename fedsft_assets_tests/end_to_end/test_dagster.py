@@ -91,7 +91,9 @@ def test_cancelled_study_stops_its_job_and_leaves_nothing_behind(
     runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
     assert {run.info.status for run in runs} == {"KILLED"}
     with _instance(store.home) as instance:
-        assert [run.status for run in instance.get_runs()] == [dg.DagsterRunStatus.CANCELED]
+        (run,) = instance.get_runs()
+        assert run.is_finished
+        assert not run.is_success
         assert not instance.event_log_storage.get_concurrency_info("gpu").active_slot_count
 
 
@@ -120,3 +122,24 @@ def test_sensor_in_the_daemon_rebuilds_only_what_new_data_touches(
     assert [run.status for run in finished] == [dg.DagsterRunStatus.SUCCESS]
     again = {name for name, times in _materializations(home).items() if times == 2}
     assert again == {"raw/dolly", "processed/dolly", "combined", "job_folder/quick", "checkpoint/quick", "comparison"}
+
+
+def test_study_after_a_killed_one_does_not_wait_for_its_pool_slot(
+    tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    (tmp_path / "jobs" / "quick.yaml").write_text(LONG_JOB)
+    killed = start("fedsft_assets.cli", "study")
+    assert killed.stdout is not None
+    assert any("quick · site-1 · round 1 of 50 · step" in line for line in killed.stdout)
+    killed.kill()
+    killed.wait()  # its step goes on, until the next execution of the job ends it
+    (tmp_path / "jobs" / "quick.yaml").write_text(QUICK_JOB)
+
+    again = start("fedsft_assets.cli", "study")
+    out, _ = again.communicate()
+
+    assert again.returncode == 0, out
+    with _instance(tmp_path / "home") as instance:
+        statuses = [run.status for run in instance.get_runs()]
+    assert statuses == [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.CANCELED]
+    assert len(marked_processes(str(Store(tmp_path / "home").flare("quick")))) == 0
