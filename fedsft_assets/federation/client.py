@@ -35,7 +35,7 @@ class SiteTrainer:
         plan.verify_files()
         self.model = SFTModel.load(plan.base_model)
         self.training = self._tokens(plan.training_file)
-        self.validation = self._tokens(plan.validation_file)[: plan.max_evaluation_records]
+        self.validation = self._tokens(plan.validation_file, plan.max_evaluation_records)
         self.samples = 0
         self.moments: Moments | None = None
         self._last_line = 0.0
@@ -69,9 +69,9 @@ class SiteTrainer:
             },
         )
 
-    def _tokens(self, records_file: Path) -> list[Tokens]:
+    def _tokens(self, records_file: Path, most: int | None = None) -> list[Tokens]:
         model, length = self.model, self.plan.training.max_length
-        return tokenize(read_records(records_file), model.tokenizer, length, model.prompt_template)
+        return tokenize(read_records(records_file)[:most], model.tokenizer, length, model.prompt_template)
 
     def _validate(self, name: str, finished_rounds: int) -> Point:
         loss = mean_loss(self.model, self.validation, self.plan.training.batch_size)

@@ -33,7 +33,7 @@ from fedsft_assets.specs import ModelPreset
 _EOS = "<|endoftext|>"
 _TINY_VOCABULARY = 1280
 # The activation is GPT-2's own (gelu_new), as one kernel instead of eight.
-_TINY = {"n_layer": 1, "n_embd": 256, "n_head": 8, "n_positions": 256, "activation_function": "gelu_pytorch_tanh"}
+_TINY = {"n_layer": 2, "n_embd": 192, "n_head": 6, "n_positions": 256, "activation_function": "gelu_pytorch_tanh"}
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ _EVERY_DATASET = pytest.mark.parametrize("dataset", DATASETS.values(), ids=list(
 # Digests of the sample as it was first released, written with pyarrow 25.0.1. They change only when
 # its content does on purpose, or with a pyarrow that lays out Parquet files differently.
 _GOLDEN = {
-    "alpaca": "c734b05b28037a12a5445625aa589f0b5a8f4f939e08529d0d278459aab226f6",
-    "dolly": "be964767a882fa87c67787b95f07c73fc6906d7ecc394ca842a673051b6b29e8",
-    "oasst1": "81f476a2386a085c79d2945fbb1271d3944d284b00b0513257afa09d044f328d",
+    "alpaca": "4a46af96cdd86da104d737fce08db8d23e2bf2350b857d01482b96117820c050",
+    "dolly": "b62b730df89ebae6bf5185d3d8f35ff8e2d9b6aecf74c49662b38499fc8eb941",
+    "oasst1": "2928d5e47995558443304c51ba48198d0cfb6e367fee4f7540dd722c35d7ccd2",
 }
 
 

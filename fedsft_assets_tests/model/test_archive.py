@@ -162,7 +162,7 @@ def test_weights_of_another_shape_are_refused(forge):
     with pytest.raises(
         ModelError, match=r"forged\.nemo.*size mismatch for lm\.transformer\.wte\.weight.* and \d+ more"
     ):
-        SFTModel.load(forge(config=lambda content: content["hf"].update(n_embd=64)))
+        SFTModel.load(forge(config=lambda content: content["hf"].update(n_embd=96)))
 
 
 def test_a_failed_restore_does_not_disturb_the_next_one(base, forge):

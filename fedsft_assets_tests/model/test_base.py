@@ -26,7 +26,7 @@ def test_tiny_over_the_embedded_sample_has_about_a_million_parameters(tmp_path):
     report = create_base_model(PRESETS["tiny"], tmp_path / "tiny.nemo", 1)
     assert 0.7e6 < report.parameters < 1.3e6
     assert 1000 <= report.vocabulary <= 1500
-    assert (report.layers, report.width) == (3, 128)
+    assert (report.layers, report.width) == (2, 192)
     tokenizer = SFTModel.load(tmp_path / "tiny.nemo").tokenizer
     text = sample_texts()[0]
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text

@@ -104,7 +104,7 @@ def test_load_weights_takes_what_weights_gives_in_any_float_type_and_keeps_ties(
         (lambda w: w.update({"lm.extra": torch.zeros(1)}), "unexpected lm.extra"),
         (
             lambda w: w.update({"lm.transformer.ln_f.bias": torch.zeros(3)}),
-            r"lm.transformer.ln_f.bias has shape \(3,\), expected \(128,\)",
+            r"lm.transformer.ln_f.bias has shape \(3,\), expected \(192,\)",
         ),
     ],
 )
