@@ -38,6 +38,7 @@ ui: setup
 	$(BIN)/fedsft ui
 
 test: setup
+	mkdir -p $(FEDSFT_HOME)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --basetemp $(FEDSFT_HOME)/pytest $(TESTS)
 
 lint: setup

@@ -207,7 +207,7 @@ PRESETS = {
             name="smollm2-135m",
             title="SmolLM2-135M-Instruct, Llama layout, pretrained",
             learning_rate=1e-4,
-            batch_size=4,
+            batch_size=2,
             max_length=256,
             extra="smollm2",
         ),
