@@ -6,6 +6,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 export FEDSFT_HOME ?= $(CURDIR)/.fedsft
+# Nothing is written to HOME, by tests neither.
+export MPLCONFIGDIR := $(FEDSFT_HOME)/cache/matplotlib
+export XDG_CACHE_HOME := $(FEDSFT_HOME)/cache
+export XDG_CONFIG_HOME := $(FEDSFT_HOME)/cache
 export PIP_NO_CACHE_DIR := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # A trainer starts in 8 s with compiled bytecode and in 21 s without.

@@ -101,7 +101,9 @@ def plot(reports: Sequence[JobReport], path: Path) -> None:
     axes.set_xlabel("records trained on, all sites together")
     axes.set_ylabel("loss on the combined validation split\n(nats per answer token)")
     axes.set_title("Validation loss of every job from the same base model", loc="left", fontweight="bold")
-    axes.set_ylim(bottom=0)
+    losses = [loss for report in reports for loss in report.val_loss]
+    if min(losses) < max(losses) / 2:
+        axes.set_ylim(bottom=0)
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
