@@ -109,7 +109,7 @@ class TrackedJob:
             "tokens_trained": report.tokens,
             "seconds": report.seconds,
         }
-        metrics = [_metric(name, value, report.samples[-1]) for name, value in results.items()]
+        metrics = [_metric(name, value, 0) for name, value in results.items()]  # at step 0 MLflow draws bars
         tags = {
             "checkpoint.path": str(checkpoint / MODEL_FILE),
             "checkpoint.digest": report.checkpoint_digest,
