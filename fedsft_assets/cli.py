@@ -4,18 +4,15 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import get_args
 
+from fedsft_assets.assets.job_folder import JobOverrides
 from fedsft_assets.settings import Settings
 
+# Command-line names and types of the values that Dagster's launchpad offers for a job folder.
 _OVERRIDES = {
-    "rounds": int,
-    "local-epochs": int,
-    "max-local-steps": int,
-    "max-evaluation-records": int,
-    "batch-size": int,
-    "learning-rate": float,
-    "max-length": int,
-    "seed": int,
+    name.replace("_", "-"): next(kind for kind in get_args(field.annotation) if kind is not type(None))
+    for name, field in JobOverrides.model_fields.items()
 }
 
 

@@ -40,9 +40,8 @@ class ModelResource(dg.ConfigurableResource):
 
 
 class RuntimeResource(dg.ConfigurableResource):
-    """Where jobs run. `environment` is what their processes get beside that of Dagster."""
+    """How jobs run. `environment` is what their processes get beside that of Dagster."""
 
-    name: str
     environment: dict[str, str]
 
 
@@ -65,7 +64,7 @@ def resources(settings: Settings) -> dict[str, dg.ConfigurableResource]:
         "store": StoreResource(home=str(settings.home)),
         "source": SourceResource(data=settings.data),
         "model": ModelResource(preset=settings.model),
-        "runtime": RuntimeResource(name=settings.runtime, environment=settings.environment()),
+        "runtime": RuntimeResource(environment=settings.environment()),
         "mlflow": MLflowResource(
             uri=settings.mlflow_uri or store.mlflow_uri, artifacts=str(store.mlflow_artifacts) if local else None
         ),

@@ -1,14 +1,25 @@
-"""A new MLflow store, made once: making its tables takes seconds, copying the file does not."""
+"""What tests of several parts start from."""
 
 from pathlib import Path
 
 import pytest
 
+from fedsft_assets.data.sample import write_sample
+from fedsft_assets.data.sources import DATASETS
 from fedsft_assets.tracking import Tracking
 
 
 @pytest.fixture(scope="session")
 def empty_mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A new MLflow store, made once: making its tables takes seconds, copying the file does not."""
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     Tracking(f"sqlite:///{path}").client().search_experiments()
     return path
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """The embedded sample as a folder of the user's, which can change."""
+    for dataset in DATASETS.values():
+        write_sample(dataset.name, tmp_path / "data" / dataset.folder)
+    return tmp_path / "data"

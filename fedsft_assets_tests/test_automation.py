@@ -8,7 +8,6 @@ import pytest
 
 from fedsft_assets.assets.raw import raw_asset
 from fedsft_assets.automation import weekly_study
-from fedsft_assets.data.sample import write_sample
 from fedsft_assets.data.sources import DATASETS
 from fedsft_assets.definitions import defs
 from fedsft_assets.resources import SourceResource, StoreResource
@@ -26,14 +25,6 @@ EVERYTHING = {
     *TOUCHED_BY_ANY_DATASET,
     *(f"{column}/{dataset}" for column in ("raw", "processed") for dataset in DATASETS),
 }
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    """The embedded sample as a folder that can change."""
-    for dataset in DATASETS.values():
-        write_sample(dataset.name, tmp_path / "data" / dataset.folder)
-    return tmp_path / "data"
 
 
 @pytest.fixture

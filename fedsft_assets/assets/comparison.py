@@ -24,13 +24,7 @@ def comparison_asset(jobs: Sequence[JobSpec]) -> dg.AssetsDefinition:
     def comparison(store: StoreResource) -> dg.MaterializeResult:
         files = store.files
         plan = read_plans(files.job_folder(jobs[0].name))[0]
-        base = split_loss(
-            plan.base_model,
-            split_file(files.combined, "testing"),
-            max_length=plan.training.max_length,
-            batch_size=plan.training.batch_size,
-            max_records=plan.max_evaluation_records,
-        )
+        base = split_loss(plan.base_model, split_file(files.combined, "testing"), plan)
         result = compare([JobReport.read(files.checkpoint(job.name)) for job in jobs], base.loss)
         table, chart = files.reports / "comparison.md", files.reports / "comparison.png"
         write_table(result, table)

@@ -15,13 +15,11 @@ import nvflare.client as flare
 from nvflare.apis.fl_constant import FLMetaKey
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 
-from fedsft_assets.data.records import read_records
 from fedsft_assets.federation.metrics import POINTS_KEY, SAMPLES_KEY, Point, points_to_data
 from fedsft_assets.federation.trainer_log import FAILURE_MARK, PROGRESS_MARK
-from fedsft_assets.model.batches import Tokens, tokenize
 from fedsft_assets.model.optimizer import Moments
 from fedsft_assets.model.sft_model import SFTModel
-from fedsft_assets.model.training import StepPoint, mean_loss, train_round
+from fedsft_assets.model.training import StepPoint, mean_loss, split_tokens, train_round
 from fedsft_assets.specs import SitePlan
 
 _SECONDS_BETWEEN_LINES = 5.0
@@ -34,8 +32,9 @@ class SiteTrainer:
         self.plan = plan
         plan.verify_files()
         self.model = SFTModel.load(plan.base_model)
-        self.training = self._tokens(plan.training_file)
-        self.validation = self._tokens(plan.validation_file, plan.max_evaluation_records)
+        length = plan.training.max_length
+        self.training = split_tokens(self.model, plan.training_file, length)
+        self.validation = split_tokens(self.model, plan.validation_file, length, plan.max_evaluation_records)
         self.samples = 0
         self.moments: Moments | None = None
         self._last_line = 0.0
@@ -68,10 +67,6 @@ class SiteTrainer:
                 POINTS_KEY: [*evaluation.meta[POINTS_KEY], *points_to_data(points)],
             },
         )
-
-    def _tokens(self, records_file: Path, most: int | None = None) -> list[Tokens]:
-        model, length = self.model, self.plan.training.max_length
-        return tokenize(read_records(records_file)[:most], model.tokenizer, length, model.prompt_template)
 
     def _validate(self, name: str, finished_rounds: int) -> Point:
         loss = mean_loss(self.model, self.validation, self.plan.training.batch_size)

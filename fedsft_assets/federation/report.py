@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from fedsft_assets.federation.metrics import Point
 from fedsft_assets.specs import JobSpec
@@ -49,9 +49,6 @@ class JobReport:
     def best_val_loss(self) -> float:
         return self.val_loss[self.best_round]
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
     @classmethod
     def read(cls, folder: Path) -> Self:
         """From the folder of a checkpoint."""
@@ -59,7 +56,7 @@ class JobReport:
 
     def write(self, folder: Path) -> None:
         with publish_file(folder / REPORT_FILE) as path:
-            path.write_text(json.dumps(self.as_dict(), indent=2) + "\n", encoding="utf-8")
+            path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)

@@ -132,8 +132,7 @@ class FederatedSFT(FedAvg):
         """Score the global model after so many rounds, which is still the last one on the disk."""
         points = [point for result in results for point in points_from_data(result.meta[POINTS_KEY])]
         received = [point for point in points if point.name == "val_loss"]
-        tokens = sum(point.tokens or 0 for point in received)
-        loss = sum(point.value * (point.tokens or 0) for point in received) / tokens
+        loss, _ = _mean(received)
         whole = Point("val_loss", loss, finished_rounds, sum(self._samples.values()))
         append_points(self._run_dir / METRICS_FILE, [whole, *points])
         self.info(f"val_loss {loss:.4f} after {finished_rounds} rounds")
@@ -152,8 +151,7 @@ class FederatedSFT(FedAvg):
         merged = []
         for step, points in sorted(by_step.items()):
             seen.update({point.site: point.samples for point in points if point.site})
-            tokens = sum(point.tokens or 0 for point in points)
-            loss = sum(point.value * (point.tokens or 0) for point in points) / tokens
+            loss, tokens = _mean(points)
             merged.append(Point("train_loss", loss, round_number, sum(seen.values()), step=step, tokens=tokens))
         for result in results:
             self._samples[result.meta["client_name"]] += result.meta[SAMPLES_KEY]
@@ -183,6 +181,12 @@ def read_nemo_weights(archive: Path) -> dict[str, torch.Tensor]:
 
 def _shapes(tensors: dict[str, torch.Tensor]) -> set[tuple[str, torch.Size]]:
     return {(name, tensor.shape) for name, tensor in tensors.items()}
+
+
+def _mean(points: list[Point]) -> tuple[float, int]:
+    """The mean of the points' values by the tokens behind them, and all these tokens."""
+    tokens = sum(point.tokens or 0 for point in points)
+    return sum(point.value * (point.tokens or 0) for point in points) / tokens, tokens
 
 
 def _write_weights(weights: dict[str, torch.Tensor], path: Path) -> None:

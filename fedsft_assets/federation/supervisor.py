@@ -24,6 +24,7 @@ from fedsft_assets.federation.server import BEST_MODEL
 from fedsft_assets.federation.simulator import Simulator
 from fedsft_assets.federation.tail import Tail
 from fedsft_assets.federation.trainer_log import Progress, TrainerFailure, read_line
+from fedsft_assets.specs import JobSpec, SitePlan
 from fedsft_assets.store import publish_folder
 
 _POLL_SECONDS = 0.3
@@ -54,7 +55,7 @@ def supervise(job_folder: Path, workspace: Path, testing_file: Path, into: Path,
     except ValueError as error:
         raise JobFailedError(f"{error}\nThe end of {job.log_file}:\n{Tail(job.log_file).end(_TAIL_LINES)}") from error
     yield Progress("writing the checkpoint and scoring it on the combined testing split")
-    yield _finish(job_folder, job.run_dir / BEST_MODEL, testing_file, into, curve, begun)
+    yield _finish(spec, read_plans(job_folder)[0], job.run_dir / BEST_MODEL, testing_file, into, curve, begun)
 
 
 def _follow(job: Simulator) -> Iterator[Event]:
@@ -83,25 +84,19 @@ def _explain(site: str, failure: TrainerFailure, log: Tail) -> str:
     return f"the trainer of {site} failed:\n{failure.reason}{rest}"
 
 
-def _finish(job_folder: Path, weights: Path, testing_file: Path, into: Path, curve: Curve, begun: float) -> JobReport:
+def _finish(
+    spec: JobSpec, plan: SitePlan, weights: Path, testing_file: Path, into: Path, curve: Curve, begun: float
+) -> JobReport:
     import torch
 
     from fedsft_assets.model.sft_model import SFTModel
 
-    spec = read_spec(job_folder)
-    plan = read_plans(job_folder)[0]
     model = SFTModel.load(plan.base_model)
     base_model_digest = model.content_digest()
     model.load_weights(torch.load(weights, map_location="cpu", weights_only=True))
     with publish_folder(into) as folder:
         model.save(folder / MODEL_FILE)
-        test = split_loss(
-            folder / MODEL_FILE,
-            testing_file,
-            max_length=plan.training.max_length,
-            batch_size=plan.training.batch_size,
-            max_records=plan.max_evaluation_records,
-        )
+        test = split_loss(folder / MODEL_FILE, testing_file, plan)
         report = JobReport(
             job=spec.name,
             kind=spec.kind,

@@ -54,6 +54,7 @@ class SFTModel(ModelPT):
         }
         self.lm = _empty_lm(cfg)
         self._optimizer_plan: OptimizerPlan | None = None
+        self._moments: Moments | None = None
 
     @classmethod
     def wrap(cls, lm: Any, tokenizer: Any, max_length: int, prompt_template: str = "answer") -> Self:

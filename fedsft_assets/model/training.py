@@ -1,7 +1,7 @@
 """One round of training at one site, and the loss of a model on records.
 
-Weights go in and out through the model; what a round does follows from them, the tokens and the
-plan alone, so that a restarted round repeats exactly.
+Weights go in and out through the model; what a round does follows from them, the tokens, the plan and
+the optimizer's moments alone, so that a restarted round repeats exactly.
 """
 
 import hashlib
@@ -12,12 +12,22 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from fedsft_assets.model.batches import IGNORED, Batch, Tokens, collate, evaluation_batches, training_batches
+from fedsft_assets.data.records import read_records
+from fedsft_assets.model.batches import (
+    IGNORED,
+    Batch,
+    Tokens,
+    collate,
+    evaluation_batches,
+    tokenize,
+    training_batches,
+)
 from fedsft_assets.model.optimizer import Moments, OptimizerPlan
 from fedsft_assets.model.sft_model import SFTModel
 from fedsft_assets.specs import SitePlan
@@ -72,6 +82,11 @@ class Loss:
     @property
     def perplexity(self) -> float:
         return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+def split_tokens(model: SFTModel, records_file: Path, max_length: int, most: int | None = None) -> list[Tokens]:
+    """The first `most` records of a JSONL split as tokens for this model, each cut to `max_length`."""
+    return tokenize(read_records(records_file)[:most], model.tokenizer, max_length, model.prompt_template)
 
 
 def steps_in_round(plan: SitePlan, records: int) -> int:

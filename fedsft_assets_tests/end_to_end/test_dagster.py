@@ -13,7 +13,6 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from fedsft_assets.data.sample import write_sample
 from fedsft_assets.data.sources import DATASETS
 from fedsft_assets.federation.processes import MARK, marked_processes, stop_marked
 from fedsft_assets.settings import PROJECT, Settings
@@ -27,17 +26,9 @@ LONG_JOB = "description: a long job\nsites:\n  site-1: {dataset: combined}\nroun
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> Path:
-    """The embedded sample as a folder of the user's."""
-    for dataset in DATASETS.values():
-        write_sample(dataset.name, tmp_path / "data" / dataset.folder)
-    return tmp_path / "data"
-
-
-@pytest.fixture
-def start(tmp_path: Path, data: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+def start(tmp_path: Path, source: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Start a command over a home of the test's own, with one job; all that it starts ends with the test."""
-    settings = Settings(home=tmp_path / "home", jobs=tmp_path / "jobs", data=str(data))
+    settings = Settings(home=tmp_path / "home", jobs=tmp_path / "jobs", data=str(source))
     settings.jobs.mkdir()
     mark = f"test {tmp_path}"
 
@@ -98,7 +89,7 @@ def test_cancelled_study_stops_its_job_and_leaves_nothing_behind(
 
 
 def test_sensor_in_the_daemon_rebuilds_only_what_new_data_touches(
-    tmp_path: Path, data: Path, start: Callable[..., subprocess.Popen[str]]
+    tmp_path: Path, source: Path, start: Callable[..., subprocess.Popen[str]]
 ) -> None:
     (tmp_path / "jobs" / "quick.yaml").write_text(QUICK_JOB)
     home = tmp_path / "home"
@@ -106,7 +97,7 @@ def test_sensor_in_the_daemon_rebuilds_only_what_new_data_touches(
     assert "base model" in out
     assert set(_materializations(home).values()) == {1}
 
-    dolly = data / DATASETS["dolly"].folder / DATASETS["dolly"].files[0]
+    dolly = source / DATASETS["dolly"].folder / DATASETS["dolly"].files[0]
     row = {"instruction": "Is a wolf an animal?", "context": "", "response": "It is.", "category": "open_qa"}
     dolly.write_text(dolly.read_text() + json.dumps(row) + "\n")
     workspace = ("--workspace", str(PROJECT / "workspace.yaml"))

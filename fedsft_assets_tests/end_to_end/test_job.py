@@ -22,11 +22,12 @@ ROUNDS = 3
 _RESTORE = """
 import json, sys
 from pathlib import Path
-from fedsft_assets.evaluation.losses import split_loss
 from fedsft_assets.model.sft_model import SFTModel
+from fedsft_assets.model.training import mean_loss, split_tokens
 archive, records, prompt = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-loss = split_loss(archive, records, max_length=256, batch_size=7).loss
-print(json.dumps({"loss": loss, "answer": SFTModel.load(archive).generate([prompt], max_new_tokens=40)[0]}))
+model = SFTModel.load(archive)
+loss = mean_loss(model, split_tokens(model, records, 256), 7).loss
+print(json.dumps({"loss": loss, "answer": model.generate([prompt], max_new_tokens=40)[0]}))
 """
 
 
