@@ -5,8 +5,10 @@ from collections.abc import Sequence
 
 import dagster as dg
 
-from fedsft_assets.data.sources import Dataset, source_digest
+from fedsft_assets.assets.raw import SOURCE_VERSION
+from fedsft_assets.data.sources import source_version
 from fedsft_assets.resources import SourceResource
+from fedsft_assets.specs import DatasetSpec
 
 full_study = dg.define_asset_job(
     "full_study",
@@ -22,7 +24,7 @@ weekly_study = dg.ScheduleDefinition(
 )
 
 
-def new_data_sensor(datasets: Sequence[Dataset]) -> dg.SensorDefinition:
+def new_data_sensor(datasets: Sequence[DatasetSpec]) -> dg.SensorDefinition:
     """Compares each dataset's source with what was last materialized or asked for, by digest."""
 
     @dg.sensor(
@@ -33,9 +35,9 @@ def new_data_sensor(datasets: Sequence[Dataset]) -> dg.SensorDefinition:
     )
     def new_data(context: dg.SensorEvaluationContext, source: SourceResource) -> dg.SensorResult | dg.SkipReason:
         asked_for: dict[str, str] = json.loads(context.cursor or "{}")
-        now = {dataset.name: source_digest(dataset, source.folder) for dataset in datasets}
+        now = {dataset.name: source_version(dataset, source.place) for dataset in datasets}
         changed = [
-            name for name, digest in now.items() if digest not in (asked_for.get(name), _materialized(context, name))
+            name for name, version in now.items() if version not in (asked_for.get(name), _materialized(context, name))
         ]
         if not changed:
             return dg.SkipReason("no source has changed since it was last read")
@@ -58,7 +60,9 @@ def _stale_and_missing(context: dg.SensorEvaluationContext, changed: Sequence[st
 
 
 def _materialized(context: dg.SensorEvaluationContext, dataset: str) -> str | None:
-    """The digest of the dataset's raw files as last materialized."""
+    """What `source_version` was when the dataset was last fetched."""
     event = context.instance.get_latest_materialization_event(dg.AssetKey(["raw", dataset]))
-    materialization = event.asset_materialization if event else None
-    return (materialization.tags or {}).get("dagster/data_version") if materialization else None
+    version = (
+        event.asset_materialization.metadata.get(SOURCE_VERSION) if event and event.asset_materialization else None
+    )
+    return str(version.value) if version else None

@@ -20,7 +20,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="fedsft", description="Federated supervised fine-tuning, compared.")
     commands = parser.add_subparsers(dest="command", required=True)
     study = commands.add_parser("study", help="materialize everything, from raw data to the comparison")
-    study.add_argument("--data", help="'sample' or a folder laid out as the published repositories are")
+    study.add_argument("--data", help="'sample', 'hub', or a folder laid out as the published repositories are")
     study.add_argument("--model", help="a model preset or a Hugging Face causal LM folder")
     overrides = study.add_argument_group("in place of the values in the job files")
     for name, kind in _OVERRIDES.items():

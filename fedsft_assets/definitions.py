@@ -9,14 +9,14 @@ from fedsft_assets.assets.job_folder import job_folder_asset
 from fedsft_assets.assets.raw import raw_asset
 from fedsft_assets.assets.splits import combined_asset, processed_asset
 from fedsft_assets.automation import full_study, new_data_sensor, weekly_study
-from fedsft_assets.data.sources import DATASETS
+from fedsft_assets.checks import data_checks
 from fedsft_assets.resources import resources
 from fedsft_assets.settings import Settings
-from fedsft_assets.specs import load_jobs
+from fedsft_assets.specs import load_datasets, load_jobs
 
 settings = Settings()
-datasets = list(DATASETS.values())
-jobs = load_jobs(settings.jobs, list(DATASETS))
+datasets = list(load_datasets(settings.datasets).values())
+jobs = load_jobs(settings.jobs, [dataset.name for dataset in datasets])
 
 defs = dg.Definitions(
     assets=[
@@ -28,6 +28,7 @@ defs = dg.Definitions(
         *map(checkpoint_asset, jobs),
         comparison_asset(jobs),
     ],
+    asset_checks=data_checks(datasets),
     jobs=[full_study],
     schedules=[weekly_study],
     sensors=[new_data_sensor(datasets)],

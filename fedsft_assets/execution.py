@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedsft_assets.data.report import SplitReport
 from fedsft_assets.evaluation.comparison import plot
 from fedsft_assets.federation.job_folder import SPEC_FILE, read_plans, read_spec
 from fedsft_assets.federation.launch import run_job
@@ -50,7 +51,7 @@ def execute_job(
     """
     folder, into = store.job_folder(job), store.checkpoint(job)
     spec, plans = read_spec(folder), read_plans(folder)
-    data = folder_digest(store.combined)
+    data = SplitReport.read(store.combined).digest
     versions = {"data_version.job_folder": folder_digest(folder), "data_version.combined": data}
     params = {"model": preset.name, **_params(spec, plans[0])}
     with TrackedJob(tracking, job, list(spec.sites), params, {**tags, **versions}, note=spec.description) as tracked:

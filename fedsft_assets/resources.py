@@ -5,7 +5,7 @@ from pathlib import Path
 import dagster as dg
 
 from fedsft_assets.settings import Settings
-from fedsft_assets.specs import ModelPreset, model_preset
+from fedsft_assets.specs import CheckSettings, ModelPreset, SplitSettings, model_preset
 from fedsft_assets.store import Store
 from fedsft_assets.tracking import Tracking
 
@@ -21,13 +21,42 @@ class StoreResource(dg.ConfigurableResource):
 
 
 class SourceResource(dg.ConfigurableResource):
-    """Where raw data comes from: `sample`, or a folder laid out as the published repositories are."""
+    """Where raw data comes from: `sample`, `hub`, or a folder laid out as the published repositories are."""
 
     data: str
 
     @property
-    def folder(self) -> Path | None:
+    def place(self) -> str:
         return Settings(data=self.data).source
+
+
+class SplitsResource(dg.ConfigurableResource):
+    """How records are split, for all datasets alike: a prompt then is in the same split everywhere."""
+
+    seed: int
+    proportions: list[float]
+    max_rejected: float
+    max_chars: int
+
+    @property
+    def settings(self) -> SplitSettings:
+        return SplitSettings.model_validate(self.model_dump())
+
+
+class ChecksResource(dg.ConfigurableResource):
+    """What the asset checks allow, and how bad it is when they do not."""
+
+    min_rows: float
+    max_rows: float
+    max_truncated: float
+    max_duplicates: float
+    languages: list[str]
+    min_language_share: float
+    severity: dict[str, str]
+
+    @property
+    def settings(self) -> CheckSettings:
+        return CheckSettings.model_validate(self.model_dump())
 
 
 class ModelResource(dg.ConfigurableResource):
@@ -63,6 +92,8 @@ def resources(settings: Settings) -> dict[str, dg.ConfigurableResource]:
     return {
         "store": StoreResource(home=str(settings.home)),
         "source": SourceResource(data=settings.data),
+        "splits": SplitsResource(**settings.splits.model_dump()),
+        "checks": ChecksResource(**settings.checks.model_dump()),
         "model": ModelResource(preset=settings.model),
         "runtime": RuntimeResource(environment=settings.environment()),
         "mlflow": MLflowResource(

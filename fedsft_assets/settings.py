@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from fedsft_assets.specs import HUB, SAMPLE, CheckSettings, SplitSettings
 from fedsft_assets.store import Store
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -14,10 +15,17 @@ PROJECT = Path(__file__).resolve().parent.parent
 class Settings(BaseSettings):
     """Read anew wherever it is made; the process environment is the only source."""
 
-    model_config = SettingsConfigDict(env_prefix="FEDSFT_", env_ignore_empty=True, populate_by_name=True)
+    model_config = SettingsConfigDict(
+        env_prefix="FEDSFT_", env_nested_delimiter="__", env_ignore_empty=True, populate_by_name=True
+    )
 
     home: Path = Field(default=PROJECT / ".fedsft", description="where everything is written")
-    data: str = Field(default="sample", description="'sample', or a folder laid out as the published repositories are")
+    data: str = Field(
+        default="sample", description="'sample', 'hub', or a folder laid out as the published repositories are"
+    )
+    datasets: Path = Field(default=PROJECT / "datasets", description="the folder of dataset files")
+    splits: SplitSettings = Field(default=SplitSettings(), description="how records are split")
+    checks: CheckSettings = Field(default=CheckSettings(), description="what the asset checks allow")
     model: str = Field(default="tiny", description="a model preset, or a Hugging Face causal LM folder")
     jobs: Path = Field(default=PROJECT / "jobs", description="the folder of job files")
     runtime: Literal["simulator"] = Field(default="simulator", description="where jobs run")
@@ -25,7 +33,7 @@ class Settings(BaseSettings):
         default=None, validation_alias="MLFLOW_TRACKING_URI", description="None is the store under `home`"
     )
 
-    @field_validator("home", "jobs")
+    @field_validator("home", "jobs", "datasets")
     @classmethod
     def _absolute(cls, path: Path) -> Path:
         return path.expanduser().resolve()
@@ -35,14 +43,14 @@ class Settings(BaseSettings):
         return Store(self.home)
 
     @property
-    def source(self) -> Path | None:
-        """The folder of raw data, or None for the embedded sample. Raises ValueError if there is no such folder."""
-        if self.data == "sample":
-            return None
+    def source(self) -> str:
+        """Where raw data comes from: `sample`, `hub`, or a folder's whole path. Raises ValueError for anything else."""
+        if self.data in (SAMPLE, HUB):
+            return self.data
         folder = Path(self.data).expanduser().resolve()
         if not folder.is_dir():
-            raise ValueError(f"FEDSFT_DATA: {self.data!r} is neither 'sample' nor a folder")
-        return folder
+            raise ValueError(f"FEDSFT_DATA: {self.data!r} is neither 'sample' nor 'hub' nor a folder")
+        return str(folder)
 
     def environment(self) -> dict[str, str]:
         """Variables that keep libraries from writing anywhere but under `home`, and from the network."""

@@ -4,9 +4,10 @@
 what was expected. Nothing here imports torch, NVFlare or Dagster.
 """
 
+import math
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -14,10 +15,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from fedsft_assets.store import file_digest
 
 COMBINED = "combined"
+SAMPLE = "sample"
+HUB = "hub"
 
 JobKind = Literal["local", "centralized", "federated"]
 Precision = Literal["32", "bf16-mixed", "16-mixed"]
 OptimizerState = Literal["keep", "reset"]
+Severity = Literal["error", "warn"]
+CheckName = Literal["row_count", "no_empty_outputs", "no_prompt_overlap", "token_lengths", "languages", "duplicates"]
+DataFormat = Literal["parquet", "jsonl", "csv", "json", "oasst1"]
+FORMATS_BY_SUFFIX = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".json": "json"}
 
 
 class SpecError(ValueError):
@@ -26,6 +33,9 @@ class SpecError(ValueError):
 
 class _Spec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+S = TypeVar("S", bound=_Spec)
 
 
 class SiteSpec(_Spec):
@@ -45,6 +55,131 @@ class TrainingSpec(_Spec):
     gradient_clip: Annotated[float, Field(ge=0, description="norm; 0 clips nothing")] = 1.0
     precision: Precision = "32"
     optimizer_state: Annotated[OptimizerState, Field(description="what a site does with it between rounds")] = "keep"
+
+
+class ColumnsSpec(_Spec):
+    """What a dataset calls the three texts of a row; `context` is optional, in the dataset and in each row."""
+
+    instruction: str
+    context: str | None = None
+    response: str
+
+    @property
+    def names(self) -> list[str]:
+        """The columns that there are."""
+        return [name for name in (self.instruction, self.context, self.response) if name]
+
+
+class ConversationsSpec(_Spec):
+    """Which replies of OASST1's message trees become records, and what their input is. The defaults are NVFlare's."""
+
+    languages: Annotated[list[str], Field(description="of the reply; an empty list takes every language")] = ["en"]
+    min_review_count: Annotated[int, Field(ge=0, description="of the reply and all messages of its input")] = 0
+    leave_out: Annotated[
+        list[Literal["deleted", "synthetic"]], Field(description="messages that may be in no record")
+    ] = []
+    context: Annotated[
+        Literal["prompt", "path"], Field(description="the input: the prompt, or all messages from the first one to it")
+    ] = "prompt"
+
+
+class DatasetSpec(_Spec):
+    """One dataset: where its files are, and how a row becomes an example.
+
+    `files` are relative to the hub repository, or to `path` where that is a folder. A relative
+    `path` starts at the folder of the dataset's YAML file.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]*$")]
+    title: str = ""
+    hub: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$", description="a dataset repository of the hub")] | None = (
+        None
+    )
+    revision: Annotated[str, Field(description="a commit, branch or tag of that repository")] = "main"
+    path: Annotated[Path, Field(description="a file or folder")] | None = None
+    files: Annotated[list[str], Field(min_length=1)] | None = None
+    format: DataFormat
+    columns: ColumnsSpec | None = None
+    conversations: ConversationsSpec | None = None
+
+    @property
+    def folder(self) -> str:
+        """What a folder of published datasets calls this one's folder: the repository's name."""
+        return self.hub.split("/")[1] if self.hub else self.name
+
+    @property
+    def file_names(self) -> list[str]:
+        """The dataset's files, relative to its folder."""
+        return self.files or ([self.path.name] if self.path else [])
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read and check `datasets/<name>.yaml`; the dataset's name is the file's.
+
+        Raises SpecError with one line for each field that is wrong.
+        """
+        content = _read_yaml(path, "'path:' and 'columns:'")
+        if "format" not in content and (inferred := _inferred_format(content)):
+            content["format"] = inferred
+        spec = _validated(cls, path, {**content, "name": content.get("name", path.stem)})
+        if spec.name != path.stem:
+            raise SpecError(f"{path}: name: {spec.name!r} is not the file's name; remove it or write {path.stem!r}")
+        if spec.name == COMBINED:
+            raise SpecError(f"{path}: {COMBINED!r} is the union of all datasets; give the file another name")
+        if spec.path is None:
+            return spec
+        place = path.parent.resolve() / spec.path.expanduser()
+        if place.is_dir() and not spec.files:
+            raise SpecError(f"{path}: files: {place} is a folder; name the files in it that make up the dataset")
+        return spec.model_copy(update={"path": place})
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.hub is None) == (self.path is None):
+            raise ValueError("say either 'path:', a file or folder, or 'hub:', a repository")
+        if self.hub and not self.files:
+            raise ValueError("files: name the files of the repository that make up the dataset")
+        for name in self.files or []:
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                raise ValueError(f"files: {name!r} leads out of the dataset's folder")
+        if self.format == "oasst1":
+            if self.columns:
+                raise ValueError("columns: the format oasst1 has its own; say 'conversations:' to choose among replies")
+        elif self.conversations:
+            raise ValueError("conversations: only the format oasst1 has them")
+        elif self.columns is None:
+            raise ValueError("columns: say which are 'instruction', 'response' and, if there is one, 'context'")
+        return self
+
+
+class SplitSettings(_Spec):
+    """How records are split; one for all datasets of a study, so that a prompt is in one split everywhere."""
+
+    seed: int = 1234
+    proportions: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    max_rejected: Annotated[float, Field(ge=0, le=1, description="share of rows that may be unusable")] = 0.01
+    max_chars: Annotated[int, Field(ge=1, description="characters of an input or output")] = 200_000
+
+    @model_validator(mode="after")
+    def _shares(self) -> Self:
+        if min(self.proportions) <= 0 or not math.isclose(sum(self.proportions), 1):
+            raise ValueError(
+                "proportions: expected 3 positive shares that add up to 1, for training, validation and testing, "
+                f"found {self.proportions}"
+            )
+        return self
+
+
+class CheckSettings(_Spec):
+    """What the asset checks allow, and how bad it is when they do not: an error stops what is downstream."""
+
+    min_rows: Annotated[float, Field(ge=0, description="records, as a share of the last materialization's")] = 0.5
+    max_rows: Annotated[float, Field(gt=0, description="records, as a multiple of the last materialization's")] = 10.0
+    max_truncated: Annotated[float, Field(ge=0, le=1, description="share of records longer than the window")] = 0.2
+    max_duplicates: Annotated[float, Field(ge=0, le=1, description="share of rows")] = 0.05
+    languages: Annotated[list[str], Field(min_length=1, description="ISO 639-1 codes")] = ["en"]
+    min_language_share: Annotated[float, Field(ge=0, le=1, description="share of records in these languages")] = 0.8
+    severity: Annotated[dict[CheckName, Severity], Field(description="in place of a check's own")] = {}
 
 
 class JobSpec(_Spec):
@@ -78,16 +213,8 @@ class JobSpec(_Spec):
         `datasets` are the names that a site may train on, beside `combined`.
         Raises SpecError with one line for each field that is wrong.
         """
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise SpecError(f"{path}: is not YAML: {error}") from error
-        if not isinstance(content, dict):
-            raise SpecError(f"{path}: expected fields like 'sites:' and 'rounds:', found {type(content).__name__}")
-        try:
-            spec = cls.model_validate({**content, "name": content.get("name", path.stem)})
-        except ValidationError as error:
-            raise SpecError("\n".join(_explain(path, error))) from error
+        content = _read_yaml(path, "'sites:' and 'rounds:'")
+        spec = _validated(cls, path, {**content, "name": content.get("name", path.stem)})
         if spec.name != path.stem:
             raise SpecError(f"{path}: name: {spec.name!r} is not the file's name; remove it or write {path.stem!r}")
         known = [*datasets, COMBINED]
@@ -235,6 +362,42 @@ def model_preset(name: str) -> ModelPreset:
     raise SpecError(
         f"FEDSFT_MODEL: {name!r} is neither a preset ({', '.join(PRESETS)}) nor a folder with a config.json"
     )
+
+
+def load_datasets(folder: Path) -> dict[str, DatasetSpec]:
+    """All datasets of a folder, by name, in the order of their names.
+
+    Raises SpecError if there is none, or for the first file that is wrong.
+    """
+    paths = sorted(folder.glob("*.yaml"))
+    if not paths:
+        raise SpecError(f"{folder}: has no dataset files; write one as <dataset>.yaml")
+    return {path.stem: DatasetSpec.load(path) for path in paths}
+
+
+def _read_yaml(path: Path, fields: str) -> dict[str, Any]:
+    """The fields of a YAML file, which has some like those."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path}: is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise SpecError(f"{path}: expected fields like {fields}, found {type(content).__name__}")
+    return content
+
+
+def _validated(cls: type[S], path: Path, content: dict[str, Any]) -> S:
+    try:
+        return cls.model_validate(content)
+    except ValidationError as error:
+        raise SpecError("\n".join(_explain(path, error))) from error
+
+
+def _inferred_format(content: dict[str, Any]) -> str | None:
+    """What the names of a dataset's files say of their format."""
+    names = content.get("files") or [content.get("path")]
+    suffixes = {PurePosixPath(str(name)).suffix.lower() for name in names} if isinstance(names, list) else set()
+    return FORMATS_BY_SUFFIX.get(suffixes.pop()) if len(suffixes) == 1 else None
 
 
 def _explain(path: Path, error: ValidationError) -> list[str]:

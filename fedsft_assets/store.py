@@ -6,10 +6,12 @@ Nothing here knows what is inside the files: only paths, atomic publication and 
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 SPLITS = ("training", "validation", "testing")
 _CHUNK = 1 << 20
@@ -23,6 +25,11 @@ class Store:
 
     def raw(self, dataset: str) -> Path:
         return self.home / "raw" / dataset
+
+    @property
+    def downloads(self) -> Path:
+        """What came from the hub, whole or so far."""
+        return self.home / "downloads"
 
     def processed(self, dataset: str) -> Path:
         return self.home / "processed" / dataset
@@ -48,6 +55,11 @@ class Store:
     @property
     def reports(self) -> Path:
         return self.home / "reports"
+
+    @property
+    def tokenizers(self) -> Path:
+        """Tokenizers of presets that are slow to load."""
+        return self.home / "cache" / "tokenizers"
 
     def flare(self, job: str) -> Path:
         """The workspace in which the runtime runs a job."""
@@ -109,6 +121,44 @@ def publish_file(target: Path) -> Iterator[Path]:
         fresh.unlink(missing_ok=True)
 
 
+class HashedFile:
+    """A new file whose blocks are written and hashed by a thread, while the caller makes the next one.
+
+    When the block ends, everything is on the disk and `digest` is the file's SHA-256, in hex.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.digest = ""
+        self._file = path.open("wb")
+        self._hash = hashlib.sha256()
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._last: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        with self._file, self._thread:
+            if kind is None:
+                self._wait()
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self.digest = self._hash.hexdigest()
+
+    def write(self, block: bytes) -> None:
+        """Have the block written; waits for the one before, and raises what went wrong with it."""
+        self._wait()
+        self._last = self._thread.submit(self._write, block)
+
+    def _wait(self) -> None:
+        if self._last is not None:
+            self._last.result()
+
+    def _write(self, block: bytes) -> None:
+        self._file.write(block)
+        self._hash.update(block)
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     digest = hashlib.sha256()
@@ -118,12 +168,16 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def folder_digest(folder: Path) -> str:
-    """SHA-256 over the relative names and contents of all files in a folder, in hex."""
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        digest.update(f"{path.relative_to(folder).as_posix()}\0{file_digest(path)}\n".encode())
-    return digest.hexdigest()
+def folder_digest(folder: Path, names: Iterable[str] | None = None) -> str:
+    """SHA-256 over the relative names and contents of a folder's files, or of those with these names, in hex."""
+    paths = (p for p in folder.rglob("*") if p.is_file()) if names is None else (folder / name for name in names)
+    return digest_of({path.relative_to(folder).as_posix(): file_digest(path) for path in paths})
+
+
+def digest_of(files: Mapping[str, str]) -> str:
+    """The `folder_digest` of files with these relative names and digests."""
+    lines = (f"{name}\0{digest}\n" for name, digest in sorted(files.items()))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _fsync(path: Path) -> None:

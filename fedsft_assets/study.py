@@ -17,6 +17,8 @@ from fedsft_assets.specs import JobSpec
 
 _TAG = "fedsft/study"
 _POLL_SECONDS = 0.5
+# What a person wants to know is printed here; Dagster's own log, with the rest, is in its UI.
+_QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 
 
 class StudyFailedError(RuntimeError):
@@ -61,7 +63,7 @@ def run_study(overrides: dict[str, Any]) -> None:
     """
     from fedsft_assets.definitions import datasets, jobs
 
-    run_config = study_run_config(overrides, jobs, sites=len(datasets))
+    run_config = {**study_run_config(overrides, jobs, sites=len(datasets)), **_QUIET}
     me = psutil.Process()
     mark = f"{me.pid} {me.create_time()}"
     with dg.DagsterInstance.get() as instance:
@@ -132,6 +134,10 @@ def _line(entry: dg.EventLogEntry) -> str | None:
         error = event.step_failure_data
         said = error.user_failure_data.description if error.user_failure_data else None
         return f"✗  {event.step_key} failed: {said or (error.error.to_string() if error.error else '')}"
+    if event.event_type == dg.DagsterEventType.ASSET_CHECK_EVALUATION:
+        check = event.asset_check_evaluation_data
+        sign = "✗" if check.severity == dg.AssetCheckSeverity.ERROR else "!"
+        return None if check.passed else f"{sign}  {check.asset_key.to_user_string()}: {check.description}"
     if event.event_type == dg.DagsterEventType.ASSET_MATERIALIZATION and event.asset_key:
         return f"✓  {event.asset_key.to_user_string()}"
     if event.event_type == dg.DagsterEventType.STEP_START and (event.step_key or "").startswith("checkpoint__"):

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from fedsft_assets.data.sample import write_sample
-from fedsft_assets.data.sources import DATASETS
 from fedsft_assets.tracking import Tracking
+from fedsft_assets_tests.shipped import DATASETS
 
 
 @pytest.fixture(scope="session")

@@ -8,9 +8,10 @@ import pytest
 
 from fedsft_assets.assets.raw import raw_asset
 from fedsft_assets.automation import weekly_study
-from fedsft_assets.data.sources import DATASETS
 from fedsft_assets.definitions import defs
-from fedsft_assets.resources import SourceResource, StoreResource
+from fedsft_assets.resources import SourceResource, resources
+from fedsft_assets.settings import Settings
+from fedsft_assets_tests.shipped import DATASETS
 
 SENSOR = defs.resolve_sensor_def("new_data")
 JOBS = ("alpaca", "combined", "dolly", "fedavg", "oasst1")
@@ -45,7 +46,7 @@ def context(source: Path, instance: dg.DagsterInstance) -> Iterator[dg.SensorEva
 
 def _change(source: Path, dataset: str) -> None:
     """Give a dataset other rows, as its publisher would."""
-    file = source / DATASETS[dataset].folder / DATASETS[dataset].files[0]
+    file = source / DATASETS[dataset].folder / DATASETS[dataset].file_names[0]
     if file.suffix == ".jsonl":
         lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
         file.write_text("".join(lines[:-1]), encoding="utf-8")
@@ -59,8 +60,8 @@ def _change(source: Path, dataset: str) -> None:
 def _materialize_everything(instance: dg.DagsterInstance, source: Path, home: Path) -> None:
     """Raw data for real, since the sensor compares with its data version; all else is reported."""
     raw = [raw_asset(dataset) for dataset in DATASETS.values()]
-    resources = {"store": StoreResource(home=str(home)), "source": SourceResource(data=str(source))}
-    assert dg.materialize(raw, instance=instance, resources=resources).success
+    given = resources(Settings(home=home, data=str(source)))
+    assert dg.materialize(raw, instance=instance, resources=given).success
     for key in EVERYTHING - {f"raw/{name}" for name in DATASETS}:
         instance.report_runless_asset_event(dg.AssetMaterialization(key.split("/")))
 
@@ -106,7 +107,7 @@ def test_materialized_data_that_has_not_changed_is_left_alone(
     context: dg.SensorEvaluationContext, instance: dg.DagsterInstance, source: Path, tmp_path: Path
 ) -> None:
     _materialize_everything(instance, source, tmp_path)
-    (source / DATASETS["dolly"].folder / DATASETS["dolly"].files[0]).touch()
+    (source / DATASETS["dolly"].folder / DATASETS["dolly"].file_names[0]).touch()
     (source / DATASETS["dolly"].folder / "README.md").write_text("not data")
     assert isinstance(_tick(context), dg.SkipReason)
 
@@ -135,7 +136,7 @@ def test_two_changed_datasets_are_one_request(
 def test_data_that_changes_back_is_new_again(
     context: dg.SensorEvaluationContext, instance: dg.DagsterInstance, source: Path, tmp_path: Path
 ) -> None:
-    file = source / DATASETS["dolly"].folder / DATASETS["dolly"].files[0]
+    file = source / DATASETS["dolly"].folder / DATASETS["dolly"].file_names[0]
     before = file.read_bytes()
     _change(source, "dolly")
     _materialize_everything(instance, source, tmp_path)
@@ -144,7 +145,7 @@ def test_data_that_changes_back_is_new_again(
 
 
 def test_missing_source_is_an_error_that_names_it(context: dg.SensorEvaluationContext, source: Path) -> None:
-    missing = source / DATASETS["dolly"].folder / DATASETS["dolly"].files[0]
+    missing = source / DATASETS["dolly"].folder / DATASETS["dolly"].file_names[0]
     missing.unlink()
     with pytest.raises(Exception, match=missing.name):
         _tick(context)

@@ -40,6 +40,7 @@ def _graph() -> dict[str, Any]:
             "op": op.name,
             "op_tags": dict(sorted(op.tags.items())),
             "pool": op.pool,
+            "checks": sorted(check.name for check in graph.get_check_keys_for_assets({key})),
         }
     return {
         "assets": assets,
@@ -107,7 +108,18 @@ def _loaded_by(module: str) -> set[str]:
 def test_code_location_loads_without_anything_heavy() -> None:
     loaded = _loaded_by("fedsft_assets.definitions")
     assert "dagster" in loaded
-    assert not loaded & {"torch", "nemo", "nvflare", "mlflow", "transformers", "lightning", "matplotlib", "pandas"}
+    assert not loaded & {
+        "torch",
+        "nemo",
+        "nvflare",
+        "mlflow",
+        "transformers",
+        "lightning",
+        "matplotlib",
+        "pandas",
+        "tokenizers",
+        "py3langid",
+    }
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from fedsft_assets.settings import PROJECT, Settings
+from fedsft_assets.specs import CheckSettings, SplitSettings
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +27,9 @@ def test_defaults_work_without_any_variable() -> None:
         "simulator",
         None,
     )
-    assert settings.source is None
+    assert settings.source == "sample"
+    assert settings.datasets == PROJECT / "datasets"
+    assert (settings.splits, settings.checks) == (SplitSettings(), CheckSettings())
     assert settings.store.home == settings.home
 
 
@@ -44,14 +47,36 @@ def test_environment_variables_are_read_anew_each_time(monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     settings = Settings()
     assert settings.home == tmp_path / "home"
-    assert settings.source == tmp_path / "data"
+    assert settings.source == str(tmp_path / "data")
     assert settings.jobs == tmp_path / "me" / "jobs"
     assert (settings.model, settings.mlflow_uri) == ("smollm2-135m", "http://tracking:5000")
 
 
+def test_how_records_are_split_and_checked_can_be_set_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "FEDSFT_SPLITS__PROPORTIONS": "[0.9, 0.05, 0.05]",
+        "FEDSFT_SPLITS__MAX_REJECTED": "0.2",
+        "FEDSFT_CHECKS__LANGUAGES": '["en", "de"]',
+        "FEDSFT_CHECKS__SEVERITY": '{"duplicates": "error"}',
+    }.items():
+        monkeypatch.setenv(name, value)
+    settings = Settings()
+    assert settings.splits == SplitSettings(proportions=(0.9, 0.05, 0.05), max_rejected=0.2)
+    assert settings.checks == CheckSettings(languages=["en", "de"], severity={"duplicates": "error"})
+
+
+@pytest.mark.parametrize("proportions", ["[0.8, 0.1, 0.2]", "[1.0, 0.0, 0.0]", "[0.5, 0.5]"])
+def test_impossible_proportions_are_refused(monkeypatch: pytest.MonkeyPatch, proportions: str) -> None:
+    monkeypatch.setenv("FEDSFT_SPLITS__PROPORTIONS", proportions)
+    with pytest.raises(ValidationError, match=r"splits\n?.*|proportions"):
+        Settings()
+
+
 def test_data_that_is_no_folder_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FEDSFT_DATA", str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match=f"FEDSFT_DATA: '{tmp_path}/nowhere' is neither 'sample' nor a folder"):
+    with pytest.raises(
+        ValueError, match=f"FEDSFT_DATA: '{tmp_path}/nowhere' is neither 'sample' nor 'hub' nor a folder"
+    ):
         _ = Settings().source
 
 

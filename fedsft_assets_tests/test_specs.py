@@ -5,18 +5,21 @@ from pathlib import Path
 
 import pytest
 
-from fedsft_assets.data.sources import DATASETS
 from fedsft_assets.settings import PROJECT
 from fedsft_assets.specs import (
     PRESETS,
+    ConversationsSpec,
+    DatasetSpec,
     JobSpec,
     SitePlan,
     SpecError,
     TrainingSpec,
+    load_datasets,
     load_jobs,
     model_preset,
 )
 from fedsft_assets.store import file_digest
+from fedsft_assets_tests.shipped import DATASETS
 
 NAMES = list(DATASETS)
 GOOD = """
@@ -249,3 +252,104 @@ def test_plan_refuses_a_file_that_is_missing(plan: SitePlan) -> None:
     plan.training_file.unlink()
     with pytest.raises(SpecError, match=r"site-1: training_file: .*training.jsonl is missing; build the data and"):
         plan.verify_files()
+
+
+WriteDataset = Callable[..., Path]
+
+
+@pytest.fixture
+def write_dataset(tmp_path: Path) -> WriteDataset:
+    """Writes a dataset file and returns its path."""
+
+    def write(content: str, name: str = "mine.yaml") -> Path:
+        path = tmp_path / "datasets" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content, encoding="utf-8")
+        return path
+
+    return write
+
+
+def test_the_shipped_datasets_are_the_published_ones_at_pinned_commits() -> None:
+    assert {name: dataset.hub for name, dataset in DATASETS.items()} == {
+        "alpaca": "tatsu-lab/alpaca",
+        "dolly": "databricks/databricks-dolly-15k",
+        "oasst1": "OpenAssistant/oasst1",
+    }
+    for dataset in DATASETS.values():
+        assert len(bytes.fromhex(dataset.revision)) == 20
+        assert dataset.title
+    assert DATASETS["oasst1"].conversations == ConversationsSpec()
+
+
+def test_a_dataset_needs_a_path_and_columns_and_no_more(write_dataset: WriteDataset, tmp_path: Path) -> None:
+    path = write_dataset("path: rows.csv\ncolumns: {instruction: q, response: a}\n")
+    dataset = DatasetSpec.load(path)
+    assert (dataset.name, dataset.format, dataset.path) == ("mine", "csv", tmp_path / "datasets" / "rows.csv")
+    assert dataset.file_names == ["rows.csv"]
+    (tmp_path / "rows").mkdir()
+    path = write_dataset("path: ../rows\nfiles: [a/1.jsonl, 2.jsonl]\ncolumns: {instruction: q, response: a}\n")
+    dataset = DatasetSpec.load(path)
+    assert (dataset.format, dataset.file_names) == ("jsonl", ["a/1.jsonl", "2.jsonl"])
+
+
+def test_a_dataset_may_come_from_the_hub(write_dataset: WriteDataset) -> None:
+    dataset = DatasetSpec.load(
+        write_dataset("hub: org/some-data\nfiles: [d.parquet]\ncolumns: {instruction: q, response: a}\n")
+    )
+    assert (dataset.folder, dataset.revision, dataset.format) == ("some-data", "main", "parquet")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("path: rows.csv\n", r"mine\.yaml: the file: .*columns: say which are 'instruction', 'response'"),
+        ("path: rows.csv\ncolumns: {instruction: q}\n", r"mine\.yaml: columns\.response: Field required"),
+        ("path: rows.xlsx\ncolumns: {instruction: q, response: a}\n", r"mine\.yaml: format: Field required"),
+        (
+            "path: r\nformat: xml\ncolumns: {instruction: q, response: a}\n",
+            r"mine\.yaml: format: .*'parquet', 'jsonl', 'csv', 'json' or 'oasst1', found 'xml'",
+        ),
+        ("columns: {instruction: q, response: a}\nformat: csv\n", r"say either 'path:', a file or folder, or 'hub:'"),
+        (
+            "path: r.csv\nhub: a/b\ncolumns: {instruction: q, response: a}\n",
+            r"say either 'path:', a file or folder, or 'hub:'",
+        ),
+        ("hub: a/b\nformat: csv\ncolumns: {instruction: q, response: a}\n", r"files: name the files of the repository"),
+        ("hub: b\nfiles: [r.csv]\ncolumns: {instruction: q, response: a}\n", r"mine\.yaml: hub: .*found 'b'"),
+        (
+            "hub: a/b\nfiles: [../r.csv]\ncolumns: {instruction: q, response: a}\n",
+            r"files: '\.\./r\.csv' leads out of the dataset's folder",
+        ),
+        (
+            "path: r\nformat: oasst1\ncolumns: {instruction: q, response: a}\n",
+            r"columns: the format oasst1 has its own",
+        ),
+        (
+            "path: r.csv\ncolumns: {instruction: q, response: a}\nconversations: {}\n",
+            r"conversations: only the format oasst1 has them",
+        ),
+        (
+            "path: r\nformat: oasst1\nconversations: {context: tree}\n",
+            r"mine\.yaml: conversations\.context: .*'prompt' or 'path', found 'tree'",
+        ),
+        ("path: r.csv\ncolumn: {instruction: q}\n", r"mine\.yaml: column: .*not permitted"),
+        ("path: .\nformat: csv\ncolumns: {instruction: q, response: a}\n", r"mine\.yaml: files: .* is a folder; name"),
+        ("- a\n", r"mine\.yaml: expected fields like 'path:' and 'columns:', found list"),
+        ("a: [\n", r"mine\.yaml: is not YAML"),
+    ],
+)
+def test_a_dataset_file_that_is_wrong_is_explained(write_dataset: WriteDataset, content: str, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        DatasetSpec.load(write_dataset(content))
+
+
+def test_the_union_of_all_datasets_cannot_be_one(write_dataset: WriteDataset) -> None:
+    path = write_dataset("path: r.csv\ncolumns: {instruction: q, response: a}\n", "combined.yaml")
+    with pytest.raises(SpecError, match=r"combined\.yaml: 'combined' is the union of all datasets"):
+        DatasetSpec.load(path)
+
+
+def test_a_folder_without_dataset_files_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=rf"{tmp_path}: has no dataset files; write one as <dataset>\.yaml"):
+        load_datasets(tmp_path)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsft_assets.store import Store, file_digest, folder_digest, publish_file, publish_folder, split_file
+from fedsft_assets.store import HashedFile, Store, file_digest, folder_digest, publish_file, publish_folder, split_file
 
 _STOP_INSIDE_FOLDER = """
 import sys, time
@@ -220,3 +220,26 @@ def test_combined_is_a_dataset_where_splits_are_asked_for(tmp_path: Path) -> Non
     store = Store(tmp_path)
     assert split_file(store.splits("combined"), "testing") == tmp_path / "combined" / "testing.jsonl"
     assert split_file(store.splits("dolly"), "training") == tmp_path / "processed" / "dolly" / "training.jsonl"
+
+
+def test_a_hashed_file_holds_its_blocks_in_order_and_knows_their_digest(tmp_path: Path) -> None:
+    path = tmp_path / "blocks"
+    with HashedFile(path) as file:
+        for n in range(200):
+            file.write(f"{n}\n".encode() * n)
+    assert path.read_bytes() == b"".join(f"{n}\n".encode() * n for n in range(200))
+    assert file.digest == file_digest(path)
+
+
+def test_what_goes_wrong_in_a_hashed_file_reaches_the_caller(tmp_path: Path) -> None:
+    def write_all() -> None:
+        with HashedFile(tmp_path / "blocks") as file:
+            file._file.close()
+            file.write(b"one")
+            file.write(b"two")
+
+    with pytest.raises(ValueError, match="closed file"):
+        write_all()
+    with pytest.raises(KeyError), HashedFile(tmp_path / "blocks") as file:
+        raise KeyError
+    assert file.digest == "", "what was not finished has no digest"

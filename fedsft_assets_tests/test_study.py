@@ -1,5 +1,6 @@
 """The study from a terminal: what overrides become, and what a person is told."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import dagster as dg
@@ -7,10 +8,10 @@ import pytest
 
 from fedsft_assets import cli
 from fedsft_assets.assets.job_folder import JobOverrides
-from fedsft_assets.data.sources import DATASETS
 from fedsft_assets.settings import PROJECT, Settings
 from fedsft_assets.specs import JobSpec, load_jobs
 from fedsft_assets.study import _line, prepare_instance, study_job, study_run_config
+from fedsft_assets_tests.shipped import DATASETS
 
 NOTHING = dict.fromkeys(JobOverrides.model_fields)
 
@@ -92,3 +93,24 @@ def test_a_person_is_told_what_starts_what_is_made_and_what_failed() -> None:
     (broken,) = (line for line in lines if "broken failed" in line)
     assert "ValueError: alpaca: a row is bad" in broken
     assert len(lines) == 5
+
+
+@dg.multi_asset_check(
+    specs=[dg.AssetCheckSpec(name, asset=_good.key) for name in ("fine", "odd", "wrong")],
+)
+def _checks() -> Iterator[dg.AssetCheckResult]:
+    yield dg.AssetCheckResult(check_name="fine", passed=True, description="nothing to say.")
+    warn = dg.AssetCheckSeverity.WARN
+    yield dg.AssetCheckResult(check_name="odd", passed=False, severity=warn, description="7 rows repeat another.")
+    yield dg.AssetCheckResult(check_name="wrong", passed=False, description="3 records have a blank output.")
+
+
+def test_a_person_is_told_of_checks_that_did_not_pass() -> None:
+    with dg.DagsterInstance.ephemeral() as instance:
+        result = dg.materialize([_good, _checks], instance=instance, raise_on_error=False)
+        records = instance.get_records_for_run(result.run_id).records
+    lines = [line for record in records if (line := _line(record.event_log_entry))]
+    assert [line for line in lines if "good: " in line] == [
+        "!  checkpoint/good: 7 rows repeat another.",
+        "✗  checkpoint/good: 3 records have a blank output.",
+    ]

@@ -2,6 +2,8 @@
 
 import dagster as dg
 
+from fedsft_assets.assets.failures import explained
+from fedsft_assets.model.archive import ModelError
 from fedsft_assets.resources import ModelResource, StoreResource
 
 
@@ -21,7 +23,8 @@ def base_model(config: BaseModelConfig, store: StoreResource, model: ModelResour
 
     preset = model.load()
     archive = store.files.base_model(preset.name)
-    report = create_base_model(preset, into=archive, seed=config.seed)
+    with explained(ModelError):
+        report = create_base_model(preset, into=archive, seed=config.seed)
     return dg.MaterializeResult(
         data_version=dg.DataVersion(report.digest),
         metadata={

@@ -2,6 +2,7 @@
 
 import dagster as dg
 
+from fedsft_assets.assets.failures import explained
 from fedsft_assets.assets.metadata import curve, image
 from fedsft_assets.execution import ExecutedJob, execute_job
 from fedsft_assets.federation.launch import JobError
@@ -40,7 +41,7 @@ def checkpoint_asset(spec: JobSpec) -> dg.AssetsDefinition:
         runtime: RuntimeResource,
         mlflow: MLflowResource,
     ) -> dg.MaterializeResult:
-        try:
+        with explained(JobError):
             executed = execute_job(
                 spec.name,
                 store.files,
@@ -51,8 +52,6 @@ def checkpoint_asset(spec: JobSpec) -> dg.AssetsDefinition:
                 threads_per_trainer=config.threads_per_trainer,
                 environment=runtime.environment,
             )
-        except JobError as error:
-            raise dg.Failure(f"job {spec.name}: {error}") from None
         return _result(executed)
 
     return checkpoint

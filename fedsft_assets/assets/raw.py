@@ -1,31 +1,41 @@
 """`raw/<dataset>`: the files of a dataset as their publisher laid them out."""
 
+from pathlib import Path
+
 import dagster as dg
 
-from fedsft_assets.data.records import preview
-from fedsft_assets.data.sources import Dataset, fetch
-from fedsft_assets.data.splits import DEFAULT_SEED, to_record
-from fedsft_assets.resources import SourceResource, StoreResource
+from fedsft_assets.assets.failures import explained
+from fedsft_assets.data.datasets import read_examples
+from fedsft_assets.data.records import DataError, preview
+from fedsft_assets.data.sources import fetch
+from fedsft_assets.data.splits import first_records
+from fedsft_assets.resources import SourceResource, SplitsResource, StoreResource
+from fedsft_assets.specs import DatasetSpec
+
+SOURCE_VERSION = "source version"
 
 
-def raw_asset(dataset: Dataset) -> dg.AssetsDefinition:
-    kind = "parquet" if dataset.files[0].endswith(".parquet") else "jsonl"
-
+def raw_asset(dataset: DatasetSpec) -> dg.AssetsDefinition:
     @dg.asset(
         key_prefix="raw",
         name=dataset.name,
         group_name="raw",
-        kinds={kind},
-        description=f"{dataset.title} as published in {dataset.repository}, or its part of the embedded sample.",
+        kinds={Path(dataset.file_names[0]).suffix.removeprefix(".")},
+        description=f"{dataset.title or dataset.name} as it is in {dataset.hub or dataset.path}.",
     )
-    def raw(store: StoreResource, source: SourceResource) -> dg.MaterializeResult:
+    def raw(
+        context: dg.AssetExecutionContext, store: StoreResource, source: SourceResource, splits: SplitsResource
+    ) -> dg.MaterializeResult:
         folder = store.files.raw(dataset.name)
-        report = fetch(dataset, source.folder, into=folder)
-        records = (to_record(example, DEFAULT_SEED) for example in dataset.read(folder))
+        with explained(DataError):
+            report = fetch(dataset, source.place, folder, store.files.downloads, say=context.log.info)
+        records = first_records(read_examples(dataset, folder), splits.settings)
         return dg.MaterializeResult(
             data_version=dg.DataVersion(report.digest),
             metadata={
-                **report.as_metadata(),
+                SOURCE_VERSION: report.version,
+                "files": report.files,
+                "bytes": report.bytes,
                 "dagster/row_count": report.rows,
                 "path": dg.MetadataValue.path(folder),
                 "preview": dg.MetadataValue.md(preview(records)),

@@ -1,62 +1,73 @@
 """`processed/<dataset>` and `combined`: records in NeMo's SFT format, in three splits."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import dagster as dg
 
-from fedsft_assets.data.records import preview, read_records
-from fedsft_assets.data.sources import Dataset
-from fedsft_assets.data.splits import DEFAULT_SEED, SplitReport, combine, split_dataset
-from fedsft_assets.resources import StoreResource
-from fedsft_assets.store import split_file
+from fedsft_assets.assets.failures import explained
+from fedsft_assets.assets.metadata import image
+from fedsft_assets.data.combine import combine
+from fedsft_assets.data.records import DataError, iterate_records, preview
+from fedsft_assets.data.report import SplitReport
+from fedsft_assets.data.splits import split_dataset
+from fedsft_assets.data.views import percentiles, plot_lengths
+from fedsft_assets.model.archive import ModelError
+from fedsft_assets.resources import ModelResource, SplitsResource, StoreResource
+from fedsft_assets.specs import COMBINED, DatasetSpec, ModelPreset
+from fedsft_assets.store import Store, split_file
 
 
-class SplitConfig(dg.Config):
-    """The seed decides which record falls into which split; use one seed for all datasets of a study."""
-
-    seed: int = DEFAULT_SEED
-
-
-def processed_asset(dataset: Dataset) -> dg.AssetsDefinition:
+def processed_asset(dataset: DatasetSpec) -> dg.AssetsDefinition:
     @dg.asset(
         key_prefix="processed",
         name=dataset.name,
         group_name="processed",
         kinds={"jsonl"},
         deps=[dg.AssetKey(["raw", dataset.name])],
-        description=f"{dataset.title} as NeMo SFT records, split once and for all by content.",
+        description=f"{dataset.title or dataset.name} as NeMo SFT records, split once and for all by content.",
     )
-    def processed(config: SplitConfig, store: StoreResource) -> dg.MaterializeResult:
-        folder = store.files.processed(dataset.name)
-        report = split_dataset(dataset, raw=store.files.raw(dataset.name), into=folder, seed=config.seed)
-        return _result(folder, report)
+    def processed(store: StoreResource, splits: SplitsResource, model: ModelResource) -> dg.MaterializeResult:
+        files = store.files
+        with explained(DataError):
+            report = split_dataset(dataset, files.raw(dataset.name), files.processed(dataset.name), splits.settings)
+        return _result(report, files, model.load())
 
     return processed
 
 
-def combined_asset(datasets: Sequence[Dataset]) -> dg.AssetsDefinition:
+def combined_asset(datasets: Sequence[DatasetSpec]) -> dg.AssetsDefinition:
     @dg.asset(
         group_name="combined",
         kinds={"jsonl"},
         deps=[dg.AssetKey(["processed", dataset.name]) for dataset in datasets],
         description="The union of all datasets' splits, shuffled. Every job validates on its validation split.",
     )
-    def combined(config: SplitConfig, store: StoreResource) -> dg.MaterializeResult:
-        folder = store.files.combined
-        sources = [store.files.processed(dataset.name) for dataset in datasets]
-        return _result(folder, combine(sources, into=folder, seed=config.seed))
+    def combined(store: StoreResource, model: ModelResource) -> dg.MaterializeResult:
+        files = store.files
+        with explained(DataError):
+            report = combine([files.processed(dataset.name) for dataset in datasets], into=files.combined)
+        return _result(report, files, model.load())
 
     return combined
 
 
-def _result(folder: Path, report: SplitReport) -> dg.MaterializeResult:
+def _result(report: SplitReport, files: Store, preset: ModelPreset) -> dg.MaterializeResult:
+    from fedsft_assets.model.lengths import token_lengths
+    from fedsft_assets.model.tokenizer import preset_tokenizer
+
+    folder = files.combined if report.name == COMBINED else files.processed(report.name)
+    with explained(ModelError):
+        lengths = token_lengths(folder, preset_tokenizer(preset, files.tokenizers))
+    chart = files.reports / f"lengths-{report.name}.png"
+    plot_lengths(lengths, preset.max_length, f"{report.name}, tokenizer of {preset.name}", chart)
     return dg.MaterializeResult(
         data_version=dg.DataVersion(report.digest),
         metadata={
             **report.as_metadata(),
+            **{f"tokens, {name}": value for name, value in percentiles(lengths).items()},
+            "token lengths": image(chart),
             "dagster/row_count": report.records,
             "path": dg.MetadataValue.path(folder),
-            "preview": dg.MetadataValue.md(preview(read_records(split_file(folder, "training")))),
+            "preview": dg.MetadataValue.md(preview(iterate_records(split_file(folder, "training")))),
         },
     )

@@ -5,7 +5,7 @@ What they say is in `sample_text`; here is how it is laid out. Nothing depends o
 
 import random
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,14 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fedsft_assets.data import alpaca, dolly, oasst1
-from fedsft_assets.data.records import DataError
-from fedsft_assets.data.sample_text import Turn, conversations, facts, passages
+from fedsft_assets.data.sample_text import Example, Turn, conversations, facts, passages
 
+_ALPACA_FILE = "data/train-00000-of-00001-a09b74b3ef9c3b56.parquet"
+_DOLLY_FILE = "databricks-dolly-15k.jsonl"
+_OASST1_FILES = (
+    "data/train-00000-of-00001-b42a775f407cee45.parquet",
+    "data/validation-00000-of-00001-134b8fd0c89408b6.parquet",
+)
 _ALPACA_TEXT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
     "\n\n### Instruction:\n{instruction}\n\n### Response:\n{output}"
@@ -51,16 +55,28 @@ _FIRST_MESSAGE = datetime(2023, 2, 5, 14, 23, 50, tzinfo=UTC)
 
 
 def write_sample(dataset_name: str, folder: Path) -> None:
-    """Write the raw files of one built-in dataset into `folder`, named as the published repository names them.
+    """Write the raw files of one sampled dataset into `folder`, named as the published repository names them."""
+    _WRITERS[dataset_name](folder, _random(dataset_name))
 
-    Raises DataError if the sample has no such dataset.
-    """
-    writers = {"alpaca": _write_alpaca, "dolly": _write_dolly, "oasst1": _write_oasst1}
-    if dataset_name not in writers:
-        raise DataError(
-            f"embedded sample: {dataset_name!r} is not in it, only {', '.join(writers)}; give a folder as the source"
-        )
-    writers[dataset_name](folder, random.Random(f"fedsft sample of {dataset_name}"))
+
+def sample_examples() -> Iterator[Example]:
+    """What the sample has to learn from, of all datasets: instruction, context and response of each usable row."""
+    yield from facts(_random("alpaca"))
+    yield from passages(_random("dolly"))
+    for tree in conversations(_random("oasst1")):
+        yield from _replies(tree)
+
+
+def _replies(turn: Turn) -> Iterator[Example]:
+    """The best English replies below a turn, each with its prompt."""
+    for reply in turn.replies:
+        if (reply.role, reply.lang, reply.rank) == ("assistant", "en", 0):
+            yield Example(turn.text, "", reply.text)
+        yield from _replies(reply)
+
+
+def _random(dataset_name: str) -> random.Random:
+    return random.Random(f"fedsft sample of {dataset_name}")
 
 
 def _write_alpaca(folder: Path, rng: random.Random) -> None:
@@ -69,12 +85,12 @@ def _write_alpaca(folder: Path, rng: random.Random) -> None:
         row = {"instruction": instruction, "input": context, "output": response}
         template = _ALPACA_TEXT_WITH_INPUT if context else _ALPACA_TEXT
         rows.append({**row, "text": template.format(**row)})
-    _write_parquet(folder / alpaca.FILES[0], rows, _ALPACA_SCHEMA)
+    _write_parquet(folder / _ALPACA_FILE, rows, _ALPACA_SCHEMA)
 
 
 def _write_dolly(folder: Path, rng: random.Random) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / dolly.FILES[0]).open("wb") as file:
+    with (folder / _DOLLY_FILE).open("wb") as file:
         for instruction, context, response in passages(rng):
             row = {
                 "instruction": instruction,
@@ -88,7 +104,7 @@ def _write_dolly(folder: Path, rng: random.Random) -> None:
 def _write_oasst1(folder: Path, rng: random.Random) -> None:
     trees = [_messages(tree, index, rng) for index, tree in enumerate(conversations(rng))]
     validation = len(trees) // 10
-    for name, part in zip(oasst1.FILES, (trees[:-validation], trees[-validation:]), strict=True):
+    for name, part in zip(_OASST1_FILES, (trees[:-validation], trees[-validation:]), strict=True):
         _write_parquet(folder / name, (message for tree in part for message in tree), _OASST1_SCHEMA)
 
 
@@ -132,3 +148,7 @@ def _identifier(rng: random.Random) -> str:
 def _write_parquet(path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), path, compression="none")
+
+
+_WRITERS = {"alpaca": _write_alpaca, "dolly": _write_dolly, "oasst1": _write_oasst1}
+SAMPLED = tuple(_WRITERS)

@@ -8,8 +8,7 @@ know all of it and still not reach a loss of zero.
 import random
 from dataclasses import dataclass
 from itertools import product
-
-from fedsft_assets.data.records import Example
+from typing import NamedTuple
 
 _COUNTRIES = {
     # country: continent, capital, currency, main language
@@ -236,6 +235,14 @@ _FOREIGN = (
     ("es", "¿Cómo limpio mis botas?", "Quita el polvo y aplica un poco de cera."),
     ("es", "¿Cómo envuelvo un regalo?", "Mide el papel y pega los extremos."),
 )
+
+
+class Example(NamedTuple):
+    """One row of the sample; `context` may be empty."""
+
+    instruction: str
+    context: str
+    response: str
 
 
 @dataclass(frozen=True)

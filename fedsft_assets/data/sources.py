@@ -1,136 +1,134 @@
-"""The datasets of the study, and how their raw files come from a source into the store.
+"""How a dataset's raw files come from where they are into the store.
 
-A source is a folder of datasets laid out as published, or None: the embedded sample. A source is
-read, never changed.
+A source is `sample` (embedded), `hub` (as published), or a folder that is laid out as the published
+repositories are. It is read, never changed.
 """
 
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from fedsft_assets.data import alpaca, dolly, oasst1
-from fedsft_assets.data.records import DataError, Example
-from fedsft_assets.data.sample import write_sample
-from fedsft_assets.data.tables import count_rows, require_file
+from fedsft_assets.data import hub
+from fedsft_assets.data.datasets import read_examples
+from fedsft_assets.data.parquet import open_parquet
+from fedsft_assets.data.records import DataError
+from fedsft_assets.data.sample import SAMPLED, write_sample
+from fedsft_assets.specs import HUB, SAMPLE, DatasetSpec
 from fedsft_assets.store import folder_digest, publish_folder
 
 
 @dataclass(frozen=True)
-class Dataset:
-    """One dataset: where it is published, which files it has, and how they are read.
+class FetchReport:
+    """What fetching a dataset brought.
 
-    `files` are relative to the dataset's folder, which a source calls `folder`.
+    `version` names the content at its source, as `source_version` does; `digest` is of the files.
     """
 
-    name: str
-    title: str
-    repository: str
-    folder: str
-    files: tuple[str, ...]
-    read: Callable[[Path], Iterator[Example]]
-
-
-@dataclass(frozen=True)
-class FetchReport:
-    """What fetching a dataset brought: its digest, its number of files, their bytes and their rows."""
-
+    version: str
     digest: str
     files: int
     bytes: int
     rows: int
 
-    def as_metadata(self) -> dict[str, str | int]:
-        return asdict(self)
 
+def source_version(dataset: DatasetSpec, source: str) -> str:
+    """Names the content that `fetch` would bring, without fetching: cheap enough for a sensor to ask often.
 
-DATASETS: dict[str, Dataset] = {
-    dataset.name: dataset
-    for dataset in (
-        Dataset(
-            name="alpaca",
-            title="Stanford Alpaca",
-            repository="tatsu-lab/alpaca",
-            folder="alpaca",
-            files=alpaca.FILES,
-            read=alpaca.read,
-        ),
-        Dataset(
-            name="dolly",
-            title="Databricks Dolly 15k",
-            repository="databricks/databricks-dolly-15k",
-            folder="databricks-dolly-15k",
-            files=dolly.FILES,
-            read=dolly.read,
-        ),
-        Dataset(
-            name="oasst1",
-            title="OpenAssistant Conversations 1",
-            repository="OpenAssistant/oasst1",
-            folder="oasst1",
-            files=oasst1.FILES,
-            read=oasst1.read,
-        ),
-    )
-}
-
-
-def source_digest(dataset: Dataset, source: Path | None) -> str:
-    """The digest that `fetch` would report, without fetching: cheap enough for a sensor to ask often.
-
-    Raises DataError if a file is missing.
+    The digest of the files, or the repository and its commit. Raises DataError if a file is missing,
+    or if the hub has to be asked for a branch's commit and does not answer.
     """
-    return _sample_digest(dataset.name) if source is None else _files_digest(dataset, _require(dataset, source))
+    folder = _folder(dataset, source)
+    if folder is not None:
+        return folder_digest(folder, dataset.file_names)
+    if _is_sampled(dataset, source):
+        return _sample_digest(dataset.name)
+    assert dataset.hub is not None, "DatasetSpec sees to it"
+    return _hub_version(dataset.hub, hub.resolve(dataset.hub, dataset.revision))
 
 
-def fetch(dataset: Dataset, source: Path | None, into: Path) -> FetchReport:
-    """Copy the dataset's files from the source to `into`, whole or not at all.
+def fetch(
+    dataset: DatasetSpec, source: str, into: Path, downloads: Path, say: Callable[[str], object] = print
+) -> FetchReport:
+    """Bring the dataset's files from the source to `into`, whole or not at all.
 
-    Only the files that the dataset names are taken. They are read through first, so that what
-    cannot be used never replaces what can. Raises DataError that names the source's file.
+    Only the files that the dataset names are taken. They are read through first, so that what cannot
+    be used never replaces what can. What comes from the hub stays in `downloads` too, where an
+    interrupted download goes on. Raises DataError that names the source's file.
     """
-    if source is not None and not sum(1 for _ in dataset.read(_require(dataset, source))):
-        raise DataError(f"{source / dataset.folder}: holds no example of {dataset.title}; take the files as published")
+    folder, version = _folder(dataset, source), None
+    if folder is None and not _is_sampled(dataset, source):
+        folder, version = _download(dataset, downloads, say)
     with publish_folder(into) as fresh:
-        if source is None:
+        if folder is None:
             write_sample(dataset.name, fresh)
+            rows = _count_rows(dataset, fresh)
         else:
-            for name in dataset.files:
+            rows = _count_rows(dataset, folder)
+            for name in dataset.file_names:
                 (fresh / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source / dataset.folder / name, fresh / name)
-        paths = [fresh / name for name in dataset.files]
-        return FetchReport(
-            digest=folder_digest(fresh),
-            files=len(paths),
-            bytes=sum(path.stat().st_size for path in paths),
-            rows=sum(count_rows(path) for path in paths),
-        )
+                shutil.copyfile(folder / name, fresh / name)
+        digest = folder_digest(fresh)
+        size = sum((fresh / name).stat().st_size for name in dataset.file_names)
+    return FetchReport(version or digest, digest, files=len(dataset.file_names), bytes=size, rows=rows)
 
 
-def _require(dataset: Dataset, source: Path) -> Path:
-    """The dataset's folder in the source, once all its files are there."""
-    folder = source / dataset.folder
+def _folder(dataset: DatasetSpec, source: str) -> Path | None:
+    """The folder with the dataset's files, once they are all there; None if they come from elsewhere."""
+    if dataset.path:
+        folder = dataset.path if dataset.files else dataset.path.parent
+        advice = f"correct path or files in datasets/{dataset.name}.yaml"
+    elif source in (SAMPLE, HUB):
+        return None
+    else:
+        folder = Path(source) / dataset.folder
+        advice = f"put the files of {dataset.hub} there as published"
     if not folder.is_dir():
-        found = ", ".join(sorted(path.name for path in source.glob("*"))) if source.is_dir() else "no such folder"
+        beside = sorted(path.name for path in folder.parent.glob("*"))
+        found = ", ".join(beside) if folder.parent.is_dir() else "no such folder"
         raise DataError(
-            f"{source}: has no folder {dataset.folder} for {dataset.title}, found {found or 'nothing'}; "
-            f"put the files of {dataset.repository} there as published"
+            f"{folder.parent}: has no folder {folder.name} for {dataset.title or dataset.name}, "
+            f"found {found or 'nothing'}; {advice}"
         )
-    for name in dataset.files:
-        require_file(folder / name)
+    for name in dataset.file_names:
+        if not (folder / name).is_file():
+            raise DataError(f"{folder / name}: is missing; {advice}")
     return folder
 
 
-def _files_digest(dataset: Dataset, folder: Path) -> str:
-    """The folder digest of just the dataset's files, whatever lies beside them in the source."""
-    with TemporaryDirectory(prefix="fedsft-digest-") as name:
-        links = Path(name)
-        for file in dataset.files:
-            (links / file).parent.mkdir(parents=True, exist_ok=True)
-            (links / file).symlink_to((folder / file).resolve())
-        return folder_digest(links)
+def _is_sampled(dataset: DatasetSpec, source: str) -> bool:
+    return source == SAMPLE and dataset.hub is not None and dataset.name in SAMPLED
+
+
+def _download(dataset: DatasetSpec, downloads: Path, say: Callable[[str], object]) -> tuple[Path, str]:
+    """The folder with the dataset's files from the hub, and their version."""
+    assert dataset.hub is not None, "DatasetSpec sees to it"
+    area = downloads / f"datasets--{dataset.hub.replace('/', '--')}"
+    served = hub.download(dataset.hub, dataset.revision, dataset.file_names, area, say=say)
+    depth = len(Path(dataset.file_names[0]).parts)
+    return served.paths[0].parents[depth - 1], _hub_version(dataset.hub, served.commit)
+
+
+def _hub_version(repository: str, commit: str) -> str:
+    return f"{repository}@{commit}"
+
+
+def _count_rows(dataset: DatasetSpec, folder: Path) -> int:
+    """Rows of all files, once all of them have been read. Raises DataError if none can be used."""
+    rows = usable = 0
+    for examples in read_examples(dataset, folder):
+        usable += len(examples.rows)
+        rows += len(examples.rows) + len(examples.rejected)
+    if not usable:
+        raise DataError(
+            f"{folder}: holds no example of {dataset.title or dataset.name} in {', '.join(dataset.file_names)}; "
+            "take the files as published, or name their own columns"
+        )
+    if dataset.format == "oasst1":  # one row is a message, of which few are replies to learn from
+        return sum(open_parquet(folder / name, {}).metadata.num_rows for name in dataset.file_names)
+    return rows
 
 
 @cache

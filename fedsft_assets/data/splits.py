@@ -1,208 +1,147 @@
-"""From examples to records in three splits, decided by content alone, and the union over datasets.
+"""From examples to records in three splits, decided by content alone.
 
 A record's place depends on a seed and on what it says, never on its row: new rows move no old row,
 and a prompt that occurs in two datasets falls into the same split of both.
 """
 
-import math
-import os
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from hashlib import blake2b
-from itertools import accumulate
+from collections.abc import Iterable
+from contextlib import ExitStack
+from itertools import accumulate, compress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from fedsft_assets.data.records import DataError, Example, Record, dump_record, numbered_lines, parse_record
-from fedsft_assets.data.sources import Dataset
-from fedsft_assets.store import SPLITS, folder_digest, publish_folder, split_file
+import numpy as np
+import numpy.typing as npt
+import orjson
+import pyarrow as pa
+import pyarrow.compute as pc
 
-COMBINED = "combined"
-DEFAULT_SEED = 1234
-DEFAULT_PROPORTIONS = (0.8, 0.1, 0.1)
+from fedsft_assets.data.arrow import BLANK_LINE, EMPTY, flags
+from fedsft_assets.data.datasets import read_examples
+from fedsft_assets.data.examples import Examples, Rejected
+from fedsft_assets.data.hashing import Hashes, Seen, mixed, prompt_hashes
+from fedsft_assets.data.records import DataError, Record, dump_records
+from fedsft_assets.data.report import SplitReport
+from fedsft_assets.specs import DatasetSpec, SplitSettings
+from fedsft_assets.store import SPLITS, HashedFile, publish_file, publish_folder, split_file
 
-
-@dataclass(frozen=True)
-class SplitReport:
-    """What is in a folder of splits: its digest, records per split, what was left out, lengths in characters."""
-
-    digest: str
-    counts: dict[str, int]
-    duplicates: int
-    rejected: int
-    mean_input_chars: float
-    max_input_chars: int
-    mean_output_chars: float
-    max_output_chars: int
-
-    @property
-    def records(self) -> int:
-        """Records in all splits together."""
-        return sum(self.counts.values())
-
-    def as_metadata(self) -> dict[str, int | float]:
-        """The figures under plain names; the digest is the data version, not metadata."""
-        return {
-            **self.counts,
-            "records": self.records,
-            "duplicates": self.duplicates,
-            "rejected": self.rejected,
-            "mean_input_chars": round(self.mean_input_chars, 1),
-            "max_input_chars": self.max_input_chars,
-            "mean_output_chars": round(self.mean_output_chars, 1),
-            "max_output_chars": self.max_output_chars,
-        }
+REJECTED_FILE = "rejected.jsonl"
 
 
-def split_dataset(
-    dataset: Dataset,
-    raw: Path,
-    into: Path,
-    seed: int = DEFAULT_SEED,
-    proportions: tuple[float, float, float] = DEFAULT_PROPORTIONS,
-) -> SplitReport:
+def split_dataset(dataset: DatasetSpec, raw: Path, into: Path, settings: SplitSettings | None = None) -> SplitReport:
     """Write the dataset's files in `raw` as the three splits in `into`, whole or not at all.
 
-    Within a split, records keep the order of their rows. Exact duplicates are dropped and counted,
-    and so are rows without an instruction or a response. Raises DataError if a file cannot be read
-    or a split would be empty.
+    Within a split, records keep the order of their rows. Exact duplicates are dropped and counted.
+    Rows that cannot be used are in `rejected.jsonl` beside the splits, with their numbers and reasons.
+    Raises DataError if a file cannot be read, a split would be empty, or too many rows are unusable:
+    then they are in `<into>.rejected.jsonl`, and the splits stay as they were.
     """
-    bounds = _bounds(proportions)
-    rejected = 0
-    seen: set[bytes] = set()
+    settings = settings or SplitSettings()
+    refused = into.with_name(f"{into.name}.{REJECTED_FILE}")
     with publish_folder(into) as fresh:
-        with _SplitWriter.open(fresh) as writer:
-            for example in dataset.read(raw):
-                if not example.instruction.strip() or not example.response.strip():
-                    rejected += 1
-                    continue
-                record = to_record(example, seed)
-                line = dump_record(record)
-                identity = blake2b(line, digest_size=16).digest()
-                if identity in seen:
-                    writer.duplicates += 1
-                    continue
-                seen.add(identity)
-                writer.write(split_of(record["input"], seed, bounds), record, line)
-        return replace(writer.report(dataset.name, fresh), rejected=rejected)
+        with _Writer(fresh, settings) as writer:
+            for examples in read_examples(dataset, raw):
+                writer.write(examples)
+        too_many = writer.rejected > settings.max_rejected * writer.rows
+        if too_many:
+            with publish_file(refused) as path:
+                (fresh / REJECTED_FILE).rename(path)
+            raise DataError(writer.explain_rejected(dataset.name, refused))
+        report = SplitReport.of(
+            dataset.name,
+            writer.digests,
+            settings,
+            counts=writer.counts,
+            rows=writer.rows,
+            duplicates=writer.duplicates,
+            rejected=writer.rejected,
+        )
+        report.write(fresh)
+    refused.unlink(missing_ok=True)
+    return report
 
 
-def combine(folders: list[Path], into: Path, seed: int = DEFAULT_SEED) -> SplitReport:
-    """Write the union of several datasets' splits to `into`, shuffled, whole or not at all.
-
-    The order follows from the seed and the records alone: neither the order of `folders` nor new
-    records change the order of the others. Texts stay on disk; memory holds one hash and position
-    for each record. Raises DataError if a split is missing, empty or holds something else.
-    """
-    with publish_folder(into) as fresh:
-        with _SplitWriter.open(fresh) as writer:
-            for split in SPLITS:
-                _shuffle_into(writer, split, [split_file(folder, split) for folder in folders], seed)
-        return writer.report(COMBINED, fresh)
+def first_records(batches: Iterable[Examples], settings: SplitSettings) -> list[Record]:
+    """The records of the first batch that has usable rows."""
+    for examples in batches:
+        usable = examples.usable(settings.max_chars)
+        if len(usable.rows):
+            inputs, _ = to_inputs(usable.instruction, usable.context, settings.seed)
+            pairs = zip(inputs.to_pylist(), usable.response.to_pylist(), strict=True)
+            return [Record(input=prompt, output=answer) for prompt, answer in pairs]
+    return []
 
 
-def to_record(example: Example, seed: int) -> Record:
-    """The example as a record: instruction and context, joined by a blank line, in random order.
+def to_inputs(instruction: pa.StringArray, context: pa.StringArray, seed: int) -> tuple[pa.StringArray, Hashes]:
+    """Instructions and contexts as inputs [N], joined by a blank line, in random order; and their `prompt_hashes`.
 
-    Which comes first is a coin thrown for this content and seed. Without a context, the instruction
+    Which comes first is a coin thrown for this prompt and seed. Without a context, the instruction
     stays as it is. This is the meaning of the published preprocessing for NeMo's SFT, see
     https://github.com/NVIDIA/NVFlare/tree/main/integration/nemo/examples/supervised_fine_tuning
     """
-    context = example.context.strip()
-    if not context:
-        return Record(input=example.instruction, output=example.response)
-    instruction = example.instruction.strip()
-    coin = _hash(f"{instruction}\n\n{context}".encode(), seed, b"order")[0] & 1
-    parts = (context, instruction) if coin else (instruction, context)
-    return Record(input="\n\n".join(parts), output=example.response)
+    trimmed, context = pc.utf8_trim_whitespace(instruction), pc.utf8_trim_whitespace(context.fill_null(EMPTY))
+    joined = pc.binary_join_element_wise(trimmed, context, BLANK_LINE)
+    hashes = prompt_hashes(joined)
+    context_first = flags(mixed(hashes, seed, "order") >> np.uint64(63) == 1)
+    inputs = pc.if_else(context_first, pc.binary_join_element_wise(context, trimmed, BLANK_LINE), joined)
+    return pc.if_else(pc.equal(context, EMPTY), instruction, inputs), hashes
 
 
-def normalize_prompt(prompt: str) -> str:
-    """The prompt's words without case, white space and order.
-
-    Without order, because the same instruction and context may be joined either way round.
-    """
-    return " ".join(sorted(prompt.casefold().split()))
+def split_places(prompts: Hashes, settings: SplitSettings) -> npt.NDArray[np.intp]:
+    """The number of each prompt's split in SPLITS [N], of hashes by `prompt_hashes`."""
+    bounds = np.array([bound * 2.0**64 for bound in list(accumulate(settings.proportions))[:-1]])
+    return np.searchsorted(bounds, mixed(prompts, settings.seed, "split").astype(np.float64), side="right")
 
 
-def split_of(prompt: str, seed: int, bounds: Iterable[float]) -> str:
-    """The split of a record with this input; `bounds` are cumulated proportions, the last one is 1."""
-    place = int.from_bytes(_hash(normalize_prompt(prompt).encode(), seed, b"split")) / 2**64
-    return next(split for split, bound in zip(SPLITS, bounds, strict=True) if place < bound)
+class _Writer:
+    """Writes records to three open files, and unusable rows to a fourth, and keeps count."""
 
+    def __init__(self, folder: Path, settings: SplitSettings) -> None:
+        self.counts = dict.fromkeys(SPLITS, 0)
+        self.rows = self.duplicates = self.rejected = 0
+        self._settings = settings
+        self._seen = Seen()
+        self._files = ExitStack()
+        self._splits = [self._files.enter_context(HashedFile(split_file(folder, split))) for split in SPLITS]
+        self._rejects: BinaryIO = self._files.enter_context((folder / REJECTED_FILE).open("wb"))
+        self._first_rejected: list[Rejected] = []
 
-class _SplitWriter:
-    """Writes records to three open files and keeps count."""
+    def __enter__(self) -> "_Writer":
+        return self
 
-    def __init__(self, files: dict[str, BinaryIO]) -> None:
-        self.duplicates = 0
-        self._files = files
-        self._counts = dict.fromkeys(SPLITS, 0)
-        self._sums = [0, 0]
-        self._maxima = [0, 0]
+    def __exit__(self, *error: Any) -> None:
+        self._files.__exit__(*error)
 
-    @classmethod
-    @contextmanager
-    def open(cls, folder: Path) -> Iterator["_SplitWriter"]:
-        with ExitStack() as stack:
-            yield cls({split: stack.enter_context(split_file(folder, split).open("wb")) for split in SPLITS})
+    @property
+    def digests(self) -> dict[str, str]:
+        """The digest of each split's file by its name, once they are closed."""
+        return {split_file(Path(), split).name: file.digest for split, file in zip(SPLITS, self._splits, strict=True)}
 
-    def write(self, split: str, record: Record, line: bytes) -> None:
-        self._files[split].write(line)
-        self._counts[split] += 1
-        for index, text in enumerate((record["input"], record["output"])):
-            self._sums[index] += len(text)
-            self._maxima[index] = max(self._maxima[index], len(text))
+    def write(self, examples: Examples) -> None:
+        usable = examples.usable(self._settings.max_chars)
+        self._reject(usable.rejected)
+        self.rows += len(usable.rows) + len(usable.rejected)
+        inputs, prompts = to_inputs(usable.instruction, usable.context, self._settings.seed)
+        places = split_places(prompts if usable.anchor is None else prompt_hashes(usable.anchor), self._settings)
+        pairs = list(zip(inputs.to_pylist(), usable.response.to_pylist(), strict=True))
+        # Python's own hash differs between processes, but no two processes compare theirs.
+        fresh = self._seen.first(np.fromiter(map(hash, pairs), np.int64, len(pairs)).view(np.uint64))
+        self.duplicates += int((~fresh).sum())
+        for place, (split, file) in enumerate(zip(SPLITS, self._splits, strict=True)):
+            chosen = [Record(input=i, output=o) for i, o in compress(pairs, (fresh & (places == place)).tolist())]
+            file.write(dump_records(chosen))
+            self.counts[split] += len(chosen)
 
-    def report(self, name: str, folder: Path) -> SplitReport:
-        """The figures, once the files are closed; DataError if a split is empty."""
-        for split, count in self._counts.items():
-            if count == 0:
-                raise DataError(
-                    f"{name}: the {split} split is empty, all splits together hold {sum(self._counts.values())} "
-                    "records; add rows, or give that split a larger proportion"
-                )
-        records = sum(self._counts.values())
-        return SplitReport(
-            digest=folder_digest(folder),
-            counts=self._counts,
-            duplicates=self.duplicates,
-            rejected=0,
-            mean_input_chars=self._sums[0] / records,
-            max_input_chars=self._maxima[0],
-            mean_output_chars=self._sums[1] / records,
-            max_output_chars=self._maxima[1],
+    def explain_rejected(self, name: str, path: Path) -> str:
+        first = "; ".join(f"{row.file} row {row.row}: {row.reason}" for row in self._first_rejected)
+        return (
+            f"{name}: {self.rejected} of {self.rows} rows cannot be used, more than the allowed share of "
+            f"{self._settings.max_rejected:.2%}: {first}{', …' if self.rejected > len(self._first_rejected) else ''}; "
+            f"all are in {path}; repair them, or set max_rejected"
         )
 
-
-def _shuffle_into(writer: _SplitWriter, split: str, paths: list[Path], seed: int) -> None:
-    with ExitStack() as stack:
-        places: dict[bytes, tuple[int, int, int, int]] = {}
-        handles = []
-        for index, path in enumerate(paths):
-            offset = 0
-            for number, line in numbered_lines(path):
-                identity = _hash(line.rstrip(b"\n"), seed, b"shuffle", size=16)
-                writer.duplicates += identity in places
-                places[identity] = (index, number, offset, len(line))
-                offset += len(line)
-            handle = os.open(path, os.O_RDONLY)
-            stack.callback(os.close, handle)
-            handles.append(handle)
-        for _, (index, number, offset, length) in sorted(places.items()):
-            record = parse_record(os.pread(handles[index], length, offset), paths[index], number)
-            writer.write(split, record, dump_record(record))
-
-
-def _bounds(proportions: tuple[float, ...]) -> tuple[float, ...]:
-    if len(proportions) != len(SPLITS) or min(proportions) <= 0 or not math.isclose(sum(proportions), 1):
-        raise DataError(
-            f"proportions: expected {len(SPLITS)} positive shares that add up to 1, for {', '.join(SPLITS)}, "
-            f"found {proportions}"
-        )
-    return (*list(accumulate(proportions))[:-1], 1.0)
-
-
-def _hash(content: bytes, seed: int, purpose: bytes, size: int = 8) -> bytes:
-    return blake2b(content, digest_size=size, key=str(seed).encode(), person=purpose).digest()
+    def _reject(self, rejected: list[Rejected]) -> None:
+        self.rejected += len(rejected)
+        self._first_rejected += rejected[: 3 - len(self._first_rejected)]
+        for row in rejected:
+            self._rejects.write(orjson.dumps(row._asdict(), option=orjson.OPT_APPEND_NEWLINE))

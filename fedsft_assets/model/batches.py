@@ -16,33 +16,10 @@ import torch
 from torch import Tensor
 
 from fedsft_assets.data.records import Record
-from fedsft_assets.model.archive import ModelError
+from fedsft_assets.model.prompt_template import DEFAULT_TEMPLATE, template
 
 IGNORED = -100
 _BATCHES_IN_A_BUCKET = 32
-
-
-@dataclass(frozen=True)
-class PromptTemplate:
-    """A text with `{input}` and, at its end, `{output}`; NeMo's `prompt_template` means the same."""
-
-    text: str
-
-    def prompt(self, text: str) -> str:
-        """What the model is given: all before the answer, without the space that the answer begins with."""
-        return self.text.removesuffix("{output}").removesuffix(" ").replace("{input}", text)
-
-    def answer(self, text: str) -> str:
-        return (" " if self.text.endswith(" {output}") else "") + text
-
-
-DEFAULT_TEMPLATE = "answer"
-TEMPLATES = {
-    # Four tokens in the tiny vocabulary: short, yet it says where the answer starts.
-    "answer": PromptTemplate("{input}\n\nAnswer: {output}"),
-    # The default of NeMo's GPT fine-tuning configuration, for models tuned with it.
-    "nemo": PromptTemplate("{input} {output}"),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +56,6 @@ class Batch(NamedTuple):
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
-
-
-def template(name: str) -> PromptTemplate:
-    """The prompt template of that name. Raises ModelError if there is none."""
-    if name not in TEMPLATES:
-        raise ModelError(f"prompt_template: {name!r} is not one of {', '.join(TEMPLATES)}")
-    return TEMPLATES[name]
 
 
 def tokenize(

@@ -27,10 +27,11 @@ from transformers.initialization import no_init_weights
 
 from fedsft_assets.model import archive
 from fedsft_assets.model.archive import ModelError
-from fedsft_assets.model.batches import IGNORED, Batch, template
+from fedsft_assets.model.batches import IGNORED, Batch
 from fedsft_assets.model.completion import complete
 from fedsft_assets.model.loss import head_only_at, summed_cross_entropy
 from fedsft_assets.model.optimizer import Moments, OptimizerPlan, build_optimizer
+from fedsft_assets.model.prompt_template import template
 from fedsft_assets.store import publish_file
 
 __all__ = ["ModelError", "OptimizerPlan", "SFTModel", "compute_device"]
@@ -40,7 +41,7 @@ class SFTModel(ModelPT):
     """A causal language model that learns to answer.
 
     `cfg` holds `hf` (the Hugging Face configuration), `tokenizer.files` (artifacts), `max_length`
-    (tokens of a record) and `prompt_template` (a key of batches.TEMPLATES). Weights are fp32.
+    (tokens of a record) and `prompt_template` (a key of prompt_template.TEMPLATES). Weights are fp32.
     """
 
     def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:

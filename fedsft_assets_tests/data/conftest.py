@@ -6,7 +6,8 @@ from pathlib import Path
 import orjson
 import pytest
 
-from fedsft_assets.data.sources import DATASETS, Dataset
+from fedsft_assets.specs import DatasetSpec
+from fedsft_assets_tests.shipped import DATASETS
 
 _REAL_SAMPLES = Path(__file__).resolve().parents[2].parent / "shared/data/real_samples"
 
@@ -22,19 +23,19 @@ def real_samples() -> Path:
 
 
 @pytest.fixture
-def dolly() -> Dataset:
+def dolly() -> DatasetSpec:
     return DATASETS["dolly"]
 
 
 @pytest.fixture
-def write_dolly(tmp_path: Path, dolly: Dataset) -> WriteDolly:
+def write_dolly(tmp_path: Path, dolly: DatasetSpec) -> WriteDolly:
     """Writes these rows as Dolly's file and returns its folder; a row may lack the context."""
 
     def write(rows: Iterable[Row]) -> Path:
         folder = tmp_path / "source" / dolly.folder
         folder.mkdir(parents=True, exist_ok=True)
         lines = (orjson.dumps({"context": "", "category": "open_qa", **row}) for row in rows)
-        (folder / dolly.files[0]).write_bytes(b"\n".join(lines))
+        (folder / dolly.file_names[0]).write_bytes(b"\n".join(lines))
         return folder
 
     return write

@@ -4,14 +4,23 @@ from pathlib import Path
 
 import pytest
 
-from fedsft_assets.data.records import DataError, Record, dump_record, preview, read_records
+from fedsft_assets.data.records import DataError, Record, dump_records, preview, read_records
 
 
 def test_records_read_back_as_written(tmp_path: Path) -> None:
     records = [Record(input="Où?\u2028Là.", output='"quoted"\n|'), Record(input=" a ", output="b")]
     path = tmp_path / "training.jsonl"
-    path.write_bytes(b"".join(map(dump_record, records)))
+    path.write_bytes(dump_records(records))
     assert read_records(path) == records
+
+
+def test_texts_that_look_like_the_end_of_a_record_stay_inside_it(tmp_path: Path) -> None:
+    records = [Record(input='},{"input":', output='{"},{"input":"'), Record(input="},{", output='"},{"')]
+    path = tmp_path / "training.jsonl"
+    path.write_bytes(dump_records(records))
+    assert len(path.read_bytes().splitlines()) == 2
+    assert read_records(path) == records
+    assert dump_records([]) == b""
 
 
 @pytest.mark.parametrize(
@@ -26,7 +35,7 @@ def test_records_read_back_as_written(tmp_path: Path) -> None:
 )
 def test_a_bad_line_is_named_with_its_field(tmp_path: Path, line: bytes, message: str) -> None:
     path = tmp_path / "training.jsonl"
-    path.write_bytes(dump_record(Record(input="a", output="b")) + line + b"\n")
+    path.write_bytes(dump_records([Record(input="a", output="b")]) + line + b"\n")
     with pytest.raises(DataError, match=message):
         read_records(path)
 

@@ -8,12 +8,14 @@ import orjson
 import pyarrow.parquet as pq
 import pytest
 
-from fedsft_assets.data.records import DataError, read_records
-from fedsft_assets.data.sample import write_sample
+from fedsft_assets.data.datasets import read_examples
+from fedsft_assets.data.records import read_records
+from fedsft_assets.data.sample import sample_examples, write_sample
 from fedsft_assets.data.sample_text import _CHORES, _COUNTRIES
-from fedsft_assets.data.sources import DATASETS, Dataset
 from fedsft_assets.data.splits import split_dataset
+from fedsft_assets.specs import DatasetSpec
 from fedsft_assets.store import SPLITS, folder_digest, split_file
+from fedsft_assets_tests.shipped import DATASETS
 
 _EVERY_DATASET = pytest.mark.parametrize("dataset", DATASETS.values(), ids=list(DATASETS))
 
@@ -27,7 +29,7 @@ _GOLDEN = {
 
 
 @_EVERY_DATASET
-def test_the_bytes_are_fixed(dataset: Dataset, tmp_path: Path) -> None:
+def test_the_bytes_are_fixed(dataset: DatasetSpec, tmp_path: Path) -> None:
     write_sample(dataset.name, tmp_path)
     assert folder_digest(tmp_path) == _GOLDEN[dataset.name]
 
@@ -45,10 +47,10 @@ def test_another_process_with_another_hash_seed_writes_the_same_bytes(tmp_path: 
 
 @_EVERY_DATASET
 def test_files_and_columns_are_those_of_the_published_files(
-    dataset: Dataset, real_samples: Path, tmp_path: Path
+    dataset: DatasetSpec, real_samples: Path, tmp_path: Path
 ) -> None:
     write_sample(dataset.name, tmp_path)
-    for name in dataset.files:
+    for name in dataset.file_names:
         ours, published = tmp_path / name, real_samples / dataset.folder / name
         if name.endswith(".parquet"):
             assert pq.read_schema(ours).equals(pq.read_schema(published))
@@ -58,18 +60,19 @@ def test_files_and_columns_are_those_of_the_published_files(
 
 
 @_EVERY_DATASET
-def test_each_dataset_fills_its_splits_and_shows_what_is_left_out(dataset: Dataset, tmp_path: Path) -> None:
+def test_each_dataset_fills_its_splits_and_shows_what_is_left_out(dataset: DatasetSpec, tmp_path: Path) -> None:
     write_sample(dataset.name, tmp_path / "raw")
     report = split_dataset(dataset, tmp_path / "raw", tmp_path / "splits")
     assert 600 <= report.records <= 700
     assert min(report.counts.values()) >= 50
     assert (report.rejected > 0) == (report.duplicates > 0) == (dataset.name != "oasst1")
-    assert report.max_input_chars + report.max_output_chars < 256
+    texts = [r for split in SPLITS for r in read_records(split_file(tmp_path / "splits", split))]
+    assert max(len(record["input"]) + len(record["output"]) for record in texts) < 256
 
 
 def test_the_reader_has_to_choose_among_the_messages(tmp_path: Path) -> None:
     write_sample("oasst1", tmp_path)
-    messages = [row for name in DATASETS["oasst1"].files for row in pq.read_table(tmp_path / name).to_pylist()]
+    messages = [row for name in DATASETS["oasst1"].file_names for row in pq.read_table(tmp_path / name).to_pylist()]
     replies = [message for message in messages if message["role"] == "assistant"]
     assert {message["lang"] for message in replies} == {"en", "de", "es"}
     assert {message["rank"] for message in replies} == {None, 0, 1, 2}
@@ -91,6 +94,11 @@ def test_what_is_asked_in_validation_is_answered_in_training(name: str, subjects
     assert len(validation | testing) > len(subjects) / 2
 
 
-def test_a_dataset_that_is_not_in_the_sample_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="embedded sample: 'squad' is not in it, only alpaca, dolly, oasst1"):
-        write_sample("squad", tmp_path)
+def test_what_there_is_to_learn_is_what_the_readers_find(tmp_path: Path) -> None:
+    found = set()
+    for dataset in DATASETS.values():
+        write_sample(dataset.name, tmp_path / dataset.name)
+        for batch in read_examples(dataset, tmp_path / dataset.name):
+            texts = (batch.instruction.to_pylist(), batch.context.fill_null("").to_pylist(), batch.response.to_pylist())
+            found |= set(zip(*texts, strict=True))
+    assert found == {tuple(example) for example in sample_examples()}

@@ -1,18 +1,26 @@
-"""Splits: faithful records, placed by content alone."""
+"""Splits: faithful records, placed by content alone, and nothing lost when something is wrong."""
 
 import json
 import random
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
+import orjson
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fedsft_assets.data.records import DataError, Example, Record, read_records
-from fedsft_assets.data.sources import DATASETS, Dataset
-from fedsft_assets.data.splits import combine, normalize_prompt, split_dataset, to_record
+from fedsft_assets.data.hashing import prompt_hashes
+from fedsft_assets.data.records import DataError, read_records
+from fedsft_assets.data.report import SplitReport
+from fedsft_assets.data.splits import REJECTED_FILE, split_dataset, to_inputs
+from fedsft_assets.settings import PROJECT
+from fedsft_assets.specs import ConversationsSpec, DatasetSpec, SplitSettings
 from fedsft_assets.store import SPLITS, folder_digest, split_file
 from fedsft_assets_tests.data.conftest import Row, WriteDolly
+from fedsft_assets_tests.shipped import DATASETS
 
 _EVERY_DATASET = pytest.mark.parametrize("dataset", DATASETS.values(), ids=list(DATASETS))
 
@@ -31,6 +39,13 @@ def _placed(folder: Path) -> dict[tuple[str, str], str]:
         for split in SPLITS
         for record in read_records(split_file(folder, split))
     }
+
+
+def _by_prompt(folder: Path) -> dict[int, str]:
+    """The split of each prompt in a folder of splits."""
+    placed = _placed(folder)
+    hashes = prompt_hashes(pa.array([text for text, _ in placed])).tolist()
+    return dict(zip(hashes, placed.values(), strict=True))
 
 
 def _reference(dataset: str, folder: Path) -> set[tuple[frozenset[str], str]]:
@@ -59,7 +74,7 @@ def _reference(dataset: str, folder: Path) -> set[tuple[frozenset[str], str]]:
 
 @_EVERY_DATASET
 def test_real_rows_become_the_records_of_the_published_preprocessing(
-    dataset: Dataset, real_samples: Path, tmp_path: Path
+    dataset: DatasetSpec, real_samples: Path, tmp_path: Path
 ) -> None:
     raw = real_samples / dataset.folder
     report = split_dataset(dataset, raw, tmp_path)
@@ -79,7 +94,7 @@ def _halves(parts: list[str], cut: int) -> frozenset[str]:
 
 
 @_EVERY_DATASET
-def test_splitting_twice_gives_the_same_bytes(dataset: Dataset, real_samples: Path, tmp_path: Path) -> None:
+def test_splitting_twice_gives_the_same_bytes(dataset: DatasetSpec, real_samples: Path, tmp_path: Path) -> None:
     first = split_dataset(dataset, real_samples / dataset.folder, tmp_path / "first")
     second = split_dataset(dataset, real_samples / dataset.folder, tmp_path / "second")
     assert first == second
@@ -88,9 +103,11 @@ def test_splitting_twice_gives_the_same_bytes(dataset: Dataset, real_samples: Pa
         assert len({path.read_bytes() for path in paths}) == 1
 
 
-def test_new_rows_never_move_old_rows_between_splits(dolly: Dataset, write_dolly: WriteDolly, tmp_path: Path) -> None:
+def test_new_rows_never_move_old_rows_between_splits(
+    dolly: DatasetSpec, write_dolly: WriteDolly, tmp_path: Path
+) -> None:
     split_dataset(dolly, write_dolly(_rows(range(500))), tmp_path / "old")
-    rows = _rows(range(1500))
+    rows = _rows(range(9500))
     random.Random(0).shuffle(rows)
     split_dataset(dolly, write_dolly(rows), tmp_path / "new")
     old, new = _placed(tmp_path / "old"), _placed(tmp_path / "new")
@@ -98,135 +115,194 @@ def test_new_rows_never_move_old_rows_between_splits(dolly: Dataset, write_dolly
     assert old.items() <= new.items()
 
 
-def test_splits_hold_their_proportions(dolly: Dataset, write_dolly: WriteDolly, tmp_path: Path) -> None:
+def test_splits_hold_their_proportions(dolly: DatasetSpec, write_dolly: WriteDolly, tmp_path: Path) -> None:
     raw = write_dolly(_rows(range(10_000)))
     for proportions in ((0.8, 0.1, 0.1), (0.6, 0.3, 0.1)):
-        report = split_dataset(dolly, raw, tmp_path / "splits", proportions=proportions)
+        report = split_dataset(dolly, raw, tmp_path / "splits", SplitSettings(proportions=proportions))
         for split, proportion in zip(SPLITS, proportions, strict=True):
             assert report.counts[split] / 10_000 == pytest.approx(proportion, abs=0.01)
 
 
-def test_the_seed_decides_which_split(dolly: Dataset, write_dolly: WriteDolly, tmp_path: Path) -> None:
+def test_the_seed_decides_which_split(dolly: DatasetSpec, write_dolly: WriteDolly, tmp_path: Path) -> None:
     raw = write_dolly(_rows(range(300)))
-    split_dataset(dolly, raw, tmp_path / "one", seed=1)
-    split_dataset(dolly, raw, tmp_path / "two", seed=2)
-    one, two = (
-        {frozenset(pair[0].split()): split for pair, split in _placed(tmp_path / n).items()} for n in ("one", "two")
-    )
+    for seed in (1, 2):
+        split_dataset(dolly, raw, tmp_path / str(seed), SplitSettings(seed=seed))
+    one, two = _by_prompt(tmp_path / "1"), _by_prompt(tmp_path / "2")
     assert one.keys() == two.keys()
     assert one != two
 
 
 def test_the_same_prompt_falls_into_the_same_split_however_it_is_written(
-    dolly: Dataset, write_dolly: WriteDolly, tmp_path: Path
+    dolly: DatasetSpec, write_dolly: WriteDolly, tmp_path: Path
 ) -> None:
     rows: list[Row] = [{"instruction": f"Add {n}.", "context": f"To {n}.", "response": "a"} for n in range(200)]
     again: list[Row] = [{"instruction": f" to  {n}.", "context": f"ADD\n{n}. ", "response": "b"} for n in range(200)]
-    split_dataset(dolly, write_dolly(rows), tmp_path / "one")
-    split_dataset(dolly, write_dolly(again), tmp_path / "two")
-    one, two = (
-        {normalize_prompt(text): split for (text, _), split in _placed(tmp_path / name).items()}
-        for name in ("one", "two")
-    )
+    whole: list[Row] = [{"instruction": f"Add {n}.\n\nTo {n}.", "response": "c"} for n in range(200)]
+    for name, content in (("one", rows), ("two", again), ("three", whole)):
+        split_dataset(dolly, write_dolly(content), tmp_path / name)
+    one, two, three = (_by_prompt(tmp_path / name) for name in ("one", "two", "three"))
     assert len(one) == 200
-    assert one == two
+    assert one == two == three
 
 
 def test_instruction_and_context_come_in_either_order_decided_by_content() -> None:
-    examples = [Example(f"Ask {n}?", f"Context {n}.", "answer") for n in range(1000)]
-    records = [to_record(example, seed=1) for example in examples]
-    assert records == [to_record(example, seed=1) for example in examples]
-    assert records != [to_record(example, seed=2) for example in examples]
-    first = Counter(record["input"].startswith("Ask") for record in records)
+    instruction = pa.array([f"Ask {n}?" for n in range(1000)])
+    context = pa.array([f"Context {n}." for n in range(1000)])
+    inputs = to_inputs(instruction, context, seed=1)[0].to_pylist()
+    assert inputs == to_inputs(instruction, context, seed=1)[0].to_pylist()
+    assert inputs != to_inputs(instruction, context, seed=2)[0].to_pylist()
+    first = Counter(text.startswith("Ask") for text in inputs)
     assert first[True] == pytest.approx(500, abs=60)
-    assert records[7]["input"] in ("Ask 7?\n\nContext 7.", "Context 7.\n\nAsk 7?")
+    assert inputs[7] in ("Ask 7?\n\nContext 7.", "Context 7.\n\nAsk 7?")
 
 
-def test_parts_are_stripped_where_they_are_joined_and_nothing_else_is_touched() -> None:
-    joined = to_record(Example(" Ask?\n", "\n Context. ", " answer\n"), seed=1)
-    assert joined["input"] in ("Ask?\n\nContext.", "Context.\n\nAsk?")
-    assert joined["output"] == " answer\n"
-    assert to_record(Example(" Ask?\n", " ", "answer"), seed=1) == Record(input=" Ask?\n", output="answer")
-
-
-def test_blank_rows_and_exact_duplicates_are_dropped_and_counted(
-    dolly: Dataset, write_dolly: WriteDolly, tmp_path: Path
+def test_parts_are_stripped_where_they_are_joined_and_nothing_else_is_touched(
+    dolly: DatasetSpec, write_dolly: WriteDolly, tmp_path: Path
 ) -> None:
-    blank: list[Row] = [
+    rows: list[Row] = [
+        {"instruction": " Ask?\n", "context": "\n Context. ", "response": " answer\n"},
+        {"instruction": " Alone?\n", "context": " ", "response": "answer"},
+        *_rows(range(100)),
+    ]
+    split_dataset(dolly, write_dolly(rows), tmp_path / "splits")
+    written = set(_placed(tmp_path / "splits"))
+    assert written & {("Ask?\n\nContext.", " answer\n"), ("Context.\n\nAsk?", " answer\n")}
+    assert (" Alone?\n", "answer") in written
+
+
+def test_unusable_rows_are_written_down_with_number_and_reason_and_duplicates_counted(
+    dolly: DatasetSpec, write_dolly: WriteDolly, tmp_path: Path
+) -> None:
+    bad: list[Row] = [
         {"instruction": " \n", "context": "a", "response": "b"},
         {"instruction": "a", "response": ""},
         {"instruction": None, "response": "b"},
+        {"instruction": "a", "context": "x" * 5001, "response": "b"},
+        {"instruction": "a", "response": "y" * 5001},
     ]
     same_prompt: list[Row] = [{"instruction": "What is 4 plus one?", "response": "five"}]
-    report = split_dataset(
-        dolly, write_dolly([*_rows(range(100)), *blank, *_rows(range(9)), *same_prompt]), tmp_path / "s"
-    )
-    assert (report.records, report.duplicates, report.rejected) == (101, 9, 3)
-    assert report.digest == folder_digest(tmp_path / "s")
-    assert report.max_input_chars == len("What is 99 plus one?\n\nPassage 99.")
+    raw = write_dolly([*_rows(range(100)), *bad, *_rows(range(9)), *same_prompt])
+    with (raw / dolly.file_names[0]).open("ab") as file:
+        file.write(b'\n{"instruction": "a", "resp')
+    into = tmp_path / "splits"
+    report = split_dataset(dolly, raw, into, SplitSettings(max_rejected=0.1, max_chars=5000))
+    assert (report.records, report.rows, report.duplicates, report.rejected) == (101, 116, 9, 6)
     assert report.as_metadata()["records"] == 101
+    assert report == SplitReport.read(into)
+    assert report.digest == folder_digest(into, [f"{split}.jsonl" for split in SPLITS])
+    rejected = [orjson.loads(line) for line in (into / REJECTED_FILE).read_bytes().splitlines()]
+    assert [(row["row"], row["reason"].split(":")[0]) for row in rejected] == [
+        (116, "is not JSON"),
+        (101, "instruction"),
+        (102, "response"),
+        (103, "instruction"),
+        (104, "context"),
+        (105, "response"),
+    ]
+    assert [row["reason"] for row in rejected[1:]] == [
+        "instruction: is blank",
+        "response: is blank",
+        "instruction: is null",
+        "context: is longer than 5000 characters",
+        "response: is longer than 5000 characters",
+    ]
+    assert {row["file"] for row in rejected} == {dolly.file_names[0]}
+
+
+def test_too_many_unusable_rows_stop_it_and_the_old_splits_stay(
+    dolly: DatasetSpec, write_dolly: WriteDolly, tmp_path: Path
+) -> None:
+    into = tmp_path / "splits"
+    split_dataset(dolly, write_dolly(_rows(range(100))), into)
+    before = folder_digest(into)
+    bad: list[Row] = [{"instruction": f"{n}?", "response": None} for n in range(3)]
+    refused = tmp_path / "splits.rejected.jsonl"
+    with pytest.raises(
+        DataError,
+        match=r"dolly: 3 of 203 rows cannot be used, more than the allowed share of 1\.00%: "
+        rf"databricks-dolly-15k\.jsonl row 201: response: is null; .* all are in {refused}; repair them, or set",
+    ):
+        split_dataset(dolly, write_dolly([*_rows(range(200)), *bad]), into)
+    assert folder_digest(into) == before
+    assert [orjson.loads(line)["row"] for line in refused.read_bytes().splitlines()] == [201, 202, 203]
+    split_dataset(dolly, write_dolly(_rows(range(200))), into)
+    assert not refused.exists()
 
 
 def test_an_empty_split_is_refused_and_the_old_splits_stay(
-    dolly: Dataset, write_dolly: WriteDolly, tmp_path: Path
+    dolly: DatasetSpec, write_dolly: WriteDolly, tmp_path: Path
 ) -> None:
     into = tmp_path / "splits"
-    digest = split_dataset(dolly, write_dolly(_rows(range(100))), into).digest
+    split_dataset(dolly, write_dolly(_rows(range(100))), into)
+    before = folder_digest(into)
     with pytest.raises(DataError, match=r"dolly: the \w+ split is empty, all splits together hold 1 records; add rows"):
         split_dataset(dolly, write_dolly(_rows(range(1))), into)
-    assert folder_digest(into) == digest
+    assert folder_digest(into) == before
 
 
-def test_a_broken_line_is_named_and_the_old_splits_stay(
-    dolly: Dataset, write_dolly: WriteDolly, tmp_path: Path
+def test_a_file_that_breaks_off_is_named_and_the_old_splits_stay(source: Path, tmp_path: Path) -> None:
+    alpaca, into = DATASETS["alpaca"], tmp_path / "splits"
+    raw = source / alpaca.folder
+    split_dataset(alpaca, raw, into)
+    before = folder_digest(into)
+    path = raw / alpaca.file_names[0]
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(DataError, match=rf"{path}: is not a whole Parquet file"):
+        split_dataset(alpaca, raw, into)
+    assert folder_digest(into) == before
+
+
+def test_whole_conversations_stay_in_the_split_of_their_first_prompt(tmp_path: Path, source: Path) -> None:
+    oasst1 = DATASETS["oasst1"]
+    whole = oasst1.model_copy(update={"conversations": ConversationsSpec(context="path")})
+    split_dataset(oasst1, source / oasst1.folder, tmp_path / "prompt")
+    split_dataset(whole, source / oasst1.folder, tmp_path / "path")
+    alone, paths = _placed(tmp_path / "prompt"), _placed(tmp_path / "path")
+    assert len(alone) == len(paths)
+    splits = {text: split for (text, _), split in alone.items()}
+    several = {text: split for (text, _), split in paths.items() if text.startswith("User: ")}
+    assert len(several) > 100
+    for text, split in several.items():
+        first = text.removeprefix("User: ").split("\n\nAssistant: ")[0]
+        assert splits[first] == split
+
+
+_KILLED = """
+import sys
+from pathlib import Path
+from fedsft_assets.data import splits
+from fedsft_assets.data.splits import split_dataset
+from fedsft_assets.specs import DatasetSpec, load_datasets
+
+class Slow(splits._Writer):
+    def write(self, examples):
+        super().write(examples)
+        self._splits[0]._wait()
+        self._splits[0]._file.flush()
+        print("writing", flush=True)
+        sys.stdin.read()
+
+splits._Writer = Slow
+dolly = load_datasets(Path(sys.argv[1]))["dolly"]
+split_dataset(dolly, Path(sys.argv[2]), Path(sys.argv[3]))
+"""
+
+
+def test_a_process_killed_in_the_middle_of_writing_leaves_what_was_there(
+    dolly: DatasetSpec, write_dolly: WriteDolly, tmp_path: Path
 ) -> None:
-    into = tmp_path / "splits"
-    raw = write_dolly(_rows(range(100)))
-    digest = split_dataset(dolly, raw, into).digest
-    with (raw / dolly.files[0]).open("a") as file:
-        file.write('\n{"instruction": "a", "resp')
-    with pytest.raises(DataError, match=r"databricks-dolly-15k\.jsonl: line 101: is not JSON"):
-        split_dataset(dolly, raw, into)
-    assert folder_digest(into) == digest
-
-
-@pytest.mark.parametrize("proportions", [(0.8, 0.1, 0.2), (1.0, 0.0, 0.0), (0.5, 0.5)])
-def test_impossible_proportions_are_refused(dolly: Dataset, tmp_path: Path, proportions: tuple[float, ...]) -> None:
-    with pytest.raises(DataError, match="proportions: expected 3 positive shares that add up to 1"):
-        split_dataset(dolly, tmp_path, tmp_path / "splits", proportions=proportions)  # type: ignore[arg-type]
-
-
-def test_combined_is_the_shuffled_union_of_the_same_splits(real_samples: Path, tmp_path: Path) -> None:
-    folders = [tmp_path / name for name in DATASETS]
-    for dataset, folder in zip(DATASETS.values(), folders, strict=True):
-        split_dataset(dataset, real_samples / dataset.folder, folder)
-    report = combine(folders, tmp_path / "combined")
-    union: dict[tuple[str, str], str] = {}
-    for folder in folders:
-        union |= _placed(folder)
-    assert _placed(tmp_path / "combined") == union
-    assert report.records == len(union)
-    assert report.digest == folder_digest(tmp_path / "combined")
-    assert combine(folders[::-1], tmp_path / "again").digest == report.digest
-    assert combine(folders, tmp_path / "other", seed=7).digest != report.digest
-    alpaca = {(record["input"], record["output"]) for record in read_records(split_file(folders[0], "training"))}
-    combined = read_records(split_file(tmp_path / "combined", "training"))
-    half = sum((record["input"], record["output"]) in alpaca for record in combined[: len(combined) // 2])
-    assert half / len(alpaca) == pytest.approx(0.5, abs=0.1)
-
-
-def test_combining_drops_what_two_datasets_share_and_counts_it(
-    dolly: Dataset, write_dolly: WriteDolly, tmp_path: Path
-) -> None:
-    split_dataset(dolly, write_dolly(_rows(range(200))), tmp_path / "one")
-    split_dataset(dolly, write_dolly(_rows(range(150, 400))), tmp_path / "two")
-    report = combine([tmp_path / "one", tmp_path / "two"], tmp_path / "combined")
-    assert (report.records, report.duplicates) == (400, 50)
-
-
-def test_combining_names_a_missing_split(dolly: Dataset, write_dolly: WriteDolly, tmp_path: Path) -> None:
-    split_dataset(dolly, write_dolly(_rows(range(200))), tmp_path / "one")
-    split_file(tmp_path / "one", "validation").unlink()
-    with pytest.raises(DataError, match=r"one/validation\.jsonl: cannot be read"):
-        combine([tmp_path / "one"], tmp_path / "combined")
-    assert not (tmp_path / "combined").exists()
+    into = tmp_path / "processed" / "dolly"
+    split_dataset(dolly, write_dolly(_rows(range(100))), into)
+    before = folder_digest(into)
+    raw = write_dolly(_rows(range(5000)))
+    command = [sys.executable, "-c", _KILLED, str(PROJECT / "datasets"), str(raw), str(into)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=PROJECT) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"writing\n"
+        process.kill()
+    half = into.with_name(".dolly.new")
+    assert split_file(half, "training").stat().st_size > 0, "it was in the middle of writing"
+    assert folder_digest(into) == before
+    report = split_dataset(dolly, raw, into)
+    assert report.records == 5000
+    assert [path.name for path in into.parent.iterdir()] == ["dolly"]

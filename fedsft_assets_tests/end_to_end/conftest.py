@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from fedsft_assets.data.sources import DATASETS, fetch
-from fedsft_assets.data.splits import combine, split_dataset
+from fedsft_assets.data.combine import combine
+from fedsft_assets.data.sources import fetch
+from fedsft_assets.data.splits import split_dataset
 from fedsft_assets.federation.job_folder import build_job_folder
 from fedsft_assets.settings import PROJECT
 from fedsft_assets.specs import PRESETS, JobSpec
 from fedsft_assets.store import Store
+from fedsft_assets_tests.shipped import DATASETS
 
 TINY = PRESETS["tiny"]
 
@@ -23,7 +25,7 @@ def prepared_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     store = Store(tmp_path_factory.mktemp("prepared"))
     for dataset in DATASETS.values():
-        fetch(dataset, None, into=store.raw(dataset.name))
+        fetch(dataset, "sample", into=store.raw(dataset.name), downloads=store.downloads)
         split_dataset(dataset, raw=store.raw(dataset.name), into=store.processed(dataset.name))
     combine([store.processed(name) for name in DATASETS], into=store.combined)
     create_base_model(TINY, into=store.base_model(TINY.name), seed=1234)

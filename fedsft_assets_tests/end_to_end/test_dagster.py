@@ -13,11 +13,11 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from fedsft_assets.data.sources import DATASETS
 from fedsft_assets.federation.processes import MARK, marked_processes, stop_marked
 from fedsft_assets.settings import PROJECT, Settings
 from fedsft_assets.store import Store
 from fedsft_assets.tracking import Tracking
+from fedsft_assets_tests.shipped import DATASETS
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nvflare")]
 
@@ -97,7 +97,7 @@ def test_sensor_in_the_daemon_rebuilds_only_what_new_data_touches(
     assert "base model" in out
     assert set(_materializations(home).values()) == {1}
 
-    dolly = source / DATASETS["dolly"].folder / DATASETS["dolly"].files[0]
+    dolly = source / DATASETS["dolly"].folder / DATASETS["dolly"].file_names[0]
     row = {"instruction": "Is a wolf an animal?", "context": "", "response": "It is.", "category": "open_qa"}
     dolly.write_text(dolly.read_text() + json.dumps(row) + "\n")
     workspace = ("--workspace", str(PROJECT / "workspace.yaml"))

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from fedsft_assets.data.sources import DATASETS
 from fedsft_assets.federation.job_folder import JobFolderReport, build_job_folder, read_plans, read_spec
 from fedsft_assets.settings import PROJECT
 from fedsft_assets.specs import COMBINED, PRESETS, JobSpec
 from fedsft_assets.store import SPLITS, Store, file_digest, folder_digest, split_file
+from fedsft_assets_tests.shipped import DATASETS
 
 TINY = PRESETS["tiny"]
 

@@ -9,8 +9,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedsft_assets.model.archive import ModelError
-from fedsft_assets.model.base import create_base_model, sample_texts
+from fedsft_assets.model.base import create_base_model
 from fedsft_assets.model.sft_model import SFTModel
+from fedsft_assets.model.tokenizer import sample_texts
 from fedsft_assets.specs import PRESETS, model_preset
 
 

@@ -1,0 +1,220 @@
+"""Asset checks on `processed/<dataset>` and `combined`: what must hold before a model is trained on them.
+
+All of them block: one that fails as an error stops what is downstream, one that fails as a warning does not.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from fedsft_assets.assets.failures import explained
+from fedsft_assets.data.quality import blank_outputs, language_sample, prompt_overlap
+from fedsft_assets.data.records import DataError
+from fedsft_assets.data.report import SplitReport
+from fedsft_assets.data.views import percentiles
+from fedsft_assets.model.archive import ModelError
+from fedsft_assets.resources import ChecksResource, ModelResource, StoreResource
+from fedsft_assets.specs import COMBINED, CheckName, CheckSettings, DatasetSpec, ModelPreset, Severity
+from fedsft_assets.store import Store
+
+_HISTORY = 100  # materializations and evaluations to look back
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found, in one sentence and in numbers."""
+
+    passed: bool
+    description: str
+    metadata: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a check promises, and how bad it is when that does not hold."""
+
+    description: str
+    severity: Severity
+
+
+CHECKS: Mapping[CheckName, Check] = {
+    "row_count": Check("About as many records as the last time.", "error"),
+    "no_empty_outputs": Check("Every record has an output to learn.", "error"),
+    "no_prompt_overlap": Check("No prompt is in two splits, so that no loss is measured on what was trained.", "error"),
+    "token_lengths": Check("Records fit into the model's window.", "warn"),
+    "languages": Check("Records are in the languages that are wanted.", "warn"),
+    "duplicates": Check("Rows do not repeat each other.", "warn"),
+}
+
+
+def data_checks(datasets: Sequence[DatasetSpec]) -> list[dg.AssetChecksDefinition]:
+    """One step of checks for each dataset, and one for `combined`."""
+    names = [dataset.name for dataset in datasets]
+    return [*map(_dataset_checks, names), _dataset_checks(COMBINED, names)]
+
+
+def _dataset_checks(dataset: str, parts: Sequence[str] = ()) -> dg.AssetChecksDefinition:
+    """The checks of a dataset; `parts` are those that it is made of, whose splits may share no prompt with its own."""
+    key = _asset_key(dataset)
+
+    @dg.multi_asset_check(
+        name=f"check__{key.to_python_identifier()}",
+        specs=[
+            dg.AssetCheckSpec(
+                name,
+                asset=key,
+                description=check.description,
+                blocking=True,
+                additional_deps=[_asset_key(part) for part in parts],
+            )
+            for name, check in CHECKS.items()
+        ],
+    )
+    def run_checks(
+        context: dg.AssetCheckExecutionContext, store: StoreResource, checks: ChecksResource, model: ModelResource
+    ) -> Iterator[dg.AssetCheckResult]:
+        settings = checks.settings
+        before = _records_before(context.instance, key)
+        with explained(DataError, ModelError):
+            for name, finding in _findings(dataset, parts, store.files, model.load(), settings, before):
+                yield dg.AssetCheckResult(
+                    check_name=name,
+                    passed=finding.passed,
+                    severity=dg.AssetCheckSeverity[settings.severity.get(name, CHECKS[name].severity).upper()],
+                    description=finding.description,
+                    metadata=finding.metadata,
+                )
+
+    return run_checks
+
+
+def _records_before(instance: dg.DagsterInstance, key: dg.AssetKey) -> int | None:
+    """Records of the last materialization before the present one; None if there is none.
+
+    One that `row_count` refused does not count: else doing the same again would let it through.
+    """
+    refused = _refused(instance, dg.AssetCheckKey(key, "row_count"))
+    for record in instance.fetch_materializations(key, limit=_HISTORY).records[1:]:
+        records = record.asset_materialization and record.asset_materialization.metadata.get("records")
+        if isinstance(records, dg.IntMetadataValue) and record.storage_id not in refused:
+            return records.value
+    return None
+
+
+def _refused(instance: dg.DagsterInstance, check: dg.AssetCheckKey) -> set[int]:
+    """The materializations that a check last found to be in error, by their storage ids."""
+    verdicts: dict[int, bool] = {}
+    for record in instance.event_log_storage.get_asset_check_execution_history(check, limit=_HISTORY):
+        evaluation = record.evaluation
+        if isinstance(evaluation, dg.AssetCheckEvaluation) and evaluation.target_materialization_data:
+            failed = not evaluation.passed and evaluation.severity == dg.AssetCheckSeverity.ERROR
+            verdicts.setdefault(evaluation.target_materialization_data.storage_id, failed)
+    return {storage_id for storage_id, failed in verdicts.items() if failed}
+
+
+def _asset_key(dataset: str) -> dg.AssetKey:
+    return dg.AssetKey([COMBINED] if dataset == COMBINED else ["processed", dataset])
+
+
+def _findings(
+    dataset: str, parts: Sequence[str], files: Store, preset: ModelPreset, settings: CheckSettings, before: int | None
+) -> Iterator[tuple[CheckName, Finding]]:
+    """Each check's finding, as soon as there is one."""
+    folder = files.splits(dataset)
+    report = SplitReport.read(folder)
+    yield "row_count", _row_count(report.records, before, settings)
+    yield "no_empty_outputs", _no_empty_outputs(folder)
+    yield "no_prompt_overlap", _no_prompt_overlap([*map(files.splits, parts), folder])
+    yield "token_lengths", _token_lengths(folder, preset, files.tokenizers, settings.max_truncated)
+    yield "languages", _languages(folder, settings)
+    yield "duplicates", _duplicates(report, settings.max_duplicates)
+
+
+def _row_count(records: int, before: int | None, settings: CheckSettings) -> Finding:
+    if before is None:
+        found = f"{records:,} records; there is no earlier materialization to compare them with."
+        return Finding(True, found, {"records": records})
+    ratio = records / before
+    low, high = settings.min_rows, settings.max_rows
+    found = f"{records:,} records, {ratio:.3g} times the {before:,} of the materialization before"
+    advice = f"allowed is {low:g} to {high:g} times; look at the raw data, or set min_rows or max_rows if this is meant"
+    return _finding(low <= ratio <= high, found, advice, {"records": records, "records before": before, "ratio": ratio})
+
+
+def _no_empty_outputs(folder: Path) -> Finding:
+    blanks = blank_outputs(folder)
+    count = sum(blank.count for blank in blanks.values())
+    lines = [f"{split} line {line}" for split, blank in blanks.items() for line in blank.lines]
+    found = f"{_counted(count, 'record has', 'records have')} a blank output{_listed(lines)}"
+    metadata = {f"blank, {split}": blank.count for split, blank in blanks.items()}
+    return _finding(count == 0, found, "materialize the splits again", {"blank": count, **metadata})
+
+
+def _no_prompt_overlap(folders: Sequence[Path]) -> Finding:
+    overlap = prompt_overlap(folders)
+    examples = [f"{prompt.text!r} in {' and '.join(prompt.places)}" for prompt in overlap.examples]
+    found = f"{_counted(overlap.count, 'prompt is', 'prompts are')} in several splits{_listed(examples)}"
+    table = [dg.TableRecord({"prompt": prompt.text, "in": ", ".join(prompt.places)}) for prompt in overlap.examples]
+    metadata = {"prompts": overlap.count, **({"examples": dg.MetadataValue.table(table)} if table else {})}
+    advice = "materialize all processed assets, then combined, with the same split settings"
+    return _finding(overlap.count == 0, found, advice, metadata)
+
+
+def _token_lengths(folder: Path, preset: ModelPreset, tokenizers: Path, allowed: float) -> Finding:
+    from fedsft_assets.model.lengths import token_lengths
+    from fedsft_assets.model.tokenizer import preset_tokenizer
+
+    lengths = token_lengths(folder, preset_tokenizer(preset, tokenizers))
+    count = int((lengths > preset.max_length).sum())
+    share = count / len(lengths)
+    found = (
+        f"{count:,} of {len(lengths):,} records ({share:.2%}) are longer than {preset.max_length} tokens, "
+        f"the window of {preset.name}"
+    )
+    advice = f"at most {allowed:.2%} may be cut to it; take a model with a longer window, or set max_truncated"
+    tokens = {f"tokens, {name}": value for name, value in percentiles(lengths).items() if name != "max"}
+    return _finding(
+        share <= allowed, found, advice, {"cut": count, "share": share, "window": preset.max_length, **tokens}
+    )
+
+
+def _languages(folder: Path, settings: CheckSettings) -> Finding:
+    sample = language_sample(folder)
+    share = sample.share(settings.languages)
+    wanted = ", ".join(settings.languages)
+    found = f"{share:.2%} of the {sample.worded:,} sampled records that have words are in {wanted}"
+    table = [
+        dg.TableRecord({"language": code, "records": count, "share": count / sample.sampled})
+        for code, count in sorted(sample.counts.items(), key=lambda item: (-item[1], item[0]))
+    ]
+    advice = (
+        f"at least {settings.min_language_share:.2%} should be; leave the other records out, or set languages or "
+        "min_language_share"
+    )
+    metadata = {"share": share, "sampled": sample.sampled, "languages": dg.MetadataValue.table(table)}
+    return _finding(share >= settings.min_language_share, found, advice, metadata)
+
+
+def _duplicates(report: SplitReport, allowed: float) -> Finding:
+    share = report.duplicates / report.rows
+    found = f"{report.duplicates:,} of {report.rows:,} rows ({share:.2%}) repeat another and were left out"
+    advice = f"at most {allowed:.2%} may; look for rows that the source has twice, or set max_duplicates"
+    return _finding(
+        share <= allowed, found, advice, {"duplicates": report.duplicates, "rows": report.rows, "share": share}
+    )
+
+
+def _finding(passed: bool, found: str, advice: str, metadata: Mapping[str, Any]) -> Finding:
+    """A finding whose advice is given only if it is needed."""
+    return Finding(passed, f"{found}." if passed else f"{found}; {advice}.", metadata)
+
+
+def _counted(count: int, one: str, many: str) -> str:
+    return f"{count:,} {one if count == 1 else many}"
+
+
+def _listed(items: Sequence[str]) -> str:
+    return f" ({'; '.join(items)})" if items else ""

@@ -1,0 +1,90 @@
+"""The union of several datasets' splits, shuffled without holding it in memory.
+
+A record's place in the shuffled order is a hash of its line and a seed. Lines stay on disk: memory
+holds their hashes and where they are, 24 bytes each.
+"""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from fedsft_assets.data.hashing import Hashes, byte_hashes, mixed
+from fedsft_assets.data.records import DataError
+from fedsft_assets.data.report import SplitReport
+from fedsft_assets.specs import COMBINED
+from fedsft_assets.store import SPLITS, HashedFile, file_digest, publish_folder, split_file
+
+_BLOCK = 1 << 21  # bytes of lines that are read together
+_LINES = 4096  # lines that are written together
+
+
+def combine(folders: Sequence[Path], into: Path) -> SplitReport:
+    """Write the union of several datasets' splits to `into`, shuffled, whole or not at all.
+
+    The order follows from the seed and the records alone: neither the order of `folders` nor new
+    records change the order of the others. Exact duplicates are dropped and counted. Raises DataError
+    if a split is missing, is not as it was written, or was split in another way than the others.
+    """
+    reports = [SplitReport.read(folder) for folder in folders]
+    settings = reports[0].settings
+    for folder, report in zip(folders, reports, strict=True):
+        for field in ("seed", "proportions"):
+            ours, expected = getattr(report.settings, field), getattr(settings, field)
+            if ours != expected:
+                raise DataError(
+                    f"{folder}: was split with {field} {ours}, {folders[0]} with {expected}, so a prompt may be in "
+                    "several splits; materialize all processed assets with the same settings"
+                )
+    counts, digests = {}, {}
+    with publish_folder(into) as fresh:
+        for split in SPLITS:
+            paths = [split_file(folder, split) for folder in folders]
+            into_file = split_file(fresh, split)
+            counts[split], digests[into_file.name] = _shuffle(paths, reports, into_file, settings.seed)
+        rows = sum(report.records for report in reports)
+        report = SplitReport.of(
+            COMBINED, digests, settings, counts=counts, rows=rows, duplicates=rows - sum(counts.values())
+        )
+        report.write(fresh)
+    return report
+
+
+def _shuffle(paths: Sequence[Path], reports: Sequence[SplitReport], into: Path, seed: int) -> tuple[int, str]:
+    """Write the distinct lines of all files to `into` in the order of their hashes; their number and digest."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        digests = pool.map(file_digest, paths)
+        indexes = [_index(path, seed) for path in paths]
+        for path, report, digest in zip(paths, reports, digests, strict=True):
+            if digest != report.files[path.name]:
+                raise DataError(f"{path}: has changed since it was written; materialize processed/{report.name} again")
+    _, order = np.unique(np.concatenate([hashes for hashes, _ in indexes]), return_index=True)
+    files = np.repeat(np.arange(len(paths)), [len(hashes) for hashes, _ in indexes])
+    starts = np.concatenate([ends[:-1] for _, ends in indexes])
+    lengths = np.concatenate([np.diff(ends) for _, ends in indexes])
+    with ExitStack() as stack, HashedFile(into) as out:
+        handles = [os.open(path, os.O_RDONLY) for path in paths]
+        for handle in handles:
+            stack.callback(os.close, handle)
+        for first in range(0, len(order), _LINES):
+            part = order[first : first + _LINES]
+            places = zip(files[part].tolist(), lengths[part].tolist(), starts[part].tolist(), strict=True)
+            out.write(b"".join([os.pread(handles[file], length, start) for file, length, start in places]))
+    return len(order), out.digest
+
+
+def _index(path: Path, seed: int) -> tuple[Hashes, npt.NDArray[np.int64]]:
+    """The hash of each of a file's N lines, and where they end, with a zero before [N + 1]."""
+    hashes, lengths = [np.zeros(0, np.uint64)], [np.zeros(1, np.int64)]
+    try:
+        with path.open("rb") as file:
+            while lines := file.readlines(_BLOCK):
+                hashes.append(mixed(byte_hashes(lines), seed, "shuffle"))
+                lengths.append(np.fromiter(map(len, lines), np.int64, len(lines)))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}; materialize the asset again") from error
+    return np.concatenate(hashes), np.cumsum(np.concatenate(lengths))

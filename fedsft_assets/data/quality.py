@@ -1,0 +1,134 @@
+"""What may be wrong with folders of splits: blank outputs, prompts in two splits, other languages.
+
+Files are read one record at a time; memory holds a few bytes of each. What is too much is decided elsewhere.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from fedsft_assets.data.hashing import Hashes, prompt_hashes
+from fedsft_assets.data.records import excerpt, iterate_records
+from fedsft_assets.data.report import SplitReport
+from fedsft_assets.store import SPLITS, split_file
+
+_NO_LANGUAGE = "zxx"  # ISO 639's code for numbers, formulas and the like
+_BATCH = 1024  # records
+_EXAMPLES = 5
+_CHARS = 1000  # of an input and of an output: enough to tell the language
+
+_Place = tuple[Path, str]
+
+
+@dataclass(frozen=True)
+class BlankOutputs:
+    """How many outputs of a split are blank, and the first few lines that have one, from 1."""
+
+    count: int
+    lines: list[int]
+
+
+@dataclass(frozen=True)
+class SharedPrompt:
+    """A prompt that is in several splits: how it begins, and each `<folder>/<split>` that has it."""
+
+    text: str
+    places: list[str]
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How many different prompts are in several splits, and up to five of them."""
+
+    count: int
+    examples: list[SharedPrompt]
+
+
+@dataclass(frozen=True)
+class Languages:
+    """Records of a sample by language, as ISO 639 codes; those without words are under `zxx`."""
+
+    counts: Mapping[str, int]
+
+    @property
+    def sampled(self) -> int:
+        return sum(self.counts.values())
+
+    @property
+    def worded(self) -> int:
+        """Those that have words, and so a language."""
+        return self.sampled - self.counts.get(_NO_LANGUAGE, 0)
+
+    def share(self, languages: Sequence[str]) -> float:
+        """The share of records in these languages among those that have words; 1 if none has."""
+        return sum(self.counts.get(code, 0) for code in set(languages)) / self.worded if self.worded else 1.0
+
+
+def blank_outputs(folder: Path) -> dict[str, BlankOutputs]:
+    """The outputs of each split that hold white space at most. Raises DataError for a split that cannot be read."""
+    return {split: _blank_outputs(split_file(folder, split)) for split in SPLITS}
+
+
+def prompt_overlap(folders: Sequence[Path]) -> Overlap:
+    """The prompts that are in two different splits, whichever of the folders those are in.
+
+    Prompts are the same if they have the same words, without case, white space and order. Holds 8 bytes
+    of each record. Raises DataError for a split that cannot be read.
+    """
+    places: dict[_Place, Hashes] = {
+        (folder, split): _prompts(split_file(folder, split)) for folder in folders for split in SPLITS
+    }
+    by_split = [np.unique(np.concatenate([places[folder, split] for folder in folders])) for split in SPLITS]
+    prompts, splits = np.unique(np.concatenate(by_split), return_counts=True)
+    shared = prompts[splits > 1]
+    return Overlap(len(shared), [_shared_prompt(prompt, places) for prompt in shared[:_EXAMPLES]])
+
+
+def language_sample(folder: Path, records: int = 500) -> Languages:
+    """The languages of at most so many records, spread evenly over the splits: the same ones on every call.
+
+    A record's language is that of its input and output together. Raises DataError for a report or
+    split that cannot be read.
+    """
+    from py3langid import classify
+
+    total = SplitReport.read(folder).records
+    sampled = min(records, total)
+    chosen = {number * total // sampled for number in range(sampled)}
+    texts = (text for number, text in enumerate(_texts(folder)) if number in chosen)
+    return Languages(Counter(classify(text)[0] for text in texts))
+
+
+def _blank_outputs(path: Path) -> BlankOutputs:
+    numbered = enumerate(iterate_records(path), start=1)
+    lines = [number for number, record in numbered if not record["output"].strip()]
+    return BlankOutputs(len(lines), lines[:_EXAMPLES])
+
+
+def _prompts(path: Path) -> Hashes:
+    """The `prompt_hashes` of a split's N inputs, uint64 [N]."""
+    hashes = [np.zeros(0, np.uint64)]
+    records = iterate_records(path)
+    while batch := list(islice(records, _BATCH)):
+        hashes.append(prompt_hashes(pa.array([record["input"] for record in batch], pa.string())))
+    return np.concatenate(hashes)
+
+
+def _shared_prompt(prompt: np.uint64, places: Mapping[_Place, Hashes]) -> SharedPrompt:
+    found = {place: np.flatnonzero(hashes == prompt) for place, hashes in places.items()}
+    holding = {place: int(lines[0]) for place, lines in found.items() if len(lines)}
+    (folder, split), line = next(iter(holding.items()))
+    record = next(islice(iterate_records(split_file(folder, split)), line, None))
+    return SharedPrompt(excerpt(record["input"]), [f"{folder.name}/{split}" for folder, split in holding])
+
+
+def _texts(folder: Path) -> Iterator[str]:
+    """What a record's language is told by, in the order of the splits."""
+    for split in SPLITS:
+        for record in iterate_records(split_file(folder, split)):
+            yield f"{record['input'][:_CHARS]}\n{record['output'][:_CHARS]}"

@@ -1,0 +1,58 @@
+"""The tokenizer of a model preset, without loading its model: what token lengths are measured with."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from fedsft_assets.data.sample import sample_examples
+from fedsft_assets.model.archive import ModelError
+from fedsft_assets.model.prompt_template import DEFAULT_TEMPLATE, template
+from fedsft_assets.specs import ModelPreset
+from fedsft_assets.store import publish_file
+
+EOS = "<|endoftext|>"
+_TINY_VOCABULARY = 1280
+
+
+def preset_tokenizer(preset: ModelPreset, cache: Path) -> Tokenizer:
+    """The preset's tokenizer. Those that are slow to load are kept in the folder `cache`. Raises ModelError."""
+    if preset.name == "tiny":
+        return tiny_tokenizer(sample_texts())
+    kept = (preset.folder or cache / preset.name) / "tokenizer.json"
+    if not kept.is_file():
+        from fedsft_assets.model.base import load_tokenizer
+
+        backend = getattr(load_tokenizer(preset), "backend_tokenizer", None)
+        if backend is None:
+            raise ModelError(f"{preset.name}: its tokenizer has no fast form; save it with a tokenizer.json")
+        if preset.folder:
+            return backend
+        with publish_file(kept) as path:
+            backend.save(str(path))
+    return Tokenizer.from_file(str(kept))
+
+
+def sample_texts() -> list[str]:
+    """The embedded sample of all datasets, each example as the text that a model will read."""
+    style = template(DEFAULT_TEMPLATE)
+    return [
+        style.prompt("\n\n".join(part for part in (example.instruction, example.context) if part))
+        + style.answer(example.response)
+        for example in sample_examples()
+    ]
+
+
+def tiny_tokenizer(texts: Iterable[str]) -> Tokenizer:
+    """A byte-level BPE of 1280 tokens, trained on these texts; EOS is the first token."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=_TINY_VOCABULARY,
+        special_tokens=[EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return bpe
