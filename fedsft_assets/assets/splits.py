@@ -59,7 +59,7 @@ def _result(report: SplitReport, files: Store, preset: ModelPreset) -> dg.Materi
     with explained(ModelError):
         lengths = token_lengths(folder, preset_tokenizer(preset, files.tokenizers))
     chart = files.reports / f"lengths-{report.name}.png"
-    plot_lengths(lengths, preset.max_length, f"{report.name}, tokenizer of {preset.name}", chart)
+    plot_lengths(lengths, preset.max_length, f"{report.name} in tokens of {preset.name}", chart)
     return dg.MaterializeResult(
         data_version=dg.DataVersion(report.digest),
         metadata={

@@ -1,9 +1,10 @@
 """Reading JSON: one object in a line (JSONL), or one array of objects in a file, either in batches."""
 
+import codecs
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import orjson
 
@@ -22,6 +23,7 @@ def read_lines(path: Path, columns: ColumnsSpec) -> Iterator[Examples]:
     wanted = _Wanted(path, columns)
     number = 1
     with path.open("rb") as file:
+        _skip_mark(file)
         while lines := file.readlines(_BLOCK):
             rows, objects, rejected = _parse(path.name, number, lines)
             number += len(lines)
@@ -40,6 +42,7 @@ def read_array(path: Path, columns: ColumnsSpec) -> Iterator[Examples]:
     wanted = _Wanted(path, columns)
     number = 1
     with path.open("rb") as file:
+        _skip_mark(file)
         try:
             items = ijson.items(file, "item", use_float=True)
             while batch := list(islice(items, BATCH_ROWS)):
@@ -56,6 +59,12 @@ def read_array(path: Path, columns: ColumnsSpec) -> Iterator[Examples]:
                 "'format: jsonl' if each line is an object"
             ) from error
     wanted.require()
+
+
+def _skip_mark(file: BinaryIO) -> None:
+    """Go to where the text begins: some programs put a byte order mark before it."""
+    if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+        file.seek(0)
 
 
 class _Wanted:

@@ -18,18 +18,17 @@ def plot_lengths(lengths: npt.NDArray[np.int32], window: int, title: str, into: 
     """Write a histogram of token lengths [N] as a PNG, with the model's window and how many do not fit."""
     from matplotlib.figure import Figure
 
-    end = max(window * 1.25, float(np.percentile(lengths, 99.5)))
-    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    longest = float(np.percentile(lengths, 99.5))
+    end = max(longest * 1.1, window * 1.1 if window < 2 * longest else 0)  # a window far beyond would leave no room
+    figure = Figure(figsize=(7, 3.4), layout="constrained")
     axes = figure.add_subplot()
     axes.hist(np.minimum(lengths, end), bins=60, range=(0, end), color="#4c78a8")
-    axes.axvline(window, color="#e45756", linewidth=1.5)
+    if window < end:
+        axes.axvline(window, color="#e45756", linewidth=1.5)
     over = int((lengths > window).sum())
-    axes.annotate(
-        f"window {window}: {over:,} of {len(lengths):,} are cut",
-        (window, 0.97), (4, 0), xycoords=("data", "axes fraction"), textcoords="offset points", va="top",
-        color="#e45756",
-    )  # fmt: skip
-    axes.set(title=title, xlabel="tokens of a record", ylabel="records", xlim=(0, end))
+    axes.set_title(title, loc="left", weight="bold")
+    label = f"tokens of a record: {over:,} of {len(lengths):,} are longer than the model's window of {window:,}"
+    axes.set(xlabel=label, ylabel="records", xlim=(0, end))
     axes.spines[["top", "right"]].set_visible(False)
     with publish_file(into) as path:
         figure.savefig(path, dpi=110, format="png")

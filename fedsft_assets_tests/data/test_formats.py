@@ -68,6 +68,14 @@ def _json(path: Path) -> None:
     path.write_text(json.dumps(_ROWS, indent=1), encoding="utf-8")
 
 
+def _jsonl_of_windows(path: Path) -> None:
+    path.write_text("\ufeff" + "\r\n".join(json.dumps(row) for row in _ROWS), encoding="utf-8", newline="")
+
+
+def _json_with_a_mark(path: Path) -> None:
+    path.write_text("\ufeff" + json.dumps(_ROWS), encoding="utf-8")
+
+
 def _csv(path: Path) -> None:
     path.write_text('\ufeffc,a,q\n"with\nline","say ""1"", or \\1",one\n,2\u2028,zwei\n,3,三\n', encoding="utf-8")
 
@@ -78,7 +86,9 @@ def _csv(path: Path) -> None:
         (_parquet, "parquet", 1),
         (_parquet_of_other_types, "parquet", 1),
         (_jsonl, "jsonl", 1),
+        (_jsonl_of_windows, "jsonl", 1),
         (_json, "json", 1),
+        (_json_with_a_mark, "json", 1),
         (_csv, "csv", 2),
     ],
 )
