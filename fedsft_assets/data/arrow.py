@@ -15,7 +15,7 @@ Number = TypeVar("Number", bound=np.generic)
 
 
 def texts(values: Sequence[str | None]) -> pa.StringArray:
-    """Texts [N], None as null. Raises AttributeError for any other value."""
+    """Texts [N], None as null. Raises AttributeError for any other value, UnicodeEncodeError for half a character."""
     encoded = [b"" if value is None else value.encode() for value in values]
     offsets = np.zeros(len(encoded) + 1, np.int32)
     np.cumsum(np.fromiter(map(len, encoded), np.int32, len(encoded)), out=offsets[1:])

@@ -90,7 +90,7 @@ def from_objects(
             texts([item[name] for item in objects]) for name in (columns.instruction, columns.response)
         )
         context = _optional(columns.context, objects)
-    except (KeyError, AttributeError):  # a value that is no text cannot be encoded
+    except (KeyError, AttributeError, UnicodeEncodeError):  # what is no text cannot be encoded
         faults = [_fault(item, columns) for item in objects]
         rejected = rejected + [
             Rejected(file, row, fault, excerpt(item))
@@ -158,7 +158,17 @@ def _fault(item: dict[str, Any], columns: ColumnsSpec) -> str | None:
         value = item.get(name)
         if value is not None and not isinstance(value, str):
             return f"{name}: expected a text, found {type(value).__name__}"
+        if value and not _is_utf8(value):
+            return f"{name}: {NOT_UTF8}"
     return None
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _decoded(value: bytes | None) -> Any:

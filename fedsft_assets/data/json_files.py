@@ -37,28 +37,34 @@ def read_array(path: Path, columns: ColumnsSpec) -> Iterator[Examples]:
 
     Raises DataError if the file is something else or ends too early, or if no object has the fields.
     """
+    wanted = _Wanted(path, columns)
+    items = _items(path)
+    while batch := list(islice(items, BATCH_ROWS)):
+        rejected = [_no_object(path.name, row, item) for row, item in batch if not isinstance(item, dict)]
+        kept = [(row, item) for row, item in batch if isinstance(item, dict)]
+        wanted.look([item for _, item in kept])
+        yield from_objects(path.name, [row for row, _ in kept], [item for _, item in kept], columns, rejected)
+    wanted.require()
+
+
+def _items(path: Path) -> Iterator[tuple[int, Any]]:
+    """The values of a JSON array one at a time, with their numbers."""
     import ijson
 
-    wanted = _Wanted(path, columns)
-    number = 1
+    row = 0
     with path.open("rb") as file:
         _skip_mark(file)
         try:
-            items = ijson.items(file, "item", use_float=True)
-            while batch := list(islice(items, BATCH_ROWS)):
-                numbered = list(enumerate(batch, start=number))
-                number += len(batch)
-                rejected = [_no_object(path.name, row, item) for row, item in numbered if not isinstance(item, dict)]
-                kept = [(row, item) for row, item in numbered if isinstance(item, dict)]
-                wanted.look([item for _, item in kept])
-                yield from_objects(path.name, [row for row, _ in kept], [item for _, item in kept], columns, rejected)
+            for item in ijson.items(file, "item", use_float=True):
+                row += 1
+                yield row, item
         except (ijson.JSONError, UnicodeDecodeError) as error:
-            reason = str(error).strip().splitlines()[0]
+            said = error.args[0] if error.args else error
+            reason = str(said.decode(errors="replace") if isinstance(said, bytes) else said).strip().splitlines()[0]
             raise DataError(
-                f"{path}: after row {number - 1}: is not a JSON array of objects ({reason}); repair the file, or say "
+                f"{path}: after row {row}: is not a JSON array of objects ({reason}); repair the file, or say "
                 "'format: jsonl' if each line is an object"
             ) from error
-    wanted.require()
 
 
 def _skip_mark(file: BinaryIO) -> None:

@@ -14,6 +14,7 @@ from fedsft_assets.specs import ColumnsSpec
 
 TypeTest = Callable[[pa.DataType], bool]
 
+_UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)
 _BUFFER = 1 << 18  # read a column's pages piece by piece, never a whole row group
 
 
@@ -55,15 +56,15 @@ def parquet_batches(path: Path, columns: Mapping[str, TypeTest]) -> Iterator[pa.
     with open_parquet(path, columns) as file:
         try:
             yield from prefetched(file.iter_batches(batch_size=BATCH_ROWS, columns=list(columns)))
-        except (pa.ArrowException, OSError) as error:
+        except _UNREADABLE as error:
             raise _broken(path, error) from error
 
 
 def open_parquet(path: Path, columns: Mapping[str, TypeTest]) -> pq.ParquetFile:
     """The open file, once its footer reads and it has these columns with types that pass their tests."""
     try:
-        file = pq.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False)
-    except (pa.ArrowException, OSError) as error:
+        file = pq.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False, page_checksum_verification=True)
+    except _UNREADABLE as error:
         raise _broken(path, error) from error
     schema = file.schema_arrow
     for name, test in columns.items():

@@ -59,7 +59,7 @@ def preview(records: Iterable[Record], n: int = 5) -> str:
 def excerpt(found: Any) -> str:
     """What was found, short enough for a message."""
     text = found.decode(errors="replace") if isinstance(found, bytes) else found if isinstance(found, str) else None
-    text = repr(found) if text is None else text.strip()
+    text = repr(found) if text is None else text.strip().encode(errors="replace").decode()
     return text if len(text) <= _FOUND else f"{text[:_FOUND]}…"
 
 

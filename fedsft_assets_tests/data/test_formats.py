@@ -163,9 +163,9 @@ def test_bytes_that_are_no_text_reject_their_row(tmp_path: Path) -> None:
 
 def test_rows_of_a_csv_file_with_another_number_of_fields_are_rejected(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
-    path.write_text('q,c,a\na,,x\nb,y\n"c\nd",,x\ne,,x,more\nf,,x\n')
+    path.write_bytes(b'q,c,a\na,,x\nb,y\n"c\nd",,x\ne,,x,\xffmore\n\nf,,x\n')
     batches = _read(path, "csv")
-    assert [(row, question) for row, question, *_ in _rows(batches)] == [(2, "a"), (4, "c\nd"), (6, "f")]
+    assert [(row, question) for row, question, *_ in _rows(batches)] == [(2, "a"), (4, "c\nd"), (7, "f")]
     assert _rejected(batches) == [(3, "expected 3 fields, found 2"), (5, "expected 3 fields, found 4")]
 
 
@@ -215,9 +215,11 @@ def _json_text(content: str) -> Callable[[Path], None]:
         ),
         ("jsonl", _json_text('{"q": "a", "a": "b"}\n'), r"rows: field c: is missing in every row, found q, a"),
         ("json", _jsonl, r"rows: after row 0: is not a JSON array of objects .*say 'format: jsonl'"),
-        ("json", _json_text('[{"q": "a", "c": "", "a": "b"}, {"q"'), r"rows: after row 0: is not a JSON array"),
+        ("json", _json_text('[{"q": "a", "c": "", "a": "b"}, {"q"'), r"rows: after row 1: is not a JSON array"),
         ("json", _json_text('{"data": []}'), r"rows: field q: is missing in every row, found no JSON object"),
-        ("csv", _json_text("title,c\na,b\n"), r"rows: column q, a: is missing, found title,c; name the file's own"),
+        ("csv", _json_text("title,c\na,b\n"), r"rows: column q, a: is missing, found title, c; name the file's own"),
+        ("csv", _json_text('q,c,a\na,,x\n"b,,x\n'), r"rows: after row 1, line 3: is no CSV .*; repair the quotes"),
+        ("csv", _parquet, r"rows: column q, c, a: is missing"),
         ("csv", Path.touch, r"rows: is empty"),
     ],
 )
