@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedsft_assets.federation.events import Event, Failed, decode
-from fedsft_assets.federation.processes import MARK, stop_marked
+from fedsft_assets.federation.processes import MARK, execution_mark, stop_marked
 from fedsft_assets.federation.report import JobReport
 
 
@@ -28,8 +28,8 @@ def run_job(
     The checkpoint and its report are then in `into`. Closing the iterator, or any exception in the
     caller, stops the job. Raises JobError if the job fails, after all its processes have ended.
     """
-    mark = str(workspace)
-    stop_marked(mark)  # what an earlier attempt left, whose parents were all killed
+    stop_marked(str(workspace))  # what an earlier attempt left, whose parents were all killed
+    mark = execution_mark(str(workspace))
     command = [
         *(sys.executable, "-m", "fedsft_assets.federation.supervisor"),
         *("--job-folder", str(job_folder), "--workspace", str(workspace)),

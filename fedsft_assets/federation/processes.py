@@ -1,26 +1,35 @@
 """Finding and ending every process of a job, also those that left its process group or lost their parent.
 
 A job's processes carry a mark in their environment, which children inherit. Nothing else is ever ended.
+Each execution of a job has a mark of its own, which begins with the job's: whoever ends an execution
+spares the next one.
 """
 
 import os
 import signal
 import time
+import uuid
 
 import psutil
 
 MARK = "FEDSFT_JOB_MARK"
+_EXECUTION = " execution "
 _POLL_SECONDS = 0.1
 
 
+def execution_mark(mark: str) -> str:
+    """A new mark for one execution of what `mark` stands for."""
+    return f"{mark}{_EXECUTION}{uuid.uuid4().hex}"
+
+
 def marked_processes(mark: str) -> list[psutil.Process]:
-    """Living processes that carry the mark, this one left out."""
+    """Living processes that carry the mark, or that of one of its executions; this one left out."""
     found = []
     for process in psutil.process_iter():
         try:
             if (
                 process.pid != os.getpid()
-                and process.environ().get(MARK) == mark
+                and _is_of(process.environ().get(MARK, ""), mark)
                 and process.status() != psutil.STATUS_ZOMBIE
             ):
                 found.append(process)
@@ -48,6 +57,10 @@ def stop_marked(mark: str, grace: float = 5.0) -> int:
                 _send(process, sign)
         time.sleep(_POLL_SECONDS)
     return len(seen)
+
+
+def _is_of(carried: str, mark: str) -> bool:
+    return carried == mark or carried.startswith(f"{mark}{_EXECUTION}")
 
 
 def _send(process: psutil.Process, sign: signal.Signals) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import psutil
 import pytest
 
-from fedsft_assets.federation.processes import MARK, marked_processes, stop_marked
+from fedsft_assets.federation.processes import MARK, execution_mark, marked_processes, stop_marked
 
 _SLEEP = "import time; print('ready', flush=True); time.sleep(600)"
 _IGNORE_SIGTERM = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {_SLEEP}"
@@ -125,3 +125,17 @@ def test_process_that_has_ended_but_was_not_waited_for_counts_as_gone(start: Sta
         time.sleep(0.01)
     assert marked_processes(mark) == []
     assert stop_marked(mark) == 0
+
+
+def test_ending_one_execution_spares_the_next_and_ending_the_job_spares_none(mark: str, start: Start) -> None:
+    first, second = execution_mark(mark), execution_mark(mark)
+    for carried in (first, second, f"{mark}er"):
+        process = start(_SLEEP, carried)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    assert len(marked_processes(mark)) == 2
+    assert stop_marked(first) == 1
+    assert len(marked_processes(second)) == 1
+    assert stop_marked(mark) == 1
+    assert marked_processes(mark) == []
+    assert len(marked_processes(f"{mark}er")) == 1
