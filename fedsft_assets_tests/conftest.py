@@ -1,6 +1,5 @@
 """What tests of several parts start from."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -8,8 +7,6 @@ import pytest
 from fedsft_assets.data.sample import write_sample
 from fedsft_assets.tracking import Tracking
 from fedsft_assets_tests.shipped import DATASETS
-
-os.environ["DAGSTER_DISABLE_TELEMETRY"] = "1"  # it would write to HOME
 
 
 @pytest.fixture(scope="session")

@@ -232,7 +232,8 @@ def test_a_change_that_was_allowed_is_what_the_next_is_compared_with(mine: Mine)
 
 def test_checks_that_run_alone_later_find_what_they_found_in_the_run(mine: Mine, tmp_path: Path) -> None:
     (tmp_path / "dagster").mkdir()
-    with dg.DagsterInstance.local_temp(str(tmp_path / "dagster")) as mine.instance:
+    quiet = {"telemetry": {"enabled": False}}  # it would write to HOME
+    with dg.DagsterInstance.local_temp(str(tmp_path / "dagster"), overrides=quiet) as mine.instance:
         mine.remake(200)
         in_run = _found(mine.remake(60), "mine", "row_count")
         alone = mine.check("mine")
