@@ -17,7 +17,7 @@ from fedsft_assets.data.arrow import BLANK_LINE, EMPTY, flags, numpy_flags, nump
 from fedsft_assets.data.examples import NOT_UTF8, Examples, Rejected, utf8
 from fedsft_assets.data.hashing import Hashes, text_hashes
 from fedsft_assets.data.parquet import TypeTest, is_boolean, is_number, is_text, parquet_batches
-from fedsft_assets.data.records import excerpt
+from fedsft_assets.data.records import DataError, excerpt
 from fedsft_assets.specs import ColumnsSpec, ConversationsSpec
 
 _FIELDS = ColumnsSpec(instruction="text of the prompt", response="text")
@@ -83,8 +83,7 @@ class _Paths:
 class _Messages:
     """All messages of all files by row, M of them: what is needed to find paths, without their texts."""
 
-    files: list[str]
-    counts: list[int]
+    counts: list[int]  # of each file
     parents: Rows  # the parent's row; M where there is none to have, M + 1 where it is missing, both [M + 2]
     prompts: Flags
     wanted: Flags  # replies that the options ask for
@@ -105,7 +104,7 @@ class _Messages:
         ids, parent_ids, root, prompts, wanted, allowed = (
             (np.concatenate(column) for column in zip(*parts, strict=True)) if parts else (np.zeros(0, bool),) * 6
         )
-        return cls([path.name for path in paths], counts, _rows_of(ids, parent_ids, root), prompts, wanted, allowed)
+        return cls(counts, _rows_of(ids, parent_ids, root), prompts, wanted, allowed)
 
     def replies(self, whole: bool) -> tuple[Rows, dict[int, str]]:
         """The rows of all wanted replies that have an input [N], and what is wrong with those that have none."""
@@ -203,7 +202,7 @@ def _stream(
             held.forget(stop)
             start = stop
         if start - first != count:
-            raise RuntimeError(f"{path}: has changed while it was read")
+            raise DataError(f"{path}: has changed while it was read; start again")
 
 
 class _Held:
