@@ -3,12 +3,14 @@
 Nothing here knows what is inside the files: only paths, atomic publication and digests.
 """
 
+import fcntl
 import hashlib
 import os
 import shutil
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -83,28 +85,54 @@ def split_file(folder: Path, split: str) -> Path:
 def publish_folder(target: Path) -> Iterator[Path]:
     """Yield an empty folder beside `target`; when the block ends well, it becomes `target` whole.
 
-    Until then, and for ever if the block raises, what was at `target` stays as it was. A process
-    that dies between the two renames leaves the old folder as `.<name>.old`, which the next call
-    puts back first.
+    Until then, and for ever if the block raises, what was at `target` stays as it was. Of several
+    processes that publish at the same time, each has a folder of its own, and the last one to end
+    wins. A process that dies leaves its folder as `.<name>.new-…`, or between the two renames the old
+    one as `.<name>.old`: the next call removes the one and puts back the other.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = target.parent / f".{target.name}.new"
-    old = target.parent / f".{target.name}.old"
+    parent = target.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    fresh, old = parent / f".{target.name}.new-{uuid.uuid4().hex}", parent / f".{target.name}.old"
+    with ExitStack() as alive:
+        with _locked(parent):
+            _recover(target, old)
+            fresh.mkdir()
+            alive.enter_context(_locked(fresh))
+        try:
+            yield fresh
+            _fsync_tree(fresh)
+            with _locked(parent):
+                if target.exists():
+                    target.rename(old)
+                fresh.rename(target)
+                _fsync(parent)
+                shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _recover(target: Path, old: Path) -> None:
+    """Put right what a process left that died while it published."""
     if old.exists() and not target.exists():
         old.rename(target)
     shutil.rmtree(old, ignore_errors=True)
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir()
+    for left in target.parent.glob(f".{target.name}.new-*"):
+        try:
+            with _locked(left, wait=False):
+                shutil.rmtree(left, ignore_errors=True)
+        except (BlockingIOError, FileNotFoundError):
+            continue  # somebody is still writing into it, or has just ended
+
+
+@contextmanager
+def _locked(folder: Path, wait: bool = True) -> Iterator[None]:
+    """Hold the folder's lock, which ends with this process at the latest. BlockingIOError if it is taken."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        yield fresh
-        _fsync_tree(fresh)
-        if target.exists():
-            target.rename(old)
-        fresh.rename(target)
-        _fsync(target.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
     finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+        os.close(handle)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The store: what is published is whole, whatever happens to the writer, and digests name content."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -58,6 +59,19 @@ def _contents(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
 
 
+def _read_together(folder: Path) -> list[bytes]:
+    """The files a, b and c of what is at this path now, even if another folder takes its place meanwhile."""
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        handles = [os.open(name, os.O_RDONLY, dir_fd=place) for name in "abc"]
+        contents = [os.read(handle, 100) for handle in handles]
+        for handle in handles:
+            os.close(handle)
+        return contents
+    finally:
+        os.close(place)
+
+
 @pytest.fixture
 def target(tmp_path: Path) -> Path:
     """A published folder with two files."""
@@ -104,6 +118,40 @@ def test_writer_killed_at_any_moment_never_leaves_a_mixture(target: Path, after:
     content = _contents(target if target.exists() else old)
     assert sorted(content) == ["a", "b", "c"]
     assert len(set(content.values())) == 1
+
+
+def test_writers_at_the_same_time_do_not_get_into_each_others_folder(target: Path) -> None:
+    with publish_folder(target) as one:
+        (one / "a").write_text("one")
+        with publish_folder(target) as two:
+            (two / "a").write_text("two")
+            (two / "b").write_text("two")
+        assert _contents(target) == {"a": "two", "b": "two"}
+        (one / "b").write_text("one")
+    assert _contents(target) == {"a": "one", "b": "one"}
+    assert [path.name for path in target.parent.iterdir()] == ["target"]
+
+
+def test_many_writers_at_the_same_time_never_publish_a_mixture(target: Path) -> None:
+    command = [sys.executable, "-c", _PUBLISH_FOREVER, str(target)]
+    writers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    try:
+        for writer in writers:
+            assert writer.stdout is not None
+            assert writer.stdout.readline() == "writing\n"
+        whole = 0
+        while whole < 50:
+            with contextlib.suppress(FileNotFoundError):  # it was replaced while it was read
+                assert len(set(_read_together(target))) == 1
+                whole += 1
+        assert [writer.poll() for writer in writers] == [None] * 3
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.wait()
+    with publish_folder(target):
+        pass
+    assert [path.name for path in target.parent.iterdir()] == ["target"]
 
 
 def test_folder_moved_aside_by_a_writer_that_died_is_put_back(target: Path) -> None:
