@@ -103,6 +103,11 @@ class DatasetSpec(_Spec):
     conversations: ConversationsSpec | None = None
 
     @property
+    def label(self) -> str:
+        """What a person is told that it is."""
+        return self.title or self.name
+
+    @property
     def folder(self) -> str:
         """What a folder of published datasets calls this one's folder: the repository's name."""
         return self.hub.split("/")[1] if self.hub else self.name

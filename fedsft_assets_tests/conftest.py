@@ -5,8 +5,18 @@ from pathlib import Path
 import pytest
 
 from fedsft_assets.data.sample import write_sample
+from fedsft_assets.settings import PROJECT
 from fedsft_assets.tracking import Tracking
 from fedsft_assets_tests.shipped import DATASETS
+
+_REAL_SAMPLES = PROJECT.parent / "shared/data/real_samples"
+
+
+@pytest.fixture(scope="session")
+def real_samples() -> Path:
+    if not _REAL_SAMPLES.is_dir():
+        pytest.skip(f"no real rows: {_REAL_SAMPLES} is not on this machine")
+    return _REAL_SAMPLES
 
 
 @pytest.fixture(scope="session")

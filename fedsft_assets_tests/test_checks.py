@@ -18,13 +18,12 @@ from fedsft_assets.data.records import Record, dump_records, read_records
 from fedsft_assets.data.splits import split_dataset
 from fedsft_assets.model.tokenizer import preset_tokenizer
 from fedsft_assets.resources import resources
-from fedsft_assets.settings import PROJECT, Settings
+from fedsft_assets.settings import Settings
 from fedsft_assets.specs import PRESETS, CheckName, CheckSettings, ColumnsSpec, DatasetSpec, JobSpec, SiteSpec
 from fedsft_assets.store import Store, split_file
 from fedsft_assets_tests.shipped import DATASETS
 
 _DOWNSTREAM = dg.AssetKey(["job_folder", "study"])
-_REAL_SAMPLES = PROJECT.parent / "shared/data/real_samples"
 
 
 @pytest.fixture(autouse=True)
@@ -171,11 +170,10 @@ def test_the_embedded_sample_passes_every_check(tmp_path: Path, instance: dg.Dag
         assert _numbers(evaluation)
 
 
-@pytest.mark.skipif(not _REAL_SAMPLES.is_dir(), reason="no real rows on this machine")
 def test_real_rows_pass_every_check_but_are_long_for_the_tiny_model(
-    tmp_path: Path, instance: dg.DagsterInstance
+    tmp_path: Path, instance: dg.DagsterInstance, real_samples: Path
 ) -> None:
-    result = Study(tmp_path / "home", instance, list(DATASETS.values()), str(_REAL_SAMPLES)).run()
+    result = Study(tmp_path / "home", instance, list(DATASETS.values()), str(real_samples)).run()
     assert result.success
     assert {check for _, check in _failed(result)} == {"token_lengths"}
     assert _DOWNSTREAM in _materialized(result)

@@ -21,7 +21,7 @@ def raw_asset(dataset: DatasetSpec) -> dg.AssetsDefinition:
         name=dataset.name,
         group_name="raw",
         kinds={Path(dataset.file_names[0]).suffix.removeprefix(".")},
-        description=f"{dataset.title or dataset.name} as it is in {dataset.hub or dataset.path}.",
+        description=f"{dataset.label} as it is in {dataset.hub or dataset.path}.",
     )
     def raw(
         context: dg.AssetExecutionContext, store: StoreResource, source: SourceResource, splits: SplitsResource

@@ -13,7 +13,7 @@ from fedsft_assets.data.splits import split_dataset
 from fedsft_assets.data.views import percentiles, plot_lengths
 from fedsft_assets.model.archive import ModelError
 from fedsft_assets.resources import ModelResource, SplitsResource, StoreResource
-from fedsft_assets.specs import COMBINED, DatasetSpec, ModelPreset
+from fedsft_assets.specs import DatasetSpec, ModelPreset
 from fedsft_assets.store import Store, split_file
 
 
@@ -24,7 +24,7 @@ def processed_asset(dataset: DatasetSpec) -> dg.AssetsDefinition:
         group_name="processed",
         kinds={"jsonl"},
         deps=[dg.AssetKey(["raw", dataset.name])],
-        description=f"{dataset.title or dataset.name} as NeMo SFT records, split once and for all by content.",
+        description=f"{dataset.label} as NeMo SFT records, split once and for all by content.",
     )
     def processed(store: StoreResource, splits: SplitsResource, model: ModelResource) -> dg.MaterializeResult:
         files = store.files
@@ -55,7 +55,7 @@ def _result(report: SplitReport, files: Store, preset: ModelPreset) -> dg.Materi
     from fedsft_assets.model.lengths import token_lengths
     from fedsft_assets.model.tokenizer import preset_tokenizer
 
-    folder = files.combined if report.name == COMBINED else files.processed(report.name)
+    folder = files.splits(report.name)
     with explained(ModelError):
         lengths = token_lengths(folder, preset_tokenizer(preset, files.tokenizers))
     chart = files.reports / f"lengths-{report.name}.png"

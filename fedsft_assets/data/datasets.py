@@ -6,9 +6,7 @@ from pathlib import Path
 from fedsft_assets.data import csv_files, json_files, oasst1, parquet
 from fedsft_assets.data.examples import Examples
 from fedsft_assets.data.records import DataError
-from fedsft_assets.specs import ConversationsSpec, DatasetSpec, load_datasets
-
-__all__ = ["load_datasets", "read_examples"]
+from fedsft_assets.specs import ConversationsSpec, DatasetSpec
 
 _READERS = {
     "parquet": parquet.read,

@@ -20,6 +20,8 @@ from typing import NamedTuple
 
 import orjson
 
+from fedsft_assets.store import publish_file
+
 Say = Callable[[str], object]
 
 
@@ -144,7 +146,5 @@ def size_of(path: Path) -> int:
 
 
 def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f"{path.name}.new")
-    fresh.write_bytes(content)
-    os.replace(fresh, path)
+    with publish_file(path) as fresh:
+        fresh.write_bytes(content)

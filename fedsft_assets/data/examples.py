@@ -104,16 +104,15 @@ def from_objects(
     return Examples(file, np.asarray(rows, np.int64), instruction, context, response, columns, rejected)
 
 
-def from_bytes(
-    file: str, rows: npt.NDArray[np.int64], raw: dict[str, pa.Array], columns: ColumnsSpec, rejected: list[Rejected]
-) -> Examples:
+def from_bytes(file: str, rows: npt.NDArray[np.int64], raw: dict[str, pa.Array], columns: ColumnsSpec) -> Examples:
     """Examples of columns whose bytes nobody has checked yet; what is not UTF-8 rejects its row."""
     checked = {name: utf8(column) for name, column in raw.items()}
     bad = np.zeros(len(rows), bool)
+    rejected: list[Rejected] = []
     for name, (_, broken) in checked.items():
         if broken is not None:
             column = raw[name].cast(pa.binary())
-            rejected = rejected + [
+            rejected += [
                 Rejected(file, int(rows[index]), f"{name}: {NOT_UTF8}", excerpt(column[index].as_py()))
                 for index in np.flatnonzero(broken & ~bad)
             ]

@@ -1,4 +1,4 @@
-"""Hashes of texts, column by column: what decides on a record's split, order and identity.
+"""Hashes of texts, column by column: what decides on a record's split and its order.
 
 They depend on content and a seed alone, never on a row's number, a process or a machine.
 """

@@ -24,7 +24,7 @@ def read(path: Path, columns: ColumnsSpec) -> Iterator[Examples]:
     start = 1
     for batch in parquet_batches(path, dict.fromkeys(names, is_text)):
         rows = np.arange(start, start + len(batch), dtype=np.int64)
-        yield from_bytes(path.name, rows, {name: batch.column(name) for name in names}, columns, [])
+        yield from_bytes(path.name, rows, {name: batch.column(name) for name in names}, columns)
         start += len(batch)
 
 

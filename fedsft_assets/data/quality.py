@@ -10,8 +10,8 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
+from fedsft_assets.data.arrow import texts
 from fedsft_assets.data.hashing import Hashes, prompt_hashes
 from fedsft_assets.data.records import excerpt, iterate_records
 from fedsft_assets.data.report import SplitReport
@@ -115,7 +115,7 @@ def _prompts(path: Path) -> Hashes:
     hashes = [np.zeros(0, np.uint64)]
     records = iterate_records(path)
     while batch := list(islice(records, _BATCH)):
-        hashes.append(prompt_hashes(pa.array([record["input"] for record in batch], pa.string())))
+        hashes.append(prompt_hashes(texts([record["input"] for record in batch])))
     return np.concatenate(hashes)
 
 

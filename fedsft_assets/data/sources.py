@@ -89,8 +89,7 @@ def _folder(dataset: DatasetSpec, source: str) -> Path | None:
         beside = sorted(path.name for path in folder.parent.glob("*"))
         found = ", ".join(beside) if folder.parent.is_dir() else "no such folder"
         raise DataError(
-            f"{folder.parent}: has no folder {folder.name} for {dataset.title or dataset.name}, "
-            f"found {found or 'nothing'}; {advice}"
+            f"{folder.parent}: has no folder {folder.name} for {dataset.label}, found {found or 'nothing'}; {advice}"
         )
     for name in dataset.file_names:
         if not (folder / name).is_file():
@@ -123,7 +122,7 @@ def _count_rows(dataset: DatasetSpec, folder: Path) -> int:
         rows += len(examples.rows) + len(examples.rejected)
     if not usable:
         raise DataError(
-            f"{folder}: holds no example of {dataset.title or dataset.name} in {', '.join(dataset.file_names)}; "
+            f"{folder}: holds no example of {dataset.label} in {', '.join(dataset.file_names)}; "
             "take the files as published, or name their own columns"
         )
     if dataset.format == "oasst1":  # one row is a message, of which few are replies to learn from

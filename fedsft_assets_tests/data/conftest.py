@@ -9,17 +9,8 @@ import pytest
 from fedsft_assets.specs import DatasetSpec
 from fedsft_assets_tests.shipped import DATASETS
 
-_REAL_SAMPLES = Path(__file__).resolve().parents[2].parent / "shared/data/real_samples"
-
 Row = dict[str, str | None]
 WriteDolly = Callable[[Iterable[Row]], Path]
-
-
-@pytest.fixture(scope="session")
-def real_samples() -> Path:
-    if not _REAL_SAMPLES.is_dir():
-        pytest.skip(f"no real rows: {_REAL_SAMPLES} is not on this machine")
-    return _REAL_SAMPLES
 
 
 @pytest.fixture
