@@ -41,7 +41,12 @@ def _events(job: str, store: Store) -> Iterator[Event]:
 
 
 def _trainers(job: str, store: Store) -> list[psutil.Process]:
-    return [p for p in marked_processes(str(store.flare(job))) if "fedsft_assets.federation.client" in p.cmdline()]
+    found = []
+    for process in marked_processes(str(store.flare(job))):
+        with contextlib.suppress(psutil.Error):  # it ended since it was listed
+            if "fedsft_assets.federation.client" in process.cmdline():
+                found.append(process)
+    return found
 
 
 def _is_training(event: Event) -> bool:
