@@ -128,7 +128,7 @@ def _findings(
     yield "row_count", _row_count(report.records, before, settings)
     yield "no_empty_outputs", _no_empty_outputs(folder)
     yield "no_prompt_overlap", _no_prompt_overlap([*map(files.splits, parts), folder])
-    yield "token_lengths", _token_lengths(folder, preset, files.tokenizers, settings.max_truncated)
+    yield "token_lengths", _token_lengths(folder, preset, files, settings.max_truncated)
     yield "languages", _languages(folder, settings)
     yield "duplicates", _duplicates(report, settings.max_duplicates)
 
@@ -163,11 +163,11 @@ def _no_prompt_overlap(folders: Sequence[Path]) -> Finding:
     return _finding(overlap.count == 0, found, advice, metadata)
 
 
-def _token_lengths(folder: Path, preset: ModelPreset, tokenizers: Path, allowed: float) -> Finding:
+def _token_lengths(folder: Path, preset: ModelPreset, files: Store, allowed: float) -> Finding:
     from fedsft_assets.model.lengths import token_lengths
     from fedsft_assets.model.tokenizer import preset_tokenizer
 
-    lengths = token_lengths(folder, preset_tokenizer(preset, tokenizers))
+    lengths = token_lengths(folder, preset_tokenizer(preset, files.tokenizers, files.downloads))
     count = int((lengths > preset.max_length).sum())
     share = count / len(lengths)
     found = (

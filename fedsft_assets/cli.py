@@ -1,18 +1,32 @@
-"""The command `fedsft`: run the study, open the user interfaces."""
+"""The command `fedsft`: run the study, open the user interfaces, take models in and out."""
 
 import argparse
 import os
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from fedsft_assets.assets.job_folder import JobOverrides
+from fedsft_assets.generate import find_archive
+from fedsft_assets.model.errors import ModelError
 from fedsft_assets.settings import Settings
+from fedsft_assets.specs import SpecError
+
+if TYPE_CHECKING:
+    from fedsft_assets.model.huggingface_export import HuggingFaceReport
+    from fedsft_assets.model.megatron_export import MegatronReport
+    from fedsft_assets.model.megatron_import import ImportReport
 
 # Command-line names and types of the values that Dagster's launchpad offers for a job folder.
 _OVERRIDES = {
     name.replace("_", "-"): next(kind for kind in get_args(field.annotation) if kind is not type(None))
     for name, field in JobOverrides.model_fields.items()
+}
+# What `export` writes, and Megatron's layouts among it.
+_FORMATS: dict[str, Literal["legacy", "megatron-core"] | None] = {
+    "megatron": "legacy",
+    "megatron-core": "megatron-core",
+    "huggingface": None,
 }
 
 
@@ -26,11 +40,16 @@ def main() -> None:
     for name, kind in _OVERRIDES.items():
         overrides.add_argument(f"--{name}", type=kind)
     commands.add_parser("ui", help="Dagster and MLflow in the browser, on this machine only")
+    export = commands.add_parser("export", help="write a checkpoint for NeMo 2.4.1's Megatron-GPT, or for Hugging Face")
+    export.add_argument("--checkpoint", required=True, help="a .nemo archive, the name of a job, or 'base_model'")
+    export.add_argument("--format", required=True, choices=_FORMATS)
+    export.add_argument("--into", required=True, type=Path, help="the .nemo archive, or the new folder")
+    take = commands.add_parser("import", help="make an archive of this project's of a Megatron-GPT archive of NeMo's")
+    take.add_argument("archive", type=Path, metavar="ARCHIVE", help="a .nemo archive, or the folder of its files")
+    take.add_argument("--into", required=True, type=Path, help="the .nemo archive to write")
+    take.add_argument("--max-length", type=int, default=1024, help="tokens of the longest record (default: 1024)")
     args = parser.parse_args()
-    if args.command == "ui":
-        _ui()
-    else:
-        _study(args)
+    {"study": _study, "ui": _ui, "export": _export, "import": _import}[args.command](args)
 
 
 def _study(args: argparse.Namespace) -> None:
@@ -48,6 +67,7 @@ def _study(args: argparse.Namespace) -> None:
     print(f"\n{(store.reports / 'comparison.md').read_text(encoding='utf-8')}")
     for title, path in (
         ("plot", store.reports / "comparison.png"),
+        ("answers", store.reports / "inference.md"),
         ("checkpoints", store.home / "checkpoints"),
         ("MLflow store", settings.mlflow_uri or store.home / "mlflow.db"),
     ):
@@ -55,12 +75,48 @@ def _study(args: argparse.Namespace) -> None:
     print(f"{'look at it:':13} make ui")
 
 
+def _export(args: argparse.Namespace) -> None:
+    from fedsft_assets.model.huggingface_export import export_huggingface
+    from fedsft_assets.model.megatron_export import export_megatron
+
+    try:
+        settings = Settings()
+        archive = find_archive(args.checkpoint, settings.store, settings.model)
+        layout = _FORMATS[args.format]
+        if layout is None:
+            folder = export_huggingface(archive, args.into, say=print)
+            print(f"{args.into}: {folder.architecture}, {_size(folder)}, in {', '.join(folder.files)}")
+        else:
+            made = export_megatron(archive, args.into, layout, say=print)
+            print(f"{args.into}: {layout} layout, {_size(made)}; {made.tokens} tokens in {made.shape.vocabulary} rows")
+    except (ModelError, SpecError, OSError) as error:
+        sys.exit(str(error))
+
+
+def _import(args: argparse.Namespace) -> None:
+    from fedsft_assets.model.megatron_import import import_megatron
+
+    if args.max_length < 2:
+        sys.exit(f"--max-length: {args.max_length} tokens are too few for a prompt and an answer")
+    if args.into.resolve() == args.archive.resolve():
+        sys.exit(f"--into: {args.into} is the archive itself; name another file")
+    try:
+        report = import_megatron(args.archive, args.into, args.max_length, say=print)
+    except (ModelError, OSError) as error:
+        sys.exit(str(error))
+    print(f"{args.into}: {_size(report)}; records of up to {report.max_length} tokens")
+
+
+def _size(report: "HuggingFaceReport | MegatronReport | ImportReport") -> str:
+    return f"{report.parameters:,} parameters in {', '.join(report.types)}"
+
+
 def _short(path: Path | str) -> Path | str:
     here = Path.cwd()
     return path.relative_to(here) if isinstance(path, Path) and path.is_relative_to(here) else path
 
 
-def _ui() -> None:
+def _ui(_: argparse.Namespace) -> None:
     from fedsft_assets.study import prepare_instance
     from fedsft_assets.ui import serve
 

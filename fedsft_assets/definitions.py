@@ -5,11 +5,13 @@ import dagster as dg
 from fedsft_assets.assets.base_model import base_model
 from fedsft_assets.assets.checkpoint import checkpoint_asset
 from fedsft_assets.assets.comparison import comparison_asset
+from fedsft_assets.assets.inference import inference_asset
 from fedsft_assets.assets.job_folder import job_folder_asset
 from fedsft_assets.assets.raw import raw_asset
 from fedsft_assets.assets.splits import combined_asset, processed_asset
 from fedsft_assets.automation import full_study, new_data_sensor, weekly_study
 from fedsft_assets.checks import data_checks
+from fedsft_assets.evaluation.prompts import load_prompts
 from fedsft_assets.resources import resources
 from fedsft_assets.settings import Settings
 from fedsft_assets.specs import load_datasets, load_jobs
@@ -27,6 +29,7 @@ defs = dg.Definitions(
         *map(job_folder_asset, jobs),
         *map(checkpoint_asset, jobs),
         comparison_asset(jobs),
+        inference_asset(jobs, load_prompts(settings.prompts)),
     ],
     asset_checks=data_checks(datasets),
     jobs=[full_study],

@@ -83,4 +83,6 @@ def execute_job(
 def _params(spec: JobSpec, plan: SitePlan) -> dict[str, Any]:
     own = spec.model_dump(exclude={"name", "description", "sites", "training"})
     sites = {f"site.{name}": site.dataset for name, site in spec.sites.items()}
-    return {"kind": spec.kind, **own, **sites, **plan.training.model_dump()}
+    training = plan.training.model_dump()
+    peft = training.pop("peft") or {"method": None}
+    return {"kind": spec.kind, **own, **sites, **training, **{f"peft.{key}": value for key, value in peft.items()}}

@@ -60,12 +60,13 @@ class ChecksResource(dg.ConfigurableResource):
 
 
 class ModelResource(dg.ConfigurableResource):
-    """The model preset, or Hugging Face folder, that all jobs start from."""
+    """The model preset, archive or folder that all jobs start from; `path` is where a preset's archive is."""
 
     preset: str
+    path: str | None = None
 
     def load(self) -> ModelPreset:
-        return model_preset(self.preset)
+        return model_preset(self.preset, Path(self.path) if self.path else None)
 
 
 class RuntimeResource(dg.ConfigurableResource):
@@ -94,7 +95,7 @@ def resources(settings: Settings) -> dict[str, dg.ConfigurableResource]:
         "source": SourceResource(data=settings.data),
         "splits": SplitsResource(**settings.splits.model_dump()),
         "checks": ChecksResource(**settings.checks.model_dump()),
-        "model": ModelResource(preset=settings.model),
+        "model": ModelResource(preset=settings.model, path=str(settings.model_path) if settings.model_path else None),
         "runtime": RuntimeResource(environment=settings.environment()),
         "mlflow": MLflowResource(
             uri=settings.mlflow_uri or store.mlflow_uri, artifacts=str(store.mlflow_artifacts) if local else None

@@ -26,17 +26,25 @@ class Settings(BaseSettings):
     datasets: Path = Field(default=PROJECT / "datasets", description="the folder of dataset files")
     splits: SplitSettings = Field(default=SplitSettings(), description="how records are split")
     checks: CheckSettings = Field(default=CheckSettings(), description="what the asset checks allow")
-    model: str = Field(default="tiny", description="a model preset, or a Hugging Face causal LM folder")
+    model: str = Field(
+        default="tiny", description="a model preset, a .nemo archive, or the folder of one or of a Hugging Face model"
+    )
+    model_path: Path | None = Field(
+        default=None, description="where the archive of gpt-1.3b or gpt-5b is, or the folder of its files"
+    )
     jobs: Path = Field(default=PROJECT / "jobs", description="the folder of job files")
+    prompts: Path = Field(
+        default=Path(__file__).with_name("evaluation") / "prompts.yaml", description="the file of example prompts"
+    )
     runtime: Literal["simulator"] = Field(default="simulator", description="where jobs run")
     mlflow_uri: str | None = Field(
         default=None, validation_alias="MLFLOW_TRACKING_URI", description="None is the store under `home`"
     )
 
-    @field_validator("home", "jobs", "datasets")
+    @field_validator("home", "jobs", "datasets", "prompts", "model_path")
     @classmethod
-    def _absolute(cls, path: Path) -> Path:
-        return path.expanduser().resolve()
+    def _absolute(cls, path: Path | None) -> Path | None:
+        return path.expanduser().resolve() if path else path
 
     @property
     def store(self) -> Store:

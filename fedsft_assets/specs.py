@@ -5,7 +5,7 @@ what was expected. Nothing here imports torch, NVFlare or Dagster.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -19,7 +19,9 @@ SAMPLE = "sample"
 HUB = "hub"
 
 JobKind = Literal["local", "centralized", "federated"]
-Precision = Literal["32", "bf16-mixed", "16-mixed"]
+Precision = Literal["auto", "32", "bf16-mixed", "16-mixed"]
+Strategy = Literal["ddp", "fsdp"]
+ScheduleSpan = Literal["job", "round"]
 OptimizerState = Literal["keep", "reset"]
 Severity = Literal["error", "warn"]
 CheckName = Literal["row_count", "no_empty_outputs", "no_prompt_overlap", "token_lengths", "languages", "duplicates"]
@@ -35,7 +37,7 @@ class _Spec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-S = TypeVar("S", bound=_Spec)
+S = TypeVar("S", bound=BaseModel)
 
 
 class SiteSpec(_Spec):
@@ -44,17 +46,40 @@ class SiteSpec(_Spec):
     dataset: str
 
 
+class PeftSpec(_Spec):
+    """Training of small adapters beside weights that stay as they are; only the adapters travel."""
+
+    method: Literal["lora"] = "lora"
+    rank: Annotated[int, Field(ge=1)] = 16
+    alpha: Annotated[float, Field(gt=0, description="adapters are scaled by alpha / rank")] = 32.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: Annotated[
+        list[str] | None,
+        Field(min_length=1, description="layers' names; unless said, all linear ones but the output's"),
+    ] = None
+
+
 class TrainingSpec(_Spec):
     """How a site trains. What is None is taken from the model preset."""
 
-    batch_size: Annotated[int, Field(ge=1)] | None = None
+    batch_size: Annotated[int, Field(ge=1, description="records of an optimizer step, all devices together")] | None = (
+        None
+    )
+    micro_batch_size: Annotated[int, Field(ge=1, description="most records in one forward pass")] | None = None
+    micro_batch_tokens: Annotated[int, Field(ge=1, description="most tokens in one forward pass")] | None = None
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     max_length: Annotated[int, Field(ge=8, description="tokens of one record, prompt and answer")] | None = None
+    answer_only_loss: Annotated[bool, Field(description="as NeMo's; False learns prompts too")] = True
     warmup_ratio: Annotated[float, Field(ge=0, lt=1, description="share of all steps")] = 0.05
+    learning_rate_schedule: Annotated[ScheduleSpan, Field(description="one over all rounds, or one in each")] = "job"
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     gradient_clip: Annotated[float, Field(ge=0, description="norm; 0 clips nothing")] = 1.0
-    precision: Precision = "32"
+    precision: Annotated[Precision, Field(description="auto is bf16-mixed where the hardware has it, else 32")] = "auto"
+    activation_checkpointing: bool | None = None
     optimizer_state: Annotated[OptimizerState, Field(description="what a site does with it between rounds")] = "keep"
+    devices: Annotated[int, Field(ge=1, description="of one site's trainer")] | None = None
+    strategy: Annotated[Strategy, Field(description="how several devices share the work")] | None = None
+    peft: PeftSpec | None = None
 
 
 class ColumnsSpec(_Spec):
@@ -123,10 +148,10 @@ class DatasetSpec(_Spec):
 
         Raises SpecError with one line for each field that is wrong.
         """
-        content = _read_yaml(path, "'path:' and 'columns:'")
+        content = read_yaml(path, "'path:' and 'columns:'")
         if "format" not in content and (inferred := _inferred_format(content)):
             content["format"] = inferred
-        spec = _validated(cls, path, {**content, "name": content.get("name", path.stem)})
+        spec = validated(cls, path, {**content, "name": content.get("name", path.stem)})
         if spec.name != path.stem:
             raise SpecError(f"{path}: name: {spec.name!r} is not the file's name; remove it or write {path.stem!r}")
         if spec.name == COMBINED:
@@ -218,8 +243,8 @@ class JobSpec(_Spec):
         `datasets` are the names that a site may train on, beside `combined`.
         Raises SpecError with one line for each field that is wrong.
         """
-        content = _read_yaml(path, "'sites:' and 'rounds:'")
-        spec = _validated(cls, path, {**content, "name": content.get("name", path.stem)})
+        content = read_yaml(path, "'sites:' and 'rounds:'")
+        spec = validated(cls, path, {**content, "name": content.get("name", path.stem)})
         if spec.name != path.stem:
             raise SpecError(f"{path}: name: {spec.name!r} is not the file's name; remove it or write {path.stem!r}")
         known = [*datasets, COMBINED]
@@ -260,16 +285,24 @@ def load_jobs(folder: Path, datasets: list[str]) -> list[JobSpec]:
 
 
 class ResolvedTraining(_Spec):
-    """A TrainingSpec with nothing left open."""
+    """A TrainingSpec with nothing left open but limits that are not wanted."""
 
     batch_size: int
+    micro_batch_size: int | None = None
+    micro_batch_tokens: int | None = None
     learning_rate: float
     max_length: int
+    answer_only_loss: bool = True
     warmup_ratio: float
+    learning_rate_schedule: ScheduleSpan = "job"
     weight_decay: float
     gradient_clip: float
     precision: Precision
+    activation_checkpointing: bool = False
     optimizer_state: OptimizerState
+    devices: int = 1
+    strategy: Strategy = "ddp"
+    peft: PeftSpec | None = None
 
 
 class SitePlan(_Spec):
@@ -302,12 +335,39 @@ class SitePlan(_Spec):
                 raise SpecError(f"{self.site}: {field}: {path} has changed since; build the job folder again")
 
 
+_OF_THE_PRESET = (
+    *("batch_size", "learning_rate", "max_length"),
+    *("micro_batch_tokens", "activation_checkpointing", "devices", "strategy"),
+)
+
+
+@dataclass(frozen=True)
+class PublishedArchive:
+    """A Megatron-GPT archive on the hub: where, its SHA-256, and the sizes that its settings must name."""
+
+    repository: str
+    revision: str
+    file: str
+    digest: str
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    max_position_embeddings: int
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes by the names that Megatron's settings have for them."""
+        names = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings")
+        return {name: getattr(self, name) for name in names}
+
+
 @dataclass(frozen=True)
 class ModelPreset:
     """A named model source, with the training values that suit it.
 
-    `folder` is set for a Hugging Face folder of the user's; `extra` names the optional dependency
-    group that brings the weights.
+    `folder` is set for a Hugging Face folder of the user's, `archive` for a `.nemo` archive or the folder of
+    its files; `published` says which archive it is or, without `archive`, where to download it. `extra` names
+    the optional dependency group that brings the weights.
     """
 
     name: str
@@ -315,12 +375,18 @@ class ModelPreset:
     learning_rate: float
     batch_size: int
     max_length: int
+    micro_batch_tokens: int | None = None
+    activation_checkpointing: bool = False
+    devices: int = 1
+    strategy: Strategy = "ddp"
     folder: Path | None = None
+    archive: Path | None = None
+    published: PublishedArchive | None = None
     extra: str | None = None
 
     def resolve(self, training: TrainingSpec) -> ResolvedTraining:
         """The job's training values, with the preset's where the job says nothing."""
-        own = {key: getattr(self, key) for key in ("batch_size", "learning_rate", "max_length")}
+        own = {key: getattr(self, key) for key in _OF_THE_PRESET}
         said = training.model_dump(exclude_none=True)
         return ResolvedTraining(**{**own, **said})
 
@@ -339,22 +405,84 @@ PRESETS = {
             name="smollm2-135m",
             title="SmolLM2-135M-Instruct, Llama layout, pretrained",
             learning_rate=1e-4,
-            batch_size=2,
-            max_length=256,
+            batch_size=8,
+            max_length=512,
+            micro_batch_tokens=1024,
             extra="smollm2",
+        ),
+        # Learning rate, batch and length are those of NVFlare's published fine-tuning of both models. Its micro
+        # batch is one record, and 5B was trained on two devices a site. The commits are the newest of both
+        # repositories; of the three archives of 5B, only `tp1` is a whole model.
+        ModelPreset(
+            name="gpt-1.3b",
+            title="Megatron-GPT 1.3B, GPT-2 layout, pretrained",
+            learning_rate=5e-6,
+            batch_size=128,
+            max_length=2048,
+            micro_batch_tokens=2048,
+            published=PublishedArchive(
+                repository="nvidia/nemo-megatron-gpt-1.3B",
+                revision="a1781a9061340847cdc4474d497de83ff13f4e21",
+                file="nemo_gpt1.3B_fp16.nemo",
+                digest="0e3c4482d75ecdf622c567690d1323b363bf41074e00b8f7d1a43305535557c3",
+                num_layers=24,
+                hidden_size=2048,
+                num_attention_heads=16,
+                max_position_embeddings=2048,
+            ),
+        ),
+        ModelPreset(
+            name="gpt-5b",
+            title="Megatron-GPT 5B, GPT-2 layout, pretrained",
+            learning_rate=5e-6,
+            batch_size=128,
+            max_length=2048,
+            micro_batch_tokens=2048,
+            activation_checkpointing=True,
+            devices=2,
+            strategy="fsdp",
+            published=PublishedArchive(
+                repository="nvidia/nemo-megatron-gpt-5B",
+                revision="319a24066955bd1128a72312ee7f85c3558ad6e9",
+                file="nemo_gpt5B_fp16_tp1.nemo",
+                digest="3187cf4a4864c57164e87c05e0afa3b684b3ea8ce26b4ef1ebb64a27be4f6556",
+                num_layers=24,
+                hidden_size=4096,
+                num_attention_heads=32,
+                max_position_embeddings=2048,
+            ),
         ),
     )
 }
 
 
-def model_preset(name: str) -> ModelPreset:
-    """The preset of that name, or one made for a Hugging Face causal LM folder at that path.
+def model_preset(name: str, archive: Path | None = None) -> ModelPreset:
+    """The preset of that name, or one made for the model at that path: a Hugging Face causal LM folder, a
+    `.nemo` archive, or the folder of an archive's files.
 
-    Raises SpecError if it is neither.
+    `archive` is where the archive of a published model is already. Raises SpecError if the name is none of
+    these, or the archive is not there or no use to it.
     """
+    if archive is not None:
+        if name not in PRESETS or PRESETS[name].published is None:
+            known = ", ".join(preset.name for preset in PRESETS.values() if preset.published)
+            raise SpecError(f"FEDSFT_MODEL_PATH: {archive} is no use to FEDSFT_MODEL={name}; it is for {known}")
+        if not archive.is_file() and not (archive / "model_config.yaml").is_file():
+            raise SpecError(f"FEDSFT_MODEL_PATH: {archive} is neither a .nemo archive nor a folder with its files")
+        return replace(PRESETS[name], archive=archive.resolve())
     if name in PRESETS:
         return PRESETS[name]
     folder = Path(name).expanduser()
+    if (folder.suffix == ".nemo" and folder.is_file()) or (folder / "model_config.yaml").is_file():
+        return ModelPreset(
+            name=folder.resolve().name.removesuffix(".nemo"),
+            title=f"NeMo archive {folder}",
+            learning_rate=1e-5,
+            batch_size=4,
+            max_length=1024,
+            micro_batch_tokens=4096,
+            archive=folder.resolve(),
+        )
     if (folder / "config.json").is_file():
         return ModelPreset(
             name=folder.resolve().name,
@@ -362,10 +490,12 @@ def model_preset(name: str) -> ModelPreset:
             learning_rate=1e-5,
             batch_size=4,
             max_length=1024,
+            micro_batch_tokens=4096,
             folder=folder.resolve(),
         )
     raise SpecError(
-        f"FEDSFT_MODEL: {name!r} is neither a preset ({', '.join(PRESETS)}) nor a folder with a config.json"
+        f"FEDSFT_MODEL: {name!r} is neither a preset ({', '.join(PRESETS)}) nor a .nemo archive"
+        " nor a folder with a config.json or a model_config.yaml"
     )
 
 
@@ -380,10 +510,12 @@ def load_datasets(folder: Path) -> dict[str, DatasetSpec]:
     return {path.stem: DatasetSpec.load(path) for path in paths}
 
 
-def _read_yaml(path: Path, fields: str) -> dict[str, Any]:
-    """The fields of a YAML file, which has some like those."""
+def read_yaml(path: Path, fields: str) -> dict[str, Any]:
+    """The fields of a YAML file, which has some like those. Raises SpecError that names the file."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SpecError(f"{path}: is not YAML: {error}") from error
     if not isinstance(content, dict):
@@ -391,7 +523,8 @@ def _read_yaml(path: Path, fields: str) -> dict[str, Any]:
     return content
 
 
-def _validated(cls: type[S], path: Path, content: dict[str, Any]) -> S:
+def validated(cls: type[S], path: Path, content: dict[str, Any]) -> S:
+    """What the file says, checked. Raises SpecError with one line for each field that is wrong."""
     try:
         return cls.model_validate(content)
     except ValidationError as error:

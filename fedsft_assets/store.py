@@ -4,6 +4,7 @@ Nothing here knows what is inside the files: only paths, atomic publication and 
 """
 
 import fcntl
+import glob
 import hashlib
 import os
 import shutil
@@ -116,12 +117,17 @@ def _recover(target: Path, old: Path) -> None:
     if old.exists() and not target.exists():
         old.rename(target)
     shutil.rmtree(old, ignore_errors=True)
-    for left in target.parent.glob(f".{target.name}.new-*"):
+    _remove_left(target)
+
+
+def _remove_left(target: Path) -> None:
+    """Remove what processes left that died while they published."""
+    for left in target.parent.glob(f".{glob.escape(target.name)}.new-*"):
         try:
             with _locked(left, wait=False):
                 shutil.rmtree(left, ignore_errors=True)
-        except (BlockingIOError, FileNotFoundError):
-            continue  # somebody is still writing into it, or has just ended
+        except (BlockingIOError, FileNotFoundError, PermissionError):
+            continue  # somebody is still writing into it, or has just ended, or is another user
 
 
 @contextmanager
@@ -137,16 +143,41 @@ def _locked(folder: Path, wait: bool = True) -> Iterator[None]:
 
 @contextmanager
 def publish_file(target: Path) -> Iterator[Path]:
-    """Yield a path beside `target`; when the block ends well, that file replaces `target` at once."""
+    """Yield a path beside `target`; when the block ends well, what is there replaces `target` at once.
+
+    Of several processes that publish at the same time, each has a path of its own, and the last one to
+    end wins. What a process leaves that dies, the next call removes.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = target.parent / f".{target.name}.new"
-    try:
+    _remove_left(target)
+    with _own_folder(target) as folder:
+        fresh = folder / target.name
         yield fresh
         _fsync(fresh)
         os.replace(fresh, target)
         _fsync(target.parent)
-    finally:
-        fresh.unlink(missing_ok=True)
+
+
+@contextmanager
+def _own_folder(target: Path) -> Iterator[Path]:
+    """A new folder beside `target`, locked and removed at the end: the file in it may be replaced, the lock stays.
+
+    The lock of the folder around it is not asked for: its holder may be publishing that one as a whole.
+    """
+    while True:
+        folder = target.parent / f".{target.name}.new-{uuid.uuid4().hex}"
+        folder.mkdir()
+        with ExitStack() as alive:
+            try:
+                alive.enter_context(_locked(folder))
+                folder.stat()
+            except FileNotFoundError:
+                continue  # another call took it for left behind before it was locked
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+        return
 
 
 class HashedFile:

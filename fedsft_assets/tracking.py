@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from fedsft_assets.federation.metrics import Point
+from fedsft_assets.federation.phases import PREFIX
 from fedsft_assets.federation.report import MODEL_FILE, JobReport
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class TrackedJob:
                 self.flush()
         else:
             self._keep(self._sites[point.site], point.name, point)
-            if point.step is None:
+            if point.step is None and not point.name.startswith(PREFIX):
                 self._keep(self.run_id, f"{point.name}.{point.site}", point)
 
     def _keep(self, run_id: str, name: str, point: Point) -> None:
@@ -108,6 +109,7 @@ class TrackedJob:
             "base_val_loss": report.base_val_loss,
             "tokens_trained": report.tokens,
             "seconds": report.seconds,
+            **{f"{PREFIX}{phase}": seconds for phase, seconds in report.phases.items()},
         }
         metrics = [_metric(name, value, 0) for name, value in results.items()]  # at step 0 MLflow draws bars
         tags = {

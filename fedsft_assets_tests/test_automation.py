@@ -18,6 +18,7 @@ JOBS = ("alpaca", "combined", "dolly", "fedavg", "oasst1")
 TOUCHED_BY_ANY_DATASET = {
     "combined",
     "comparison",
+    "inference",
     *(f"job_folder/{job}" for job in JOBS),
     *(f"checkpoint/{job}" for job in JOBS),
 }

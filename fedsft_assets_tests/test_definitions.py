@@ -20,7 +20,7 @@ PACKAGE = PROJECT / "fedsft_assets"
 PLAIN = [
     *(f"{folder}/{path.name}" for folder in ("data", "model", "federation", "evaluation") for path in
       sorted((PACKAGE / folder).glob("*.py"))),
-    *("tracking.py", "execution.py", "specs.py", "store.py", "settings.py"),
+    *("tracking.py", "execution.py", "generate.py", "specs.py", "store.py", "settings.py"),
 ]  # fmt: skip
 
 

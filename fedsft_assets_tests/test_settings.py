@@ -28,7 +28,9 @@ def test_defaults_work_without_any_variable() -> None:
         None,
     )
     assert settings.source == "sample"
+    assert settings.model_path is None
     assert settings.datasets == PROJECT / "datasets"
+    assert settings.prompts == PROJECT / "fedsft_assets/evaluation/prompts.yaml"
     assert (settings.splits, settings.checks) == (SplitSettings(), CheckSettings())
     assert settings.store.home == settings.home
 
@@ -39,7 +41,9 @@ def test_environment_variables_are_read_anew_each_time(monkeypatch: pytest.Monke
         "FEDSFT_HOME": "home",
         "FEDSFT_DATA": "data",
         "FEDSFT_MODEL": "smollm2-135m",
+        "FEDSFT_MODEL_PATH": "gpt.nemo",
         "FEDSFT_JOBS": "~/jobs",
+        "FEDSFT_PROMPTS": "prompts.yaml",
         "MLFLOW_TRACKING_URI": "http://tracking:5000",
         "HOME": str(tmp_path / "me"),
     }.items():
@@ -49,7 +53,9 @@ def test_environment_variables_are_read_anew_each_time(monkeypatch: pytest.Monke
     assert settings.home == tmp_path / "home"
     assert settings.source == str(tmp_path / "data")
     assert settings.jobs == tmp_path / "me" / "jobs"
+    assert settings.prompts == tmp_path / "prompts.yaml"
     assert (settings.model, settings.mlflow_uri) == ("smollm2-135m", "http://tracking:5000")
+    assert settings.model_path == tmp_path / "gpt.nemo"
 
 
 def test_how_records_are_split_and_checked_can_be_set_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:

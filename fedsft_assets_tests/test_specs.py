@@ -1,5 +1,6 @@
 """Job files and model presets: what is wrong is named by file, field, what was found and what was expected."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,7 +95,7 @@ def test_unknown_dataset_is_named_with_those_that_there_are(write_job: WriteJob)
         (
             "rounds: 5",
             "rounds: 5\ntraining: {precision: bf16}",
-            "training.precision: Input should be '32', 'bf16-mixed' or '16-mixed', found 'bf16'",
+            "training.precision: Input should be 'auto', '32', 'bf16-mixed' or '16-mixed', found 'bf16'",
         ),
         ("rounds: 5", "rounds: 5\ntraining: {lr: 0.1}", "training.lr: Extra inputs are not permitted, found 0.1"),
         ("site-2:", "server:", "'server' cannot name a site; use letters, digits, '-', '_', and not 'server'"),
@@ -208,8 +209,43 @@ def test_model_that_is_neither_preset_nor_folder_is_named_with_what_there_is(tmp
     with pytest.raises(SpecError) as caught:
         model_preset(str(tmp_path))
     assert str(caught.value) == (
-        f"FEDSFT_MODEL: '{tmp_path}' is neither a preset (tiny, smollm2-135m) nor a folder with a config.json"
+        f"FEDSFT_MODEL: '{tmp_path}' is neither a preset (tiny, smollm2-135m, gpt-1.3b, gpt-5b) nor a .nemo archive"
+        " nor a folder with a config.json or a model_config.yaml"
     )
+
+
+def test_an_archive_or_the_folder_of_its_files_is_a_preset_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "mine-1.2.nemo").write_bytes(b"")
+    (tmp_path / "extracted").mkdir()
+    (tmp_path / "extracted" / "model_config.yaml").write_text("")
+    for place, name in ((tmp_path / "mine-1.2.nemo", "mine-1.2"), (tmp_path / "extracted", "extracted")):
+        preset = model_preset(str(place))
+        assert (preset.name, preset.archive, preset.published) == (name, place, None)
+
+
+def test_a_published_archive_may_be_on_this_machine_already(tmp_path: Path) -> None:
+    (tmp_path / "gpt.nemo").write_bytes(b"")
+    preset = model_preset("gpt-1.3b", tmp_path / "gpt.nemo")
+    assert preset.archive == tmp_path / "gpt.nemo"
+    assert preset.published is PRESETS["gpt-1.3b"].published
+    with pytest.raises(SpecError, match=r"FEDSFT_MODEL_PATH: .*gpt\.nemo is no use to FEDSFT_MODEL=tiny; .*gpt-5b"):
+        model_preset("tiny", tmp_path / "gpt.nemo")
+    with pytest.raises(SpecError, match=r"FEDSFT_MODEL_PATH: .*nothing is neither a \.nemo archive nor a folder"):
+        model_preset("gpt-5b", tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(("name", "hidden", "heads"), [("gpt-1.3b", 2048, 16), ("gpt-5b", 4096, 32)])
+def test_published_models_are_pinned_and_have_the_published_shape(name: str, hidden: int, heads: int) -> None:
+    published = PRESETS[name].published
+    assert published is not None
+    assert re.fullmatch(r"[0-9a-f]{40}", published.revision)
+    assert re.fullmatch(r"[0-9a-f]{64}", published.digest)
+    assert published.sizes == {
+        "num_layers": 24,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "max_position_embeddings": 2048,
+    }
 
 
 @pytest.fixture

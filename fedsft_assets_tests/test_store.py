@@ -1,6 +1,7 @@
 """The store: what is published is whole, whatever happens to the writer, and digests name content."""
 
 import contextlib
+import fcntl
 import os
 import signal
 import subprocess
@@ -28,6 +29,17 @@ with publish_file(Path(sys.argv[1])) as fresh:
     fresh.write_text("new, and only half of")
     print("writing", flush=True)
     time.sleep(600)
+"""
+_PUBLISH_FILE_FOREVER = """
+import itertools, sys
+from pathlib import Path
+from fedsft_assets.store import publish_file
+for k in itertools.count():
+    with publish_file(Path(sys.argv[1])) as fresh, fresh.open("w") as file:
+        for _ in range(50):
+            print(sys.argv[0], k, file=file, flush=True)
+    if k == 3:
+        print("writing", flush=True)
 """
 _PUBLISH_FOREVER = """
 import itertools, sys
@@ -199,11 +211,125 @@ def test_failure_in_the_block_leaves_the_old_file(tmp_path: Path) -> None:
     assert _contents(tmp_path) == {"file": "old"}
 
 
-def test_killed_writer_leaves_the_old_file(tmp_path: Path) -> None:
+def test_block_that_writes_nothing_publishes_nothing(tmp_path: Path) -> None:
     target = tmp_path / "file"
+    target.write_text("old")
+    with pytest.raises(FileNotFoundError), publish_file(target):
+        pass
+    assert _contents(tmp_path) == {"file": "old"}
+
+
+def test_killed_writer_leaves_the_old_file_and_the_next_one_removes_what_it_left(tmp_path: Path) -> None:
+    target = tmp_path / "fi[l]e"
     target.write_text("old")
     _kill_while_it_writes(_STOP_INSIDE_FILE, target)
     assert target.read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 2
+    with publish_file(target) as fresh:
+        fresh.write_text("new")
+    assert _contents(tmp_path) == {"fi[l]e": "new"}
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_writer_that_lives_keeps_its_file_while_others_publish(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    command = [sys.executable, "-c", _STOP_INSIDE_FILE, str(target)]
+    writer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "writing\n"
+        with publish_file(target) as fresh:
+            fresh.write_text("ours")
+        (theirs,) = (path for path in tmp_path.rglob("*") if path.is_file() and path != target)
+        assert theirs.read_text() == "new, and only half of"
+        assert target.read_text() == "ours"
+    finally:
+        writer.kill()
+        writer.communicate()
+
+
+def test_writers_of_a_file_at_the_same_time_do_not_get_into_each_others(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    with publish_file(target) as one:
+        one.write_text("one")
+        with publish_file(target) as two:
+            two.write_text("two")
+        assert target.read_text() == "two"
+        assert one.read_text() == "one"
+    assert target.read_text() == "one"
+    assert _contents(tmp_path) == {"file": "one"}
+
+
+def test_file_that_is_moved_to_where_it_is_published_from_is_not_taken_for_left_behind(tmp_path: Path) -> None:
+    target, made = tmp_path / "file", tmp_path / "made elsewhere"
+    made.write_text("made elsewhere")
+    with publish_file(target) as fresh:
+        fresh.write_text("a beginning")
+        made.rename(fresh)
+        with publish_file(target) as other:
+            other.write_text("other")
+    assert _contents(tmp_path) == {"file": "made elsewhere"}
+
+
+def test_file_is_published_without_waiting_for_the_folders_around_it(target: Path) -> None:
+    parent = os.open(target.parent, os.O_RDONLY)
+    with publish_folder(target) as fresh:
+        fcntl.flock(parent, fcntl.LOCK_EX)
+        for path in (fresh / "a", target.parent / "beside"):
+            with publish_file(path) as file:
+                file.write_text("new")
+        os.close(parent)
+    assert _contents(target.parent) == {"target/a": "new", "beside": "new"}
+
+
+def test_writer_whose_place_is_taken_for_left_behind_before_it_is_locked_takes_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "file"
+
+    def another_publishes_first(handle: int, how: int) -> None:
+        monkeypatch.undo()
+        with publish_file(target) as other:
+            other.write_text("other")
+        assert [path.name for path in tmp_path.iterdir()] == ["file"]
+        fcntl.flock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", another_publishes_first)
+    with publish_file(target) as fresh:
+        fresh.write_text("new")
+    assert _contents(tmp_path) == {"file": "new"}
+
+
+@pytest.mark.parametrize("after", [0.0, 0.003, 0.007, 0.013, 0.029])
+def test_writer_of_a_file_killed_at_any_moment_leaves_it_whole(tmp_path: Path, after: float) -> None:
+    target = tmp_path / "file"
+    _kill_while_it_writes(_PUBLISH_FILE_FOREVER, target, after)
+    assert len(set(target.read_text().splitlines())) == 1
+    assert target.read_text().count("\n") == 50
+
+
+def test_many_writers_of_a_file_at_the_same_time_never_publish_a_mixture(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    command = [sys.executable, "-c", _PUBLISH_FILE_FOREVER, str(target)]
+    writers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    try:
+        for writer in writers:
+            assert writer.stdout is not None
+            assert writer.stdout.readline() == "writing\n"
+        seen = set()
+        while len(seen) < 100:
+            content = target.read_text()
+            assert len(set(content.splitlines())) == 1
+            assert content.count("\n") == 50
+            seen.add(content)
+            assert [writer.poll() for writer in writers] == [None] * 3
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.wait()
+    with publish_file(target) as fresh:
+        fresh.write_text("the last")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def _folder(root: Path, files: dict[str, str]) -> Path:

@@ -25,6 +25,7 @@ REPORT = JobReport(
     test_loss=2.25,
     perplexity=9.4877,
     seconds=12.5,
+    phases={"train": 1.0},
     checkpoint_digest="c" * 64,
     base_model_digest="b" * 64,
     validation_digest="v" * 64,
@@ -163,6 +164,7 @@ def test_finished_job_has_its_results_artifacts_and_status(
         "base_val_loss": 7.0,
         "tokens_trained": 700,
         "seconds": 12.5,
+        "seconds/train": 1.0,
     }
     assert _curve(tracking, job.run_id, "train_loss") == [(16, 3.0)]
     assert run.data.tags["checkpoint.path"] == str(checkpoint / MODEL_FILE)

@@ -3,8 +3,10 @@
 import dagster as dg
 
 from fedsft_assets.assets.failures import explained
+from fedsft_assets.data.hub import HubError
 from fedsft_assets.model.archive import ModelError
 from fedsft_assets.resources import ModelResource, StoreResource
+from fedsft_assets.specs import SpecError
 
 
 class BaseModelConfig(dg.Config):
@@ -18,13 +20,15 @@ class BaseModelConfig(dg.Config):
     kinds={"nemo", "pytorch"},
     description="The checkpoint that all jobs start from, as a NeMo archive with its tokenizer inside.",
 )
-def base_model(config: BaseModelConfig, store: StoreResource, model: ModelResource) -> dg.MaterializeResult:
+def base_model(
+    context: dg.AssetExecutionContext, config: BaseModelConfig, store: StoreResource, model: ModelResource
+) -> dg.MaterializeResult:
     from fedsft_assets.model.base import create_base_model
 
-    preset = model.load()
-    archive = store.files.base_model(preset.name)
-    with explained(ModelError):
-        report = create_base_model(preset, into=archive, seed=config.seed)
+    with explained(ModelError, SpecError, HubError):
+        preset = model.load()
+        archive = store.files.base_model(preset.name)
+        report = create_base_model(preset, archive, config.seed, downloads=store.files.downloads, say=context.log.info)
     return dg.MaterializeResult(
         data_version=dg.DataVersion(report.digest),
         metadata={

@@ -56,8 +56,8 @@ def _result(report: SplitReport, files: Store, preset: ModelPreset) -> dg.Materi
     from fedsft_assets.model.tokenizer import preset_tokenizer
 
     folder = files.splits(report.name)
-    with explained(ModelError):
-        lengths = token_lengths(folder, preset_tokenizer(preset, files.tokenizers))
+    with explained(ModelError, DataError):
+        lengths = token_lengths(folder, preset_tokenizer(preset, files.tokenizers, files.downloads))
     chart = files.reports / f"lengths-{report.name}.png"
     plot_lengths(lengths, preset.max_length, f"{report.name} in tokens of {preset.name}", chart)
     return dg.MaterializeResult(

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 def split_loss(archive: Path, records_file: Path, plan: SitePlan) -> Loss:
     """Load the archive and score a JSONL split as the sites of `plan` do: as many records, cut to the same length."""
-    from fedsft_assets.model.sft_model import SFTModel
+    from fedsft_assets.model.language_model import LanguageModel
     from fedsft_assets.model.training import mean_loss, split_tokens
 
-    model = SFTModel.load(archive)
+    model = LanguageModel.load(archive)
     tokens = split_tokens(model, records_file, plan.training.max_length, plan.max_evaluation_records)
-    return mean_loss(model, tokens, plan.training.batch_size)
+    return mean_loss(model, tokens, plan.training)

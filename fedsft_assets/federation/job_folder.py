@@ -33,7 +33,8 @@ def build_job_folder(spec: JobSpec, preset: ModelPreset, store: Store) -> JobFol
     plans = [_site_plan(spec, site, preset, store) for site in spec.sites]
     target = store.job_folder(spec.name)
     with tempfile.TemporaryDirectory(dir=_parent(target)) as exported:
-        _export(spec, store.base_model(preset.name), Path(exported))
+        # With adapters, no weights of the base model travel: the server needs none.
+        _export(spec, None if spec.training.peft else store.base_model(preset.name), Path(exported))
         with publish_folder(target) as folder:
             Path(exported, spec.name).rename(folder)
             for plan in plans:
@@ -80,7 +81,7 @@ def _site_plan(spec: JobSpec, site: str, preset: ModelPreset, store: Store) -> S
     )
 
 
-def _export(spec: JobSpec, base_model: Path, root: Path) -> None:
+def _export(spec: JobSpec, base_model: Path | None, root: Path) -> None:
     from nvflare.app_common.executors.client_api_executor import ClientAPIExecutor
     from nvflare.client.config import ExchangeFormat
     from nvflare.job_config.api import FedJob
@@ -88,7 +89,8 @@ def _export(spec: JobSpec, base_model: Path, root: Path) -> None:
     from fedsft_assets.federation.server import FederatedSFT
 
     job = FedJob(name=spec.name, min_clients=len(spec.sites))
-    job.to_server(FederatedSFT(base_model=str(base_model), num_clients=len(spec.sites), num_rounds=spec.rounds))
+    first = str(base_model) if base_model else None
+    job.to_server(FederatedSFT(base_model=first, num_clients=len(spec.sites), num_rounds=spec.rounds))
     job.to_server({"server": {"task_request_interval": _SECONDS_BETWEEN_REQUESTS}})
     for site in spec.sites:
         trainer = ClientAPIExecutor(

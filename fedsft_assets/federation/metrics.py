@@ -14,6 +14,7 @@ METRICS_FILE = "metrics.jsonl"
 # What a site's result carries in its metadata beside the weights.
 POINTS_KEY = "points"
 SAMPLES_KEY = "samples"
+FIRST_KEY = "first"  # digests of the base model and the adapters that a site began with, if it made them itself
 
 
 @dataclass(frozen=True)

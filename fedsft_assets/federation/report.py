@@ -20,7 +20,9 @@ class JobReport:
     `val_loss[k]` belongs to the global model after k rounds, scored on the combined validation split, and
     `samples[k]` says how many records all sites had trained on by then; k = 0 is the base model.
     `best_round` is the k whose model became the checkpoint. `tokens` are answer tokens trained on.
-    `seconds` count from the start of the job to the finished checkpoint. Digests are of content.
+    `seconds` count from the start of the job to the finished checkpoint, `phases` say where they went: each
+    phase's at the site where it took longest (see `phases.PhaseClock`), and `save` for the checkpoint and its test.
+    Digests are of content.
     """
 
     job: str
@@ -33,6 +35,7 @@ class JobReport:
     test_loss: float
     perplexity: float
     seconds: float
+    phases: dict[str, float]
     checkpoint_digest: str
     base_model_digest: str
     validation_digest: str

@@ -17,6 +17,7 @@ from nvflare.app_opt.pt.decomposers import TensorDecomposer
 from nvflare.fuel.utils import fobs
 
 from fedsft_assets.federation.metrics import (
+    FIRST_KEY,
     METRICS_FILE,
     POINTS_KEY,
     SAMPLES_KEY,
@@ -48,7 +49,11 @@ class TokenWeightedAverage(ModelAggregator):
         self.results: list[FLModel] = []
 
     def accept_model(self, model: FLModel) -> None:
-        """Add one site's result. Raises ValueError for a result without a positive number of tokens."""
+        """Add one site's result.
+
+        Raises ValueError for a result without a positive number of tokens, or from a site that began the job elsewhere
+        than the others.
+        """
         site = model.meta["client_name"]
         weight = model.meta.get(FLMetaKey.NUM_STEPS_CURRENT_ROUND)
         if not isinstance(weight, int) or weight <= 0:
@@ -56,6 +61,12 @@ class TokenWeightedAverage(ModelAggregator):
         if self._sums and (differ := _shapes(self._sums) ^ _shapes(model.params)):
             odd = sorted({name for name, _ in differ})
             raise ValueError(f"{site}: tensors differ from those of the other sites: {', '.join(odd[:5])}")
+        for other in self.results:
+            if other.meta.get(FIRST_KEY) != model.meta.get(FIRST_KEY):
+                raise ValueError(
+                    f"{site}: began with another base model or other adapters than {other.meta['client_name']};"
+                    " all sites need the same base model and the same version of this package"
+                )
         for name in list(model.params):
             value = model.params.pop(name).to(torch.float64).mul_(weight)
             if name in self._sums:
@@ -74,11 +85,12 @@ class TokenWeightedAverage(ModelAggregator):
 class FederatedSFT(FedAvg):
     """FedAvg that starts from a `.nemo` base model, writes every point down, and keeps the best and the last model.
 
+    Without `base_model` the first model is empty: each site then begins with adapters of its own, all the same.
     A round's `val_loss` is that of the global model that the sites received, so a model is scored one
     round after it was made, and the last one in a validation task of its own.
     """
 
-    def __init__(self, base_model: str, num_clients: int, num_rounds: int) -> None:
+    def __init__(self, num_clients: int, num_rounds: int, base_model: str | None = None) -> None:
         super().__init__(
             num_clients=num_clients,
             num_rounds=num_rounds,
@@ -105,7 +117,8 @@ class FederatedSFT(FedAvg):
 
     def load_model(self) -> FLModel:
         fobs.register(TensorDecomposer)  # without it, NVFlare cannot send tensors
-        return FLModel(params=read_nemo_weights(Path(self.base_model)), params_type=ParamsType.FULL)
+        first = read_nemo_weights(Path(self.base_model)) if self.base_model else {}
+        return FLModel(params=first, params_type=ParamsType.FULL)
 
     def save_model(self, model: FLModel) -> None:
         """End a round: write down what the sites report, then the new global model."""

@@ -8,9 +8,11 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from fedsft_assets.federation.metrics import METRICS_FILE
+from fedsft_assets.federation.phases import JOB_STARTED
 
 _RUN = "server/simulate_job"
 
@@ -50,6 +52,7 @@ class Simulator:
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": str(threads_per_trainer),
+            JOB_STARTED: str(time.time()),
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         }
         command = [sys.executable, "-m", __name__, str(self._job_folder), str(self._workspace), *self._sites]

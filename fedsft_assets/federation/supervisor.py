@@ -18,6 +18,7 @@ from fedsft_assets.evaluation.losses import split_loss
 from fedsft_assets.federation.events import Event, Failed, encode
 from fedsft_assets.federation.job_folder import read_plans, read_spec
 from fedsft_assets.federation.metrics import Point, parse_point
+from fedsft_assets.federation.phases import longest_phases, round_to_ms
 from fedsft_assets.federation.processes import MARK, stop_marked
 from fedsft_assets.federation.report import MODEL_FILE, Curve, JobReport, global_curve
 from fedsft_assets.federation.server import BEST_MODEL
@@ -55,7 +56,8 @@ def supervise(job_folder: Path, workspace: Path, testing_file: Path, into: Path,
     except ValueError as error:
         raise JobFailedError(f"{error}\nThe end of {job.log_file}:\n{Tail(job.log_file).end(_TAIL_LINES)}") from error
     yield Progress("writing the checkpoint and scoring it on the combined testing split")
-    yield _finish(spec, read_plans(job_folder)[0], job.run_dir / BEST_MODEL, testing_file, into, curve, begun)
+    plan, phases = read_plans(job_folder)[0], longest_phases(points)
+    yield _finish(spec, plan, job.run_dir / BEST_MODEL, testing_file, into, curve, begun, phases)
 
 
 def _follow(job: Simulator) -> Iterator[Event]:
@@ -85,16 +87,33 @@ def _explain(site: str, failure: TrainerFailure, log: Tail) -> str:
 
 
 def _finish(
-    spec: JobSpec, plan: SitePlan, weights: Path, testing_file: Path, into: Path, curve: Curve, begun: float
+    spec: JobSpec,
+    plan: SitePlan,
+    weights: Path,
+    testing_file: Path,
+    into: Path,
+    curve: Curve,
+    begun: float,
+    phases: dict[str, float],
 ) -> JobReport:
+    saving = time.monotonic()
     import torch
 
-    from fedsft_assets.model.sft_model import SFTModel
+    from fedsft_assets.model.archive import content_digest
+    from fedsft_assets.model.language_model import LanguageModel
 
-    model = SFTModel.load(plan.base_model)
-    base_model_digest = model.content_digest()
-    model.load_weights(torch.load(weights, map_location="cpu", weights_only=True))
+    model = LanguageModel.load(plan.base_model)
+    trained = torch.load(weights, map_location="cpu", weights_only=True)
     with publish_folder(into) as folder:
+        if plan.training.peft:
+            from fedsft_assets.model.adapters import ADAPTER_FOLDER, add_adapters
+
+            adapters = add_adapters(model, plan.training.peft, plan.seed)
+            model.load_weights(trained)
+            adapters.save(folder / ADAPTER_FOLDER)
+            adapters.merge()
+        else:
+            model.load_weights(trained)
         model.save(folder / MODEL_FILE)
         test = split_loss(folder / MODEL_FILE, testing_file, plan)
         report = JobReport(
@@ -108,8 +127,9 @@ def _finish(
             test_loss=test.loss,
             perplexity=test.perplexity,
             seconds=time.monotonic() - begun,
-            checkpoint_digest=model.content_digest(),
-            base_model_digest=base_model_digest,
+            phases={**phases, "save": round_to_ms(time.monotonic() - saving)},
+            checkpoint_digest=content_digest(folder / MODEL_FILE),
+            base_model_digest=content_digest(plan.base_model),
             validation_digest=plan.digests["validation_file"],
         )
         report.write(folder)

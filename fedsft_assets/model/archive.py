@@ -1,32 +1,51 @@
-"""Looks into `.nemo` archives that anyone may have made, before NeMo opens them.
+"""Reads and writes `.nemo` archives, without NeMo and without trust in who made them.
 
-Reads the layout and the configuration only; never extracts, unpickles or imports anything.
+An archive is a tar of `model_config.yaml`, `model_weights.ckpt` and the tokenizer's files. Nothing is
+extracted, imported or unpickled but descriptions of tensors, and weights go through memory one by one.
 """
 
+from __future__ import annotations
+
+import hashlib
+import json
 import re
 import tarfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import yaml
+
+from fedsft_assets.model.errors import ModelError
+from fedsft_assets.model.file_window import FileWindow
+from fedsft_assets.store import publish_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fedsft_assets.model.tensor_file import TensorFile, TensorInfo
+
+__all__ = ["CONFIG", "FIELDS", "WEIGHTS", "ModelError", "artifact_key", "artifact_name", "describe", "read_config"]
 
 CONFIG = "model_config.yaml"
 WEIGHTS = "model_weights.ckpt"
 FIELDS = ("hf", "tokenizer", "max_length", "prompt_template")
 
+# What NeMo's restore_from looks for: the class that it makes of an archive, and a version; nothing here does.
+_TARGET = "fedsft_assets.model.sft_model.SFTModel"
+_NEMO_VERSION = "3.0.0"
 _LARGEST_CONFIG = 1 << 20
+_DEEPEST_CONFIG = 50
 _LARGEST_TOKENIZER_FILE = 256 << 20
 _MOST_MEMBERS = 64
+_VALUES_AT_ONCE = 4 << 20
 # What says how to load or run a model (from where, with which kernels, which may be downloaded code), not what it is.
 _LOADING_OPTIONS = {
     *("attn_implementation", "auto_map", "dtype", "experts_implementation"),
     *("quantization_config", "torch_dtype", "transformers_version"),
 }
 _ARTIFACT = re.compile(r"nemo:[0-9a-f]{32}_(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)")
-
-
-class ModelError(ValueError):
-    """A model, archive, tokenizer or set of weights that cannot be used."""
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -36,26 +55,101 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises ModelError that names the file if it is missing, truncated, no plain tar of plain files,
     or not written by SFTModel.
     """
-    if not path.is_file():
-        raise ModelError(f"{path}: no such file; expected a .nemo archive")
-    try:
-        with tarfile.open(path, "r:") as tar:
-            members = _members(path, tar)
-            if members[CONFIG].size > _LARGEST_CONFIG:
-                raise ModelError(f"{path}: {CONFIG} has {members[CONFIG].size} bytes, more than {_LARGEST_CONFIG}")
-            file = tar.extractfile(members[CONFIG])
-            text = file.read().decode() if file else ""
-    except (tarfile.TarError, EOFError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path}: is not an uncompressed tar archive, or is truncated: {error}") from error
+    with _opened(path) as (file, members):
+        sizes = {name: member.size for name, member in members.items()}
+        return parse_config(path, _text(path, file, members[CONFIG]), sizes)
+
+
+def parse_config(path: Path, text: str, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """What `read_config` gives for an archive `path` with this configuration, and files of these names and sizes."""
     config = _parse(path, text)
     for key, value in config["tokenizer"]["files"].items():
         name = artifact_name(value) if isinstance(value, str) else None
-        stored = members.get(value.removeprefix("nemo:")) if name else None
-        if stored is None or name is None or key != artifact_key(name):
+        stored = str(value).removeprefix("nemo:")
+        if name is None or stored not in sizes or key != artifact_key(name):
             raise ModelError(f"{path}: {CONFIG}: tokenizer.files.{key}: {value!r} is not a file of the archive")
-        if stored.size > _LARGEST_TOKENIZER_FILE:
-            raise ModelError(f"{path}: {stored.name} has {stored.size} bytes, more than {_LARGEST_TOKENIZER_FILE}")
+        if sizes[stored] > _LARGEST_TOKENIZER_FILE:
+            raise ModelError(f"{path}: {stored} has {sizes[stored]} bytes, more than {_LARGEST_TOKENIZER_FILE}")
     return config
+
+
+def read_tokenizer_files(path: Path, config: Mapping[str, Any]) -> dict[str, bytes]:
+    """The tokenizer's files, by their own names, of an archive whose configuration `read_config` has checked."""
+    with _opened(path) as (file, members):
+        return {
+            str(artifact_name(value)): _content(path, file, members[value.removeprefix("nemo:")])
+            for value in config["tokenizer"]["files"].values()
+        }
+
+
+@contextmanager
+def open_weights(path: Path) -> Iterator[TensorFile]:
+    """The archive's weights, to be read one by one. Raises ModelError that names the file."""
+    from fedsft_assets.model.tensor_file import TensorFile
+
+    with _opened(path) as (file, members):
+        part = _part(file, members[WEIGHTS])
+        with TensorFile(part, f"{path}: {WEIGHTS}") as tensors:
+            yield tensors
+
+
+def write_archive(
+    path: Path,
+    config: Mapping[str, Any],
+    tokenizer_files: Mapping[str, bytes],
+    tensors: Mapping[str, TensorInfo],
+    read: Callable[[str], Tensor],
+    shared: Mapping[str, str] | None = None,
+) -> None:
+    """Write an archive, whole or not at all; equal models give equal bytes.
+
+    `config` has `hf`, `max_length` and `prompt_template`; tensors are as for `write_tensors`, which reads
+    them one at a time. Raises ModelError for what `read_config` would not read.
+    """
+    from fedsft_assets.model.tensor_file import write_tensors
+
+    artifacts = {artifact_member(name, content): content for name, content in tokenizer_files.items()}
+    files = {artifact_key(str(artifact_name(f"nemo:{artifact}"))): f"nemo:{artifact}" for artifact in artifacts}
+    content = {
+        "hf": describe(dict(config["hf"])),
+        "tokenizer": {"files": files},
+        "max_length": config["max_length"],
+        "prompt_template": config["prompt_template"],
+        "target": _TARGET,
+        "nemo_version": _NEMO_VERSION,
+    }
+    text = yaml.safe_dump(content, sort_keys=False)
+    _parse(path, text)
+    with publish_file(path) as fresh, fresh.open("w+b") as file:
+        for name, data in {CONFIG: text.encode(), **artifacts}.items():
+            with tar_member(file, name):
+                file.write(data)
+        with tar_member(file, WEIGHTS):
+            write_tensors(file, tensors, read, shared)
+        file.write(b"\0" * (2 * tarfile.BLOCKSIZE))
+
+
+def content_digest(path: Path) -> str:
+    """SHA-256 in hex of configuration, tokenizer and fp32 weights: the same for equal models.
+
+    The archive's bytes also depend on the type that weights are stored in, and on who wrote it.
+    """
+    import torch
+
+    config = read_config(path)
+    own = {field: config[field] for field in FIELDS if field != "tokenizer"}
+    digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode())
+    for name, content in sorted(read_tokenizer_files(path, config).items()):
+        digest.update(f"\0{name}\0{hashlib.sha256(content).hexdigest()}".encode())
+    with open_weights(path) as weights:
+        for name, info in sorted(weights.tensors.items()):
+            if name in weights.shared:
+                continue
+            dtype = torch.float32 if info.dtype.is_floating_point else info.dtype
+            digest.update(f"\0{name}\0{dtype}\0{info.shape}\0".encode())
+            for values in weights.read(name).flatten().split(_VALUES_AT_ONCE):
+                digest.update(values.to(dtype).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def describe(hf: dict[str, Any]) -> dict[str, Any]:
@@ -78,7 +172,50 @@ def artifact_name(value: str) -> str | None:
     return match["name"] if match else None
 
 
-def _members(path: Path, tar: tarfile.TarFile) -> dict[str, tarfile.TarInfo]:
+def artifact_member(name: str, content: bytes) -> str:
+    """The member's name for a file: NeMo's prefix is random, this one is the content's."""
+    unique = hashlib.sha256(name.encode() + b"\0" + content).hexdigest()[:32]
+    if artifact_name(f"nemo:{unique}_{name}") is None or len(content) > _LARGEST_TOKENIZER_FILE:
+        raise ModelError(
+            f"tokenizer file {name!r}: its name must be of letters, digits, '.', '_' and '-',"
+            f" and it may have {_LARGEST_TOKENIZER_FILE} bytes, found {len(content)}"
+        )
+    return f"{unique}_{name}"
+
+
+@contextmanager
+def tar_member(file: BinaryIO, name: str) -> Iterator[None]:
+    """What the block writes becomes a member of the tar; its header is written when its size is known."""
+    start = file.tell()
+    file.write(b"\0" * tarfile.BLOCKSIZE)
+    yield
+    end = file.tell()
+    entry = tarfile.TarInfo(name)
+    entry.size = end - start - tarfile.BLOCKSIZE
+    file.seek(start)
+    file.write(entry.tobuf(tarfile.GNU_FORMAT))
+    file.seek(end)
+    file.write(b"\0" * (-entry.size % tarfile.BLOCKSIZE))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, dict[str, tarfile.TarInfo]]]:
+    """The open archive and where its members are. Raises ModelError that names the file."""
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file; expected a .nemo archive")
+    with path.open("rb") as file:
+        size = path.stat().st_size
+        try:
+            with tarfile.open(fileobj=FileWindow(file, 0, size), mode="r:") as tar:
+                members = _members(path, tar, size)
+        except (tarfile.TarError, EOFError, ValueError) as error:
+            if isinstance(error, ModelError):
+                raise
+            raise ModelError(f"{path}: is not an uncompressed tar archive, or is truncated: {error}") from error
+        yield file, members
+
+
+def _members(path: Path, tar: tarfile.TarFile, size: int) -> dict[str, tarfile.TarInfo]:
     members: dict[str, tarfile.TarInfo] = {}
     for count, member in enumerate(tar):
         name = PurePosixPath(member.name)
@@ -90,7 +227,7 @@ def _members(path: Path, tar: tarfile.TarFile) -> dict[str, tarfile.TarInfo]:
             raise ModelError(f"{path}: member {member.name!r} is not a plain file at the top of the archive")
         if name.name in members:
             raise ModelError(f"{path}: member {member.name!r} is there twice")
-        if member.offset_data + member.size > path.stat().st_size:
+        if member.offset_data + member.size > size:
             raise ModelError(f"{path}: truncated: {member.name!r} ends after the file does")
         members[name.name] = member
     missing = {CONFIG, WEIGHTS} - members.keys()
@@ -99,16 +236,53 @@ def _members(path: Path, tar: tarfile.TarFile) -> dict[str, tarfile.TarInfo]:
     return members
 
 
-def _parse(path: Path, text: str) -> dict[str, Any]:
+def _part(file: BinaryIO, member: tarfile.TarInfo) -> Any:
+    return FileWindow(file, member.offset_data, member.size)
+
+
+def _content(path: Path, file: BinaryIO, member: tarfile.TarInfo) -> bytes:
+    content = bytearray(member.size)
+    if _part(file, member).readinto(content) != member.size:
+        raise ModelError(f"{path}: truncated: {member.name!r} ends after the file does")
+    return bytes(content)
+
+
+def _text(path: Path, file: BinaryIO, member: tarfile.TarInfo) -> str:
+    if member.size > _LARGEST_CONFIG:
+        raise ModelError(f"{path}: {CONFIG} has {member.size} bytes, more than {_LARGEST_CONFIG}")
     try:
-        # An alias lets a small file describe a huge configuration; NeMo writes none.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise ModelError(f"{path}: {CONFIG} has YAML aliases")
+        return _content(path, file, member).decode()
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{path}: {CONFIG} is not text: {error}") from error
+
+
+def load_yaml(text: str, where: str) -> dict[str, Any]:
+    """The fields of a configuration that a stranger may have written. Raises ModelError that begins with `where`."""
+    try:
+        _require_plain(text, where)
         content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ModelError(f"{path}: {CONFIG} is not YAML: {error}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"{where} is not YAML: {error}") from error
     if not isinstance(content, dict):
-        raise ModelError(f"{path}: {CONFIG}: expected fields, found {type(content).__name__}")
+        raise ModelError(f"{where}: expected fields, found {type(content).__name__}")
+    return content
+
+
+def _require_plain(text: str, where: str) -> None:
+    """Refuse what a small file can keep a parser busy with for hours; NeMo writes none of it."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise ModelError(f"{where} has YAML aliases")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST_CONFIG:
+            raise ModelError(f"{where} is nested more than {_DEEPEST_CONFIG} levels deep")
+
+
+def _parse(path: Path, text: str) -> dict[str, Any]:
+    content = load_yaml(text, f"{path}: {CONFIG}")
     missing = [field for field in FIELDS if field not in content]
     if missing:
         raise ModelError(
@@ -116,6 +290,10 @@ def _parse(path: Path, text: str) -> dict[str, Any]:
             f" (its target is {content.get('target')!r})"
         )
     config = {field: content[field] for field in FIELDS}
+    try:
+        json.dumps(config)
+    except TypeError as error:  # YAML has dates and sets
+        raise ModelError(f"{path}: {CONFIG} has a value that no model's configuration has: {error}") from error
     if "${" in yaml.safe_dump(config, width=float("inf")):
         # OmegaConf would resolve it, for example to the value of an environment variable.
         raise ModelError(f"{path}: {CONFIG} has an interpolation '${{'")

@@ -1,14 +1,17 @@
 """Base models: the archive that every job of a study starts from, made from a preset.
 
-Everything comes from this machine: random weights, an installed package, or a folder of the user's.
+It has random weights, or those of an installed package, of a folder or archive of the user's, or of a
+published archive that is downloaded.
 """
 
 import importlib.util
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -23,10 +26,23 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from fedsft_assets.model.archive import ModelError
-from fedsft_assets.model.sft_model import SFTModel
+from fedsft_assets.data import hub
+from fedsft_assets.model.archive import (
+    CONFIG,
+    content_digest,
+    open_weights,
+    read_config,
+    read_tokenizer_files,
+)
+from fedsft_assets.model.errors import ModelError
+from fedsft_assets.model.language_model import LanguageModel
+from fedsft_assets.model.megatron_import import import_opened, is_megatron, read_source_settings
+from fedsft_assets.model.megatron_source import open_source
+from fedsft_assets.model.megatron_tokenizer import hugging_face_tokenizer, read_tokenizer
+from fedsft_assets.model.own_archive import copy_archive, tokenizer_files
 from fedsft_assets.model.tokenizer import EOS, sample_texts, tiny_tokenizer
-from fedsft_assets.specs import ModelPreset
+from fedsft_assets.specs import ModelPreset, PublishedArchive
+from fedsft_assets.store import file_digest
 
 # The activation is GPT-2's own (gelu_new), as one kernel instead of eight.
 _TINY = {"n_layer": 2, "n_embd": 192, "n_head": 6, "n_positions": 256, "activation_function": "gelu_pytorch_tanh"}
@@ -46,13 +62,22 @@ class BaseModelReport:
 
 
 def create_base_model(
-    preset: ModelPreset, into: Path, seed: int, texts: Iterable[str] | None = None
+    preset: ModelPreset,
+    into: Path,
+    seed: int,
+    texts: Iterable[str] | None = None,
+    *,
+    downloads: Path | None = None,
+    say: Callable[[str], object] = lambda _: None,
 ) -> BaseModelReport:
     """Write the preset's model as the archive `into`.
 
-    `texts` is what the tiny preset's tokenizer is trained on: the embedded sample unless given.
-    Raises ModelError that says what is missing and how to get it.
+    `texts` is what the tiny preset's tokenizer is trained on: the embedded sample unless given. `downloads`
+    is where downloaded archives stay, `say` gets lines of progress. Raises ModelError that says what is
+    missing and how to get it, and HubError for a download that fails.
     """
+    if preset.archive or preset.published:
+        return _from_archive(preset, _archive(preset, downloads, say), into, say)
     if preset.folder is not None:
         lm, tokenizer = _from_folder(preset.folder)
     elif preset.name == "tiny":
@@ -63,7 +88,7 @@ def create_base_model(
         raise ModelError(f"{preset.name}: this preset has no way to be made here")
     positions = getattr(lm.config, "max_position_embeddings", None)
     max_length = min(preset.max_length, positions) if positions else preset.max_length
-    model = SFTModel.wrap(lm, tokenizer, max_length=max_length)
+    model = LanguageModel.wrap(lm, tokenizer, max_length=max_length)
     model.save(into)
     return BaseModelReport(
         title=preset.title,
@@ -71,8 +96,60 @@ def create_base_model(
         vocabulary=len(tokenizer),
         layers=lm.config.num_hidden_layers,
         width=lm.config.hidden_size,
-        digest=model.content_digest(),
+        digest=content_digest(into),
     )
+
+
+def _archive(preset: ModelPreset, downloads: Path | None, say: Callable[[str], object]) -> Path:
+    """The preset's archive on this machine: the user's, or the published one, as it was when the preset was written."""
+    if preset.archive:
+        return preset.archive
+    published = preset.published
+    assert published is not None, "the caller has looked"
+    if downloads is None:
+        raise ModelError(f"{preset.name}: is downloaded, but no folder for downloads was given; set FEDSFT_MODEL_PATH")
+    return _download(published, downloads, say)
+
+
+def _download(published: PublishedArchive, downloads: Path, say: Callable[[str], object]) -> Path:
+    area = downloads / f"models--{published.repository.replace('/', '--')}"
+    found = hub.download(published.repository, published.revision, [published.file], area, kind="model", say=say)
+    digest = file_digest(found.paths[0])
+    if digest != published.digest:
+        raise ModelError(
+            f"{found.paths[0]}: has the SHA-256 {digest}, but {published.repository} published {published.digest};"
+            " check HF_ENDPOINT"
+        )
+    return found.paths[0]
+
+
+def _from_archive(preset: ModelPreset, source: Path, into: Path, say: Callable[[str], object]) -> BaseModelReport:
+    """An archive of Megatron's is converted, one of ours is taken as it is."""
+    say(f"reading {source}")
+    with open_source(source, scratch=into.parent) as opened:
+        settings = read_source_settings(opened)
+        if is_megatron(settings):
+            expect = preset.published.sizes if preset.published else None
+            import_opened(opened, into, preset.max_length, expect=expect, say=say)
+        elif preset.published:
+            raise ModelError(f"{source}: {CONFIG}: is not a Megatron-GPT archive, which {preset.name} is made from")
+        else:
+            copy_archive(opened, into)
+    return _describe(preset, into)
+
+
+def _describe(preset: ModelPreset, archive: Path) -> BaseModelReport:
+    """What is in an archive, without loading its weights."""
+    config = read_config(archive)
+    try:
+        hf = AutoConfig.for_model(**config["hf"])
+        layers, width = hf.num_hidden_layers, hf.hidden_size
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ModelError(f"{archive}: {CONFIG}: hf: is no causal language model: {error}") from error
+    with open_weights(archive) as weights:
+        parameters = sum(prod(info.shape) for name, info in weights.tensors.items() if name not in weights.shared)
+    vocabulary = len(_tokenizer_of(read_tokenizer_files(archive, config)))
+    return BaseModelReport(preset.title, parameters, vocabulary, layers, width, content_digest(archive))
 
 
 def _tiny(texts: Iterable[str], seed: int) -> tuple[Any, Any]:
@@ -124,9 +201,26 @@ def _from_folder(folder: Path) -> tuple[Any, Any]:
     return _pretrained(folder)
 
 
-def load_tokenizer(preset: ModelPreset) -> Any:
-    """The tokenizer of a preset with pretrained weights, without them. Raises ModelError."""
-    return _tokenizer(preset.folder) if preset.folder else _tokenizer(*_smollm2())
+def load_tokenizer(preset: ModelPreset, downloads: Path | None = None) -> Any:
+    """The tokenizer of a preset with pretrained weights, without converting them.
+
+    Raises as `create_base_model` does.
+    """
+    if not preset.archive and not preset.published:
+        return _tokenizer(preset.folder) if preset.folder else _tokenizer(*_smollm2())
+    archive = _archive(preset, downloads, print)
+    with open_source(archive, scratch=downloads or archive.parent) as opened:
+        settings = read_source_settings(opened)
+        if is_megatron(settings):
+            return hugging_face_tokenizer(read_tokenizer(opened, settings))
+        return _tokenizer_of(tokenizer_files(opened))
+
+
+def _tokenizer_of(files: Mapping[str, bytes]) -> Any:
+    with TemporaryDirectory() as folder:
+        for name, content in files.items():
+            (Path(folder) / name).write_bytes(content)
+        return _tokenizer(Path(folder))
 
 
 def _tokenizer(folder: Path, gguf_file: str | None = None) -> Any:

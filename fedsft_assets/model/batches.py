@@ -1,4 +1,4 @@
-"""Records to tokens to batches: prompt template, answer-only labels, length-sorted batches.
+"""Records to tokens to batches: prompt template, answer-only targets, batches of similar lengths, micro-batches.
 
 Relation to NeMo's GPTSFTDataset: the same records (`input`, `output`), the same kind of template, the
 space before `{output}` tokenized with the answer, EOS appended and learned, loss on the answer only,
@@ -8,8 +8,10 @@ spelled out in a record stays plain text, so that data cannot end an answer.
 """
 
 import random
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +20,6 @@ from torch import Tensor
 from fedsft_assets.data.records import Record
 from fedsft_assets.model.prompt_template import DEFAULT_TEMPLATE, template
 
-IGNORED = -100
 _BATCHES_IN_A_BUCKET = 32
 
 
@@ -34,10 +35,13 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.ids)
 
-    @property
-    def answer(self) -> int:
-        """Tokens that have a loss, EOS among them."""
-        return len(self.ids) - self.prompt
+    def first_target(self, answer_only: bool = True) -> int:
+        """Where the tokens begin that have a loss: the answer, or all but the first, which nothing predicts."""
+        return max(self.prompt, 1) if answer_only else 1
+
+    def targets(self, answer_only: bool = True) -> int:
+        """How many tokens have a loss, EOS among them."""
+        return len(self.ids) - self.first_target(answer_only)
 
 
 class Truncated(NamedTuple):
@@ -48,14 +52,30 @@ class Truncated(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Right-padded records, each tensor int64 [B, T]; `labels` are IGNORED outside answers.
+    """Records for one forward pass, as a row without padding (`lengths` are theirs) or padded on the right.
 
-    Labels stand where their tokens stand, as in Hugging Face; the shift by one is the loss's work.
+    `input_ids` and `position_ids` are int64 [1, sum(lengths)] in a row, else [B, T] with `attention_mask` [B, T].
+    `positions` [N] index the flattened inputs where a token with a loss is predicted, `targets` [N] are these tokens.
+    The last token of a record predicts nothing and is no input.
     """
 
     input_ids: Tensor
-    attention_mask: Tensor
-    labels: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor | None
+    lengths: list[int] | None
+    positions: Tensor
+    targets: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        mask = self.attention_mask
+        return Batch(
+            self.input_ids.to(device),
+            self.position_ids.to(device),
+            None if mask is None else mask.to(device),
+            self.lengths,
+            self.positions.to(device),
+            self.targets.to(device),
+        )
 
 
 def tokenize(
@@ -132,13 +152,72 @@ def evaluation_batches(tokens: Sequence[Tokens], batch_size: int) -> list[list[i
     return _cut(sorted(range(len(tokens)), key=lambda index: len(tokens[index])), batch_size)
 
 
-def collate(tokens: Sequence[Tokens], pad: int) -> Batch:
-    """One batch, padded on the right to its longest record. `pad` is never learned nor attended to."""
-    length = max(len(one) for one in tokens)
-    ids = [one.ids + [pad] * (length - len(one)) for one in tokens]
-    mask = [[1] * len(one) + [0] * (length - len(one)) for one in tokens]
-    labels = [[IGNORED] * one.prompt + one.ids[one.prompt :] + [IGNORED] * (length - len(one)) for one in tokens]
-    return Batch(torch.tensor(ids), torch.tensor(mask), torch.tensor(labels))
+def micro_batches(
+    tokens: Sequence[Tokens], indices: Sequence[int], most_records: int | None, most_tokens: int | None, packed: bool
+) -> list[list[int]]:
+    """A batch cut into parts that go through the model one after another, records of similar lengths together.
+
+    No part has more than `most_records` records, or more than `most_tokens` tokens, padding among them where
+    records are not `packed`; a record that is longer is a part of its own. One batch in one part stays in its order.
+    """
+    if not indices:
+        return []
+    most_records, most_tokens = most_records or len(indices), most_tokens or sys.maxsize
+    if len(indices) <= most_records and _places([len(tokens[index]) for index in indices], packed) <= most_tokens:
+        return [list(indices)]
+    parts: list[list[int]] = []
+    lengths: list[int] = []
+    for index in sorted(indices, key=lambda index: len(tokens[index])):
+        lengths.append(len(tokens[index]))
+        if not parts or len(lengths) > most_records or _places(lengths, packed) > most_tokens:
+            parts.append([])
+            lengths = lengths[-1:]
+        parts[-1].append(index)
+    return parts
+
+
+def pack(tokens: Sequence[Tokens], answer_only: bool = True) -> Batch:
+    """Records one after another in a row. The loss is on their answers, or on all tokens but each record's first."""
+    lengths = [len(one) - 1 for one in tokens]
+    starts = [0, *accumulate(lengths)]
+    positions = [
+        torch.arange(start + one.first_target(answer_only) - 1, start + length)
+        for start, length, one in zip(starts, lengths, tokens, strict=False)
+    ]
+    return Batch(
+        input_ids=torch.tensor([id for one in tokens for id in one.ids[:-1]])[None],
+        position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
+        attention_mask=None,
+        lengths=lengths,
+        positions=torch.cat(positions),
+        targets=_targets(tokens, answer_only),
+    )
+
+
+def pad(tokens: Sequence[Tokens], pad_id: int, answer_only: bool = True) -> Batch:
+    """Records padded on the right to the longest of them, for models that cannot be given rows of records."""
+    lengths = [len(one) - 1 for one in tokens]
+    longest = max(lengths)
+    positions = [
+        torch.arange(row * longest + one.first_target(answer_only) - 1, row * longest + length)
+        for row, (length, one) in enumerate(zip(lengths, tokens, strict=True))
+    ]
+    return Batch(
+        input_ids=torch.tensor([one.ids[:-1] + [pad_id] * (longest + 1 - len(one)) for one in tokens]),
+        position_ids=torch.arange(longest).repeat(len(tokens), 1),
+        attention_mask=torch.tensor([[1] * length + [0] * (longest - length) for length in lengths]),
+        lengths=None,
+        positions=torch.cat(positions),
+        targets=_targets(tokens, answer_only),
+    )
+
+
+def _targets(tokens: Sequence[Tokens], answer_only: bool) -> Tensor:
+    return torch.tensor([id for one in tokens for id in one.ids[one.first_target(answer_only) :]])
+
+
+def _places(lengths: list[int], packed: bool) -> int:
+    return sum(lengths) if packed else len(lengths) * max(lengths)
 
 
 def _cut(records: list[int], size: int) -> list[list[int]]:

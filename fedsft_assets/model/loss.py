@@ -1,7 +1,8 @@
-"""Cross entropy over a large vocabulary, and logits only where they are needed.
+"""The loss of a causal language model on answer tokens: cross entropy over a large vocabulary, in little memory.
 
-Both exist to save memory: at 49,152 tokens of vocabulary, a copy of the logits of 4,096 positions is
-0.8 GB, and a plain loss makes four of them.
+Logits exist only at the positions that predict an answer token, and of those a few at a time: at
+49,152 tokens of vocabulary, a copy of the logits of 4,096 positions is 0.8 GB, and a plain loss makes
+four of them.
 """
 
 from collections.abc import Iterator
@@ -10,8 +11,57 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 _CHUNK = 1 << 22  # logits that are worked on at a time: 16 MB in fp32
+
+
+class _HeadLoss(torch.autograd.Function):
+    """The output projection and its summed cross entropy, chunk by chunk of positions.
+
+    The loss is a sum, so its gradients are known at once up to a factor: they are made while a chunk's
+    logits are there, and the backward pass only scales them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        wants_hidden, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        d_hidden = torch.empty_like(hidden) if wants_hidden else None
+        d_weight = torch.zeros_like(weight) if wants_weight else None
+        d_bias = torch.zeros_like(bias) if wants_bias and bias is not None else None
+        rows = max(1, _CHUNK // len(weight))
+        for start in range(0, len(targets), rows):
+            part, target = hidden[start : start + rows], targets[start : start + rows]
+            logits = linear(part, weight, bias).float()
+            normalizer = logits.logsumexp(-1, keepdim=True)
+            total += (normalizer - logits.gather(1, target[:, None])).sum()
+            if d_hidden is None and d_weight is None:
+                continue
+            d_logits = logits.sub_(normalizer).exp_()
+            d_logits.scatter_add_(1, target[:, None], d_logits.new_full((len(target), 1), -1.0))
+            if d_hidden is not None:
+                d_hidden[start : start + rows] = linear(d_logits, weight.t())
+            if d_weight is not None:
+                _add_product(d_weight, d_logits, part)
+            if d_bias is not None:
+                d_bias += d_logits.sum(0)
+        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return (*(None if d is None else d.mul_(grads[0]) for d in ctx.saved_tensors), None)
+
+
+def head_loss(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
+    """The sum of -log softmax(head(hidden))[target], a scalar in fp32; one backward pass only.
+
+    `hidden` [N, D], `targets` [N] int64, all of them valid; N may be 0. Equal to
+    `torch.nn.functional.cross_entropy(head(hidden).float(), targets, reduction="sum")`, at the memory
+    of 4 million logits.
+    """
+    return _HeadLoss.apply(hidden, head.weight, head.bias, targets)
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
@@ -69,6 +119,14 @@ def head_only_at(head: nn.Module | None, positions: Tensor) -> Iterator[list[boo
     finally:
         if handle is not None:
             handle.remove()
+
+
+def _add_product(total: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
+    """total += d_logits^T hidden, in one pass over `total` where types allow it."""
+    if total.dtype == d_logits.dtype == hidden.dtype and not torch.is_autocast_enabled(total.device.type):
+        total.addmm_(d_logits.t(), hidden)
+    else:
+        total += linear(d_logits.t(), hidden.t())
 
 
 def _rows(logits: Tensor) -> int:

@@ -1,10 +1,10 @@
 """AdamW and the learning rate of a whole job, from any of its steps on."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from nemo.core.optim.lr_scheduler import CosineAnnealing
 from torch.nn import Parameter
 from torch.optim import AdamW
 
@@ -12,19 +12,27 @@ _FINAL_LEARNING_RATE = 0.1  # of the highest one
 
 
 @dataclass(frozen=True)
-class OptimizerPlan:
-    """An optimizer that does the steps of a job from `first_step` (0-based) on.
+class Schedule:
+    """The learning rate over `total_steps`: a warm-up, then a cosine.
 
-    `warmup_ratio` is a share of `total_steps`, the steps of all rounds. `fused` updates all
-    parameters in one kernel, which clipping under a gradient scaler (precision 16-mixed) rules out.
+    In a warm-up of w = int(warmup_ratio * total_steps) steps, step s (0-based) has (s + 1) / (w + 1) of
+    `learning_rate`; then a cosine falls to a tenth of it at `total_steps`. The values are those of NeMo's
+    CosineAnnealing.
     """
 
     learning_rate: float
     total_steps: int
-    first_step: int = 0
     warmup_ratio: float = 0.0
-    weight_decay: float = 0.0
-    fused: bool = True
+
+    def at(self, step: int) -> float:
+        warmup = int(self.warmup_ratio * self.total_steps)
+        if step <= warmup and warmup > 0:
+            return self.learning_rate * (step + 1) / (warmup + 1)
+        if step > self.total_steps:
+            return self.learning_rate * _FINAL_LEARNING_RATE
+        share = (step - warmup) / (self.total_steps - warmup)
+        lowest = self.learning_rate * _FINAL_LEARNING_RATE
+        return lowest + (self.learning_rate - lowest) * 0.5 * (1 + math.cos(math.pi * share))
 
 
 # The moments of AdamW by position of the parameter, as in `state_dict()["state"]`.
@@ -32,31 +40,25 @@ Moments = dict[int, dict[str, Any]]
 
 
 def build_optimizer(
-    parameters: Iterable[Parameter], plan: OptimizerPlan, moments: Moments | None = None
-) -> tuple[AdamW, CosineAnnealing]:
-    """AdamW, without decay on biases and norms, and NeMo's cosine schedule standing at the plan's first step.
+    parameters: Iterable[Parameter], learning_rate: float, weight_decay: float, fused: bool, moments: Moments | None
+) -> AdamW:
+    """AdamW, without decay on biases and norms.
 
-    In a warm-up of w = int(warmup_ratio * total_steps) steps, step s has (s + 1) / (w + 1) of the
-    learning rate; then a cosine falls to a tenth of it at `total_steps`. NeMo's `setup_optimization`
-    cannot start in the middle of a schedule: it takes the trainer's `max_steps`, which are one
-    round's, for the whole, and sets no `initial_lr`. So its scheduler is built here. `moments` are those
-    of an earlier optimizer of the same parameters, to go on with.
+    `fused` updates all parameters in one kernel. `moments` are those of an earlier optimizer of the same
+    parameters, to go on with; they become this one's.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": plan.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    for group in groups:
-        group["initial_lr"] = plan.learning_rate
-    optimizer = AdamW(groups, lr=plan.learning_rate, fused=plan.fused)
+    matrices, others = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = AdamW(groups, lr=learning_rate, fused=fused)
     if moments:
-        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    scheduler = CosineAnnealing(
-        optimizer,
-        warmup_ratio=plan.warmup_ratio,
-        max_steps=plan.total_steps,
-        min_lr=_FINAL_LEARNING_RATE * plan.learning_rate,
-        last_epoch=plan.first_step - 1,
-    )
-    return optimizer, scheduler
+        ordered = [*matrices, *others]
+        for position, state in moments.items():
+            optimizer.state[ordered[position]] = state
+    return optimizer
+
+
+def moments_of(optimizer: AdamW) -> Moments:
+    """What a next optimizer of the same parameters goes on with; not copies."""
+    state: Moments = optimizer.state_dict()["state"]
+    return state

@@ -1,12 +1,13 @@
 """The tokenizer of a model preset, without loading its model: what token lengths are measured with."""
 
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from fedsft_assets.data.sample import sample_examples
-from fedsft_assets.model.archive import ModelError
+from fedsft_assets.model.archive import CONFIG, ModelError
 from fedsft_assets.model.prompt_template import DEFAULT_TEMPLATE, template
 from fedsft_assets.specs import ModelPreset
 from fedsft_assets.store import publish_file
@@ -15,15 +16,18 @@ EOS = "<|endoftext|>"
 _TINY_VOCABULARY = 1280
 
 
-def preset_tokenizer(preset: ModelPreset, cache: Path) -> Tokenizer:
-    """The preset's tokenizer. Those that are slow to load are kept in the folder `cache`. Raises ModelError."""
-    if preset.name == "tiny":
+def preset_tokenizer(preset: ModelPreset, cache: Path, downloads: Path | None = None) -> Tokenizer:
+    """The preset's tokenizer. Those that are slow to load are kept in the folder `cache`.
+
+    A published archive is downloaded into `downloads`. Raises ModelError, and HubError if that fails.
+    """
+    if preset.name == "tiny" and not preset.archive:
         return tiny_tokenizer(sample_texts())
-    kept = (preset.folder or cache / preset.name) / "tokenizer.json"
+    kept = (preset.folder or cache / _identity(preset)) / "tokenizer.json"
     if not kept.is_file():
         from fedsft_assets.model.base import load_tokenizer
 
-        backend = getattr(load_tokenizer(preset), "backend_tokenizer", None)
+        backend = getattr(load_tokenizer(preset, downloads), "backend_tokenizer", None)
         if backend is None:
             raise ModelError(f"{preset.name}: its tokenizer has no fast form; save it with a tokenizer.json")
         if preset.folder:
@@ -31,6 +35,16 @@ def preset_tokenizer(preset: ModelPreset, cache: Path) -> Tokenizer:
         with publish_file(kept) as path:
             backend.save(str(path))
     return Tokenizer.from_file(str(kept))
+
+
+def _identity(preset: ModelPreset) -> str:
+    """Names the preset and, for an archive of the user's, its content as far as place, size and time tell it."""
+    if preset.archive is None:
+        return preset.name
+    place = preset.archive / CONFIG if preset.archive.is_dir() else preset.archive
+    state = place.stat()
+    told = hashlib.sha256(f"{place}\0{state.st_size}\0{state.st_mtime_ns}".encode()).hexdigest()
+    return f"{preset.name}-{told[:16]}"
 
 
 def sample_texts() -> list[str]:

@@ -5,34 +5,21 @@ the optimizer's moments alone, so that a restarted round repeats exactly.
 """
 
 import hashlib
-import logging
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer
 
-from fedsft_assets.data.records import read_records
-from fedsft_assets.model.batches import (
-    IGNORED,
-    Batch,
-    Tokens,
-    collate,
-    evaluation_batches,
-    tokenize,
-    training_batches,
-)
-from fedsft_assets.model.optimizer import Moments, OptimizerPlan
-from fedsft_assets.model.sft_model import SFTModel
-from fedsft_assets.specs import SitePlan
-
-_PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16-mixed": "bf16-mixed", "16-mixed": "16-mixed"}
+from fedsft_assets.model.batches import Tokens, evaluation_batches, micro_batches, training_batches
+from fedsft_assets.model.devices import Devices, OneDevice
+from fedsft_assets.model.language_model import LanguageModel
+from fedsft_assets.model.optimizer import Moments, Schedule, build_optimizer, moments_of
+from fedsft_assets.model.tokenized import tokenized
+from fedsft_assets.specs import ResolvedTraining, SitePlan
 
 
 class TrainingError(RuntimeError):
@@ -84,9 +71,11 @@ class Loss:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
-def split_tokens(model: SFTModel, records_file: Path, max_length: int, most: int | None = None) -> list[Tokens]:
-    """The first `most` records of a JSONL split as tokens for this model, each cut to `max_length`."""
-    return tokenize(read_records(records_file)[:most], model.tokenizer, max_length, model.prompt_template)
+def split_tokens(model: LanguageModel, records_file: Path, max_length: int, most: int | None = None) -> list[Tokens]:
+    """The first `most` records of a JSONL split as tokens for this model, each cut to `max_length` and its limit."""
+    special = model.special_tokens
+    tokens = tokenized(records_file, model.tokenizer_json, model.prompt_template)
+    return tokens.records(min(max_length, model.max_length), special.bos, special.eos, most)
 
 
 def steps_in_round(plan: SitePlan, records: int) -> int:
@@ -102,165 +91,155 @@ def samples_in_round(plan: SitePlan, records: int) -> int:
 
 
 def train_round(
-    model: SFTModel,
+    model: LanguageModel,
     tokens: Sequence[Tokens],
     plan: SitePlan,
     round: int,
     on_step: Callable[[StepPoint], None] | None = None,
     moments: Moments | None = None,
+    devices: Devices | None = None,
+    batches: Sequence[Sequence[int]] | None = None,
 ) -> RoundReport:
     """Train the model in place for one round (0-based).
 
-    The learning rate follows one schedule over all rounds. `on_step` is called after every step.
-    `moments` are those that the report of the round before has, for an optimizer that goes on; without
-    them it starts anew.
+    `on_step` is called after every step. `moments` are those that the report of the round before has, for
+    an optimizer that goes on; without them it starts anew. `batches` are indices of records, in place of those
+    that the plan gives. The loss of a step is the mean over the targets of its whole batch, however it is cut into
+    micro-batches and shared among devices.
     Raises TrainingError that names site, round and step if there is no record or a loss is not finite.
     """
     if not tokens:
         raise TrainingError(f"{plan.site}: no records to train on in {plan.training_file}")
-    training, steps = plan.training, steps_in_round(plan, len(tokens))
-    model.plan_optimizer(
-        OptimizerPlan(
-            learning_rate=training.learning_rate,
-            total_steps=plan.rounds * steps,
-            first_step=round * steps,
-            warmup_ratio=training.warmup_ratio,
-            weight_decay=training.weight_decay,
-            fused=training.precision != "16-mixed",
-        ),
-        moments,
+    training = plan.training
+    devices = devices or OneDevice(model, training.precision)
+    batches = round_batches(tokens, plan, round) if batches is None else batches
+    rates = _learning_rates(plan, round, len(batches))
+    optimizer = build_optimizer(
+        model.parameters(), rates[0], training.weight_decay, fused=training.precision != "16-mixed", moments=moments
     )
-    batches = _RoundBatches(tokens, plan, round, pad=model.tokenizer.pad_token_id)
-    record = _Record(plan, round, steps, samples_in_round(plan, len(tokens)) * round, on_step)
-    with _quiet_lightning(), torch.random.fork_rng():
-        torch.manual_seed(_seed(plan, f"dropout of round {round}"))
-        trainer = Trainer(
-            accelerator="auto",
-            devices=1,
-            precision=_PRECISIONS[training.precision],
-            gradient_clip_val=training.gradient_clip or None,
-            max_steps=steps,
-            max_epochs=-1,
-            callbacks=[record],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            limit_val_batches=0,
-            num_sanity_val_steps=0,
-        )
-        model.set_trainer(trainer)
-        # Lightning trains modules in the mode it finds them in, and validation leaves evaluation mode.
-        model.train()
-        started = time.perf_counter()
-        try:
-            trainer.fit(model, train_dataloaders=batches)
-            moments = trainer.optimizers[0].state_dict()["state"]
-        finally:
-            model.set_trainer(None)
-            model.zero_grad(set_to_none=True)
+    prepared = devices.prepared(optimizer)
+    samples = samples_in_round(plan, len(tokens)) * round
+    points: list[StepPoint] = []
+    started = time.perf_counter()
+    with _training(devices, training, seed=_seed(plan, f"dropout of round {round}")):
+        for step, (indices, rate) in enumerate(zip(batches, rates, strict=True), start=1):
+            step_started = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            targets = sum(tokens[index].targets(training.answer_only_loss) for index in indices)
+            loss = _add_gradients(devices, tokens, indices, training, targets)
+            if not math.isfinite(loss):
+                raise TrainingError(
+                    f"{plan.job}, {plan.site}: the loss is {loss} in round {round}, step {step} of {len(batches)},"
+                    f" at learning rate {rate:.3g}; try a lower one or precision 32"
+                )
+            devices.step(prepared, training.gradient_clip)
+            samples += len(indices)
+            seconds = time.perf_counter() - step_started
+            points.append(StepPoint(round, step, len(batches), samples, targets, loss, rate, seconds))
+            if on_step:
+                on_step(points[-1])
     seconds = time.perf_counter() - started
-    answer_tokens = sum(point.tokens for point in record.points)
     return RoundReport(
-        samples=sum(len(batch) for batch in batches.indices),
-        tokens=answer_tokens,
-        all_tokens=sum(len(tokens[index]) for batch in batches.indices for index in batch),
-        steps=len(record.points),
-        loss=sum(point.loss * point.tokens for point in record.points) / max(answer_tokens, 1),
+        samples=sum(map(len, batches)),
+        tokens=sum(point.tokens for point in points),
+        all_tokens=sum(len(tokens[index]) for indices in batches for index in indices),
+        steps=len(points),
+        loss=sum(point.loss * point.tokens for point in points) / max(sum(point.tokens for point in points), 1),
         seconds=seconds,
-        points=record.points,
-        moments=moments or {},
+        points=points,
+        moments=moments_of(optimizer),
     )
 
 
-def mean_loss(model: SFTModel, tokens: Sequence[Tokens], batch_size: int) -> Loss:
-    """The model's mean loss over all answer tokens: the same for every batch size.
+def mean_loss(
+    model: LanguageModel, tokens: Sequence[Tokens], training: ResolvedTraining, devices: Devices | None = None
+) -> Loss:
+    """The model's mean loss over all targets: the same for every size of batches and number of devices.
 
     Raises TrainingError if there is no record.
     """
-    total, count = 0.0, 0
-    pad = model.tokenizer.pad_token_id
-    with model.evaluating() as device, torch.no_grad():
-        for indices in evaluation_batches(tokens, batch_size):
-            batch = collate([tokens[index] for index in indices], pad)
-            loss, answers = model.answer_loss(Batch(*(tensor.to(device) for tensor in batch)))
-            total += loss.item()
-            count += answers
+    answer_only = training.answer_only_loss
+    count = sum(one.targets(answer_only) for one in tokens)
     if not count:
         raise TrainingError("no answer tokens to take a loss over")
-    return Loss(total / count, count)
+    devices = devices or OneDevice(model, training.precision)
+    total = torch.zeros((), dtype=torch.float64, device=devices.device)
+    model.eval()
+    with model.answer_loss.prepared(), torch.no_grad():
+        for indices in evaluation_batches(tokens, training.batch_size):
+            for part, weight in _parts(devices, tokens, indices, training):
+                batch = model.answer_loss.batch([tokens[index] for index in part], answer_only)
+                total += weight * devices.loss(batch.to(devices.device))
+    return Loss(devices.total(total).item() / count, count)
 
 
-class _RoundBatches:
-    """The batches of a round, all local epochs in a row; made when they are needed."""
-
-    def __init__(self, tokens: Sequence[Tokens], plan: SitePlan, round: int, pad: int) -> None:
-        self.tokens, self.pad = tokens, pad
-        seed = _seed(plan, "order")
-        epochs = range(round * plan.local_epochs, (round + 1) * plan.local_epochs)
-        every = [batch for epoch in epochs for batch in training_batches(tokens, plan.training.batch_size, seed, epoch)]
-        self.indices = every[: plan.max_local_steps]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __iter__(self) -> Iterator[Batch]:
-        for batch in self.indices:
-            yield collate([self.tokens[index] for index in batch], self.pad)
+def round_batches(tokens: Sequence[Tokens], plan: SitePlan, round: int) -> list[list[int]]:
+    """Indices of the records of each step of a round, all local epochs in a row."""
+    seed = _seed(plan, "order")
+    epochs = range(round * plan.local_epochs, (round + 1) * plan.local_epochs)
+    every = [batch for epoch in epochs for batch in training_batches(tokens, plan.training.batch_size, seed, epoch)]
+    return every[: plan.max_local_steps]
 
 
-class _Record(Callback):
-    """Turns each step into a StepPoint, and stops at a loss that is not finite."""
+def _add_gradients(
+    devices: Devices, tokens: Sequence[Tokens], indices: Sequence[int], training: ResolvedTraining, targets: int
+) -> float:
+    """Add the gradient of the batch's mean loss, micro-batch by micro-batch, and return that loss."""
+    parts = _parts(devices, tokens, indices, training)
+    total = torch.zeros((), device=devices.device)
+    make = devices.model.answer_loss.batch
+    for number, (part, weight) in enumerate(parts, start=1):
+        batch = make([tokens[index] for index in part], training.answer_only_loss).to(devices.device)
+        # Devices average their gradients, and the mean is over the tokens of all of them.
+        scale = weight * devices.count / max(targets, 1)
+        total += devices.add_gradients(batch, scale, last=number == len(parts))
+    return devices.total(total).item() / devices.count
 
-    def __init__(
-        self, plan: SitePlan, round: int, steps: int, samples: int, on_step: Callable[[StepPoint], None] | None
-    ) -> None:
-        self.plan, self.round, self.steps, self.samples, self.on_step = plan, round, steps, samples, on_step
-        self.points: list[StepPoint] = []
-        self.started = 0.0
-        self.learning_rate = 0.0
 
-    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        self.started = time.perf_counter()
-        self.learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
+def _parts(
+    devices: Devices, tokens: Sequence[Tokens], indices: Sequence[int], training: ResolvedTraining
+) -> list[tuple[list[int], int]]:
+    """This process's micro-batches of a batch, each with its weight: 1, or 0 for one that only keeps step with others.
 
-    def on_train_batch_end(self, _trainer: Any, _module: Any, outputs: Any, batch: Batch, *_: Any) -> None:
-        loss = outputs["loss"].item()
-        self.samples += len(batch.input_ids)
-        point = StepPoint(
-            round=self.round,
-            step=len(self.points) + 1,
-            steps=self.steps,
-            samples=self.samples,
-            tokens=int((batch.labels[:, 1:] != IGNORED).sum()),
-            loss=loss,
-            learning_rate=self.learning_rate,
-            seconds=time.perf_counter() - self.started,
-        )
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"{self.plan.job}, {self.plan.site}: the loss is {loss} in round {self.round}, step {point.step} of"
-                f" {self.steps}, at learning rate {self.learning_rate:.3g}; try a lower one or precision 32"
-            )
-        self.points.append(point)
-        if self.on_step:
-            self.on_step(point)
+    Processes work in lockstep, so each must make as many passes as the one with the most.
+    """
+    packed = devices.model.answer_loss.packs
+    limits = (training.micro_batch_size, training.micro_batch_tokens, packed)
+    if devices.count == 1:
+        return [(part, 1) for part in micro_batches(tokens, indices, *limits)]
+    ordered = sorted(indices, key=lambda index: len(tokens[index]))
+    shares = [micro_batches(tokens, ordered[rank :: devices.count], *limits) for rank in range(devices.count)]
+    own = [(part, 1) for part in shares[devices.rank]]
+    idle = max(map(len, shares)) - len(own)
+    return own + [(ordered[:1], 0)] * idle
+
+
+def _learning_rates(plan: SitePlan, round: int, steps: int) -> list[float]:
+    training = plan.training
+    whole_job = training.learning_rate_schedule == "job"
+    first, total = (round * steps, plan.rounds * steps) if whole_job else (0, steps)
+    schedule = Schedule(training.learning_rate, total, training.warmup_ratio)
+    return [schedule.at(first + step) for step in range(steps)]
+
+
+@contextmanager
+def _training(devices: Devices, training: ResolvedTraining, seed: int) -> Iterator[None]:
+    """Within the block the model is in training mode, as the plan says; afterwards it has no gradients."""
+    model = devices.model
+    model.train()
+    if training.activation_checkpointing:
+        model.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        with model.answer_loss.prepared(), torch.random.fork_rng():
+            torch.manual_seed(seed + devices.rank)
+            yield
+    finally:
+        if training.activation_checkpointing:
+            model.lm.gradient_checkpointing_disable()
+        model.zero_grad(set_to_none=True)
 
 
 def _seed(plan: SitePlan, purpose: str) -> int:
     """A seed of the site's own for each purpose: sites with equal data must not see it in equal order."""
     return int.from_bytes(hashlib.sha256(f"{plan.seed}/{plan.site}/{purpose}".encode()).digest()[:8], "big") >> 1
-
-
-@contextmanager
-def _quiet_lightning() -> Iterator[None]:
-    """Lightning advises on loggers and worker processes, and reports hardware, once a round."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="lightning")
-            yield
-    finally:
-        logger.setLevel(level)

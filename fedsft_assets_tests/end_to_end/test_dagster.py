@@ -112,7 +112,15 @@ def test_sensor_in_the_daemon_rebuilds_only_what_new_data_touches(
             finished = [run for run in runs if run.is_finished]
     assert [run.status for run in finished] == [dg.DagsterRunStatus.SUCCESS]
     again = {name for name, times in _materializations(home).items() if times == 2}
-    assert again == {"raw/dolly", "processed/dolly", "combined", "job_folder/quick", "checkpoint/quick", "comparison"}
+    assert again == {
+        "raw/dolly",
+        "processed/dolly",
+        "combined",
+        "job_folder/quick",
+        "checkpoint/quick",
+        "comparison",
+        "inference",
+    }
 
 
 def test_study_after_a_killed_one_does_not_wait_for_its_pool_slot(

@@ -22,12 +22,14 @@ ROUNDS = 3
 _RESTORE = """
 import json, sys
 from pathlib import Path
-from fedsft_assets.model.sft_model import SFTModel
+from fedsft_assets.model.language_model import LanguageModel
+from fedsft_assets.model.generation import GenerationSettings
 from fedsft_assets.model.training import mean_loss, split_tokens
+from fedsft_assets.specs import PRESETS, TrainingSpec
 archive, records, prompt = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-model = SFTModel.load(archive)
-loss = mean_loss(model, split_tokens(model, records, 256), 7).loss
-print(json.dumps({"loss": loss, "answer": model.generate([prompt], max_new_tokens=40)[0]}))
+model = LanguageModel.load(archive)
+loss = mean_loss(model, split_tokens(model, records, 256), PRESETS["tiny"].resolve(TrainingSpec(batch_size=7))).loss
+print(json.dumps({"loss": loss, "answer": model.generate([prompt], GenerationSettings(max_new_tokens=40))[0]}))
 """
 
 

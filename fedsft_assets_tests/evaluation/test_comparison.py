@@ -24,6 +24,7 @@ def _report(job: str, kind: str, val_loss: list[float], best_round: int, test_lo
         test_loss=test_loss,
         perplexity=0.0,
         seconds=61.6,
+        phases={"train": 1.0},
         checkpoint_digest=job,
         base_model_digest="b" * 64,
         validation_digest="v" * 64,

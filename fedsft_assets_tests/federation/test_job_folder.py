@@ -7,12 +7,13 @@ import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fedsft_assets.federation.job_folder import JobFolderReport, build_job_folder, read_plans, read_spec
 from fedsft_assets.settings import PROJECT
-from fedsft_assets.specs import COMBINED, PRESETS, JobSpec
+from fedsft_assets.specs import COMBINED, PRESETS, JobSpec, PeftSpec
 from fedsft_assets.store import SPLITS, Store, file_digest, folder_digest, split_file
 from fedsft_assets_tests.shipped import DATASETS
 
@@ -37,7 +38,7 @@ def store(tmp_path: Path) -> Store:
 def build(store: Store) -> Build:
     """Build a shipped job's folder, with overrides."""
 
-    def build_job(job: str, **overrides: float) -> JobFolderReport:
+    def build_job(job: str, **overrides: Any) -> JobFolderReport:
         spec = JobSpec.load(PROJECT / "jobs" / f"{job}.yaml", list(DATASETS))
         return build_job_folder(spec.override(**overrides), TINY, store)
 
@@ -121,6 +122,13 @@ def test_server_part_carries_the_code_that_the_server_runs(store: Store, build: 
     (workflow,) = config["workflows"]
     assert workflow["path"] == "fedsft_assets.federation.server.FederatedSFT"
     assert workflow["args"] == {"base_model": str(store.base_model("tiny")), "num_clients": 3, "num_rounds": 4}
+
+
+def test_server_of_a_job_with_adapters_needs_no_base_model(store: Store, build: Build) -> None:
+    (plan, *_) = build("fedavg", peft={"rank": 4}).plans
+    assert plan.training.peft == PeftSpec(rank=4)
+    config = json.loads((store.job_folder("fedavg") / "app_server/config/config_fed_server.json").read_text())
+    assert not config["workflows"][0]["args"].get("base_model")
 
 
 def test_site_runs_the_package_that_is_installed_there(store: Store, build: Build) -> None:

@@ -31,6 +31,7 @@ REPORT = JobReport(
     test_loss=2.1,
     perplexity=8.166,
     seconds=1.5,
+    phases={"train": 1.0},
     checkpoint_digest="c",
     base_model_digest="b",
     validation_digest="v",

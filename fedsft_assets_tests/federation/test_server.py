@@ -13,6 +13,7 @@ from nvflare.apis.fl_constant import FLMetaKey
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 
 from fedsft_assets.federation.metrics import (
+    FIRST_KEY,
     METRICS_FILE,
     POINTS_KEY,
     SAMPLES_KEY,
@@ -102,6 +103,19 @@ def test_average_of_a_round_starts_from_nothing() -> None:
     average.accept_model(_result("site-1", _weights(2), 7))
     assert torch.equal(average.aggregate_model().params["embedding"], _weights(2)["embedding"])
     assert len(average.results) == 1
+
+
+def test_sites_that_began_with_other_adapters_are_not_averaged() -> None:
+    average = TokenWeightedAverage()
+    average.accept_model(_result("site-1", _weights(1), 5, **{FIRST_KEY: "a"}))
+    average.accept_model(_result("site-2", _weights(2), 5, **{FIRST_KEY: "a"}))
+    with pytest.raises(ValueError, match="site-3: began with another base model or other adapters than site-1"):
+        average.accept_model(_result("site-3", _weights(3), 5, **{FIRST_KEY: "b"}))
+
+
+def test_job_without_a_base_model_at_the_server_begins_empty() -> None:
+    first = FederatedSFT(num_clients=2, num_rounds=3).load_model()
+    assert (first.params, first.params_type) == ({}, ParamsType.FULL)
 
 
 @pytest.mark.parametrize("tokens", [None, 0, -3, 2.5, "12"])

@@ -8,7 +8,7 @@ import torch
 
 from fedsft_assets.model.base import BaseModelReport, create_base_model
 from fedsft_assets.model.batches import Tokens, tokenize
-from fedsft_assets.model.sft_model import SFTModel
+from fedsft_assets.model.language_model import LanguageModel
 from fedsft_assets.specs import PRESETS, SitePlan, TrainingSpec
 
 SEED = 7
@@ -42,12 +42,12 @@ def base(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> tuple[Pa
 
 
 @pytest.fixture
-def model(base: tuple[Path, BaseModelReport]) -> SFTModel:
-    return SFTModel.load(base[0])
+def model(base: tuple[Path, BaseModelReport]) -> LanguageModel:
+    return LanguageModel.load(base[0])
 
 
 @pytest.fixture
-def tokens(model: SFTModel, records: list[dict[str, str]]) -> list[Tokens]:
+def tokens(model: LanguageModel, records: list[dict[str, str]]) -> list[Tokens]:
     return tokenize(records, model.tokenizer, model.max_length)
 
 

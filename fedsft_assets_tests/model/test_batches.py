@@ -2,10 +2,11 @@ import pytest
 
 from fedsft_assets.model.archive import ModelError
 from fedsft_assets.model.batches import (
-    IGNORED,
     Tokens,
-    collate,
     evaluation_batches,
+    micro_batches,
+    pack,
+    pad,
     prompt_prefix,
     template,
     tokenize,
@@ -14,21 +15,53 @@ from fedsft_assets.model.batches import (
 )
 
 
-def test_labels_are_the_answer_and_eos_only(model):
+def test_targets_are_the_answer_and_eos_only(model):
     [record] = tokenize([{"input": "what is {this}?", "output": "coal is black."}], model.tokenizer, 64)
-    batch = collate([record], pad=0)
-    learned = batch.input_ids[0][batch.labels[0] != IGNORED]
+    batch = pack([record])
     assert model.tokenizer.decode(record.ids[: record.prompt]) == "what is {this}?\n\nAnswer:"
-    assert model.tokenizer.decode(learned) == " coal is black.<|endoftext|>"
-    assert batch.labels[0][batch.labels[0] != IGNORED].tolist() == learned.tolist()
-    assert record.answer == len(learned)
+    assert model.tokenizer.decode(batch.targets) == " coal is black.<|endoftext|>"
+    assert record.targets() == len(batch.targets)
 
 
-def test_padding_is_on_the_right_and_neither_attended_to_nor_learned():
-    batch = collate([Tokens([5, 6, 7], prompt=2), Tokens([8, 9], prompt=1)], pad=1)
-    assert batch.input_ids.tolist() == [[5, 6, 7], [8, 9, 1]]
-    assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 1, 0]]
-    assert batch.labels.tolist() == [[IGNORED, IGNORED, 7], [IGNORED, 9, IGNORED]]
+def test_targets_can_be_all_tokens_but_the_first():
+    record = Tokens([5, 6, 7, 8], prompt=3)
+    assert pack([record]).targets.tolist() == [8]
+    assert pack([record], answer_only=False).targets.tolist() == [6, 7, 8]
+    assert record.targets(answer_only=False) == 3
+
+
+@pytest.mark.parametrize("make", [pack, lambda tokens: pad(tokens, pad_id=1)], ids=["packed", "padded"])
+def test_a_target_is_predicted_where_the_token_before_it_stands(make):
+    batch = make([Tokens([5, 6, 7, 8], prompt=2), Tokens([9, 10], prompt=1)])
+    inputs = batch.input_ids.flatten()
+    assert [(inputs[p].item(), t.item()) for p, t in zip(batch.positions, batch.targets, strict=True)] == [
+        (6, 7),
+        (7, 8),
+        (9, 10),
+    ]
+
+
+def test_a_row_has_no_padding_and_every_record_begins_at_position_0():
+    batch = pack([Tokens([5, 6, 7, 8], prompt=2), Tokens([9, 10, 11], prompt=1)])
+    assert batch.input_ids.tolist() == [[5, 6, 7, 9, 10]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1]]
+    assert batch.lengths == [3, 2]
+    assert batch.attention_mask is None
+
+
+def test_padding_is_on_the_right_and_not_attended_to():
+    batch = pad([Tokens([5, 6, 7], prompt=2), Tokens([8, 9], prompt=1)], pad_id=1)
+    assert batch.input_ids.tolist() == [[5, 6], [8, 1]]
+    assert batch.attention_mask.tolist() == [[1, 1], [1, 0]]
+
+
+def test_micro_batches_keep_every_record_and_both_limits():
+    tokens = _of_lengths(9, 2, 7, 30, 3, 5)
+    assert micro_batches(tokens, [5, 0, 2], None, None, packed=True) == [[5, 0, 2]]
+    assert micro_batches(tokens, range(6), None, 12, packed=True) == [[1, 4, 5], [2], [0], [3]]
+    assert micro_batches(tokens, range(6), None, 12, packed=False) == [[1, 4], [5], [2], [0], [3]]
+    assert micro_batches(tokens, range(6), 2, None, packed=True) == [[1, 4], [5, 2], [0, 3]]
+    assert micro_batches(tokens, [], 2, None, packed=True) == []
 
 
 def test_a_long_context_loses_its_beginning_and_the_answer_nothing(model):

@@ -1,19 +1,21 @@
-"""Token lengths: what a trainer will see, measured once."""
+"""Token lengths: what a trainer will see."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from fedsft_assets.data.records import read_records
+from fedsft_assets.data.report import SplitReport
 from fedsft_assets.data.splits import split_dataset
 from fedsft_assets.data.views import percentiles, plot_lengths
 from fedsft_assets.model.batches import tokenize
-from fedsft_assets.model.lengths import LENGTHS_FILE, token_lengths
-from fedsft_assets.model.sft_model import SFTModel
+from fedsft_assets.model.lengths import token_lengths
 from fedsft_assets.model.tokenizer import preset_tokenizer
 from fedsft_assets.specs import PRESETS, model_preset
-from fedsft_assets.store import SPLITS, split_file
+from fedsft_assets.store import SPLITS, folder_digest, split_file
+from fedsft_assets_tests.model.hf_tokenizers import KINDS, hf_tokenizer
 from fedsft_assets_tests.shipped import DATASETS
 
 
@@ -23,26 +25,42 @@ def splits(source: Path, tmp_path: Path) -> Path:
     return tmp_path / "splits"
 
 
-def test_lengths_are_those_of_the_trainers_tokens(splits: Path, model: SFTModel) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_lengths_are_those_of_the_trainers_tokens(splits: Path, kind: str) -> None:
+    tokenizer: Any = hf_tokenizer(kind)
     records = [record for split in SPLITS for record in read_records(split_file(splits, split))]
-    expected = [len(tokens) for tokens in tokenize(records, model.tokenizer, 10_000, model.prompt_template)]
-    assert token_lengths(splits, model.tokenizer.backend_tokenizer).tolist() == expected
+    expected = [len(tokens) for tokens in tokenize(records, tokenizer, 10_000)]
+    lengths = token_lengths(splits, tokenizer.backend_tokenizer)
+    assert lengths.tolist() == expected
+    assert lengths.dtype == np.int32
 
 
 def test_they_are_measured_again_only_for_other_records_or_another_tokenizer(
     splits: Path, source: Path, tmp_path: Path
 ) -> None:
+    def kept() -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in splits.glob(".tokens-*")}
+
     tokenizer = preset_tokenizer(PRESETS["tiny"], tmp_path)
     first = token_lengths(splits, tokenizer)
-    kept = splits / LENGTHS_FILE
-    written = kept.stat().st_mtime_ns
+    written = kept()
+    assert len(written) == len(SPLITS)
     assert token_lengths(splits, tokenizer).tolist() == first.tolist()
-    assert kept.stat().st_mtime_ns == written
+    assert kept() == written
     tokenizer.add_tokens(["What kind of"])
     assert token_lengths(splits, tokenizer).sum() < first.sum()
-    assert kept.stat().st_mtime_ns > written
+    assert len(kept()) == 2 * len(SPLITS)
     split_dataset(DATASETS["alpaca"], source / DATASETS["alpaca"].folder, splits)
     assert len(token_lengths(splits, tokenizer)) != len(first)
+    assert len(kept()) == len(SPLITS)
+
+
+def test_what_is_kept_beside_the_splits_is_no_part_of_the_dataset(splits: Path, tmp_path: Path) -> None:
+    visible = sorted(path.name for path in splits.iterdir())
+    token_lengths(splits, preset_tokenizer(PRESETS["tiny"], tmp_path))
+    report = SplitReport.read(splits)
+    assert report.digest == folder_digest(splits, [f"{split}.jsonl" for split in SPLITS])
+    assert sorted(path.name for path in splits.iterdir() if not path.name.startswith(".")) == visible
 
 
 def test_a_folder_of_the_users_gives_its_own_tokenizer(tmp_path: Path, splits: Path) -> None:

@@ -3,7 +3,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from fedsft_assets.model import loss
-from fedsft_assets.model.loss import head_only_at, summed_cross_entropy
+from fedsft_assets.model.loss import head_loss, head_only_at, summed_cross_entropy
 
 
 @pytest.mark.parametrize("rows_at_a_time", [1, 3, 100])
@@ -48,3 +48,37 @@ def test_projection_sees_the_chosen_positions_only_within_the_block():
         torch.testing.assert_close(head(hidden), everywhere.flatten(0, 1)[[1, 7]][None])
     assert called
     assert head(hidden).shape == (2, 5, 4)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows_at_a_time", [1, 4, 100])
+def test_loss_of_a_projection_and_all_gradients_equal_torch_in_any_chunks(monkeypatch, rows_at_a_time, bias):
+    monkeypatch.setattr(loss, "_CHUNK", 11 * rows_at_a_time)
+    torch.manual_seed(0)
+    head = torch.nn.Linear(6, 11, bias=bias)
+    hidden = torch.randn(10, 6, requires_grad=True)
+    targets = torch.randint(11, (10,))
+    of_all = [hidden, *head.parameters()]
+
+    expected = cross_entropy(head(hidden), targets, reduction="sum") * 0.25
+    expected_gradients = torch.autograd.grad(expected, of_all)
+    result = head_loss(hidden, head, targets) * 0.25
+    torch.testing.assert_close(result, expected)
+    for got, wanted in zip(torch.autograd.grad(result, of_all), expected_gradients, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_a_projection_that_is_not_trained_gets_no_gradient_and_hidden_states_do():
+    head = torch.nn.Linear(6, 11).requires_grad_(False)
+    hidden = torch.randn(4, 6, requires_grad=True)
+    head_loss(hidden, head, torch.arange(4)).backward()
+    assert hidden.grad is not None
+    assert head.weight.grad is None
+
+
+def test_no_target_gives_a_loss_of_zero_that_can_be_differentiated():
+    head = torch.nn.Linear(3, 5)
+    result = head_loss(torch.zeros(0, 3, requires_grad=True), head, torch.zeros(0, dtype=torch.long))
+    result.backward()
+    assert result.item() == 0
+    assert head.weight.grad.abs().sum() == 0

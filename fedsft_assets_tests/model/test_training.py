@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from fedsft_assets.model.sft_model import SFTModel
+from fedsft_assets.model.language_model import LanguageModel
+from fedsft_assets.model.optimizer import build_optimizer
 from fedsft_assets.model.training import (
     Loss,
     TrainingError,
@@ -12,18 +13,21 @@ from fedsft_assets.model.training import (
     steps_in_round,
     train_round,
 )
+from fedsft_assets.specs import PRESETS, TrainingSpec
+
+TRAINING = PRESETS["tiny"].resolve(TrainingSpec())
 
 
 def test_training_lowers_the_loss_and_reports_what_it_did(model, tokens, make_plan):
-    before = mean_loss(model, tokens, 8)
+    before = mean_loss(model, tokens, TRAINING)
     seen = []
     report = train_round(model, tokens, make_plan(local_epochs=4), 0, seen.append)
-    after = mean_loss(model, tokens, 8)
+    after = mean_loss(model, tokens, TRAINING)
     assert after.loss < 0.6 * before.loss
     assert seen == report.points
     assert report.steps == len(seen) == steps_in_round(make_plan(local_epochs=4), len(tokens)) == 20
     assert report.samples == 4 * len(tokens) == seen[-1].samples
-    assert report.tokens == 4 * sum(one.answer for one in tokens) == sum(point.tokens for point in seen)
+    assert report.tokens == 4 * sum(one.targets() for one in tokens) == sum(point.tokens for point in seen)
     assert report.all_tokens == 4 * sum(len(one) for one in tokens)
     assert report.loss == pytest.approx(sum(p.loss * p.tokens for p in seen) / report.tokens)
     assert seen[0].loss == pytest.approx(before.loss, rel=0.1)
@@ -48,7 +52,7 @@ def test_a_repeated_round_gives_identical_weights(model, base, tokens, make_plan
     train_round(model, tokens, make_plan(), 1)
     first = model.weights()
     torch.manual_seed(99)
-    again = SFTModel.load(base[0])
+    again = LanguageModel.load(base[0])
     train_round(again, tokens, make_plan(), 0)
     again.load_weights(start)
     train_round(again, tokens, make_plan(), 1)
@@ -75,9 +79,8 @@ def test_a_round_is_cut_by_max_local_steps_and_counts_its_samples(model, tokens,
     assert [report.points[-1].samples for report in reports] == [26, 52]
 
 
-def test_biases_and_norms_do_not_decay(model, make_plan, tokens):
-    train_round(model, tokens, make_plan(max_local_steps=1), 0)
-    groups = model.configure_optimizers()["optimizer"].param_groups
+def test_biases_and_norms_do_not_decay(model):
+    groups = build_optimizer(model.parameters(), 1e-3, weight_decay=0.1, fused=True, moments=None).param_groups
     decayed = {id(parameter) for group in groups if group["weight_decay"] for parameter in group["params"]}
     names = {name for name, parameter in model.named_parameters() if id(parameter) in decayed}
     assert names
@@ -105,7 +108,7 @@ def test_no_records_are_an_error_that_names_the_site(model, make_plan):
     with pytest.raises(TrainingError, match=r"site-1: no records to train on in training\.jsonl"):
         train_round(model, [], make_plan(), 0)
     with pytest.raises(TrainingError, match="no answer tokens"):
-        mean_loss(model, [], 4)
+        mean_loss(model, [], TRAINING)
 
 
 def test_an_error_in_a_callback_reaches_the_caller_and_the_model_trains_on(model, tokens, make_plan):
@@ -118,15 +121,14 @@ def test_an_error_in_a_callback_reaches_the_caller_and_the_model_trains_on(model
 
 
 def test_mean_loss_does_not_depend_on_the_batches(model, tokens):
-    losses = [mean_loss(model, tokens, size) for size in (1, 5, len(tokens))]
-    assert {loss.tokens for loss in losses} == {sum(one.answer for one in tokens)}
+    sizes = (1, 5, len(tokens))
+    losses = [mean_loss(model, tokens, TRAINING.model_copy(update={"batch_size": size})) for size in sizes]
+    assert {loss.tokens for loss in losses} == {sum(one.targets() for one in tokens)}
     assert [loss.loss for loss in losses] == pytest.approx([losses[0].loss] * 3, abs=1e-5)
 
 
-def test_mean_loss_keeps_the_mode_and_takes_no_gradient(model, tokens):
-    model.train()
-    mean_loss(model, tokens[:2], 2)
-    assert model.training
+def test_mean_loss_takes_no_gradient(model, tokens):
+    mean_loss(model, tokens[:2], TRAINING)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 

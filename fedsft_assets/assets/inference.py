@@ -1,0 +1,74 @@
+"""`inference`: what the base model and every checkpoint answer to the same prompts."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+import dagster as dg
+from pydantic import Field
+
+from fedsft_assets.assets.failures import explained
+from fedsft_assets.evaluation.answers import answer
+from fedsft_assets.evaluation.prompts import ExamplePrompt, parse_prompts
+from fedsft_assets.federation.report import MODEL_FILE
+from fedsft_assets.model.errors import ModelError
+from fedsft_assets.model.generation import GenerationSettings
+from fedsft_assets.resources import ModelResource, StoreResource
+from fedsft_assets.specs import JobKind, JobSpec, SpecError
+from fedsft_assets.store import file_digest
+
+
+class PromptConfig(dg.Config):
+    """A question, and the text that it is about, if any."""
+
+    question: str
+    context: str = ""
+
+
+class GenerationConfig(dg.Config):
+    """How answers are generated: greedy at temperature 0, else sampled with the seed."""
+
+    max_new_tokens: int = 48
+    temperature: float = 0.0
+    seed: int = 1234
+
+
+def inference_asset(jobs: Sequence[JobSpec], examples: Sequence[ExamplePrompt]) -> dg.AssetsDefinition:
+    class InferenceConfig(GenerationConfig):
+        """The prompts are those of the prompts' file, unless others are given."""
+
+        # Plain values, as Dagster wants the default of a list.
+        prompts: list[PromptConfig] = Field([example.model_dump() for example in examples], validate_default=True)
+
+    @dg.asset(
+        group_name="comparison",
+        kinds={"markdown", "pytorch"},
+        deps=["base_model", *(dg.AssetKey(["checkpoint", job.name]) for job in jobs)],
+        description="The answers of the base model and of every checkpoint to the same prompts, side by side.",
+    )
+    def inference(config: InferenceConfig, store: StoreResource, model: ModelResource) -> dg.MaterializeResult:
+        files = store.files
+        archives = {"base model": files.base_model(model.load().name)}
+        archives |= {job.name: files.checkpoint(job.name) / MODEL_FILE for job in sorted(jobs, key=_place)}
+        with explained(ModelError, SpecError):
+            prompts = parse_prompts(Path("launchpad"), config.model_dump(include={"prompts"}))
+            settings = GenerationSettings(config.max_new_tokens, config.temperature, seed=config.seed)
+            answers = answer(archives, prompts, settings)
+        table = files.reports / "inference.md"
+        answers.write(table)
+        return dg.MaterializeResult(
+            data_version=dg.DataVersion(file_digest(table)),
+            metadata={
+                "answers": dg.MetadataValue.md(answers.markdown()),
+                "prompts": len(answers.prompts),
+                "models": len(answers.models),
+                "path": dg.MetadataValue.path(table),
+            },
+        )
+
+    return inference
+
+
+def _place(job: JobSpec) -> tuple[int, str]:
+    """Local, centralized, federated, as in the comparison."""
+    return get_args(JobKind).index(job.kind), job.name

@@ -1,0 +1,62 @@
+"""The answers of several models to the same prompts, side by side in one Markdown table."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedsft_assets.evaluation.prompts import ExamplePrompt
+from fedsft_assets.model.generation import GenerationSettings
+from fedsft_assets.store import publish_file
+
+_NO_TEXT = "*(no text)*"
+_MARKUP = re.compile(r"[\\`*_\[\]<>|~&$]")
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f]")
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What each model, by its name, answers to each of the prompts."""
+
+    prompts: Sequence[ExamplePrompt]
+    models: Mapping[str, Sequence[str]]
+    settings: GenerationSettings
+
+    def markdown(self) -> str:
+        """One row for each model and one column for each prompt, any text shown as it is; contexts come last."""
+        rows = [["", *(_cell(prompt.question) for prompt in self.prompts)], [":---"] * (len(self.prompts) + 1)]
+        rows += [[_cell(name), *map(_cell, answers)] for name, answers in self.models.items()]
+        if any(prompt.context for prompt in self.prompts):
+            rows.append(
+                ["*asked after*", *(_cell(prompt.context) if prompt.context else "" for prompt in self.prompts)]
+            )
+        table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        return f"{table}\n\n{self._how()}, at most {self.settings.max_new_tokens} new tokens."
+
+    def write(self, path: Path) -> None:
+        """Write the table as a Markdown file."""
+        with publish_file(path) as fresh:
+            fresh.write_text(self.markdown() + "\n", encoding="utf-8")
+
+    def _how(self) -> str:
+        if not self.settings.temperature:
+            return "Greedy"
+        return f"Sampled at temperature {self.settings.temperature:g} with seed {self.settings.seed}"
+
+
+def answer(archives: Mapping[str, Path], prompts: Sequence[ExamplePrompt], settings: GenerationSettings) -> Answers:
+    """Load one archive after another and ask it all prompts, in its own prompt template.
+
+    Raises ModelError that names the archive if one is missing or cannot be restored.
+    """
+    from fedsft_assets.model.language_model import LanguageModel
+
+    texts = [prompt.text for prompt in prompts]
+    models = {name: LanguageModel.load(path).generate(texts, settings) for name, path in archives.items()}
+    return Answers(prompts, models, settings)
+
+
+def _cell(text: str) -> str:
+    """Text as one cell of a table, in which nothing is markup."""
+    shown = _CONTROL.sub("\ufffd", text)
+    return "<br>".join(_MARKUP.sub(r"\\\g<0>", line) for line in shown.splitlines()) or _NO_TEXT

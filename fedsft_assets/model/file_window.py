@@ -1,0 +1,49 @@
+"""A part of a file as a file of its own: how members of archives are read in place, never extracted."""
+
+import io
+import os
+from typing import Any, BinaryIO
+
+
+class FileWindow(io.RawIOBase):
+    """The `size` bytes from `start` of an open file, read only.
+
+    `read` refuses more than `most` bytes with a ValueError: what parses headers asks for as many as a
+    stranger's file says. Whoever wants more has memory for them, and uses `readinto`.
+    """
+
+    def __init__(self, file: BinaryIO, start: int, size: int, most: int = 1 << 20) -> None:
+        self._file, self._start, self._size, self._most, self._position = file, start, size, most, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        if position < 0:
+            raise ValueError(f"position {position} is before the beginning")
+        self._position = position
+        return position
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(self._size - self._position, 0)
+        size = left if size < 0 else min(size, left)
+        if size > self._most:
+            raise ValueError(f"{size} bytes at once are more than {self._most}")
+        return super().read(size) or b""
+
+    def readinto(self, buffer: Any) -> int:
+        target = memoryview(buffer).cast("B")
+        target = target[: max(self._size - self._position, 0)]
+        self._file.seek(self._start + self._position)
+        count = 0
+        while count < len(target) and (more := self._file.readinto(target[count:])):  # type: ignore[attr-defined]
+            count += more
+        self._position += count
+        return count

@@ -1,0 +1,180 @@
+"""Any archive of ours made into a Hugging Face folder, for `AutoModelForCausalLM` and `AutoTokenizer`.
+
+The same values bit for bit, in the type that they have, written tensor by tensor in the safetensors format.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedsft_assets.model.archive import CONFIG, open_weights, read_config, read_tokenizer_files
+from fedsft_assets.model.errors import ModelError
+from fedsft_assets.model.tensor_file import TensorFile, TensorInfo
+from fedsft_assets.store import publish_folder
+
+_SHARD = 5_000_000_000
+_SAY_EVERY = 1 << 30
+_PREFIX = "lm."
+# Names of types in the safetensors format: https://github.com/huggingface/safetensors#format
+_TYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass(frozen=True)
+class HuggingFaceReport:
+    """What was exported: `files` are those of the weights, and `bytes` their tensors'."""
+
+    architecture: str
+    parameters: int
+    types: tuple[str, ...]
+    files: tuple[str, ...]
+    bytes: int
+
+
+def export_huggingface(
+    archive: Path, into: Path, shard: int = _SHARD, say: Callable[[str], object] = lambda _: None
+) -> HuggingFaceReport:
+    """Write the model, its tokenizer and its settings for generation as the new folder `into`, whole or not at all.
+
+    A file of weights has up to `shard` bytes of tensors, or one tensor. `say` gets lines of progress.
+    Raises ModelError if there is something at `into`, or the archive cannot be read.
+    """
+    if into.exists() and (not into.is_dir() or any(into.iterdir())):
+        raise ModelError(f"{into}: is there already; name a new folder, or remove it first")
+    config = read_config(archive)
+    tokenizer_files = read_tokenizer_files(archive, config)
+    hf = _configuration(config["hf"], f"{archive}: {CONFIG}")
+    with open_weights(archive) as tensors:
+        infos = _own_tensors(archive, tensors, tied=hf.tie_word_embeddings)
+        hf.dtype = _main_type(infos.values())
+        shards = _shards(infos, shard)
+        with publish_folder(into) as fresh:
+            for name, content in tokenizer_files.items():
+                (fresh / name).write_bytes(content)
+            _generation(hf, fresh, f"{archive}: the tokenizer's files").save_pretrained(fresh)
+            hf.save_pretrained(fresh)
+            _write_weights(fresh, tensors, infos, shards, say)
+    return HuggingFaceReport(
+        architecture=hf.architectures[0],
+        parameters=sum(prod(info.shape) for info in infos.values()),
+        types=tuple(sorted({str(info.dtype).removeprefix("torch.") for info in infos.values()})),
+        files=tuple(shards),
+        bytes=sum(info.nbytes for info in infos.values()),
+    )
+
+
+def _configuration(described: Mapping[str, Any], where: str) -> Any:
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(described["model_type"])
+    if architecture is None:
+        raise ModelError(f"{where}: hf.model_type: {described['model_type']!r} is not a causal language model")
+    try:
+        config = AutoConfig.for_model(**described)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"{where}: hf: {error}") from error
+    config.architectures = [architecture]
+    return config
+
+
+def _own_tensors(archive: Path, tensors: TensorFile, tied: bool) -> dict[str, TensorInfo]:
+    """The tensors to write, by their names in the archive: tied ones once, since loading ties them again."""
+    for name, info in tensors.tensors.items():
+        if not name.startswith(_PREFIX) or info.dtype not in _TYPES:
+            raise ModelError(f"{archive}: {name}: {info.dtype}: expected a tensor {_PREFIX}… of a common type")
+    return {name: info for name, info in tensors.tensors.items() if not tied or name not in tensors.shared}
+
+
+def _main_type(infos: Iterable[TensorInfo]) -> torch.dtype:
+    """The type of most values, in which `from_pretrained` loads all of them unless told otherwise."""
+    values: dict[torch.dtype, int] = {}
+    for info in infos:
+        if info.dtype.is_floating_point:
+            values[info.dtype] = values.get(info.dtype, 0) + prod(info.shape)
+    return max(values, key=values.__getitem__)
+
+
+def _shards(infos: Mapping[str, TensorInfo], most: int) -> dict[str, list[str]]:
+    """Names of tensors by the file that they go into."""
+    parts: list[list[str]] = [[]]
+    size = 0
+    for name, info in infos.items():
+        if parts[-1] and size + info.nbytes > most:
+            parts.append([])
+            size = 0
+        parts[-1].append(name)
+        size += info.nbytes
+    if len(parts) == 1:
+        return {"model.safetensors": parts[0]}
+    return {f"model-{number:05}-of-{len(parts):05}.safetensors": part for number, part in enumerate(parts, 1)}
+
+
+def _write_weights(
+    folder: Path,
+    tensors: TensorFile,
+    infos: Mapping[str, TensorInfo],
+    shards: Mapping[str, list[str]],
+    say: Callable[[str], object],
+) -> None:
+    total, done = sum(info.nbytes for info in infos.values()), 0
+    for file_name, names in shards.items():
+        with (folder / file_name).open("wb") as file:
+            file.write(_header({name.removeprefix(_PREFIX): infos[name] for name in names}))
+            for name in names:
+                tensor = tensors.read(name)
+                file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+                before, done = done, done + tensor.nbytes
+                del tensor
+                if done // _SAY_EVERY > before // _SAY_EVERY:
+                    say(f"{done / total:.0%} of {total / 1e9:.1f} GB written")
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": total},
+            "weight_map": {name.removeprefix(_PREFIX): file for file, names in shards.items() for name in names},
+        }
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _header(infos: Mapping[str, TensorInfo]) -> bytes:
+    """What a safetensors file begins with: the header's length, and where each tensor is."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, info in infos.items():
+        start, end = end, end + info.nbytes
+        header[name] = {"dtype": _TYPES[info.dtype], "shape": info.shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _generation(hf: Any, tokenizer_folder: Path, where: str) -> Any:
+    """How to generate: answers end with the tokenizer's EOS, and padded rows of the token table are never chosen."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare Exception for a bad file
+        raise ModelError(f"{where} cannot be read: {error}") from error
+    padded = range(max(tokenizer.get_vocab().values()) + 1, hf.get_text_config().vocab_size)
+    return GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        suppress_tokens=list(padded) or None,
+    )

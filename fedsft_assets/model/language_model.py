@@ -1,0 +1,288 @@
+"""The model that is fine-tuned: a Hugging Face causal language model, with its tokenizer, in one `.nemo` archive.
+
+Plain PyTorch: NeMo is not needed to read, train, evaluate or write it. `sft_model.SFTModel` is the same
+archive as NeMo sees it.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Self
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from fedsft_assets.model import archive
+from fedsft_assets.model.answer_loss import AnswerLoss
+from fedsft_assets.model.errors import ModelError
+from fedsft_assets.model.generation import GenerationSettings
+from fedsft_assets.model.lean import lean_imports
+from fedsft_assets.model.prompt_template import DEFAULT_TEMPLATE, template
+from fedsft_assets.model.tensor_file import TensorInfo
+
+with lean_imports():
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+# The same function as GPT-2's own, in one kernel instead of eight.
+_ACTIVATIONS = ("activation_function", "hidden_act", "activation")
+_FASTER_ACTIVATIONS = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"}
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Ids that begin and end a record; `bos` is None for a tokenizer that puts nothing in front."""
+
+    bos: int | None
+    eos: int
+
+
+class LanguageModel(nn.Module):
+    """A causal language model `lm` in fp32, and what an archive says about it.
+
+    `hf` is the Hugging Face configuration, `tokenizer_files` are contents by name, `max_length` is in tokens of
+    a record, `prompt_template` a key of prompt_template.TEMPLATES.
+    """
+
+    def __init__(
+        self, config: Mapping[str, Any], tokenizer_files: Mapping[str, bytes], lm: nn.Module | None = None
+    ) -> None:
+        """Build the model of an archive's configuration. Without `lm`, its weights have no values yet."""
+        super().__init__()
+        template(config["prompt_template"])
+        self.hf: dict[str, Any] = dict(config["hf"])
+        self.max_length = int(config["max_length"])
+        self.prompt_template = str(config["prompt_template"])
+        self.tokenizer_files = dict(tokenizer_files)
+        self.lm: Any = empty_lm(self.hf) if lm is None else lm
+        self.adapters_only = False  # as long as it is True, only adapters are trained and travel; see adapters.py
+
+    @classmethod
+    def wrap(cls, lm: Any, tokenizer: Any, max_length: int, prompt_template: str = DEFAULT_TEMPLATE) -> Self:
+        """The model with the weights of a Hugging Face causal LM, in fp32, and its tokenizer.
+
+        Raises ModelError if the tokenizer has no EOS token or more tokens than the model has
+        embeddings, or if the configuration alone does not give a model of the same tensors.
+        """
+        if tokenizer.eos_token_id is None:
+            raise ModelError(f"{type(tokenizer).__name__}: the tokenizer has no EOS token, so no answer could end")
+        embeddings = lm.get_input_embeddings().num_embeddings
+        if len(tokenizer) > embeddings:
+            raise ModelError(f"the tokenizer has {len(tokenizer)} tokens, the model has embeddings for {embeddings}")
+        with TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            files = {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+        hf = archive.describe(json.loads(lm.config.to_json_string()))
+        model = cls({"hf": hf, "max_length": max_length, "prompt_template": prompt_template}, files)
+        try:
+            model.lm.load_state_dict(lm.state_dict())
+        except RuntimeError as error:
+            raise ModelError(f"{type(lm).__name__} cannot be rebuilt from its configuration: {error}") from error
+        return model
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read an archive into fp32 weights on the CPU, tensor by tensor. It may come from anyone.
+
+        No class that it names is imported, nothing but tensors is unpickled. Raises ModelError that names the file.
+        """
+        config = archive.read_config(path)
+        files = archive.read_tokenizer_files(path, config)
+        try:
+            model = cls(config, files)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
+            raise ModelError(f"{path}: cannot be restored: {type(error).__name__}: {error}") from error
+        with archive.open_weights(path) as weights:
+            own = model.state_dict()
+            _require_same(
+                {name: tuple(tensor.shape) for name, tensor in own.items()},
+                {name: info.shape for name, info in weights.tensors.items()},
+                f"{path}: {archive.WEIGHTS} does not hold the weights of the model that {archive.CONFIG} describes",
+            )
+            filled: set[tuple[int, int]] = set()
+            for name, tensor in own.items():
+                place = (tensor.data_ptr(), tensor.numel())
+                if place not in filled:  # what this model ties is read once, whatever the file ties
+                    tensor.copy_(weights.read(name))
+                    filled.add(place)
+        return model
+
+    def save(self, path: Path) -> None:
+        """Write the archive, whole or not at all; the tokenizer goes in, so that it needs no other file.
+
+        Raises ModelError if there are adapters that are not merged: an archive has no place for them.
+        """
+        if self.adapters_only:
+            raise ModelError(f"{path}: merge the model's adapters before it is saved")
+        tensors = self.state_dict()
+        first: dict[tuple[int, int], str] = {}
+        shared = {
+            name: first[place]
+            for name, tensor in tensors.items()
+            if first.setdefault(place := (tensor.data_ptr(), tensor.numel()), name) != name
+        }
+        archive.write_archive(
+            path,
+            {"hf": self.hf, "max_length": self.max_length, "prompt_template": self.prompt_template},
+            self.tokenizer_files,
+            {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()},
+            lambda name: tensors[name].detach().cpu().contiguous(),
+            shared,
+        )
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The Hugging Face tokenizer; its padding token is EOS if it has none of its own."""
+        from transformers import AutoTokenizer
+
+        with TemporaryDirectory() as folder:
+            for name, content in self.tokenizer_files.items():
+                (Path(folder) / name).write_bytes(content)
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            except Exception as error:  # the tokenizers library raises bare Exception for a bad file
+                raise ModelError(f"the archive's tokenizer files cannot be read: {error}") from error
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    @property
+    def tokenizer_json(self) -> bytes:
+        """The tokenizer's fast form. Raises ModelError if the archive has none."""
+        if "tokenizer.json" not in self.tokenizer_files:
+            raise ModelError(
+                f"the archive's tokenizer has no tokenizer.json, only {', '.join(sorted(self.tokenizer_files))};"
+                " save it with a current transformers, which writes one"
+            )
+        return self.tokenizer_files["tokenizer.json"]
+
+    @cached_property
+    def special_tokens(self) -> SpecialTokens:
+        """What begins and ends a record, read from the tokenizer's files: far faster than loading the tokenizer."""
+        raw = Tokenizer.from_buffer(self.tokenizer_json)
+        said = json.loads(self.tokenizer_files.get("tokenizer_config.json", b"{}"))
+        named = {}
+        for field in ("bos_token", "eos_token"):
+            text = said.get(field)
+            text = text.get("content") if isinstance(text, dict) else text
+            named[field] = raw.token_to_id(text) if isinstance(text, str) else None
+        eos = named["eos_token"]
+        if eos is None:
+            raise ModelError("tokenizer_config.json: eos_token: not a token of tokenizer.json, so no answer could end")
+        front = raw.encode("a").ids[:1]
+        return SpecialTokens(named["bos_token"] if front == [named["bos_token"]] else None, eos)
+
+    @cached_property
+    def answer_loss(self) -> AnswerLoss:
+        """The loss of batches, in the way that suits this model."""
+        return AnswerLoss(self.lm, pad_id=self.special_tokens.eos)
+
+    def forget_answer_loss(self) -> None:
+        """Have `answer_loss` made anew: layers of the model are others now."""
+        self.__dict__.pop("answer_loss", None)
+
+    def distinct_parameters(self) -> dict[str, Tensor]:
+        """All weights by name, each tied tensor once under its first name; with adapters, theirs alone. Not copies."""
+        if self.adapters_only:
+            return {
+                name.replace(".default.", "."): tensor  # peft's name of the adapter, which its files leave out too
+                for name, tensor in self.state_dict(keep_vars=True).items()
+                if tensor.requires_grad
+            }
+        seen: set[int] = set()
+        return {
+            name: tensor
+            for name, tensor in self.state_dict(keep_vars=True).items()
+            if id(tensor) not in seen and not seen.add(id(tensor))  # type: ignore[func-returns-value]
+        }
+
+    def weights(self) -> dict[str, Tensor]:
+        """All weights as they travel: copies on the CPU, fp32, each tied tensor once under its first name."""
+        return {
+            name: tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else None, copy=True)
+            for name, tensor in self.distinct_parameters().items()
+        }
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Take over weights as `weights` gives them, of any float type; what is tied stays tied.
+
+        Raises ModelError that names the tensors that are missing, unexpected or of another shape;
+        then nothing was changed.
+        """
+        self.require_same(weights)
+        with torch.no_grad():
+            for name, tensor in self.distinct_parameters().items():
+                tensor.copy_(weights[name])
+
+    def require_same(self, weights: Mapping[str, Tensor]) -> None:
+        """Raises ModelError if these are not tensors of the names and shapes that `weights` gives."""
+        _require_same(
+            {name: tuple(tensor.shape) for name, tensor in self.distinct_parameters().items()},
+            {name: tuple(tensor.shape) for name, tensor in weights.items()},
+            "these are not the weights of this model",
+        )
+
+    def generate(
+        self, prompts: list[str], settings: GenerationSettings | None = None, batch_size: int = 16, chat: bool = False
+    ) -> list[str]:
+        """Answers to prompts, without the prompts: greedy, or as `settings` say.
+
+        Prompts get the template of training, or the tokenizer's chat template; one that leaves no room for the
+        answer loses its beginning.
+        """
+        from fedsft_assets.model.completion import Turn, chat_tokens, complete, plain_tokens, prompt_room
+
+        settings = settings or GenerationSettings()
+        tokens = [
+            chat_tokens(self.tokenizer, [Turn("user", text)], prompt_room(self.lm, settings))
+            if chat
+            else plain_tokens(self.tokenizer, text, self.prompt_template)
+            for text in prompts
+        ]
+        with self.evaluating():
+            return complete(self.lm, self.tokenizer, tokens, settings, batch_size=batch_size)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[torch.device]:
+        """Within the block the model is on the compute device and in evaluation mode."""
+        training, device = self.training, compute_device()
+        self.to(device)
+        self.eval()
+        try:
+            yield device
+        finally:
+            self.train(training)
+
+
+def compute_device() -> torch.device:
+    """Where a model is trained and evaluated: the first GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def empty_lm(hf: Mapping[str, Any]) -> Any:
+    """The causal LM of a Hugging Face configuration, in fp32; its weights have no values yet."""
+    hf = {key: _FASTER_ACTIVATIONS.get(value, value) if key in _ACTIVATIONS else value for key, value in hf.items()}
+    # Random values would be wasted: every tensor is loaded next, strictly.
+    with lean_imports(), no_init_weights():
+        config = AutoConfig.for_model(**hf)
+        lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    lm.tie_weights()  # a part of the initialization that was left out
+    return lm
+
+
+def _require_same(own: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]], claim: str) -> None:
+    problems = [f"missing {name}" for name in own if name not in given]
+    problems += [f"unexpected {name}" for name in given if name not in own]
+    problems += [
+        f"{name} has shape {given[name]}, expected {shape}"
+        for name, shape in own.items()
+        if name in given and given[name] != shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ModelError(f"{claim}: {'; '.join(problems[:5])}{more}")

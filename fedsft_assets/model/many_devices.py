@@ -1,0 +1,132 @@
+"""Several devices of one site, through Lightning Fabric: a whole copy of the model on each (DDP), or a share (FSDP).
+
+Imported only where there are several: Lightning takes longer to import than all else that a trainer needs.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric import Fabric
+from lightning.fabric.plugins.precision import MixedPrecision, Precision
+from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+from fedsft_assets.model.answer_loss import AnswerLoss
+from fedsft_assets.model.batches import Batch
+from fedsft_assets.model.devices import MEETING_FILE, require_devices, resolve_precision
+from fedsft_assets.model.language_model import LanguageModel, compute_device
+from fedsft_assets.specs import ResolvedTraining
+
+
+class ManyDevices:
+    """The devices of all processes that torchrun started on this machine."""
+
+    def __init__(self, model: LanguageModel, training: ResolvedTraining) -> None:
+        require_devices(training.devices, int(os.environ.get("WORLD_SIZE", "1")))
+        kind = compute_device().type
+        self._sharded = training.strategy == "fsdp"
+        strategy = (
+            # Said, because its default is tensor parallelism within a machine: then nothing would be shared.
+            ModelParallelStrategy(_shard, data_parallel_size=training.devices, tensor_parallel_size=1)
+            if self._sharded
+            else DDPStrategy(gradient_as_bucket_view=True)
+        )
+        _meet(kind)
+        self._fabric = Fabric(
+            accelerator=kind, devices=training.devices, strategy=strategy, plugins=_precision(training, kind)
+        )
+        self._fabric.launch()
+        self.model = model
+        self.device = self._fabric.device
+        self.rank, self.count = self._fabric.global_rank, self._fabric.world_size
+        self._module: Any = self._fabric.setup_module(model.answer_loss)
+
+    def loss(self, batch: Batch) -> Tensor:
+        loss: Tensor = self._module(batch)
+        return loss
+
+    def add_gradients(self, batch: Batch, scale: float, last: bool) -> Tensor:
+        # Copies exchange gradients once a step. Shares do so after every micro-batch: to wait would take a
+        # gradient of the whole model on each device.
+        with self._fabric.no_backward_sync(self._module, enabled=not last and not self._sharded):
+            loss = self.loss(batch) * scale
+            self._fabric.backward(loss)
+        return loss.detach()
+
+    def prepared(self, optimizer: Optimizer) -> Any:
+        return self._fabric.setup_optimizers(optimizer)
+
+    def step(self, optimizer: Any, clip: float) -> None:
+        if clip:
+            self._fabric.clip_gradients(self._module, optimizer, max_norm=clip, error_if_nonfinite=False)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def total(self, value: Tensor) -> Tensor:
+        result = self._fabric.all_reduce(value, reduce_op="sum")
+        assert isinstance(result, Tensor)
+        return result
+
+    def weights(self) -> dict[str, Tensor]:
+        whole = {}
+        for name, tensor in self.model.distinct_parameters().items():
+            full = tensor.detach()
+            if isinstance(full, DTensor):
+                full = full.full_tensor()  # every process takes part, one tensor at a time
+            if self.rank == 0:
+                whole[name] = full.to("cpu", torch.float32 if full.is_floating_point() else None, copy=True)
+        return whole
+
+    @torch.no_grad()
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        own = self.model.distinct_parameters()
+        if self.rank == 0:
+            self.model.require_same(weights)
+        for name, tensor in own.items():
+            full = (
+                weights[name].to(self.device, tensor.dtype)
+                if self.rank == 0
+                else torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
+            )
+            full = full.contiguous()
+            dist.broadcast(full, src=0)
+            if isinstance(tensor, DTensor):  # without a source, each process takes its share of what it has
+                full = distribute_tensor(full, tensor.device_mesh, tensor.placements, src_data_rank=None)
+            tensor.copy_(full)
+        for part in self._module.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()  # what an evaluation left gathered are the weights of before
+
+
+def _meet(kind: str) -> None:
+    """Join the other processes through the meeting file, if there is one; else Lightning does as torchrun says."""
+    if (file := os.environ.get(MEETING_FILE)) and not dist.is_initialized():
+        rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        store = dist.FileStore(file, count)
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=count)
+
+
+def _precision(training: ResolvedTraining, kind: str) -> Precision | None:
+    """Said as a plugin: Lightning turns the name `16-mixed` into bf16 on a CPU."""
+    precision = resolve_precision(training.precision)
+    if precision == "32":
+        return None
+    scaler = torch.amp.GradScaler(kind) if precision == "16-mixed" else None
+    return MixedPrecision(precision, kind, scaler)
+
+
+def _shard(module: AnswerLoss, device_mesh: Any) -> nn.Module:
+    """Each transformer layer is gathered when it is needed; the rest, embeddings and head, with the whole."""
+    mesh = device_mesh["data_parallel"]
+    layers = set(getattr(module.lm, "_no_split_modules", None) or ())
+    for part in module.modules():
+        if type(part).__name__ in layers:
+            fully_shard(part, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    return module

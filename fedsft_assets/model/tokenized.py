@@ -1,0 +1,211 @@
+"""The tokens of a JSONL split: made once for each content and tokenizer, and kept beside it for all who need them.
+
+The data assets fill the cache, sites' trainers read it. Where it cannot be kept, tokens are made anew, never wrong.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import glob
+import hashlib
+import logging
+import os
+from array import array
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+import tokenizers
+from tokenizers import Tokenizer
+
+from fedsft_assets.data.records import DataError, Record, iterate_records
+from fedsft_assets.model.errors import ModelError
+from fedsft_assets.model.prompt_template import PromptTemplate, template
+from fedsft_assets.store import file_digest, publish_file
+
+if TYPE_CHECKING:
+    from fedsft_assets.model.batches import Tokens
+
+_FORMAT = 1
+_BATCH = 512  # records
+_BATCHES = 8  # in memory at once
+_KEPT = 3  # tokenizers, for one content of a split
+_HEX = 32  # digits of a digest in a file's name
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenized:
+    """The N records of one JSONL split as tokens, uncut, without BOS and EOS.
+
+    `ids` int32 [T] are the prompt and then the answer of each record, one record after another;
+    `starts` int64 [N + 1] say where each begins and the last one ends; `prompts` int32 [N] how many
+    of a record's ids are its prompt's.
+    """
+
+    ids: npt.NDArray[np.int32]
+    starts: npt.NDArray[np.int64]
+    prompts: npt.NDArray[np.int32]
+
+    def records(self, max_length: int, bos: int | None, eos: int, most: int | None = None) -> list[Tokens]:
+        """The first `most` records as a trainer takes them, in the split's order, none longer than `max_length`.
+
+        `bos` stands in front unless it is None, `eos` at the end. What is cut is what `batches.tokenize` cuts: the
+        prompt loses its beginning first, but never its last token; the answer its end, EOS included, only then.
+        """
+        from fedsft_assets.model.batches import Tokens
+
+        front = [] if bos is None else [bos]
+        longest_answer = max_length - len(front) - 1
+        if longest_answer < 0:
+            raise ValueError(f"max_length is {max_length}; expected room for BOS and one token of the prompt")
+        prompts = self.prompts[:most].tolist()
+        starts = self.starts[: len(prompts) + 1].tolist()
+        records = []
+        for start, end, length in zip(starts, starts[1:], prompts, strict=False):
+            middle = start + length
+            answer = self.ids[middle : min(end, middle + longest_answer)].tolist()
+            whole_answer = end - middle < longest_answer
+            if whole_answer:
+                answer.append(eos)
+            kept = min(length, max_length - len(front) - len(answer))
+            ids = front + self.ids[middle - kept : middle].tolist() + answer
+            records.append(Tokens(ids, len(front) + kept, context_cut=kept < length, answer_cut=not whole_answer))
+        return records
+
+
+def tokenized(records_file: Path, tokenizer: bytes | Tokenizer, prompt_template: str) -> Tokenized:
+    """The tokens of a JSONL split: from the file beside it, else made by all cores and kept there.
+
+    `tokenizer` is a tokenizer.json or what was read from one; special tokens spelled out in a record
+    are plain text. Of several processes that want the same tokens, one makes them while the others wait.
+    Raises DataError for records and ModelError for a tokenizer or template that cannot be used.
+    """
+    description = tokenizer if isinstance(tokenizer, bytes) else tokenizer.to_str().encode()
+    style, way = template(prompt_template), _way(description, prompt_template)
+    content = _digest(records_file)
+    start = f".tokens-{records_file.stem}-{content[:_HEX]}"
+    kept = records_file.with_name(f"{start}-{way[:_HEX]}.npz")
+    tokens = _read(kept)
+    if tokens is not None:
+        return tokens
+    with _turn(records_file):
+        tokens = _read(kept)
+        if tokens is None:
+            tokens = _make(records_file, _encoder(description), style)
+            if _digest(records_file) == content:  # else it was replaced, and these are the new one's tokens
+                _keep(tokens, kept)
+                _tidy(records_file, start)
+    return tokens
+
+
+def _digest(records_file: Path) -> str:
+    try:
+        return file_digest(records_file)
+    except OSError as error:
+        raise DataError(f"{records_file}: cannot be read: {error.strerror}; make it before what needs it") from error
+
+
+def _encoder(description: bytes) -> Tokenizer:
+    """A tokenizer that takes texts as they are: nothing is cut or padded, and no text becomes a special token."""
+    try:
+        encoder = Tokenizer.from_buffer(description)
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise ModelError(f"tokenizer.json: cannot be read: {error}; save it with a current tokenizers") from error
+    encoder.no_truncation()
+    encoder.no_padding()
+    encoder.encode_special_tokens = True
+    return encoder
+
+
+@lru_cache(maxsize=2)  # a large vocabulary takes a good part of a second, and every split asks for it
+def _way(description: bytes, prompt_template: str) -> str:
+    """SHA-256 in hex over all that decides the ids of a record, and nothing else.
+
+    So a preset's tokenizer and the one in an archive made from it share their tokens, though
+    transformers adds special tokens, padding and a post-processor to the latter.
+    """
+    said = orjson.loads(_encoder(description).to_str())  # as this version says it, whichever wrote it
+    # Special tokens are matched only to be passed over, where they may hide one that is not special.
+    added = said["added_tokens"] if any(not token["special"] for token in said["added_tokens"]) else []
+    parts = [said["normalizer"], said["pre_tokenizer"], said["model"], added]
+    way = [_FORMAT, tokenizers.__version__, template(prompt_template).text, parts]
+    return hashlib.sha256(orjson.dumps(way, option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+@contextmanager
+def _turn(records_file: Path) -> Iterator[None]:
+    """Hold the lock of the split, which ends with this process at the latest."""
+    with records_file.open("rb") as file:
+        if os.access(records_file.parent, os.W_OK):  # else nothing is kept, and nobody need wait for it
+            with suppress(OSError):  # a file system without locks: several may do the same work
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _read(kept: Path) -> Tokenized | None:
+    """What is kept there, if it is whole: the checksums of its parts are in the file."""
+    if not kept.is_file():
+        return None
+    try:
+        with np.load(kept) as parts:
+            return Tokenized(parts["ids"], parts["starts"], parts["prompts"])
+    except Exception as error:  # a damaged file can raise anything; it is no more than a copy
+        _log.warning("%s: is damaged (%s: %s) and is made anew", kept, type(error).__name__, error)
+        return None
+
+
+def _make(records_file: Path, encoder: Tokenizer, style: PromptTemplate) -> Tokenized:
+    def encode(records: list[Record]) -> tuple[array[int], list[int]]:
+        """The ids of some records, and how many each prompt and each answer has, in turns."""
+        texts = [text for r in records for text in (style.prompt(r["input"]), style.answer(r["output"]))]
+        ids, counts = array("i"), []
+        for encoding in encoder.encode_batch_fast(texts, add_special_tokens=False):
+            ids.fromlist(encoding.ids)
+            counts.append(len(encoding))
+        return ids, counts
+
+    batches = _batches(records_file)
+    ids, counts = array("i"), array("i")
+    with ThreadPoolExecutor() as pool:
+        while group := list(islice(batches, _BATCHES)):
+            for some_ids, some_counts in pool.map(encode, group):
+                ids.extend(some_ids)
+                counts.fromlist(some_counts)
+    prompts, answers = np.array(counts, np.int32).reshape(-1, 2).T
+    starts = np.concatenate([[0], np.cumsum(prompts + answers, dtype=np.int64)])
+    return Tokenized(np.asarray(ids, np.int32), starts, prompts.copy())
+
+
+def _batches(records_file: Path) -> Iterator[list[Record]]:
+    records = iterate_records(records_file)
+    while batch := list(islice(records, _BATCH)):
+        yield batch
+
+
+def _keep(tokens: Tokenized, kept: Path) -> None:
+    try:
+        with publish_file(kept) as path, path.open("wb") as file:
+            np.savez(file, ids=tokens.ids, starts=tokens.starts, prompts=tokens.prompts)
+    except OSError as error:
+        _log.info("%s: the tokens are not kept: %s", kept.parent, error)
+
+
+def _tidy(records_file: Path, start: str) -> None:
+    """Remove the tokens of other contents of this split, and for its present one those of all but a few tokenizers."""
+    digest = "?" * _HEX
+    found = records_file.parent.glob(f".tokens-{glob.escape(records_file.stem)}-{digest}-{digest}.npz")
+    with suppress(OSError):
+        newest_first = sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+        present = [path for path in newest_first if path.name.startswith(start)]
+        for path in set(newest_first) - set(present[:_KEPT]):
+            path.unlink()

@@ -1,0 +1,88 @@
+"""A federated job with `peft:` for real: only adapters travel, and the checkpoint is an archive like any other."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedsft_assets.federation.job_folder import build_job_folder, read_plans
+from fedsft_assets.federation.launch import run_job
+from fedsft_assets.federation.report import MODEL_FILE, JobReport
+from fedsft_assets.federation.server import BEST_MODEL, LAST_MODEL
+from fedsft_assets.federation.trainer_log import Progress
+from fedsft_assets.specs import JobSpec
+from fedsft_assets.store import Store, split_file
+from fedsft_assets_tests.shipped import DATASETS
+
+from .conftest import TINY
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nvflare")]
+
+JOB = """
+description: adapters of two sites
+sites:
+  site-1: {dataset: alpaca}
+  site-2: {dataset: dolly}
+rounds: 2
+max_local_steps: 8
+max_evaluation_records: 40
+training:
+  learning_rate: 1e-2
+  peft: {rank: 4}
+"""
+
+
+def test_adapters_of_two_sites_become_a_checkpoint(store: Store, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    from fedsft_assets.evaluation.losses import split_loss
+    from fedsft_assets.model.adapters import ADAPTER_FOLDER
+    from fedsft_assets.model.language_model import LanguageModel
+
+    (tmp_path / "lora.yaml").write_text(JOB)
+    spec = JobSpec.load(tmp_path / "lora.yaml", list(DATASETS))
+    build_job_folder(spec, TINY, store)
+    said, report = [], None
+    for event in run_job(
+        job_folder=store.job_folder("lora"),
+        workspace=store.flare("lora"),
+        testing_file=split_file(store.combined, "testing"),
+        into=store.checkpoint("lora"),
+    ):
+        if isinstance(event, Progress):
+            said.append(event.text)
+        if isinstance(event, JobReport):
+            report = event
+    assert report is not None
+    plan = read_plans(store.job_folder("lora"))[0]
+    validation = split_file(store.combined, "validation")
+
+    # The adapters of the first round change nothing, so its loss is the base model's; then it falls.
+    base_loss = split_loss(store.base_model(TINY.name), validation, plan)
+    assert report.base_val_loss == pytest.approx(base_loss.loss, abs=1e-4)
+    assert report.val_loss == sorted(report.val_loss, reverse=True)
+    assert report.last_val_loss < report.base_val_loss - 0.2
+    for site in spec.sites:
+        assert any(line.startswith(f"{site} · adapters of rank 4 · 24,576 of ") for line in said)
+
+    # What travels: rank * (inputs + outputs) of each of 2 * 4 layers, and nothing of the base model.
+    run_dir = store.flare("lora") / "server" / "simulate_job"
+    best = torch.load(run_dir / BEST_MODEL, weights_only=True)
+    assert all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in best)
+    width = 192
+    layers = 2 * (width + 3 * width) + 2 * (width + width) + 2 * 2 * (width + 4 * width)
+    assert sum(tensor.numel() for tensor in best.values()) == 4 * layers == 24_576
+    base = LanguageModel.load(store.base_model(TINY.name))
+    whole = sum(tensor.numel() * 4 for tensor in base.weights().values())
+    assert (run_dir / LAST_MODEL).stat().st_size < whole / 20
+
+    checkpoint = store.checkpoint("lora")
+    merged = LanguageModel.load(checkpoint / MODEL_FILE)
+    assert {name: tensor.shape for name, tensor in merged.weights().items()} == {
+        name: tensor.shape for name, tensor in base.weights().items()
+    }
+    assert split_loss(checkpoint / MODEL_FILE, validation, plan).loss == pytest.approx(report.best_val_loss, abs=1e-4)
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        with_adapters = PeftModel.from_pretrained(base.lm.eval(), checkpoint / ADAPTER_FOLDER)(input_ids=ids).logits
+        assert (with_adapters - merged.lm.eval()(input_ids=ids).logits).abs().max() < 1e-5
