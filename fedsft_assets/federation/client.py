@@ -24,6 +24,10 @@ from fedsft_assets.specs import SitePlan
 if TYPE_CHECKING:
     from fedsft_assets.federation.site_trainer import SiteTrainer
 
+# When one of several processes dies, the others fail because they lost it. Torchrun ends them within this time, so
+# that only the one that failed first is heard.
+_SECONDS_TO_BE_ENDED = 3.0
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train at one site of a job.")
@@ -31,6 +35,8 @@ def main() -> None:
     try:
         _work(SitePlan.model_validate_json(parser.parse_args().plan.read_text(encoding="utf-8")))
     except Exception:
+        if "RANK" in os.environ:
+            time.sleep(_SECONDS_TO_BE_ENDED)
         print(f"{FAILURE_MARK}{json.dumps(traceback.format_exc())}", flush=True)
         sys.exit(1)
 

@@ -34,9 +34,10 @@ def start_all(devices: int, folder: Path) -> None:
 
     meeting = folder.absolute() / f"devices-{uuid4().hex}"
     loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+    threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)  # of the site's trainer
     environment = {
-        "OMP_NUM_THREADS": "1",  # torchrun's own default, which it would announce
         **os.environ,
+        "OMP_NUM_THREADS": str(max(1, threads // devices)),
         MEETING_FILE: str(meeting),
         "GLOO_SOCKET_IFNAME": loopback,
         "NCCL_SOCKET_IFNAME": loopback,

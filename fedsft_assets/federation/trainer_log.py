@@ -11,10 +11,12 @@ from dataclasses import dataclass
 PROGRESS_MARK = "fedsft-progress: "
 FAILURE_MARK = "fedsft-failure: "
 
-# What NVFlare's external_process_backend says, while it waits for a trainer and while it fetches a result.
+# What NVFlare's external_process_backend says, while it waits for a trainer and while it fetches a result,
+# and what torchrun says of the first of a trainer's processes that failed.
 _EXIT = re.compile(
     r"trainer process(?: group)? exited(?: \(rc=(?P<code>-?\d+)\))?"
     r"|result source died before transfer completion \(rc=(?P<lost>-?[1-9]\d*)\)"
+    r"|failed \(exitcode: (?P<device>-?\d+)\) local_rank: \d+ \(pid: \d+\)"
 )
 
 
@@ -38,7 +40,7 @@ def read_line(line: str) -> Progress | TrainerFailure | None:
     if FAILURE_MARK in line:
         return TrainerFailure(json.loads(line.split(FAILURE_MARK, 1)[1]), said_why=True)
     if match := _EXIT.search(line):
-        code = match["code"] or match["lost"]
+        code = match["code"] or match["lost"] or match["device"]
         return TrainerFailure(_explain_exit(int(code) if code else None), said_why=False)
     return None
 

@@ -128,7 +128,15 @@ class OneDevice:
         self.model.load_weights(weights)
 
     def _autocast(self) -> AbstractContextManager[None]:
-        return torch.autocast(self.device.type, self._dtype) if self._dtype else nullcontext()
+        return autocast(self.device.type, self._dtype) if self._dtype else nullcontext()
+
+
+def autocast(kind: str, dtype: torch.dtype) -> torch.autocast:
+    """Computing in 16 bits, without PyTorch's cache of all weights' copies.
+
+    A pass uses a weight once. Kept copies would be a model in 16 bits on each device, be its share ever so small.
+    """
+    return torch.autocast(kind, dtype, cache_enabled=False)
 
 
 def require_devices(wanted: int, started: int) -> None:

@@ -13,13 +13,13 @@ from lightning.fabric import Fabric
 from lightning.fabric.plugins.precision import MixedPrecision, Precision
 from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from fedsft_assets.model.answer_loss import AnswerLoss
 from fedsft_assets.model.batches import Batch
-from fedsft_assets.model.devices import MEETING_FILE, require_devices, resolve_precision
+from fedsft_assets.model.devices import MEETING_FILE, autocast, require_devices, resolve_precision
 from fedsft_assets.model.language_model import LanguageModel, compute_device
 from fedsft_assets.specs import ResolvedTraining
 
@@ -99,9 +99,6 @@ class ManyDevices:
             if isinstance(tensor, DTensor):  # without a source, each process takes its share of what it has
                 full = distribute_tensor(full, tensor.device_mesh, tensor.placements, src_data_rank=None)
             tensor.copy_(full)
-        for part in self._module.modules():
-            if isinstance(part, FSDPModule):
-                part.reshard()  # what an evaluation left gathered are the weights of before
 
 
 def _meet(kind: str) -> None:
@@ -112,21 +109,32 @@ def _meet(kind: str) -> None:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=count)
 
 
+class _Mixed(MixedPrecision):
+    """Lightning's, as OneDevice computes."""
+
+    def forward_context(self) -> torch.autocast:
+        return autocast(self.device, self._desired_input_dtype)
+
+
 def _precision(training: ResolvedTraining, kind: str) -> Precision | None:
     """Said as a plugin: Lightning turns the name `16-mixed` into bf16 on a CPU."""
     precision = resolve_precision(training.precision)
     if precision == "32":
         return None
     scaler = torch.amp.GradScaler(kind) if precision == "16-mixed" else None
-    return MixedPrecision(precision, kind, scaler)
+    return _Mixed(precision, kind, scaler)
 
 
 def _shard(module: AnswerLoss, device_mesh: Any) -> nn.Module:
-    """Each transformer layer is gathered when it is needed; the rest, embeddings and head, with the whole."""
+    """Each transformer layer is gathered when it is needed; the rest, embeddings and head, with the whole.
+
+    All are given back after every forward pass: what stays gathered after an evaluation would be taken for the
+    parameters, by an optimizer that is built and by weights that are loaded.
+    """
     mesh = device_mesh["data_parallel"]
     layers = set(getattr(module.lm, "_no_split_modules", None) or ())
     for part in module.modules():
         if type(part).__name__ in layers:
             fully_shard(part, mesh=mesh)
-    fully_shard(module, mesh=mesh)
+    fully_shard(module, mesh=mesh, reshard_after_forward=True)
     return module

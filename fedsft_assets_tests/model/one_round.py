@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from fedsft_assets.model.adapters import add_adapters
 from fedsft_assets.model.batches import Tokens
 from fedsft_assets.model.devices import devices_for
 from fedsft_assets.model.language_model import LanguageModel
@@ -21,6 +22,8 @@ from fedsft_assets.specs import SitePlan
 def train(plan: SitePlan, tokens: list[Tokens], padded: bool) -> dict[str, object]:
     """All rounds of the plan from the base model: losses of steps, loss before and after, final weights."""
     model = LanguageModel.load(plan.base_model)
+    if plan.training.peft:
+        add_adapters(model, plan.training.peft, plan.seed)
     if padded:
         model.answer_loss.packs = False
     weights = model.weights()

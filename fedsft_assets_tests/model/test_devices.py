@@ -128,6 +128,26 @@ def test_clipping_scales_gradients_down_to_the_norm_and_never_up(
         assert _norm(clipped.clipped) == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_mixed_precision_computes_in_16_bits_and_trains_like_fp32(
+    model: LanguageModel, tokens: list[Tokens], make_plan: MakePlan, precision: str
+) -> None:
+    assert model.answer_loss.packs  # tried out in fp32, before anything is watched
+    seen = set()
+    layer = model.lm.transformer.h[0].mlp
+    handle = layer.register_forward_hook(lambda _module, _args, output: seen.add(output.dtype))
+    _, mixed, weights = _train(model, tokens, make_plan(precision=precision, learning_rate=1e-3, local_epochs=2))
+    handle.remove()
+    _, exact, _ = _train(model, tokens, make_plan(precision="32", learning_rate=1e-3, local_epochs=2))
+
+    assert seen == {torch.bfloat16 if precision == "bf16-mixed" else torch.float16}
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    assert mixed.points[0].loss == pytest.approx(exact.points[0].loss, rel=5e-3)
+    assert mixed.points[-1].loss < 0.8 * mixed.points[0].loss
+    # Steps of fp16 that overflow are left out, so it may lag behind.
+    assert mixed.points[-1].loss == pytest.approx(exact.points[-1].loss, rel=0.02 if precision == "bf16-mixed" else 0.2)
+
+
 def test_clipping_in_fp16_sees_gradients_without_their_scale(
     model: LanguageModel, tokens: list[Tokens], make_plan: MakePlan
 ) -> None:

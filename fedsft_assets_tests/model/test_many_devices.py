@@ -36,8 +36,12 @@ CASES: dict[str, dict[str, Any]] = {
     "fsdp, checkpointing, hard clipping": {
         **{"strategy": "fsdp", "activation_checkpointing": True, "gradient_clip": 0.05, "micro_batch_tokens": 60},
     },
+    "ddp, adapters": {"strategy": "ddp", "peft": {"rank": 4}},
+    "fsdp, adapters": {"strategy": "fsdp", "peft": {"rank": 4}},
     "ddp, bf16": {"strategy": "ddp", "precision": "bf16-mixed", "max_local_steps": 3},
     "fsdp, bf16": {"strategy": "fsdp", "precision": "bf16-mixed", "max_local_steps": 3},
+    "ddp, fp16": {"strategy": "ddp", "precision": "16-mixed", "local_epochs": 2},
+    "fsdp, fp16": {"strategy": "fsdp", "precision": "16-mixed", "local_epochs": 2},
 }
 
 
@@ -61,7 +65,7 @@ def loopback_environment(meeting_file: Path) -> dict[str, str]:
 
 def _plan(make_plan: Callable[..., SitePlan], case: dict[str, Any], devices: int) -> SitePlan:
     given = {key: value for key, value in case.items() if key != "padded"}
-    return make_plan(**{"rounds": 1, "precision": "32", "learning_rate": 1e-3, **given, "devices": devices})
+    return make_plan(**{"rounds": 1, "precision": "32", "learning_rate": 5e-4, **given, "devices": devices})
 
 
 @pytest.fixture(scope="module")
@@ -115,13 +119,20 @@ def test_two_processes_give_what_one_gives(results: Results, case: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [case for case in CASES if case.endswith("16")])
-def test_two_processes_in_mixed_precision_give_what_one_gives_but_for_rounding(results: Results, case: str) -> None:
+@pytest.mark.parametrize("case", ["ddp, bf16", "fsdp, bf16"])
+def test_two_processes_in_bf16_give_what_one_gives_but_for_rounding(results: Results, case: str) -> None:
     one, two = results.one[case], results.two[case]
-    assert two["losses"] == pytest.approx(one["losses"], rel=5e-3)
-    assert two["validation"] == pytest.approx(one["validation"], rel=5e-3)
-    assert two["validation"][-1] < two["validation"][0] - 0.1
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-3)
+    assert two["validation"] == pytest.approx(one["validation"], rel=1e-3)
     assert {tensor.dtype for tensor in two["weights"].values()} == {torch.float32}
+
+
+@pytest.mark.slow
+def test_processes_agree_on_the_steps_that_fp16_skips(results: Results) -> None:
+    # Not against one process: it scales its loss half as much, so that other steps overflow.
+    copies, shares = results.two["ddp, fp16"], results.two["fsdp, fp16"]
+    assert shares["losses"] == pytest.approx(copies["losses"], rel=1e-3)
+    assert shares["validation"] == pytest.approx(copies["validation"], rel=1e-3)
 
 
 @pytest.mark.slow
