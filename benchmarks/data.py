@@ -65,14 +65,14 @@ def main() -> None:
     if not SAMPLES.is_dir():
         sys.exit(f"{SAMPLES}: is missing; the benchmark's input is made from the real samples there")
     try:
-        with _work_folder(args.keep) as work:
+        with work_folder(args.keep) as work:
             _benchmark(args, work)
     except BenchmarkError as error:
         sys.exit(f"benchmarks.data: {error}")
 
 
 def _benchmark(args: argparse.Namespace, work: Path) -> None:
-    _say(f"{args.repeats} repeats at {args.scale:g} of the published sizes, {_circumstances(args.reference_python)}")
+    say(f"{args.repeats} repeats at {args.scale:g} of the published sizes, {_circumstances(args.reference_python)}")
     _compile_and_warm_up(args.reference_python)
     _generate(work / "input", args.scale)
     references, own = [], []
@@ -142,7 +142,7 @@ def _generate(folder: Path, scale: float) -> None:
     _empty(folder)
     command = [sys.executable, "-m", "benchmarks.data_input", str(SAMPLES), str(folder), str(scale)]
     made = measure(command, folder / "generate")
-    _say(f"made {folder.name} in {made.seconds:.1f} s with {made.peak_mb:.0f} MB")
+    say(f"made {folder.name} in {made.seconds:.1f} s with {made.peak_mb:.0f} MB")
 
 
 def _compile_and_warm_up(reference_python: str) -> None:
@@ -191,13 +191,13 @@ def _report(references: Sequence[Steps], own: Sequence[Measured], tenfold: Measu
     if tenfold:
         rows[f"ours at {TENFOLD} times the rows"] = tenfold
         targets.append(Target("data_peak_growth", tenfold.peak_mb / ours.peak_mb, 1.2))
-    _say(f"load average at the end {os.getloadavg()[0]:.1f}\n")
-    _say(f"{'step':30}{'seconds':>9}{'CPU s':>9}{'peak MB':>9}")
+    say(f"load average at the end {os.getloadavg()[0]:.1f}\n")
+    say(f"{'step':30}{'seconds':>9}{'CPU s':>9}{'peak MB':>9}")
     for step, row in rows.items():
-        _say(f"{step:30}{row.seconds:9.2f}{row.cpu_seconds:9.2f}{row.peak_mb:9.0f}")
-    _say("")
+        say(f"{step:30}{row.seconds:9.2f}{row.cpu_seconds:9.2f}{row.peak_mb:9.0f}")
+    say("")
     for target in targets:
-        _say(str(target))
+        say(str(target))
 
 
 def _together(steps: Iterable[Measured]) -> Measured:
@@ -228,12 +228,13 @@ def _circumstances(reference_python: str) -> str:
 
 
 @contextmanager
-def _work_folder(keep: Path | None) -> Iterator[Path]:
+def work_folder(keep: Path | None) -> Iterator[Path]:
+    """The folder to work in: `keep`, where everything then stays, or one that vanishes."""
     if keep:
         keep.mkdir(parents=True, exist_ok=True)
         yield keep.resolve()
         return
-    with tempfile.TemporaryDirectory(prefix="benchmark-data-") as name:
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
         yield Path(name)
 
 
@@ -242,7 +243,8 @@ def _empty(folder: Path) -> None:
     folder.mkdir()
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """One line, at once."""
     print(line, flush=True)
 
 

@@ -10,14 +10,12 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 
-from benchmarks.data import PROJECT, SAMPLES, BenchmarkError, Target
+from benchmarks.data import PROJECT, SAMPLES, BenchmarkError, Target, say, work_folder
 from benchmarks.training_flops import Share
 from benchmarks.training_parts import CONTENDERS, PARTS, RIVALS, SAME_BATCHES, Part
 from benchmarks.training_watch import Trained
@@ -35,12 +33,12 @@ def main() -> None:
     if not SAMPLES.is_dir():
         sys.exit(f"{SAMPLES}: is missing; the benchmark trains on the real samples there")
     try:
-        with _work_folder(args.keep) as work:
+        with work_folder(args.keep) as work:
             targets = _Benchmark(args, work).run()
     except BenchmarkError as error:
         sys.exit(f"benchmarks.training: {error}")
     for target in targets:
-        _say(str(target))
+        say(str(target))
 
 
 class _Benchmark:
@@ -51,14 +49,14 @@ class _Benchmark:
         self.inputs: dict[str, Path] = {}
 
     def run(self) -> list[Target]:
-        _say(f"{_cores()} CPUs, as many threads for each contender, load average {os.getloadavg()[0]:.1f}")
+        say(f"{_cores()} CPUs, as many threads for each contender, load average {os.getloadavg()[0]:.1f}")
         self._process("-c", "import benchmarks.rivals, benchmarks.training_ours, datasets, trl")  # compiled and cached
         targets = []
         for name in self.args.part:
             targets += {"tiny": self._tiny, "smollm2": self._smollm2, "gpt2-small": self._gpt2_small}.get(
                 name, self._startup
             )()
-        _say(f"load average at the end {os.getloadavg()[0]:.1f}\n")
+        say(f"load average at the end {os.getloadavg()[0]:.1f}\n")
         return targets
 
     def _tiny(self) -> list[Target]:
@@ -80,11 +78,11 @@ class _Benchmark:
     def _gpt2_small(self) -> list[Target]:
         part = self._part("gpt2-small")
         folder = self._input(part)
-        _say(f"\n{part.name:18}{'tokens/s':>10}{'GFLOP/s':>10}{'product':>10}{'and after':>10}{'share':>8}")
+        say(f"\n{part.name:18}{'tokens/s':>10}{'GFLOP/s':>10}{'product':>10}{'and after':>10}{'share':>8}")
         shares = {}
         for contender in part.contenders:
             found = shares[contender] = Share(**self._json("benchmarks.training_flops", contender, str(folder)))
-            _say(
+            say(
                 f"{contender:18}{found.tokens_per_second:10.1f}{found.training:10.1f}"
                 f"{found.before:10.1f}{found.after:10.1f}{found.of_product:8.2f}"
             )
@@ -95,7 +93,7 @@ class _Benchmark:
         self._process(*start)  # leaves the tokens behind, as the data assets do
         starts = 1 if self.args.quick else _STARTS
         seconds = [float(self._process(*start).splitlines()[-1]) for _ in range(starts)]
-        _say(f"\n{STARTUP:18}CPU s to the first batch: {', '.join(f'{value:.1f}' for value in sorted(seconds))}")
+        say(f"\n{STARTUP:18}CPU s to the first batch: {', '.join(f'{value:.1f}' for value in sorted(seconds))}")
         return [Target("startup_cpu_seconds", median(seconds), 6)]
 
     def _part(self, name: str) -> Part:
@@ -169,14 +167,12 @@ def _times(runs: Runs, other: str) -> float:
 
 
 def _table(part: Part, runs: Mapping[str, Sequence[Trained]]) -> None:
-    _say(
-        f"\n{part.name:18}{'tokens/s':>10}{'of ours':>9}{'peak MB':>9}{'start CPU s':>13}{'first loss':>12}{'last':>8}"
-    )
+    say(f"\n{part.name:18}{'tokens/s':>10}{'of ours':>9}{'peak MB':>9}{'start CPU s':>13}{'first loss':>12}{'last':>8}")
     ours = median(run.tokens_per_second for run in runs["ours"])
     for name, tries in runs.items():
         speed = median(run.tokens_per_second for run in tries)
         start = median(run.start_cpu_seconds for run in tries)
-        _say(
+        say(
             f"{name:18}{speed:10.1f}{speed / ours:9.2f}{median(run.peak_mb for run in tries):9.0f}"
             f"{start:13.1f}{tries[0].first_loss:12.4f}{tries[0].losses[-1]:8.4f}"
         )
@@ -198,20 +194,6 @@ def require_equal_losses(part: Part, runs: Mapping[str, Sequence[Trained]]) -> N
                 if not abs(ours - theirs) <= _TOLERANCE * max(1.0, abs(theirs)):
                     what = f"step {place}" if place else "the first batch"
                     raise BenchmarkError(f"{part.name}: {name} has loss {ours:.6f} at {what}, plain has {theirs:.6f}")
-
-
-@contextmanager
-def _work_folder(keep: Path | None) -> Iterator[Path]:
-    if keep:
-        keep.mkdir(parents=True, exist_ok=True)
-        yield keep.resolve()
-        return
-    with tempfile.TemporaryDirectory(prefix="benchmark-training-") as name:
-        yield Path(name)
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
 
 
 def _arguments() -> argparse.Namespace:

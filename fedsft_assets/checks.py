@@ -15,7 +15,7 @@ from fedsft_assets.data.quality import blank_outputs, language_sample, prompt_ov
 from fedsft_assets.data.records import DataError
 from fedsft_assets.data.report import SplitReport
 from fedsft_assets.data.views import percentiles
-from fedsft_assets.model.archive import ModelError
+from fedsft_assets.model.errors import ModelError
 from fedsft_assets.resources import ChecksResource, ModelResource, StoreResource
 from fedsft_assets.specs import COMBINED, CheckName, CheckSettings, DatasetSpec, ModelPreset, Severity
 from fedsft_assets.store import Store

@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, get_args
 
 from fedsft_assets.assets.job_folder import JobOverrides
 from fedsft_assets.generate import find_archive
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fedsft_assets.model.huggingface_export import HuggingFaceReport
     from fedsft_assets.model.megatron_export import MegatronReport
     from fedsft_assets.model.megatron_import import ImportReport
+    from fedsft_assets.model.megatron_layout import Layout
 
 # Command-line names and types of the values that Dagster's launchpad offers for a job folder.
 _OVERRIDES = {
@@ -23,7 +24,7 @@ _OVERRIDES = {
     for name, field in JobOverrides.model_fields.items()
 }
 # What `export` writes, and Megatron's layouts among it.
-_FORMATS: dict[str, Literal["legacy", "megatron-core"] | None] = {
+_FORMATS: "dict[str, Layout | None]" = {
     "megatron": "legacy",
     "megatron-core": "megatron-core",
     "huggingface": None,

@@ -4,7 +4,7 @@ import dagster as dg
 
 from fedsft_assets.assets.failures import explained
 from fedsft_assets.data.hub import HubError
-from fedsft_assets.model.archive import ModelError
+from fedsft_assets.model.errors import ModelError
 from fedsft_assets.resources import ModelResource, StoreResource
 from fedsft_assets.specs import SpecError
 

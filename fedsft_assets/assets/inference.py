@@ -2,19 +2,19 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
 
 import dagster as dg
 from pydantic import Field
 
 from fedsft_assets.assets.failures import explained
 from fedsft_assets.evaluation.answers import answer
+from fedsft_assets.evaluation.comparison import place
 from fedsft_assets.evaluation.prompts import ExamplePrompt, parse_prompts
 from fedsft_assets.federation.report import MODEL_FILE
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.generation import GenerationSettings
 from fedsft_assets.resources import ModelResource, StoreResource
-from fedsft_assets.specs import JobKind, JobSpec, SpecError
+from fedsft_assets.specs import JobSpec, SpecError
 from fedsft_assets.store import file_digest
 
 
@@ -49,7 +49,8 @@ def inference_asset(jobs: Sequence[JobSpec], examples: Sequence[ExamplePrompt]) 
     def inference(config: InferenceConfig, store: StoreResource, model: ModelResource) -> dg.MaterializeResult:
         files = store.files
         archives = {"base model": files.base_model(model.load().name)}
-        archives |= {job.name: files.checkpoint(job.name) / MODEL_FILE for job in sorted(jobs, key=_place)}
+        ordered = sorted(jobs, key=lambda job: place(job.kind, job.name))
+        archives |= {job.name: files.checkpoint(job.name) / MODEL_FILE for job in ordered}
         with explained(ModelError, SpecError):
             prompts = parse_prompts(Path("launchpad"), config.model_dump(include={"prompts"}))
             settings = GenerationSettings(config.max_new_tokens, config.temperature, seed=config.seed)
@@ -67,8 +68,3 @@ def inference_asset(jobs: Sequence[JobSpec], examples: Sequence[ExamplePrompt]) 
         )
 
     return inference
-
-
-def _place(job: JobSpec) -> tuple[int, str]:
-    """Local, centralized, federated, as in the comparison."""
-    return get_args(JobKind).index(job.kind), job.name

@@ -11,7 +11,7 @@ from fedsft_assets.data.records import DataError, iterate_records, preview
 from fedsft_assets.data.report import SplitReport
 from fedsft_assets.data.splits import split_dataset
 from fedsft_assets.data.views import percentiles, plot_lengths
-from fedsft_assets.model.archive import ModelError
+from fedsft_assets.model.errors import ModelError
 from fedsft_assets.resources import ModelResource, SplitsResource, StoreResource
 from fedsft_assets.specs import DatasetSpec, ModelPreset
 from fedsft_assets.store import Store, split_file

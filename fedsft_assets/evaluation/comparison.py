@@ -4,11 +4,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from tabulate import tabulate
 
 from fedsft_assets.federation.report import JobReport
+from fedsft_assets.specs import JobKind
 from fedsft_assets.store import publish_file
 
 _HEADERS = (
@@ -23,7 +24,6 @@ _HEADERS = (
     "perplexity",
     "seconds",
 )
-_ORDER = {"local": 0, "centralized": 1, "federated": 2}
 _LOCAL_COLORS = ("#7a9cc6", "#8fb996", "#c9a66b", "#b48ead", "#94a3b8")
 _CENTRALIZED_COLOR = "#334155"
 _FEDERATED_COLORS = ("#c2410c", "#7c3aed", "#0f766e")
@@ -60,7 +60,12 @@ def compare(reports: Sequence[JobReport], base_test_loss: float) -> Comparison:
             raise NotComparableError(
                 f"the jobs have more than one {meaning} ({said}); materialize their checkpoints again"
             )
-    return Comparison(base_test_loss, sorted(reports, key=lambda report: (_ORDER[report.kind], report.job)))
+    return Comparison(base_test_loss, sorted(reports, key=lambda report: place(report.kind, report.job)))
+
+
+def place(kind: str, job: str) -> tuple[int, str]:
+    """What jobs are sorted by wherever they stand side by side: local, centralized, federated, then their names."""
+    return get_args(JobKind).index(kind), job
 
 
 def write_table(comparison: Comparison, path: Path) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.language_model import LanguageModel
 from fedsft_assets.model.lean import lean_imports
+from fedsft_assets.model.seeds import seed_of
 from fedsft_assets.specs import PeftSpec
 
 with lean_imports():
@@ -95,7 +96,7 @@ def add_adapters(model: LanguageModel, peft: PeftSpec, seed: int) -> Adapters:
 
 def _initial(shape: tuple[int, ...], seed: str) -> torch.Tensor:
     """Uniform in +-1 / sqrt(columns), as peft draws factor A, in steps that round alike everywhere."""
-    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "big") >> 1)
+    generator = torch.Generator().manual_seed(seed_of(seed))
     return (torch.rand(shape, generator=generator) * 2 - 1) * (1 / math.sqrt(shape[1]))
 
 

@@ -101,7 +101,7 @@ def _packs(lm: Any) -> bool:
                 use_cache=False,
                 record_lengths=list(_TRIED_LENGTHS),
             ).logits[0]
-    except (TypeError, ValueError, RuntimeError, NotImplementedError):
+    except (TypeError, ValueError, RuntimeError):
         return False  # an argument that it does not know, or a shape that it does not expect
     return _agree(row, alone)
 

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
     from fedsft_assets.model.tensor_file import TensorFile, TensorInfo
 
-__all__ = ["CONFIG", "FIELDS", "WEIGHTS", "ModelError", "artifact_key", "artifact_name", "describe", "read_config"]
-
 CONFIG = "model_config.yaml"
 WEIGHTS = "model_weights.ckpt"
 FIELDS = ("hf", "tokenizer", "max_length", "prompt_template")
@@ -35,9 +33,9 @@ FIELDS = ("hf", "tokenizer", "max_length", "prompt_template")
 # What NeMo's restore_from looks for: the class that it makes of an archive, and a version; nothing here does.
 _TARGET = "fedsft_assets.model.sft_model.SFTModel"
 _NEMO_VERSION = "3.0.0"
-_LARGEST_CONFIG = 1 << 20
+LARGEST_CONFIG = 1 << 20
 _DEEPEST_CONFIG = 50
-_LARGEST_TOKENIZER_FILE = 256 << 20
+LARGEST_TOKENIZER_FILE = 256 << 20
 _MOST_MEMBERS = 64
 _VALUES_AT_ONCE = 4 << 20
 # What says how to load or run a model (from where, with which kernels, which may be downloaded code), not what it is.
@@ -68,8 +66,8 @@ def parse_config(path: Path, text: str, sizes: Mapping[str, int]) -> dict[str, A
         stored = str(value).removeprefix("nemo:")
         if name is None or stored not in sizes or key != artifact_key(name):
             raise ModelError(f"{path}: {CONFIG}: tokenizer.files.{key}: {value!r} is not a file of the archive")
-        if sizes[stored] > _LARGEST_TOKENIZER_FILE:
-            raise ModelError(f"{path}: {stored} has {sizes[stored]} bytes, more than {_LARGEST_TOKENIZER_FILE}")
+        if sizes[stored] > LARGEST_TOKENIZER_FILE:
+            raise ModelError(f"{path}: {stored} has {sizes[stored]} bytes, more than {LARGEST_TOKENIZER_FILE}")
     return config
 
 
@@ -120,13 +118,12 @@ def write_archive(
     }
     text = yaml.safe_dump(content, sort_keys=False)
     _parse(path, text)
-    with publish_file(path) as fresh, fresh.open("w+b") as file:
+    with new_tar(path) as file:
         for name, data in {CONFIG: text.encode(), **artifacts}.items():
             with tar_member(file, name):
                 file.write(data)
         with tar_member(file, WEIGHTS):
             write_tensors(file, tensors, read, shared)
-        file.write(b"\0" * (2 * tarfile.BLOCKSIZE))
 
 
 def content_digest(path: Path) -> str:
@@ -175,12 +172,20 @@ def artifact_name(value: str) -> str | None:
 def artifact_member(name: str, content: bytes) -> str:
     """The member's name for a file: NeMo's prefix is random, this one is the content's."""
     unique = hashlib.sha256(name.encode() + b"\0" + content).hexdigest()[:32]
-    if artifact_name(f"nemo:{unique}_{name}") is None or len(content) > _LARGEST_TOKENIZER_FILE:
+    if artifact_name(f"nemo:{unique}_{name}") is None or len(content) > LARGEST_TOKENIZER_FILE:
         raise ModelError(
             f"tokenizer file {name!r}: its name must be of letters, digits, '.', '_' and '-',"
-            f" and it may have {_LARGEST_TOKENIZER_FILE} bytes, found {len(content)}"
+            f" and it may have {LARGEST_TOKENIZER_FILE} bytes, found {len(content)}"
         )
     return f"{unique}_{name}"
+
+
+@contextmanager
+def new_tar(path: Path) -> Iterator[BinaryIO]:
+    """A tar that becomes `path` when the block ends, whole or not at all; `tar_member` fills it."""
+    with publish_file(path) as fresh, fresh.open("w+b") as file:
+        yield file
+        file.write(b"\0" * (2 * tarfile.BLOCKSIZE))
 
 
 @contextmanager
@@ -248,8 +253,8 @@ def _content(path: Path, file: BinaryIO, member: tarfile.TarInfo) -> bytes:
 
 
 def _text(path: Path, file: BinaryIO, member: tarfile.TarInfo) -> str:
-    if member.size > _LARGEST_CONFIG:
-        raise ModelError(f"{path}: {CONFIG} has {member.size} bytes, more than {_LARGEST_CONFIG}")
+    if member.size > LARGEST_CONFIG:
+        raise ModelError(f"{path}: {CONFIG} has {member.size} bytes, more than {LARGEST_CONFIG}")
     try:
         return _content(path, file, member).decode()
     except UnicodeDecodeError as error:

@@ -24,7 +24,7 @@ _NAME = "fedsft_packed"
 _UNKNOWN = ("softcap", "s_aux", "position_bias", "cache")
 
 
-class CannotPackError(NotImplementedError):
+class CannotPackError(RuntimeError):
     """The model's attention does something that packed attention does not do."""
 
 

@@ -11,7 +11,6 @@ from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -39,8 +38,9 @@ from fedsft_assets.model.language_model import LanguageModel
 from fedsft_assets.model.megatron_import import import_opened, is_megatron, read_source_settings
 from fedsft_assets.model.megatron_source import open_source
 from fedsft_assets.model.megatron_tokenizer import hugging_face_tokenizer, read_tokenizer
-from fedsft_assets.model.own_archive import copy_archive, tokenizer_files
+from fedsft_assets.model.own_archive import copy_archive, own_tokenizer_files
 from fedsft_assets.model.tokenizer import EOS, sample_texts, tiny_tokenizer
+from fedsft_assets.model.tokenizer_files import tokenizer_of
 from fedsft_assets.specs import ModelPreset, PublishedArchive
 from fedsft_assets.store import file_digest
 
@@ -213,14 +213,12 @@ def load_tokenizer(preset: ModelPreset, downloads: Path | None = None) -> Any:
         settings = read_source_settings(opened)
         if is_megatron(settings):
             return hugging_face_tokenizer(read_tokenizer(opened, settings))
-        return _tokenizer_of(tokenizer_files(opened))
+        return _tokenizer_of(own_tokenizer_files(opened))
 
 
 def _tokenizer_of(files: Mapping[str, bytes]) -> Any:
-    with TemporaryDirectory() as folder:
-        for name, content in files.items():
-            (Path(folder) / name).write_bytes(content)
-        return _tokenizer(Path(folder))
+    with _quiet_transformers():
+        return tokenizer_of(files)
 
 
 def _tokenizer(folder: Path, gguf_file: str | None = None) -> Any:

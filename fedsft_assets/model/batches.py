@@ -90,25 +90,33 @@ def tokenize(
     if not records:
         return []
     style = template(prompt_template)
-    bos = prompt_prefix(tokenizer)
+    bos = next(iter(prompt_prefix(tokenizer)), None)
     prompts = encode(tokenizer, [style.prompt(record["input"]) for record in records])
     answers = encode(tokenizer, [style.answer(record["output"]) for record in records])
-    longest_answer = max_length - len(bos) - 1
-    tokens = []
-    for prompt, text in zip(prompts, answers, strict=True):
-        answer = [*text, tokenizer.eos_token_id]
-        kept_answer = answer[:longest_answer]
-        room = max_length - len(bos) - len(kept_answer)
-        kept = prompt[-room:]
-        tokens.append(
-            Tokens(
-                ids=[*bos, *kept, *kept_answer],
-                prompt=len(bos) + len(kept),
-                context_cut=len(kept) < len(prompt),
-                answer_cut=len(kept_answer) < len(answer),
-            )
-        )
-    return tokens
+    return [
+        cut(prompt, answer, max_length, bos, tokenizer.eos_token_id)
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+
+
+def cut(prompt: list[int], answer: list[int], max_length: int, bos: int | None, eos: int) -> Tokens:
+    """One record of at most `max_length` tokens, with `bos` in front, if there is one, and `eos` at the end.
+
+    Raises ValueError if there is no room for BOS and a token of the prompt.
+    """
+    front = [] if bos is None else [bos]
+    longest_answer = max_length - len(front) - 1
+    if longest_answer < 0:
+        raise ValueError(f"max_length is {max_length}; expected room for BOS and one token of the prompt")
+    answer = [*answer, eos]
+    kept_answer = answer[:longest_answer]
+    kept = prompt[-(max_length - len(front) - len(kept_answer)) :]
+    return Tokens(
+        ids=[*front, *kept, *kept_answer],
+        prompt=len(front) + len(kept),
+        context_cut=len(kept) < len(prompt),
+        answer_cut=len(kept_answer) < len(answer),
+    )
 
 
 def truncated(tokens: Iterable[Tokens]) -> Truncated:

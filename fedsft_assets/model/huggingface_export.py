@@ -14,11 +14,11 @@ import torch
 
 from fedsft_assets.model.archive import CONFIG, open_weights, read_config, read_tokenizer_files
 from fedsft_assets.model.errors import ModelError
-from fedsft_assets.model.tensor_file import TensorFile, TensorInfo
+from fedsft_assets.model.progress import ByteProgress
+from fedsft_assets.model.tensor_file import TensorFile, TensorInfo, type_names
 from fedsft_assets.store import publish_folder
 
 _SHARD = 5_000_000_000
-_SAY_EVERY = 1 << 30
 _PREFIX = "lm."
 # Names of types in the safetensors format: https://github.com/huggingface/safetensors#format
 _TYPES = {
@@ -72,7 +72,7 @@ def export_huggingface(
     return HuggingFaceReport(
         architecture=hf.architectures[0],
         parameters=sum(prod(info.shape) for info in infos.values()),
-        types=tuple(sorted({str(info.dtype).removeprefix("torch.") for info in infos.values()})),
+        types=type_names(infos.values()),
         files=tuple(shards),
         bytes=sum(info.nbytes for info in infos.values()),
     )
@@ -132,17 +132,16 @@ def _write_weights(
     shards: Mapping[str, list[str]],
     say: Callable[[str], object],
 ) -> None:
-    total, done = sum(info.nbytes for info in infos.values()), 0
+    total = sum(info.nbytes for info in infos.values())
+    progress = ByteProgress(total, "written", say)
     for file_name, names in shards.items():
         with (folder / file_name).open("wb") as file:
             file.write(_header({name.removeprefix(_PREFIX): infos[name] for name in names}))
             for name in names:
                 tensor = tensors.read(name)
                 file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-                before, done = done, done + tensor.nbytes
+                progress.add(tensor.nbytes)
                 del tensor
-                if done // _SAY_EVERY > before // _SAY_EVERY:
-                    say(f"{done / total:.0%} of {total / 1e9:.1f} GB written")
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": total},

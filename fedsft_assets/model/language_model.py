@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 import torch
@@ -24,6 +23,7 @@ from fedsft_assets.model.generation import GenerationSettings
 from fedsft_assets.model.lean import lean_imports
 from fedsft_assets.model.prompt_template import DEFAULT_TEMPLATE, template
 from fedsft_assets.model.tensor_file import TensorInfo
+from fedsft_assets.model.tokenizer_files import tokenizer_files, tokenizer_of
 
 with lean_imports():
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -74,9 +74,7 @@ class LanguageModel(nn.Module):
         embeddings = lm.get_input_embeddings().num_embeddings
         if len(tokenizer) > embeddings:
             raise ModelError(f"the tokenizer has {len(tokenizer)} tokens, the model has embeddings for {embeddings}")
-        with TemporaryDirectory() as folder:
-            tokenizer.save_pretrained(folder)
-            files = {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+        files = tokenizer_files(tokenizer)
         hf = archive.describe(json.loads(lm.config.to_json_string()))
         model = cls({"hf": hf, "max_length": max_length, "prompt_template": prompt_template}, files)
         try:
@@ -98,18 +96,14 @@ class LanguageModel(nn.Module):
         except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
             raise ModelError(f"{path}: cannot be restored: {type(error).__name__}: {error}") from error
         with archive.open_weights(path) as weights:
-            own = model.state_dict()
             _require_same(
-                {name: tuple(tensor.shape) for name, tensor in own.items()},
+                {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
                 {name: info.shape for name, info in weights.tensors.items()},
                 f"{path}: {archive.WEIGHTS} does not hold the weights of the model that {archive.CONFIG} describes",
             )
-            filled: set[tuple[int, int]] = set()
-            for name, tensor in own.items():
-                place = (tensor.data_ptr(), tensor.numel())
-                if place not in filled:  # what this model ties is read once, whatever the file ties
+            with torch.no_grad():
+                for name, tensor in model.distinct_parameters().items():  # whatever the file ties
                     tensor.copy_(weights.read(name))
-                    filled.add(place)
         return model
 
     def save(self, path: Path) -> None:
@@ -119,13 +113,9 @@ class LanguageModel(nn.Module):
         """
         if self.adapters_only:
             raise ModelError(f"{path}: merge the model's adapters before it is saved")
-        tensors = self.state_dict()
-        first: dict[tuple[int, int], str] = {}
-        shared = {
-            name: first[place]
-            for name, tensor in tensors.items()
-            if first.setdefault(place := (tensor.data_ptr(), tensor.numel()), name) != name
-        }
+        tensors = self.state_dict(keep_vars=True)
+        first = {id(tensor): name for name, tensor in self.distinct_parameters().items()}
+        shared = {name: first[id(tensor)] for name, tensor in tensors.items() if first[id(tensor)] != name}
         archive.write_archive(
             path,
             {"hf": self.hf, "max_length": self.max_length, "prompt_template": self.prompt_template},
@@ -138,18 +128,7 @@ class LanguageModel(nn.Module):
     @cached_property
     def tokenizer(self) -> Any:
         """The Hugging Face tokenizer; its padding token is EOS if it has none of its own."""
-        from transformers import AutoTokenizer
-
-        with TemporaryDirectory() as folder:
-            for name, content in self.tokenizer_files.items():
-                (Path(folder) / name).write_bytes(content)
-            try:
-                tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            except Exception as error:  # the tokenizers library raises bare Exception for a bad file
-                raise ModelError(f"the archive's tokenizer files cannot be read: {error}") from error
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        return tokenizer
+        return tokenizer_of(self.tokenizer_files)
 
     @property
     def tokenizer_json(self) -> bytes:

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedsft_assets.model.distcp_writer import FOLDER
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.inert_pickle import Described, Maker, read_pickle
 from fedsft_assets.model.megatron_source import MegatronSource, Member
-from fedsft_assets.model.tensor_file import TensorFile, TensorInfo
+from fedsft_assets.model.tensor_file import TYPES, TensorFile, TensorInfo
 
-METADATA = "model_weights/.metadata"
+METADATA = f"{FOLDER}/.metadata"
 
 _LARGEST_METADATA = 64 << 20
 _MOST_PIECES = 50_000
@@ -27,9 +28,7 @@ _DESCRIBED = (
     *("torch.distributed.checkpoint.", "torch.distributed._shard.", "megatron.core.dist_checkpointing."),
     *("torch.serialization._get_layout", "pathlib.", "_io.BytesIO", "_codecs.encode"),
 )
-_DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)} | {
-    str(dtype): dtype for dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
-}
+_DTYPES = {str(dtype): dtype for dtype in TYPES}
 
 
 @dataclass(frozen=True)
@@ -149,9 +148,9 @@ class DistributedTensors:
             raise ModelError(f"{self._where}: {name}: the piece at {offsets} is outside of the tensor, or nowhere")
         file, start, length = (place.field(field) for field in ("relative_path", "offset", "length"))
         # The name is looked up among the archive's own members; no path is made of it.
-        member = source.members.get(f"model_weights/{file}") if isinstance(file, str) else None
+        member = source.members.get(f"{FOLDER}/{file}") if isinstance(file, str) else None
         if member is None:
-            raise ModelError(f"{self._where}: {name}: is in {str(file)[:200]!r}, which is not a file of model_weights/")
+            raise ModelError(f"{self._where}: {name}: is in {str(file)[:200]!r}, which is not a file of {FOLDER}/")
         if type(start) is not int or type(length) is not int or not 0 <= start <= start + length <= member.size:
             raise ModelError(f"{self._where}: {name}: is outside of {member.name}, which has {member.size} bytes")
         if place.field("transform_descriptors"):

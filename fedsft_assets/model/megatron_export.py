@@ -18,6 +18,7 @@ from fedsft_assets.model.archive import (
     CONFIG,
     WEIGHTS,
     artifact_member,
+    new_tar,
     open_weights,
     read_config,
     read_tokenizer_files,
@@ -28,13 +29,12 @@ from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.megatron_config import UNPADDED, MegatronGPT, megatron_gpt, megatron_settings
 from fedsft_assets.model.megatron_layout import CORE, LEGACY, PREFIX, GPTShape, Layout, Weight, to_megatron, weights
 from fedsft_assets.model.megatron_vocabulary import Vocabulary, megatron_vocabulary
-from fedsft_assets.model.tensor_file import TensorFile, TensorInfo, write_tensors
-from fedsft_assets.store import publish_file
+from fedsft_assets.model.progress import ByteProgress
+from fedsft_assets.model.tensor_file import TensorFile, TensorInfo, type_names, write_tensors
 
 # The linear layers that keep a state for fp8 in Megatron-core; without fp8 it is empty, but must be there.
 _WITH_STATE = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
 _VOCABULARY_MULTIPLE = 128
-_SAY_EVERY = 1 << 30
 
 # What NeMo 2.4.1 looks for besides the model's own settings. None of it changes what the weights compute;
 # training sets batch sizes, optimizer and precision anew.
@@ -129,7 +129,7 @@ def export_megatron(
             shape=shape,
             tokens=vocabulary.tokens,
             activation=model.activation,
-            types=tuple(sorted({str(dtype).removeprefix("torch.") for dtype in types.values()})),
+            types=type_names(infos.values()),
             bytes=sum(info.nbytes for info in infos.values()),
         )
         read = _reader(tensors, report, say)
@@ -142,7 +142,7 @@ def export_megatron(
         )
         if own != shape:
             settings[UNPADDED] = own.vocabulary
-        with publish_file(into) as fresh, fresh.open("w+b") as file:
+        with new_tar(into) as file:
             _folder(file, "./")
             for name, content in [(CONFIG, yaml.safe_dump(settings, sort_keys=False).encode()), *files.values()]:
                 with tar_member(file, f"./{name}"):
@@ -151,7 +151,6 @@ def export_megatron(
                 _write_core(file, shape, infos, read)
             else:
                 _write_legacy(file, infos, read)
-            file.write(b"\0" * (2 * tarfile.BLOCKSIZE))
     return report
 
 
@@ -186,16 +185,13 @@ def _shape(archive: Path, tensors: TensorFile, model: MegatronGPT, vocabulary: V
 
 def _reader(tensors: TensorFile, report: MegatronReport, say: Callable[[str], object]) -> Callable[[Weight], Tensor]:
     """What reads one weight after the other as Megatron has it, and says how far it has come."""
-    done = 0
+    progress = ByteProgress(report.bytes, "written", say)
 
     def read(weight: Weight) -> Tensor:
-        nonlocal done
         tensor = to_megatron(weight, tensors.read(f"lm.{weight.hf}"), report.shape.heads)
         if missing := weight.shape[0] - tensor.shape[0]:
             tensor = torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])
-        before, done = done, done + tensor.nbytes
-        if done // _SAY_EVERY > before // _SAY_EVERY:
-            say(f"{done / report.bytes:.0%} of {report.bytes / 1e9:.1f} GB written")
+        progress.add(tensor.nbytes)
         return tensor
 
     return read

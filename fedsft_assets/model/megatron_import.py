@@ -16,19 +16,20 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from fedsft_assets.model import megatron_distcp
-from fedsft_assets.model.archive import CONFIG, WEIGHTS, load_yaml, write_archive
+from fedsft_assets.model.archive import CONFIG, LARGEST_CONFIG, WEIGHTS, load_yaml, write_archive
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.megatron_config import UNPADDED, MegatronGPT, gpt2_config, read_settings
 from fedsft_assets.model.megatron_distcp import DistributedTensors
 from fedsft_assets.model.megatron_layout import CORE, LEGACY, PREFIX, GPTShape, Layout, Weight, to_hf, weights
 from fedsft_assets.model.megatron_source import MegatronSource, open_source
-from fedsft_assets.model.megatron_tokenizer import EOS, hugging_face_tokenizer, read_tokenizer, tokenizer_files
+from fedsft_assets.model.megatron_tokenizer import hugging_face_tokenizer, read_tokenizer
+from fedsft_assets.model.progress import ByteProgress
 from fedsft_assets.model.prompt_template import DEFAULT_TEMPLATE
-from fedsft_assets.model.tensor_file import TensorFile, TensorInfo
+from fedsft_assets.model.tensor_file import TensorFile, TensorInfo, type_names
+from fedsft_assets.model.tokenizer import EOS
+from fedsft_assets.model.tokenizer_files import tokenizer_files
 
-_LARGEST_CONFIG = 1 << 20
 _TYPES = (torch.float16, torch.bfloat16, torch.float32)
-_SAY_EVERY = 1 << 30
 
 # What NeMo and Lightning put before the names of a model's weights: `megatron_amp_O2` adds `module.`.
 _BEFORE = re.compile(r"(?:(?:state_dict|model|module)\.)*(?=(?:language_model|embedding|decoder|output_layer)\.)")
@@ -72,7 +73,7 @@ def is_megatron(settings: Mapping[str, Any]) -> bool:
 
 def read_source_settings(source: MegatronSource) -> dict[str, Any]:
     """All that `model_config.yaml` says; nothing that it names is imported. Raises ModelError."""
-    return load_yaml(source.text(CONFIG, _LARGEST_CONFIG), f"{source.path}: {CONFIG}")
+    return load_yaml(source.text(CONFIG, LARGEST_CONFIG), f"{source.path}: {CONFIG}")
 
 
 def import_megatron(
@@ -141,15 +142,12 @@ def _convert(
     total = sum(info.nbytes for info in infos.values())
     if total > source.size:
         raise ModelError(f"{source.path}: its weights would be {total} bytes, more than the {source.size} of its files")
-    done = 0
+    progress = ByteProgress(total, "converted", say)
 
     def read(name: str) -> Tensor:
-        nonlocal done
         weight, found, rows = places[name]
         tensor = tensors.read(found, (0, shape.vocabulary) if name == word else rows)
-        before, done = done, done + infos[name].nbytes
-        if done // _SAY_EVERY > before // _SAY_EVERY:
-            say(f"{done / total:.0%} of {total / 1e9:.1f} GB converted")
+        progress.add(infos[name].nbytes)
         return to_hf(weight, tensor[0] if rows else tensor, shape.heads)
 
     report = ImportReport(
@@ -158,7 +156,7 @@ def _convert(
         tokens=bpe.get_vocab_size(),
         max_length=min(max_length, shape.positions),
         activation=model.activation,
-        types=tuple(sorted({str(info.dtype).removeprefix("torch.") for info in infos.values()})),
+        types=type_names(infos.values()),
         bytes=total,
     )
     say(f"{layout} layout, {report.parameters:,} parameters in {', '.join(report.types)}")

@@ -5,8 +5,6 @@ Both are data of strangers: sizes and contents are checked, and no name in the s
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -14,8 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from fedsft_assets.model.archive import CONFIG
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.megatron_source import MegatronSource
-
-EOS = "<|endoftext|>"
+from fedsft_assets.model.tokenizer import EOS
 
 _LARGEST_FILE = 32 << 20
 _MOST_TOKENS = 1_000_000
@@ -56,13 +53,6 @@ def hugging_face_tokenizer(bpe: Tokenizer) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, bos_token=EOS, pad_token=EOS)
 
 
-def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
-    """What `save_pretrained` writes for a tokenizer, by file name."""
-    with TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
-
-
 def _additional(said: Mapping[str, Any], where: str) -> list[str]:
     """Further special tokens, which NeMo adds to the vocabulary if they are not in it."""
     special = said.get("special_tokens") or {}
@@ -98,10 +88,15 @@ def _vocabulary(source: MegatronSource, name: str) -> dict[str, int]:
         range(len(content))
     ):
         raise ModelError(f"{where}: its ids are not the numbers from 0 to {len(content) - 1}, each once")
-    missing = [token for token in (EOS, *pre_tokenizers.ByteLevel.alphabet()) if token not in content]
+    require_gpt2_tokens(content, where)
+    return content
+
+
+def require_gpt2_tokens(vocabulary: Mapping[str, int], where: str) -> None:
+    """Raises ModelError that begins with `where` for a vocabulary without EOS, or without a byte."""
+    missing = [token for token in (EOS, *pre_tokenizers.ByteLevel.alphabet()) if token not in vocabulary]
     if missing:
         raise ModelError(f"{where}: has no {missing[0]!r}, which GPT-2's vocabulary has")
-    return content
 
 
 def _merges(source: MegatronSource, name: str) -> list[tuple[str, str]]:

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import Tokenizer
 
 from fedsft_assets.model.errors import ModelError
-from fedsft_assets.model.megatron_tokenizer import EOS
+from fedsft_assets.model.megatron_tokenizer import require_gpt2_tokens
+from fedsft_assets.model.tokenizer import EOS
 
 # What GPT-2's BPE has. `ignore_merges` would take whole words from the vocabulary, against the merges.
 _BPE: dict[str, tuple[Any, ...]] = {
@@ -45,9 +46,7 @@ def megatron_vocabulary(tokenizer_files: Mapping[str, bytes], where: str) -> Voc
     _require_eos(tokenizer_files, where)
     added = {token["content"]: token["id"] for token in content["added_tokens"]}
     vocabulary = {**content["model"]["vocab"], **added}
-    missing = [token for token in (EOS, *pre_tokenizers.ByteLevel.alphabet()) if token not in vocabulary]
-    if missing:
-        raise ModelError(f"{where}: has no {missing[0]!r}, which GPT-2's vocabulary has")
+    require_gpt2_tokens(vocabulary, where)
     if sorted(vocabulary.values()) != list(range(len(vocabulary))):
         raise ModelError(f"{where}: the ids of its {len(vocabulary)} tokens are not 0 to {len(vocabulary) - 1}")
     merges = (" ".join(merge) for merge in content["model"]["merges"])

@@ -1,24 +1,29 @@
 """An archive of ours, or the folder of its files, that the user brings: taken over as it is."""
 
-import tarfile
 from pathlib import Path
 from typing import Any
 
-from fedsft_assets.model.archive import CONFIG, WEIGHTS, artifact_name, parse_config, tar_member
+from fedsft_assets.model.archive import (
+    CONFIG,
+    LARGEST_CONFIG,
+    LARGEST_TOKENIZER_FILE,
+    WEIGHTS,
+    artifact_name,
+    new_tar,
+    parse_config,
+    tar_member,
+)
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.megatron_source import MegatronSource
 from fedsft_assets.model.tensor_file import TensorFile
-from fedsft_assets.store import publish_file
 
-_LARGEST_CONFIG = 1 << 20
-_LARGEST_TOKENIZER_FILE = 256 << 20
 _BLOCK = 1 << 20
 
 
-def tokenizer_files(source: MegatronSource) -> dict[str, bytes]:
+def own_tokenizer_files(source: MegatronSource) -> dict[str, bytes]:
     """The tokenizer's files by their own names. Raises ModelError that names the archive."""
     return {
-        str(artifact_name(f"nemo:{name}")): source.content(name, _LARGEST_TOKENIZER_FILE) for name in _artifacts(source)
+        str(artifact_name(f"nemo:{name}")): source.content(name, LARGEST_TOKENIZER_FILE) for name in _artifacts(source)
     }
 
 
@@ -32,18 +37,17 @@ def copy_archive(source: MegatronSource, into: Path) -> None:
         raise ModelError(f"{source.path}: has no {WEIGHTS}; not a .nemo archive, or truncated")
     with TensorFile(source.members[WEIGHTS].open(), f"{source.path}: {WEIGHTS}"):
         pass  # its description is read, and refused if it is none
-    with publish_file(into) as fresh, fresh.open("w+b") as file:
+    with new_tar(into) as file:
         for name in names:
             with source.members[name].open() as member, tar_member(file, name):
                 while block := member.read(_BLOCK):
                     file.write(block)
-        file.write(b"\0" * (2 * tarfile.BLOCKSIZE))
 
 
 def _artifacts(source: MegatronSource) -> list[str]:
     config: dict[str, Any] = parse_config(
         source.path,
-        source.text(CONFIG, _LARGEST_CONFIG),
+        source.text(CONFIG, LARGEST_CONFIG),
         {name: member.size for name, member in source.members.items()},
     )
     return [value.removeprefix("nemo:") for value in config["tokenizer"]["files"].values()]

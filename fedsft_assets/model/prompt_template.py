@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fedsft_assets.model.archive import ModelError
+from fedsft_assets.model.errors import ModelError
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import struct
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any, BinaryIO, NamedTuple, Self
@@ -41,6 +41,7 @@ _STORAGES = {
     "torch.ByteStorage": torch.uint8,
     "torch.BoolStorage": torch.bool,
 }
+TYPES = tuple(_STORAGES.values())
 _STORAGE_OF = {dtype: name.removeprefix("torch.") for name, dtype in _STORAGES.items()}
 
 
@@ -53,6 +54,11 @@ class TensorInfo(NamedTuple):
     @property
     def nbytes(self) -> int:
         return self.dtype.itemsize * prod(self.shape)
+
+
+def type_names(infos: Iterable[TensorInfo]) -> tuple[str, ...]:
+    """The types of tensors as a person reads them, each once, sorted: `float16`, `float32`."""
+    return tuple(sorted({str(info.dtype).removeprefix("torch.") for info in infos}))
 
 
 class TensorFile:

@@ -59,28 +59,17 @@ class Tokenized:
     def records(self, max_length: int, bos: int | None, eos: int, most: int | None = None) -> list[Tokens]:
         """The first `most` records as a trainer takes them, in the split's order, none longer than `max_length`.
 
-        `bos` stands in front unless it is None, `eos` at the end. What is cut is what `batches.tokenize` cuts: the
-        prompt loses its beginning first, but never its last token; the answer its end, EOS included, only then.
+        `bos` stands in front unless it is None, `eos` at the end; what does not fit is cut by `batches.cut`.
         """
-        from fedsft_assets.model.batches import Tokens
+        from fedsft_assets.model.batches import cut
 
-        front = [] if bos is None else [bos]
-        longest_answer = max_length - len(front) - 1
-        if longest_answer < 0:
-            raise ValueError(f"max_length is {max_length}; expected room for BOS and one token of the prompt")
-        prompts = self.prompts[:most].tolist()
-        starts = self.starts[: len(prompts) + 1].tolist()
-        records = []
-        for start, end, length in zip(starts, starts[1:], prompts, strict=False):
-            middle = start + length
-            answer = self.ids[middle : min(end, middle + longest_answer)].tolist()
-            whole_answer = end - middle < longest_answer
-            if whole_answer:
-                answer.append(eos)
-            kept = min(length, max_length - len(front) - len(answer))
-            ids = front + self.ids[middle - kept : middle].tolist() + answer
-            records.append(Tokens(ids, len(front) + kept, context_cut=kept < length, answer_cut=not whole_answer))
-        return records
+        starts = self.starts[: len(self.prompts[:most]) + 1].tolist()
+        return [
+            cut(
+                self.ids[start : start + prompt].tolist(), self.ids[start + prompt : end].tolist(), max_length, bos, eos
+            )
+            for start, end, prompt in zip(starts, starts[1:], self.prompts.tolist(), strict=False)
+        ]
 
 
 def tokenized(records_file: Path, tokenizer: bytes | Tokenizer, prompt_template: str) -> Tokenized:

@@ -7,7 +7,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from fedsft_assets.data.sample import sample_examples
-from fedsft_assets.model.archive import CONFIG, ModelError
+from fedsft_assets.model.archive import CONFIG
+from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.prompt_template import DEFAULT_TEMPLATE, template
 from fedsft_assets.specs import ModelPreset
 from fedsft_assets.store import publish_file

@@ -4,7 +4,6 @@ Weights go in and out through the model; what a round does follows from them, th
 the optimizer's moments alone, so that a restarted round repeats exactly.
 """
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,7 @@ from fedsft_assets.model.batches import Tokens, evaluation_batches, micro_batche
 from fedsft_assets.model.devices import Devices, OneDevice
 from fedsft_assets.model.language_model import LanguageModel
 from fedsft_assets.model.optimizer import Moments, Schedule, build_optimizer, moments_of
+from fedsft_assets.model.seeds import seed_of
 from fedsft_assets.model.tokenized import tokenized
 from fedsft_assets.specs import ResolvedTraining, SitePlan
 
@@ -242,4 +242,4 @@ def _training(devices: Devices, training: ResolvedTraining, seed: int) -> Iterat
 
 def _seed(plan: SitePlan, purpose: str) -> int:
     """A seed of the site's own for each purpose: sites with equal data must not see it in equal order."""
-    return int.from_bytes(hashlib.sha256(f"{plan.seed}/{plan.site}/{purpose}".encode()).digest()[:8], "big") >> 1
+    return seed_of(f"{plan.seed}/{plan.site}/{purpose}")

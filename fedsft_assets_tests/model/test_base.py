@@ -11,8 +11,9 @@ import torch
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fedsft_assets.model.archive import ModelError, content_digest, read_config, read_tokenizer_files
+from fedsft_assets.model.archive import content_digest, read_config, read_tokenizer_files
 from fedsft_assets.model.base import BaseModelReport, create_base_model
+from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.language_model import LanguageModel
 from fedsft_assets.model.megatron_layout import LEGACY
 from fedsft_assets.model.tokenizer import preset_tokenizer, sample_texts

@@ -1,6 +1,5 @@
 import pytest
 
-from fedsft_assets.model.archive import ModelError
 from fedsft_assets.model.batches import (
     Tokens,
     evaluation_batches,
@@ -13,6 +12,7 @@ from fedsft_assets.model.batches import (
     training_batches,
     truncated,
 )
+from fedsft_assets.model.errors import ModelError
 
 
 def test_targets_are_the_answer_and_eos_only(model):

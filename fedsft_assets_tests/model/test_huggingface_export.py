@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
 
 from fedsft_assets.model import huggingface_export
-from fedsft_assets.model.archive import ModelError
+from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.huggingface_export import export_huggingface
 from fedsft_assets.model.language_model import LanguageModel
 from fedsft_assets.model.megatron_import import import_megatron

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsft_assets.model.archive import ModelError
+from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.inert_pickle import Described, Maker, read_pickle
 
 

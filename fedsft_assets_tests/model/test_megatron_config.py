@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedsft_assets.model.archive import ModelError
+from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.megatron_config import (
     MegatronGPT,
     gpt2_config,

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from fedsft_assets.model import megatron_distcp
-from fedsft_assets.model.archive import ModelError
+from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.megatron_distcp import METADATA, DistributedTensors
 from fedsft_assets.model.megatron_source import open_source
 from fedsft_assets.model.tensor_file import TensorInfo

@@ -14,7 +14,8 @@ import yaml
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from fedsft_assets.model.archive import ModelError, open_weights, write_archive
+from fedsft_assets.model.archive import open_weights, write_archive
+from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.language_model import LanguageModel
 from fedsft_assets.model.megatron_distcp import DistributedTensors
 from fedsft_assets.model.megatron_export import MegatronReport, export_megatron

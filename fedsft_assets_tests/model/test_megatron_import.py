@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedsft_assets.model.archive import ModelError, content_digest, open_weights, read_config
+from fedsft_assets.model.archive import content_digest, open_weights, read_config
+from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.language_model import LanguageModel
 from fedsft_assets.model.megatron_import import ImportReport, import_megatron
 from fedsft_assets.model.megatron_layout import CORE, LEGACY, GPTShape

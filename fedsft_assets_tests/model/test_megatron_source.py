@@ -6,7 +6,7 @@ import tarfile
 import pytest
 
 from fedsft_assets.model import megatron_source
-from fedsft_assets.model.archive import ModelError
+from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.megatron_source import open_source
 from fedsft_assets_tests.model.megatron_archives import SETTINGS, VOCAB_FILE, members, write_folder, write_tar
 

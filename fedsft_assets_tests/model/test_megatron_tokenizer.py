@@ -6,7 +6,7 @@ import pytest
 import yaml
 from transformers import GPT2TokenizerFast
 
-from fedsft_assets.model.archive import ModelError
+from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.megatron_source import open_source
 from fedsft_assets.model.megatron_tokenizer import hugging_face_tokenizer, read_tokenizer
 from fedsft_assets_tests.model.megatron_archives import (

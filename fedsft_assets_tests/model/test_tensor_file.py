@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fedsft_assets.model import tensor_file
-from fedsft_assets.model.archive import ModelError
+from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.tensor_file import TensorFile, TensorInfo, write_tensors
 
 Parts = dict[str, bytes]

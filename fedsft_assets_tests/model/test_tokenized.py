@@ -20,9 +20,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fedsft_assets.data.records import DataError, dump_records, read_records
 from fedsft_assets.data.splits import split_dataset
 from fedsft_assets.model import tokenized as module
-from fedsft_assets.model.archive import ModelError, read_config, read_tokenizer_files
+from fedsft_assets.model.archive import read_config, read_tokenizer_files
 from fedsft_assets.model.base import create_base_model
 from fedsft_assets.model.batches import prompt_prefix, tokenize
+from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.lengths import token_lengths
 from fedsft_assets.model.tokenized import Tokenized, tokenized
 from fedsft_assets.model.tokenizer import preset_tokenizer, sample_texts, tiny_tokenizer
