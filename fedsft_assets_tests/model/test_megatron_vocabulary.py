@@ -8,8 +8,8 @@ from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
 from transformers import GPT2Tokenizer
 
 from fedsft_assets.model.errors import ModelError
-from fedsft_assets.model.tokenizer_files import tokenizer_files
 from fedsft_assets.model.megatron_vocabulary import megatron_vocabulary
+from fedsft_assets.model.tokenizer_files import tokenizer_files
 from fedsft_assets_tests.model.hf_tokenizers import hf_tokenizer
 
 _BEGINNING = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
