@@ -10,6 +10,7 @@ from fedsft_assets.federation.metrics import FIRST_KEY, POINTS_KEY, SAMPLES_KEY,
 from fedsft_assets.federation.phases import PhaseClock
 from fedsft_assets.federation.trainer_log import PROGRESS_MARK
 from fedsft_assets.model.archive import content_digest
+from fedsft_assets.model.batches import truncated
 from fedsft_assets.model.devices import devices_for, resolve_precision
 from fedsft_assets.model.language_model import LanguageModel
 from fedsft_assets.model.optimizer import Moments
@@ -45,6 +46,7 @@ class SiteTrainer:
         self.moments: Moments | None = None
         self._last_line = 0.0
         self._say(f"{self.devices.device} · precision {resolve_precision(plan.training.precision)} · {self._batches}")
+        self._say(f"{len(self.training):,} records of at most {length} tokens · {self._cut}")
         if plan.training.peft:
             trained = sum(tensor.numel() for tensor in self.model.distinct_parameters().values())
             whole = sum(parameter.numel() for parameter in self.model.parameters())
@@ -55,6 +57,11 @@ class SiteTrainer:
         if self.model.answer_loss.packs:
             return "batches without padding"
         return f"padded batches, for {type(self.model.lm).__name__} cannot be given records in a row"
+
+    @property
+    def _cut(self) -> str:
+        contexts, answers = truncated(self.training)
+        return f"too long: {contexts:,}, of which {answers:,} lose a part of their answer" if contexts else "none is cut"
 
     def evaluate(self, received: FLModel) -> FLModel:
         """Score the received weights; nothing is trained."""

@@ -16,6 +16,7 @@ import torch
 from fedsft_assets.model.batches import Tokens, evaluation_batches, micro_batches, training_batches
 from fedsft_assets.model.devices import Devices, OneDevice
 from fedsft_assets.model.language_model import LanguageModel
+from fedsft_assets.model.memory import freed_memory_kept
 from fedsft_assets.model.optimizer import Moments, Schedule, build_optimizer, moments_of
 from fedsft_assets.model.seeds import seed_of
 from fedsft_assets.model.tokenized import tokenized
@@ -166,7 +167,7 @@ def mean_loss(
     devices = devices or OneDevice(model, training.precision)
     total = torch.zeros((), dtype=torch.float64, device=devices.device)
     model.eval()
-    with model.answer_loss.prepared(), torch.no_grad():
+    with freed_memory_kept(), model.answer_loss.prepared(), torch.no_grad():
         for indices in evaluation_batches(tokens, training.batch_size):
             for part, weight in _parts(devices, tokens, indices, training):
                 batch = model.answer_loss.batch([tokens[index] for index in part], answer_only)
@@ -231,7 +232,7 @@ def _training(devices: Devices, training: ResolvedTraining, seed: int) -> Iterat
     if training.activation_checkpointing:
         model.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     try:
-        with model.answer_loss.prepared(), torch.random.fork_rng():
+        with freed_memory_kept(), model.answer_loss.prepared(), torch.random.fork_rng():
             torch.manual_seed(seed + devices.rank)
             yield
     finally:
