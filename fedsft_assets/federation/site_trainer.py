@@ -61,7 +61,9 @@ class SiteTrainer:
     @property
     def _cut(self) -> str:
         contexts, answers = truncated(self.training)
-        return f"too long: {contexts:,}, of which {answers:,} lose a part of their answer" if contexts else "none is cut"
+        return (
+            f"too long: {contexts:,}, of which {answers:,} lose a part of their answer" if contexts else "none is cut"
+        )
 
     def evaluate(self, received: FLModel) -> FLModel:
         """Score the received weights; nothing is trained."""

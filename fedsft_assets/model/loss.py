@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-_CHUNK = 1 << 22  # logits that are worked on at a time: 16 MB in fp32
+# Logits that are worked on at a time: 128 MB in fp32. A quarter of it costs matrix products a tenth of their speed.
+_CHUNK = 1 << 25
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -33,12 +34,11 @@ class _HeadLoss(torch.autograd.Function):
         rows = max(1, _CHUNK // len(weight))
         for start in range(0, len(targets), rows):
             part, target = hidden[start : start + rows], targets[start : start + rows]
-            logits = linear(part, weight, bias).float()
-            normalizer = logits.logsumexp(-1, keepdim=True)
-            total += (normalizer - logits.gather(1, target[:, None])).sum()
+            log_probabilities = linear(part, weight, bias).float().log_softmax(-1)
+            total -= log_probabilities.gather(1, target[:, None]).sum()
             if d_hidden is None and d_weight is None:
                 continue
-            d_logits = logits.sub_(normalizer).exp_()
+            d_logits = log_probabilities.exp_()
             d_logits.scatter_add_(1, target[:, None], d_logits.new_full((len(target), 1), -1.0))
             if d_hidden is not None:
                 d_hidden[start : start + rows] = linear(d_logits, weight.t())
@@ -59,7 +59,7 @@ def head_loss(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
 
     `hidden` [N, D], `targets` [N] int64, all of them valid; N may be 0. Equal to
     `torch.nn.functional.cross_entropy(head(hidden).float(), targets, reduction="sum")`, at the memory
-    of 4 million logits.
+    of a few chunks of 32 million logits.
     """
     return _HeadLoss.apply(hidden, head.weight, head.bias, targets)
 
