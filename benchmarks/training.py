@@ -20,7 +20,7 @@ from benchmarks.training_flops import Share
 from benchmarks.training_parts import CONTENDERS, PARTS, RIVALS, SAME_BATCHES, Part
 from benchmarks.training_watch import Trained
 
-STARTUP = "startup"
+STARTUP, PHASES = "startup", "phases"
 _STARTS = 5
 _TOLERANCE = 1e-3  # of a loss, relative where it is above 1
 
@@ -53,9 +53,13 @@ class _Benchmark:
         self._process("-c", "import benchmarks.rivals, benchmarks.training_ours, datasets, trl")  # compiled and cached
         targets = []
         for name in self.args.part:
-            targets += {"tiny": self._tiny, "smollm2": self._smollm2, "gpt2-small": self._gpt2_small}.get(
-                name, self._startup
-            )()
+            targets += {
+                "tiny": self._tiny,
+                "smollm2": self._smollm2,
+                "gpt2-small": self._gpt2_small,
+                STARTUP: self._startup,
+                PHASES: self._phases,
+            }[name]()
         say(f"load average at the end {os.getloadavg()[0]:.1f}\n")
         return targets
 
@@ -95,6 +99,13 @@ class _Benchmark:
         seconds = [float(self._process(*start).splitlines()[-1]) for _ in range(starts)]
         say(f"\n{STARTUP:18}CPU s to the first batch: {', '.join(f'{value:.1f}' for value in sorted(seconds))}")
         return [Target("startup_cpu_seconds", median(seconds), 6)]
+
+    def _phases(self) -> list[Target]:
+        """Where the seconds of a short federated job go; there is no target for them here."""
+        seconds = self._json("benchmarks.training_phases", str(self._input(self._part("tiny"))))
+        said = ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items())
+        say(f"\n{PHASES:18}seconds, at the slowest of three sites: {said}")
+        return []
 
     def _part(self, name: str) -> Part:
         part = PARTS[name]
@@ -198,7 +209,7 @@ def require_equal_losses(part: Part, runs: Mapping[str, Sequence[Trained]]) -> N
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__)
-    parts = (*PARTS, STARTUP)
+    parts = (*PARTS, STARTUP, PHASES)
     parser.add_argument("--part", action="append", choices=parts, help="leave out the others; may be repeated")
     parser.add_argument("--all", action="store_true", help="all contenders in all parts; takes an hour")
     parser.add_argument("--quick", action="store_true", help="a few small steps: shows that it runs, not how fast")

@@ -87,8 +87,9 @@ def test_a_contender_that_stops_early_is_found():
 def test_all_contenders_agree_on_the_losses_and_the_targets_come_last(tmp_path):
     # One thread: with as many as there are cores, whatever else runs slows all of them down many times.
     one_core = {min(os.sched_getaffinity(0))}
+    parts = [word for part in ("phases", "tiny", "startup") for word in ("--part", part)]
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.training", "--quick", "--part", "tiny", "--part", "startup"],
+        [sys.executable, "-m", "benchmarks.training", "--quick", *parts],
         cwd=PROJECT,
         env={**os.environ, "TMPDIR": str(tmp_path)},
         capture_output=True,
@@ -97,6 +98,9 @@ def test_all_contenders_agree_on_the_losses_and_the_targets_come_last(tmp_path):
         preexec_fn=lambda: os.sched_setaffinity(0, one_core),
     )
     assert done.returncode == 0, done.stderr
+    [phases] = [line for line in done.stdout.splitlines() if line.startswith("phases")]
+    for phase in ("start", "import", "load", "tokenize", "train", "validate", "transfer", "save"):
+        assert f" {phase} " in phases
     targets = [line.split() for line in done.stdout.splitlines()[-3:]]
     assert [(name, target) for name, _, target, _ in targets] == [
         ("tiny_vs_trainer", "1.5"),
