@@ -91,6 +91,8 @@ def import_megatron(
     then `into` is as it was.
     """
     with open_source(source, scratch=into.parent) as opened:
+        if "hf" in read_source_settings(opened):
+            raise ModelError(f"{source}: is no archive of Megatron's but one of this project's; use it as it is")
         return import_opened(opened, into, max_length, prompt_template, expect, say)
 
 

@@ -304,6 +304,12 @@ def test_what_was_there_stays_when_an_import_fails(legacy, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"x.nemo", "megatron.nemo"}
 
 
+def test_an_archive_of_this_project_is_named_as_one(base, tmp_path):
+    with pytest.raises(ModelError, match=r"\.nemo: is no archive of Megatron's but one of this project's"):
+        import_megatron(base[0], tmp_path / "x.nemo", 16)
+    assert list(tmp_path.iterdir()) == []
+
+
 class _Touch:
     def __init__(self, path: Path) -> None:
         self.path = path
