@@ -11,6 +11,7 @@ from fedsft_assets.model.devices import OneDevice, resolve_precision
 from fedsft_assets.model.language_model import LanguageModel
 from fedsft_assets.model.training import RoundReport, train_round
 from fedsft_assets.specs import SitePlan
+from fedsft_assets_tests.model.weights import assert_same_weights
 
 MakePlan = Callable[..., SitePlan]
 
@@ -96,8 +97,7 @@ def test_a_step_does_not_depend_on_how_its_batch_is_computed(
     for name, gradient in whole.gradients.items():
         torch.testing.assert_close(parts.gradients[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
     assert [point.loss for point in report.points] == pytest.approx([p.loss for p in whole_report.points], abs=1e-5)
-    for name, tensor in whole_weights.items():
-        torch.testing.assert_close(weights[name], tensor, atol=1e-5, rtol=0, msg=name)
+    assert_same_weights(weights, whole_weights, atol=1e-5)
 
 
 def test_gradients_are_those_of_the_mean_over_the_tokens_of_the_batch(

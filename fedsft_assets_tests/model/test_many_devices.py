@@ -16,6 +16,7 @@ from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.language_model import LanguageModel
 from fedsft_assets.specs import SitePlan
 from fedsft_assets_tests.model import one_round
+from fedsft_assets_tests.model.weights import assert_same_weights
 
 TOLERANCE = 1e-5
 
@@ -113,9 +114,7 @@ def test_two_processes_give_what_one_gives(results: Results, case: str) -> None:
     one, two = results.one[case], results.two[case]
     assert two["losses"] == pytest.approx(one["losses"], abs=TOLERANCE)
     assert two["validation"] == pytest.approx(one["validation"], abs=TOLERANCE)
-    assert two["weights"].keys() == one["weights"].keys()
-    for name, tensor in one["weights"].items():
-        torch.testing.assert_close(two["weights"][name], tensor, atol=TOLERANCE, rtol=0, msg=f"{case}: {name}")
+    assert_same_weights(two["weights"], one["weights"], atol=TOLERANCE)
 
 
 @pytest.mark.slow
