@@ -96,7 +96,8 @@ def _make(_: Path, into: Path) -> None:
 
     from fedsft_assets.model.archive import CONFIG, WEIGHTS, artifact_member, new_tar, tar_member
     from fedsft_assets.model.megatron_layout import LEGACY, PREFIX, GPTShape, weights
-    from fedsft_assets.model.tensor_file import TensorInfo, write_tensors
+    from fedsft_assets.model.tensor_file import TensorInfo
+    from fedsft_assets.model.tensor_writer import write_tensors
 
     shape = GPTShape(layers=24, hidden=2048, heads=16, ffn=8192, positions=2048, vocabulary=_ROWS)
     infos = {PREFIX[LEGACY] + weight.legacy: TensorInfo(torch.float16, weight.shape) for weight in weights(shape)}

@@ -104,7 +104,7 @@ def write_archive(
     `config` has `hf`, `max_length` and `prompt_template`; tensors are as for `write_tensors`, which reads
     them one at a time. Raises ModelError for what `read_config` would not read.
     """
-    from fedsft_assets.model.tensor_file import write_tensors
+    from fedsft_assets.model.tensor_writer import write_tensors
 
     artifacts = {artifact_member(name, content): content for name, content in tokenizer_files.items()}
     files = {artifact_key(str(artifact_name(f"nemo:{artifact}"))): f"nemo:{artifact}" for artifact in artifacts}

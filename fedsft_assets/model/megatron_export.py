@@ -30,7 +30,8 @@ from fedsft_assets.model.megatron_config import UNPADDED, MegatronGPT, megatron_
 from fedsft_assets.model.megatron_layout import CORE, LEGACY, PREFIX, GPTShape, Layout, Weight, to_megatron, weights
 from fedsft_assets.model.megatron_vocabulary import Vocabulary, megatron_vocabulary
 from fedsft_assets.model.progress import ByteProgress
-from fedsft_assets.model.tensor_file import TensorFile, TensorInfo, type_names, write_tensors
+from fedsft_assets.model.tensor_file import TensorFile, TensorInfo, type_names
+from fedsft_assets.model.tensor_writer import write_tensors
 
 # The linear layers that keep a state for fp8 in Megatron-core; without fp8 it is empty, but must be there.
 _WITH_STATE = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")

@@ -1,4 +1,4 @@
-"""Torch checkpoints (the zip files of `torch.save`), read and written one tensor at a time.
+"""Torch checkpoints (the zip files of `torch.save`), read one tensor at a time.
 
 Nothing is unpickled but descriptions of tensors, and nothing is mapped into memory: a reader needs
 the memory of the one tensor that it holds. Files may come from anyone.
@@ -7,9 +7,8 @@ the memory of the one tensor that it holds. Files may come from anyone.
 import io
 import struct
 import zipfile
-import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any, BinaryIO, NamedTuple, Self
@@ -42,7 +41,7 @@ _STORAGES = {
     "torch.BoolStorage": torch.bool,
 }
 TYPES = tuple(_STORAGES.values())
-_STORAGE_OF = {dtype: name.removeprefix("torch.") for name, dtype in _STORAGES.items()}
+STORAGE_OF = {dtype: name.removeprefix("torch.") for name, dtype in _STORAGES.items()}
 
 
 class TensorInfo(NamedTuple):
@@ -124,7 +123,7 @@ class TensorFile:
         return (values[slice(*rows)] if rows else values).clone(memory_format=torch.contiguous_format)
 
     def _fill(self, values: Tensor, offset: int, name: str) -> None:
-        target = _bytes(values)
+        target = tensor_bytes(values)
         self._file.seek(offset)
         for start in range(0, len(target), _BLOCK):
             block = target[start : start + _BLOCK]
@@ -170,34 +169,6 @@ class TensorFile:
             bytes_of[key] = bytes_of.get(key, 0) + prod(tensor.shape) * tensor.storage.dtype.itemsize
             if bytes_of[key] > self._storages[key].size:
                 raise ModelError(f"{self._where}: {name}: overlaps other tensors in storage {key}")
-
-
-def write_tensors(
-    file: BinaryIO,
-    tensors: Mapping[str, TensorInfo],
-    read: Callable[[str], Tensor],
-    shared: Mapping[str, str] | None = None,
-) -> None:
-    """Write what `torch.load(weights_only=True)` reads, front to back, with one tensor in memory at a time.
-
-    `shared` leads from names among `tensors` to the names whose values they have; `read` is called once for
-    each of the others, in order. The same tensors give the same bytes. Raises ModelError if `read` returns
-    another tensor than was described, or torch has no storage type for it.
-    """
-    shared = shared or {}
-    keys = {name: str(index) for index, name in enumerate(name for name in tensors if name not in shared)}
-    writer = _ZipWriter(file, prefix="model_weights/")
-    writer.add("data.pkl", memoryview(_description(tensors, keys, shared)))
-    writer.add("byteorder", memoryview(b"little"))
-    for name, key in keys.items():
-        tensor = read(name)
-        found = TensorInfo(tensor.dtype, tuple(tensor.shape))
-        if found != tensors[name]:
-            raise ModelError(f"{name}: expected {tensors[name]}, found {found}")
-        writer.add(f"data/{key}", _bytes(tensor.detach().cpu().contiguous()))
-        del tensor
-    writer.add("version", memoryview(b"3\n"))
-    writer.end()
 
 
 @dataclass(frozen=True)
@@ -313,6 +284,7 @@ def _zip_entries(file: BinaryIO, where: str) -> dict[str, _Entry]:
     try:
         with zipfile.ZipFile(FileWindow(file, 0, size, most=_LARGEST_DIRECTORY)) as archive:
             infos, end = archive.infolist(), archive.start_dir
+    # NotImplementedError is zipfile's word for a later version of the format than it reads.
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, OverflowError) as error:
         raise ModelError(f"{where}: is truncated, or no checkpoint of torch: {error}") from error
     entries: dict[str, _Entry] = {}
@@ -354,88 +326,6 @@ def _prefix(entries: Mapping[str, _Entry], where: str) -> str:
     return found[0]
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor in main memory, not a copy."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data
-
-
-def _description(tensors: Mapping[str, TensorInfo], keys: Mapping[str, str], shared: Mapping[str, str]) -> bytes:
-    """The pickle (protocol 2) of an OrderedDict of tensors, as torch.save describes them."""
-    parts = [b"\x80\x02ccollections\nOrderedDict\n)R("]
-    for name, info in tensors.items():
-        first = shared.get(name, name)
-        if first not in keys or tensors[first] != info:
-            raise ModelError(f"{name}: shares its values with {first}, which is not among the tensors, or not its like")
-        if info.dtype not in _STORAGE_OF:
-            raise ModelError(f"{name}: values of {info.dtype} cannot be written")
-        strides = [prod(info.shape[axis + 1 :]) for axis in range(len(info.shape))]
-        parts += [
-            _text(name),
-            b"ctorch._utils\n_rebuild_tensor_v2\n((",
-            _text("storage"),
-            f"ctorch\n{_STORAGE_OF[info.dtype]}\n".encode(),
-            _text(keys[first]),
-            _text("cpu"),
-            _integer(prod(info.shape)),
-            b"tQ",
-            _integer(0),
-            b"(" + b"".join(map(_integer, info.shape)) + b"t",
-            b"(" + b"".join(map(_integer, strides)) + b"t",
-            b"\x89ccollections\nOrderedDict\n)RtR",
-        ]
-    return b"".join([*parts, b"u."])
-
-
-def _text(text: str) -> bytes:
-    content = text.encode()
-    return b"X" + struct.pack("<I", len(content)) + content
-
-
-def _integer(value: int) -> bytes:
-    if value < 1 << 31:
-        return b"J" + struct.pack("<i", value)
-    return b"\x8a\x08" + struct.pack("<q", value)
-
-
-class _ZipWriter:
-    """An uncompressed zip file, written front to back; contents begin at multiples of 64, as torch has them."""
-
-    _ZIP64_FROM = 0xFFFFFFFF
-    _ALIGNMENT = 64
-
-    def __init__(self, file: BinaryIO, prefix: str) -> None:
-        self._file, self._prefix = file, prefix
-        self._position = 0
-        self._directory: list[bytes] = []
-
-    def add(self, name: str, content: memoryview) -> None:
-        encoded = f"{self._prefix}{name}".encode()
-        size, crc, offset = len(content), zlib.crc32(content), self._position
-        large, far = size >= self._ZIP64_FROM, offset >= self._ZIP64_FROM
-        version = 45 if large or far else 20
-        # Version, no flags, stored, 1 January 1980, CRC, both sizes, length of the name.
-        common = struct.pack("<5H3LH", version, 0, 0, 0, 33, crc, *[0xFFFFFFFF if large else size] * 2, len(encoded))
-        extra = struct.pack("<2H2Q", 1, 16, size, size) if large else b""
-        # Padding is an extra field too: 4 bytes of header and what is missing to the alignment.
-        missing = -(offset + 30 + len(encoded) + len(extra) + 4) % self._ALIGNMENT
-        extra += struct.pack("<2H", 0x4246, missing) + b"Z" * missing
-        self._write(b"PK\3\4" + common + struct.pack("<H", len(extra)) + encoded + extra)
-        self._write(content)
-        wide = [size, size] * large + [offset] * far
-        extra = struct.pack(f"<2H{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
-        place = struct.pack("<4HLL", len(extra), 0, 0, 0, 0, 0xFFFFFFFF if far else offset)
-        self._directory.append(b"PK\1\2" + struct.pack("<H", version) + common + place + encoded + extra)
-
-    def end(self) -> None:
-        start, count = self._position, len(self._directory)
-        for entry in self._directory:
-            self._write(entry)
-        size, end = self._position - start, self._position
-        if start >= self._ZIP64_FROM or count >= 0xFFFF:
-            self._write(b"PK\6\6" + struct.pack("<Q2H2L4Q", 44, 45, 45, 0, 0, count, count, size, start))
-            self._write(b"PK\6\7" + struct.pack("<LQL", 0, end, 1))
-            start, count = 0xFFFFFFFF, 0xFFFF
-        self._write(b"PK\5\6" + struct.pack("<4H2LH", 0, 0, count, count, min(size, 0xFFFFFFFF), start, 0))
-
-    def _write(self, content: bytes | memoryview) -> None:
-        self._file.write(content)
-        self._position += len(content)

@@ -16,7 +16,7 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from fedsft_assets.model import language_model, tensor_file
+from fedsft_assets.model import language_model, tensor_writer
 from fedsft_assets.model.answer_loss import AnswerLoss
 from fedsft_assets.model.archive import content_digest
 from fedsft_assets.model.batches import Tokens, pad
@@ -257,7 +257,7 @@ def test_a_restored_model_saves_again_even_over_and_without_its_archive(model, t
 def test_a_failed_save_leaves_the_old_archive(model, tmp_path, monkeypatch):
     path = tmp_path / "model.nemo"
     path.write_bytes(b"old")
-    monkeypatch.setattr(tensor_file, "write_tensors", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(tensor_writer, "write_tensors", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         model.save(path)
     assert path.read_bytes() == b"old"

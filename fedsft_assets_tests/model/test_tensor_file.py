@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from fedsft_assets.model import tensor_file
+from fedsft_assets.model import tensor_file, tensor_writer
 from fedsft_assets.model.errors import ModelError
-from fedsft_assets.model.tensor_file import TensorFile, TensorInfo, write_tensors
+from fedsft_assets.model.tensor_file import TensorFile, TensorInfo
+from fedsft_assets.model.tensor_writer import write_tensors
 
 Parts = dict[str, bytes]
 
@@ -91,7 +92,7 @@ def test_nested_dictionaries_have_names_with_dots_and_other_values_are_told_by_t
 def test_what_is_written_torch_loads_alone_and_mapped_with_ties_and_alignment(
     tensors, tmp_path, monkeypatch, zip64_from
 ):
-    monkeypatch.setattr(tensor_file._ZipWriter, "_ZIP64_FROM", zip64_from)
+    monkeypatch.setattr(tensor_writer._ZipWriter, "_ZIP64_FROM", zip64_from)
     path = tmp_path / "model.ckpt"
     with TensorFile(_saved(tensors), "model.ckpt") as source, path.open("wb") as file:
         write_tensors(file, source.tensors, source.read, source.shared)
