@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.data import PROJECT
 from benchmarks.data_files import FOLDERS
 from benchmarks.training_parts import Part
 
-PROJECT = Path(__file__).resolve().parents[1]
 SEED = 1234
 _GPT2_VOCABULARY = 50_257
 

@@ -4,8 +4,9 @@ import json
 import sys
 from pathlib import Path
 
+from benchmarks.data import PROJECT
 from benchmarks.data_files import FOLDERS
-from benchmarks.training_data import PROJECT, TrainingInput
+from benchmarks.training_data import TrainingInput
 from benchmarks.training_ours import preset
 from fedsft_assets.federation.job_folder import build_job_folder
 from fedsft_assets.federation.launch import run_job
@@ -26,14 +27,13 @@ def phases(given: TrainingInput) -> dict[str, float]:
         (store.base_model(model.name), given.archive),
     ):
         linked.parent.mkdir(parents=True, exist_ok=True)
+        linked.unlink(missing_ok=True)  # of an earlier run in a folder that was kept
         linked.symlink_to(made)
     spec = JobSpec.load(PROJECT / "jobs" / f"{_JOB}.yaml", list(FOLDERS)).override(**_SHORT)
     build_job_folder(spec, model, store)
-    report = None
-    for event in run_job(
+    *_, report = run_job(
         store.job_folder(_JOB), store.flare(_JOB), split_file(store.combined, "testing"), store.checkpoint(_JOB)
-    ):
-        report = event
+    )
     assert isinstance(report, JobReport), "run_job ends with a report or raises"
     return {**report.phases, "job": round(report.seconds, 3)}
 

@@ -46,7 +46,7 @@ class SiteTrainer:
         self.moments: Moments | None = None
         self._last_line = 0.0
         self._say(f"{self.devices.device} · precision {resolve_precision(plan.training.precision)} · {self._batches}")
-        self._say(f"{len(self.training):,} records of at most {length} tokens · {self._cut}")
+        self._say(f"{len(self.training):,} records to train on · {self._cut}")
         if plan.training.peft:
             trained = sum(tensor.numel() for tensor in self.model.distinct_parameters().values())
             whole = sum(parameter.numel() for parameter in self.model.parameters())

@@ -68,7 +68,11 @@ class Weights(Protocol):
 
 def is_megatron(settings: Mapping[str, Any]) -> bool:
     """Whether the content of a `model_config.yaml` is Megatron's, and not that of an archive of ours."""
-    return "hf" not in settings and "num_layers" in settings and "hidden_size" in settings
+    return not _is_own(settings) and "num_layers" in settings and "hidden_size" in settings
+
+
+def _is_own(settings: Mapping[str, Any]) -> bool:
+    return "hf" in settings
 
 
 def read_source_settings(source: MegatronSource) -> dict[str, Any]:
@@ -91,8 +95,6 @@ def import_megatron(
     then `into` is as it was.
     """
     with open_source(source, scratch=into.parent) as opened:
-        if "hf" in read_source_settings(opened):
-            raise ModelError(f"{source}: is no archive of Megatron's but one of this project's; use it as it is")
         return import_opened(opened, into, max_length, prompt_template, expect, say)
 
 
@@ -106,6 +108,8 @@ def import_opened(
 ) -> ImportReport:
     """`import_megatron` of an archive that is open already."""
     settings = read_source_settings(source)
+    if _is_own(settings):
+        raise ModelError(f"{source.path}: is no archive of Megatron's but one of this project's; use it as it is")
     where = f"{source.path}: {CONFIG}"
     for name, value in (expect or {}).items():
         if settings.get(name) != value:
