@@ -5,7 +5,8 @@ One JSON object a line. Written by the server part of a job, read by whoever wat
 
 import json
 import os
-from dataclasses import asdict, dataclass
+import time
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,10 @@ SAMPLES_KEY = "samples"
 FIRST_KEY = "first"  # digests of the base model and the adapters that a site began with, if it made them itself
 
 
+def _now() -> float:
+    return round(time.time(), 3)
+
+
 @dataclass(frozen=True)
 class Point:
     """One value of one curve.
@@ -24,7 +29,7 @@ class Point:
     `round` counts finished rounds: 0 is the base model, k the model after round k. `samples` is the
     common axis: records trained on so far, by `site`, or by all sites together where `site` is None.
     `step` (1-based within its round) and `tokens` (answer tokens behind the value) belong to points of
-    single steps.
+    single steps. `time` is when it was measured, in seconds since the epoch.
     """
 
     name: str
@@ -34,6 +39,12 @@ class Point:
     site: str | None = None
     step: int | None = None
     tokens: int | None = None
+    time: float = field(default_factory=_now, compare=False)
+
+    @property
+    def identity(self) -> tuple[str, str | None, int, int | None]:
+        """What it is the value of: a job has one point of each identity, also when a round is done twice."""
+        return self.name, self.site, self.round, self.step
 
 
 def append_points(path: Path, points: list[Point]) -> None:

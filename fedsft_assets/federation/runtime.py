@@ -1,0 +1,53 @@
+"""What a place where jobs run offers to the supervisor of one: the simulator, a POC, or a production federation.
+
+All take the same job folder and give back the same files. The server part of a job writes down what happens
+in its journal (`journal.jsonl`), of which a runtime hands on new lines while the job runs.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+
+class UnavailableError(RuntimeError):
+    """The runtime cannot take or find a job: unreachable, not started, sites missing. The message says what to do."""
+
+
+@dataclass(frozen=True)
+class JobState:
+    """`said` is the runtime's own word for it: a FLARE status, or an exit code."""
+
+    ended: bool
+    succeeded: bool
+    said: str
+
+
+class Runtime(Protocol):
+    """One execution of one job. Every method but `close` may raise UnavailableError."""
+
+    outlives: bool
+    """Whether a submitted job goes on when the process that submitted it dies, so that another can take over."""
+
+    def prepare(self, sites: list[str]) -> None:
+        """Make ready what the job needs: started, reached, and with these sites connected."""
+
+    def submit(self, job_folder: Path) -> str:
+        """Hand in the job; returns its FLARE job id, by which any process can ask for it from now on."""
+
+    def poll(self, job_id: str) -> JobState:
+        """Whether the job has ended, and how. A job that the runtime does not know has ended without success."""
+
+    def new_lines(self, job_id: str) -> list[str]:
+        """Whole lines of the server's journal that this object has not handed out yet."""
+
+    def end_of_log(self, job_id: str, name: str, lines: int) -> str:
+        """The last lines of what `server` or a site logged, as far as it can be had from here; may be empty."""
+
+    def abort(self, job_id: str) -> None:
+        """End the job; returns when nothing of it runs any more. No error if it has ended already."""
+
+    def fetch(self, job_id: str, into: Path) -> None:
+        """Put the files of the server part of the ended job into the folder `into`."""
+
+    def close(self) -> None:
+        """Let go of connections. The job is not touched."""
