@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
+from fedsft_assets import poc_command
 from fedsft_assets.assets.job_folder import JobOverrides
 from fedsft_assets.generate import find_archive
 from fedsft_assets.model.errors import ModelError
@@ -49,8 +50,9 @@ def main() -> None:
     take.add_argument("archive", type=Path, metavar="ARCHIVE", help="a .nemo archive, or the folder of its files")
     take.add_argument("--into", required=True, type=Path, help="the .nemo archive to write")
     take.add_argument("--max-length", type=int, default=1024, help="tokens of the longest record (default: 1024)")
+    poc_command.add_commands(commands)
     args = parser.parse_args()
-    {"study": _study, "ui": _ui, "export": _export, "import": _import}[args.command](args)
+    {"study": _study, "ui": _ui, "export": _export, "import": _import, "poc": poc_command.run}[args.command](args)
 
 
 def _study(args: argparse.Namespace) -> None:

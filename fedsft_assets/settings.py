@@ -6,6 +6,8 @@ from typing import Literal
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from fedsft_assets.federation.poc import PocSettings
+from fedsft_assets.federation.production import ProductionSettings
 from fedsft_assets.specs import HUB, SAMPLE, CheckSettings, SplitSettings
 from fedsft_assets.store import Store
 
@@ -36,7 +38,9 @@ class Settings(BaseSettings):
     prompts: Path = Field(
         default=Path(__file__).with_name("evaluation") / "prompts.yaml", description="the file of example prompts"
     )
-    runtime: Literal["simulator"] = Field(default="simulator", description="where jobs run")
+    runtime: Literal["simulator", "poc", "production"] = Field(default="simulator", description="where jobs run")
+    poc: PocSettings = Field(default=PocSettings(), description="how the POC on this machine is started")
+    production: ProductionSettings = Field(default=ProductionSettings(), description="which federation, and as whom")
     mlflow_uri: str | None = Field(
         default=None, validation_alias="MLFLOW_TRACKING_URI", description="None is the store under `home`"
     )

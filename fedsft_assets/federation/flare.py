@@ -1,0 +1,360 @@
+"""Jobs in a running NVFlare system, through an admin's startup kit: what `poc` and `production` have in common.
+
+Nothing here starts or stops the system itself. NVFlare is imported on first use.
+"""
+
+import contextlib
+import importlib.metadata
+import io
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from fedsft_assets.federation.runtime import JobState, UnavailableError
+
+JOURNAL_FILE = "journal.jsonl"
+JOURNAL_COMMAND = "fedsft_journal"
+COMPLETED = "FINISHED:COMPLETED"
+_ENDED = "FINISHED"
+_RUNNING = "RUNNING"
+_UNKNOWN = "UNKNOWN"
+_POLL_SECONDS = 0.5
+_RETRY_SECONDS = 2.0
+_JOURNAL_SECONDS = 3.0
+_T = TypeVar("_T")
+
+
+class Timeouts(BaseModel):
+    """All in seconds, all above zero."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    connect: float = Field(default=30, gt=0, description="to reach the server the first time")
+    reconnect: float = Field(default=300, gt=0, description="of trying again when a running job's server is away")
+    sites: float = Field(default=60, gt=0, description="for the sites of a job to be connected")
+    command: float = Field(default=30, gt=0, description="for the server's answer to one command")
+    download: float = Field(default=60, gt=0, description="for each next piece of a job's result")
+    abort: float = Field(default=60, gt=0, description="for an aborted job to have ended")
+
+
+class FlareJobs:
+    """A `Runtime` over one admin's connection; it is opened on first use, and again when it was lost.
+
+    `startup_kit` is the admin's folder with `startup/fed_admin.json`, which is only read; `folder` is this
+    object's own, for what it downloads, and is gone after `close`. Without `close`, the connection keeps
+    the interpreter from ending. Not for several threads at once.
+    """
+
+    outlives = True
+
+    def __init__(self, startup_kit: Path, folder: Path, study: str = "default", timeouts: Timeouts | None = None):
+        self.startup_kit = startup_kit
+        self.study = study
+        self.timeouts = timeouts or Timeouts()
+        self._folder = folder
+        self._session: Any = None
+        self._states: dict[str, JobState] = {}
+        self._offsets: dict[str, int] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def address(self) -> str:
+        """Host and port of the server, as the startup kit has them. Raises UnavailableError for a kit without."""
+        admin = self._admin_config()
+        return f"{admin.get('host')}:{admin.get('port')}"
+
+    def prepare(self, sites: list[str]) -> None:
+        """Reach the server and wait until the sites are connected, all with the NVFlare version of this process.
+
+        Raises UnavailableError that names the address, or the sites.
+        """
+        self._ask(lambda session: session.get_system_info(), self.timeouts.connect)
+        waited_until = time.monotonic() + self.timeouts.sites
+        while missing := sorted(set(sites) - self._connected()):
+            if time.monotonic() > waited_until:
+                raise UnavailableError(self._missing_sites(missing))
+            time.sleep(_POLL_SECONDS)
+        self._check_versions(sites)
+
+    def submit(self, job_folder: Path) -> str:
+        """A lost answer is asked for again with the same token: the server never takes the job twice."""
+        token = uuid.uuid4().hex
+        job_id = self._ask(lambda session: session.submit_job(str(job_folder), submit_token=token))
+        return str(job_id)
+
+    def poll(self, job_id: str) -> JobState:
+        from nvflare.fuel.flare_api.api_spec import JobNotFound
+
+        try:
+            meta = self._ask(lambda session: session.get_job_meta(job_id))
+        except JobNotFound:
+            state = JobState(ended=True, succeeded=False, said=_UNKNOWN)
+        else:
+            status = str(meta.get("status"))
+            ended, succeeded = status.startswith(_ENDED), status == COMPLETED
+            why = _why_not_run(meta) if ended and not succeeded else ""
+            state = JobState(ended, succeeded, f"{status} ({why})" if why else status)
+        self._states[job_id] = state
+        return state
+
+    def new_lines(self, job_id: str) -> list[str]:
+        """From the job's server while it runs, from its result when it has ended."""
+        state = self._states.get(job_id) or self.poll(job_id)
+        if state.ended:
+            return self._lines_of_result(job_id) if state.said != _UNKNOWN else []
+        return self._lines_of_running_job(job_id) if state.said == _RUNNING else []
+
+    def end_of_log(self, job_id: str, name: str, lines: int) -> str:
+        """A site's log is there only if the site lets the server have it."""
+        from nvflare.fuel.flare_api.api_spec import JobNotFound
+
+        try:
+            answer = self._ask(lambda session: session.get_job_logs(job_id, target=name, tail_lines=lines))
+        except JobNotFound:
+            return ""
+        return str((answer.get("logs") or {}).get(name) or "")
+
+    def abort(self, job_id: str) -> None:
+        """Raises UnavailableError if the job has not ended within the time for that."""
+        from nvflare.fuel.flare_api.api_spec import JobNotFound, JobNotRunning
+
+        state = self.poll(job_id)
+        if state.ended:
+            return
+        waited_until = time.monotonic() + self.timeouts.abort
+        with contextlib.suppress(JobNotFound, JobNotRunning):
+            self._ask(lambda session: session.abort_job(job_id), self.timeouts.abort)
+        while not (state := self.poll(job_id)).ended:
+            if time.monotonic() > waited_until:
+                raise UnavailableError(
+                    f"job {job_id} is still {state.said} at {self.address}, {self.timeouts.abort:.0f} s after it was"
+                    " told to stop; abort it there: nvflare job abort, or restart the site that hangs"
+                )
+            time.sleep(_POLL_SECONDS)
+
+    def fetch(self, job_id: str, into: Path) -> None:
+        """Raises UnavailableError if the server has no result of the job."""
+        result = self._result(job_id)
+        if result is None:
+            raise UnavailableError(f"the server at {self.address} has no result of job {job_id}")
+        shutil.copytree(result, into, copy_function=_link_or_copy, dirs_exist_ok=True)
+
+    def close(self) -> None:
+        self._drop_session()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _connected(self) -> set[str]:
+        """The sites that the server can reach now."""
+        return {client.name for client in self._ask(lambda session: session.get_connected_client_list())}
+
+    def _missing_sites(self, missing: list[str]) -> str:
+        connected = ", ".join(sorted(self._connected())) or "none"
+        return (
+            f"{_sites(missing)} not connected to the server at {self.address} (connected: {connected});"
+            " start the site, or take it out of the job file"
+        )
+
+    def _check_versions(self, sites: Iterable[str]) -> None:
+        own = importlib.metadata.version("nvflare")
+        answers = self._ask(lambda session: session.report_version("all"))
+        wanted = {"server", *sites}
+        found = {name: answer.get("version") for name, answer in answers.items() if name in wanted}
+        other = {name: version for name, version in sorted(found.items()) if version and not _agree(version, own)}
+        if other:
+            listed = ", ".join(f"{name} has {version}" for name, version in other.items())
+            raise UnavailableError(f"NVFlare here is {own}, but {listed}; install the same version everywhere")
+
+    def _lines_of_running_job(self, job_id: str) -> list[str]:
+        lines: list[str] = []
+        while text := self._more_of_journal(job_id):
+            lines += text.splitlines()
+        return lines
+
+    def _more_of_journal(self, job_id: str) -> str:
+        """Empty also while the job's server cannot answer: it starts, it ends, or it is busy. Others find that out."""
+        session = self._session
+        if session is None:
+            return ""
+        question = {"offset": self._offsets.get(job_id, 0)}
+        session.set_timeout(_JOURNAL_SECONDS)
+        try:
+            with _quiet():
+                answer = session.do_app_command(job_id, JOURNAL_COMMAND, question)
+        except Exception:
+            return ""
+        finally:
+            session.set_timeout(self.timeouts.command)
+        if not answer.get("text"):
+            return ""
+        self._offsets[job_id] = int(answer["offset"])
+        return str(answer["text"])
+
+    def _lines_of_result(self, job_id: str) -> list[str]:
+        result = self._result(job_id)
+        journal = result / JOURNAL_FILE if result else None
+        if journal is None or not journal.is_file():
+            return []
+        with journal.open("rb") as file:
+            file.seek(self._offsets.get(job_id, 0))
+            text = file.read()
+        whole = text[: text.rfind(b"\n") + 1]
+        self._offsets[job_id] = self._offsets.get(job_id, 0) + len(whole)
+        return whole.decode("utf-8").splitlines()
+
+    def _result(self, job_id: str) -> Path | None:
+        """The folder with the files of the job's server part, downloaded once; None if there is none."""
+        from nvflare.fuel.flare_api.api_spec import JobNotFound
+
+        target = self._folder / "results" / job_id
+        if not target.is_dir():
+            try:
+                location = self._ask(lambda session: session.download_job_result(job_id))
+            except JobNotFound:
+                return None
+            if not location or not Path(location).is_dir():
+                return None
+            target.parent.mkdir(parents=True, exist_ok=True)
+            Path(location).rename(target)
+        workspace = target / "workspace"
+        return workspace if workspace.is_dir() else None
+
+    def _ask(self, call: Callable[[Any], _T], seconds: float | None = None) -> _T:
+        """The answer to `call` of a connected session, trying anew for so long while the server is away.
+
+        Raises UnavailableError when that takes too long or the server refuses; what the server says about a
+        job (JobNotFound and the like) is raised as it is.
+        """
+        from nvflare.fuel.flare_api import api_spec
+
+        about_the_job = (api_spec.JobNotFound, api_spec.JobNotRunning, api_spec.JobNotDone)
+        refused = (api_spec.AuthenticationError, api_spec.AuthorizationError, api_spec.InvalidJobDefinition)
+        patience = seconds or self.timeouts.reconnect
+        waited_until = time.monotonic() + patience
+        while True:
+            try:
+                with _quiet():
+                    return call(self._connection(max(1.0, waited_until - time.monotonic())))
+            except (*about_the_job, UnavailableError):
+                raise
+            except refused as error:
+                # A server that was restarted does not know the session, which is no refusal of its user.
+                if isinstance(error, api_spec.AuthenticationError) and self._session is not None:
+                    self._drop_session()
+                    continue
+                asked = f"study {self.study}, startup kit {self.startup_kit}"
+                raise UnavailableError(f"the server at {self.address} refuses ({asked}): {error}") from error
+            except Exception as error:
+                self._drop_session()
+                if time.monotonic() + _RETRY_SECONDS > waited_until:
+                    raise UnavailableError(
+                        f"the server at {self.address} did not answer for {patience:.0f} s ({_said(error)});"
+                        f" {self._what_to_do}"
+                    ) from error
+                time.sleep(_RETRY_SECONDS)
+
+    _what_to_do = "check that it runs and that this machine reaches it"
+
+    def _connection(self, seconds: float) -> Any:
+        if self._session is None:
+            from nvflare.fuel.flare_api.flare_api import Session
+
+            kit = self._private_kit()
+            session = Session(username=self._user(), startup_path=str(kit), study=self.study)
+            session.set_timeout(self.timeouts.command)
+            session.api.file_download_progress_timeout = self.timeouts.download
+            try:
+                session.try_connect(min(seconds, self.timeouts.connect))
+            except BaseException:
+                _close(session)
+                raise
+            self._session = session
+        return self._session
+
+    def _drop_session(self) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            _close(session)
+
+    def _private_kit(self) -> Path:
+        """NVFlare downloads into the startup kit; this one is ours and has the user's inside, which stays as it is."""
+        kit = self._folder / "admin"
+        kit.mkdir(parents=True, exist_ok=True)
+        for part in ("startup", "local"):
+            source = self.startup_kit.resolve() / part
+            if source.is_dir() and not (kit / part).is_symlink():
+                (kit / part).symlink_to(source)
+        return kit
+
+    def _user(self) -> str:
+        """The user's name in the kit; empty where NVFlare takes it from the certificate."""
+        return str(self._admin_config().get("username") or "")
+
+    def _admin_config(self) -> dict[str, Any]:
+        path = self.startup_kit / "startup" / "fed_admin.json"
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            admin = content["admin"]
+        except FileNotFoundError as error:
+            raise UnavailableError(
+                f"{path}: no such file; expected the startup kit of an admin, the folder that has startup/ in it"
+            ) from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UnavailableError(f"{path}: not the configuration of an admin's startup kit: {error}") from error
+        return dict(admin)
+
+
+def _why_not_run(meta: dict[str, Any]) -> str:
+    """What the server wrote down about a job that it could not schedule or deploy."""
+    status = str(meta.get("status"))
+    if status == "FINISHED:CAN_NOT_SCHEDULE":
+        return str((meta.get("schedule_history") or [""])[-1])
+    if status == "FINISHED:FAILED_TO_RUN":
+        return "; ".join(str(said) for said in meta.get("job_deploy_detail") or [] if not str(said).endswith(": OK"))
+    return ""
+
+
+def _agree(version: str, other: str) -> bool:
+    return version.split(".")[:2] == other.split(".")[:2]
+
+
+def _sites(names: list[str]) -> str:
+    return f"{', '.join(names)} {'is' if len(names) == 1 else 'are'}"
+
+
+def _said(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _quiet() -> contextlib.AbstractContextManager[Any]:
+    """NVFlare's client prints what it does; nobody here asked for it."""
+    return contextlib.redirect_stdout(io.StringIO())
+
+
+def _close(session: Any) -> None:
+    """Without a server, saying goodbye takes as long as any command; a connection that is lost needs none."""
+    session.set_timeout(1.0)
+    with contextlib.suppress(Exception), _quiet():
+        session.close()
+    with contextlib.suppress(Exception):
+        session.api.close()
+
+
+def _link_or_copy(source: str, target: str) -> str:
+    """Results are big and never changed in place, so the same file can have two names."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+    return target

@@ -1,0 +1,38 @@
+"""The runtime `production`: jobs in a federation that others run, submitted with an admin's startup kit.
+
+The connection is NVFlare's own, with mutual TLS by the certificates of the kit.
+"""
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from fedsft_assets.federation.flare import FlareJobs, Timeouts
+from fedsft_assets.federation.runtime import UnavailableError
+
+
+class ProductionSettings(BaseModel):
+    """Which federation, and as whom."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    startup_kit: Path | None = Field(default=None, description="the admin's folder that has startup/fed_admin.json")
+    study: str = Field(default="default", description="the study that jobs are submitted to")
+    timeouts: Timeouts = Field(default=Timeouts(), description="in seconds")
+
+    @field_validator("startup_kit")
+    @classmethod
+    def _absolute(cls, path: Path | None) -> Path | None:
+        return path.expanduser().resolve() if path else path
+
+
+class Production(FlareJobs):
+    """`folder` is for what this object downloads, as in FlareJobs. Raises UnavailableError without a startup kit."""
+
+    def __init__(self, settings: ProductionSettings, folder: Path) -> None:
+        if settings.startup_kit is None:
+            raise UnavailableError(
+                "FEDSFT_PRODUCTION__STARTUP_KIT is not set; set it to the admin's startup kit, the folder that has"
+                " startup/fed_admin.json"
+            )
+        super().__init__(settings.startup_kit, folder, settings.study, settings.timeouts)

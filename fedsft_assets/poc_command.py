@@ -1,0 +1,78 @@
+"""The commands `fedsft poc prepare|start|status|stop`: the life of the POC by hand, for all sites of the job files."""
+
+import argparse
+import sys
+import time
+
+from fedsft_assets.federation.poc import SERVER, Poc, PocStatus, PocSystem
+from fedsft_assets.federation.runtime import UnavailableError
+from fedsft_assets.settings import Settings
+from fedsft_assets.specs import SpecError, load_datasets, load_jobs
+
+_HELP = {
+    "prepare": "make the startup kits of a server, an admin and all sites of the job files; starts nothing",
+    "start": "start what does not run, and wait until all sites are connected; jobs do this by themselves",
+    "status": "which processes run, and which jobs",
+    "stop": "end all processes of the POC, with the jobs that run in it",
+}
+
+
+def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `poc` and what it can be told to the command line."""
+    poc = commands.add_parser(
+        "poc", help="an NVFlare system of processes on this machine: prepare, start, status, stop"
+    )
+    actions = poc.add_subparsers(dest="action", required=True)
+    for action, said in _HELP.items():
+        actions.add_parser(action, help=said)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do it and say how it is then; exits with a message if it cannot be done, and `status` with 3 if nothing runs."""
+    settings = Settings()
+    system = poc_system(settings)
+    begun = time.monotonic()
+    try:
+        match args.action:
+            case "prepare":
+                system.prepare(sites_of_jobs(settings))
+            case "start":
+                start(settings)
+            case "stop":
+                count = system.stop()
+                print(f"ended {count} processes in {time.monotonic() - begun:.1f} s")
+    except (UnavailableError, SpecError) as error:
+        sys.exit(str(error))
+    status = system.status()
+    print(describe(status))
+    if args.action == "status" and status.said in ("stopped", "not prepared"):
+        sys.exit(3)
+
+
+def start(settings: Settings) -> None:
+    """Start the POC for all sites of the job files and wait for these. Raises UnavailableError, SpecError."""
+    system, sites = poc_system(settings), sites_of_jobs(settings)
+    with Poc(system, system.folder / "commands") as poc:
+        poc.prepare(sites)
+
+
+def poc_system(settings: Settings) -> PocSystem:
+    """The POC of these settings' home."""
+    return PocSystem(settings.home / "poc", settings.poc, settings.environment())
+
+
+def sites_of_jobs(settings: Settings) -> list[str]:
+    """The names of all sites in the job files. Raises SpecError for a file that is wrong."""
+    return sorted(
+        {site for job in load_jobs(settings.jobs, list(load_datasets(settings.datasets))) for site in job.sites}
+    )
+
+
+def describe(status: PocStatus) -> str:
+    """A few lines for a person."""
+    lines = [f"POC in {status.folder}: {status.said}"]
+    if status.services:
+        lines.append(f"server {status.address}")
+    for name, pid in status.services.items():
+        lines.append(f"{'server' if name == SERVER else name:10} {f'pid {pid}' if pid else 'not running'}")
+    return "\n".join([*lines, *(f"job        {job}" for job in status.jobs)])
