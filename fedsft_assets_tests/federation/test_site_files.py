@@ -1,0 +1,168 @@
+"""Which files a site trains on: its own, those that the plan means, and never any other."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedsft_assets.federation.site_files import SITE_HOME, with_own_files
+from fedsft_assets.specs import PRESETS, SitePlan, SpecError, TrainingSpec
+from fedsft_assets.store import file_digest
+
+STUDY = "/somewhere/else"  # the machine that built the job folder
+FILES = {
+    "training_file": "datasets/support/training.jsonl",
+    "validation_file": "datasets/combined/validation.jsonl",
+    "base_model": "base_models/tiny.nemo",
+}
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A site's folder with all that a job needs."""
+    home = tmp_path / "site"
+    for name in FILES.values():
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text(json.dumps({"input": name, "output": "x"}) + "\n")
+    return home
+
+
+@pytest.fixture
+def plan(home: Path) -> SitePlan:
+    """As the study built it: with its own paths, and the digests of the files that it has."""
+    return SitePlan(
+        job="fedavg",
+        site="site-1",
+        rounds=2,
+        local_epochs=1,
+        max_local_steps=None,
+        max_evaluation_records=None,
+        seed=1,
+        training=PRESETS["tiny"].resolve(TrainingSpec()),
+        training_file=Path(f"{STUDY}/processed/support/training.jsonl"),
+        validation_file=Path(f"{STUDY}/combined/validation.jsonl"),
+        base_model=Path(f"{STUDY}/base_models/tiny.nemo"),
+        digests={"validation_file": file_digest(home / FILES["validation_file"])},
+    )
+
+
+def at(home: Path | str) -> dict[str, str]:
+    return {SITE_HOME: str(home)}
+
+
+def _with(plan: SitePlan, **changes: object) -> SitePlan:
+    return plan.model_copy(update=changes)
+
+
+def test_a_site_uses_its_own_files_of_the_names_in_the_plan(plan: SitePlan, home: Path) -> None:
+    own = with_own_files(plan, at(home))
+    assert {field: getattr(own, field) for field in FILES} == {field: home / name for field, name in FILES.items()}
+    assert own.model_dump(exclude=set(FILES)) == plan.model_dump(exclude=set(FILES))
+
+
+def test_training_data_that_the_study_has_never_seen_needs_no_digest(plan: SitePlan, home: Path) -> None:
+    (home / FILES["training_file"]).write_text('{"input": "new", "output": "row"}\n')
+    assert "training_file" not in plan.digests
+    assert with_own_files(plan, at(home)).training_file == home / FILES["training_file"]
+
+
+@pytest.mark.parametrize("field", FILES)
+def test_a_file_that_is_missing_is_named_with_what_to_do(plan: SitePlan, home: Path, field: str) -> None:
+    (home / FILES[field]).unlink()
+    with pytest.raises(SpecError) as raised:
+        with_own_files(plan, at(home))
+    assert str(raised.value).startswith(f"site-1: {field}: {home / FILES[field]} is missing; ")
+    assert ("fedsft-site split support.yaml" in str(raised.value)) == (field == "training_file")
+
+
+@pytest.mark.parametrize("field", FILES)
+def test_a_file_with_other_content_than_the_job_was_built_for_is_refused(
+    plan: SitePlan, home: Path, field: str
+) -> None:
+    path = home / FILES[field]
+    built_for = _with(plan, digests={field: file_digest(path)})
+    with_own_files(built_for, at(home))
+    path.write_text("changed\n")
+    with pytest.raises(SpecError, match=f"site-1: {field}: .* has the SHA-256 {file_digest(path)}"):
+        with_own_files(built_for, at(home))
+
+
+@pytest.mark.parametrize(
+    ("field", "path", "expected"),
+    [
+        ("training_file", "/etc/passwd", "names no split"),
+        ("training_file", "../training.jsonl", "is no plain name"),
+        ("training_file", "/x/.ssh/training.jsonl", "is no plain name"),
+        ("training_file", "training.jsonl", "is no plain name"),
+        ("validation_file", "/x/combined/other.jsonl", "names no split"),
+        ("base_model", "/x/model.bin", "names no .nemo archive"),
+        ("base_model", "/x/..", "is no plain name"),
+    ],
+)
+def test_a_plan_can_name_nothing_outside_of_the_sites_folder(
+    plan: SitePlan, home: Path, field: str, path: str, expected: str
+) -> None:
+    with pytest.raises(SpecError, match=expected):
+        with_own_files(_with(plan, **{field: Path(path)}), at(home))
+
+
+@pytest.mark.parametrize("said", ["relative/folder", "/nowhere/at/all"])
+def test_a_site_home_that_is_no_folder_is_named(plan: SitePlan, said: str) -> None:
+    with pytest.raises(SpecError, match=f"{SITE_HOME}: '{said}' is no folder"):
+        with_own_files(plan, at(said))
+
+
+def test_without_a_site_home_the_plan_holds_as_it_is_and_is_checked(plan: SitePlan, home: Path) -> None:
+    here = _with(plan, **{field: home / name for field, name in FILES.items()})
+    assert with_own_files(here, {}) == here
+    (home / FILES["validation_file"]).unlink()
+    with pytest.raises(SpecError, match="validation_file"):
+        with_own_files(here, {})
+
+
+def _fedsft_site(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "fedsft_assets.federation.site_files", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **at(home)})
+
+
+def test_the_command_splits_a_sites_own_data_as_the_study_would(tmp_path: Path) -> None:
+    from fedsft_assets.data.sources import fetch
+    from fedsft_assets.data.splits import split_dataset
+    from fedsft_assets.specs import DatasetSpec
+
+    rows = "\n".join(f"question {k},answer {k}" for k in range(200))
+    (tmp_path / "tickets.csv").write_text(f"question,answer\n{rows}\n")
+    dataset = tmp_path / "support.yaml"
+    dataset.write_text("path: tickets.csv\ncolumns: {instruction: question, response: answer}\n")
+    site = tmp_path / "site"
+    site.mkdir()
+    done = _fedsft_site(site, "split", str(dataset))
+    assert done.returncode == 0, done.stderr
+
+    spec = DatasetSpec.load(dataset)
+    fetch(spec, "hub", into=tmp_path / "raw", downloads=tmp_path / "downloads")
+    split_dataset(spec, tmp_path / "raw", tmp_path / "study")
+    for split in ("training", "validation", "testing"):
+        made = site / "datasets/support" / f"{split}.jsonl"
+        assert made.read_bytes() == (tmp_path / "study" / f"{split}.jsonl").read_bytes()
+    shown = _fedsft_site(site, "show")
+    assert f"{file_digest(made)}  datasets/support/testing.jsonl" in shown.stdout
+    assert "3 splits and 0 base models" in shown.stderr
+
+
+def test_the_command_says_what_a_job_would_use(plan: SitePlan, home: Path, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(plan.model_dump_json())
+    done = _fedsft_site(home, "check", str(path))
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["training_file"] == str(home / FILES["training_file"])
+    assert said["without a digest"] == ["base_model", "training_file"]
+    (home / FILES["base_model"]).unlink()
+    done = _fedsft_site(home, "check", str(path))
+    assert done.returncode == 1
+    assert "base_model" in done.stderr
+    assert "Traceback" not in done.stderr

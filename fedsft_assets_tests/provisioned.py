@@ -1,0 +1,229 @@
+"""A provisioned federation for tests: NVFlare's own kits with mutual TLS, a server and sites as processes of their own.
+
+Everything is in one folder, every process carries a mark by which it is found and ended again, and nobody touches
+the HOME of whoever runs the tests.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from fedsft_assets.federation.processes import MARK, marked_processes, stop_marked
+
+SITES = ("site-1", "site-2", "site-3")
+STUDY_USER = "study@example.org"
+SERVER = "server"
+LOOPBACK = "localhost"  # a server of this name listens on 127.0.0.1 alone
+# What the site's policy has to allow beside NVFlare's own list: the component that starts the site's trainer.
+TRAINER = "nvflare.app_common.executors.client_api_executor.ClientAPIExecutor"
+BIN = Path(sys.executable).parent
+_SECONDS_TO_CONNECT = 180.0
+
+
+@dataclass(frozen=True)
+class Kits:
+    """Where the startup kits of a federation are; `sites` by name."""
+
+    server: Path
+    sites: dict[str, Path]
+    admin: Path
+
+    def kit(self, name: str) -> Path:
+        """That of `server` or of a site."""
+        return self.server if name == SERVER else self.sites[name]
+
+
+def provision(folder: Path, sites: Sequence[str] = SITES, host: str = LOOPBACK, port: int | None = None) -> Kits:
+    """Make the kits of a server at `host` and of sites with NVFlare's provisioning, all below `folder`.
+
+    The server's jobs stay in its kit, and the sites allow what starts a trainer and no code that comes with a job.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    project = {
+        "api_version": 3,
+        "name": "study",
+        "participants": [
+            {
+                "name": host if host == LOOPBACK else SERVER,
+                "type": "server",
+                "org": "center",
+                "default_host": host,
+                "fed_learn_port": port or _free_port(),
+            },
+            *({"name": site, "type": "client", "org": site.replace("-", "_")} for site in sites),
+            {"name": STUDY_USER, "type": "admin", "org": "center", "role": "lead"},
+        ],
+        "builders": [
+            {
+                "path": "nvflare.lighter.impl.workspace.WorkspaceBuilder",
+                "args": {"template_file": ["master_template.yml"]},
+            },
+            {"path": "nvflare.lighter.impl.static_file.StaticFileBuilder", "args": {"config_folder": "config"}},
+            {"path": "nvflare.lighter.impl.cert.CertBuilder"},
+            {"path": "nvflare.lighter.impl.signature.SignatureBuilder"},
+        ],
+    }
+    description = folder / "project.yml"
+    description.write_text(json.dumps(project, indent=2))  # JSON is YAML
+    command = [str(BIN / "nvflare"), "provision", "-p", str(description), "-w", str(folder / "workspace"), "--force"]
+    done = subprocess.run(command, env=environment(folder), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = folder / "workspace" / "study" / "prod_00"
+    kits = Kits(
+        server=made / str(project["participants"][0]["name"]),  # type: ignore[index]
+        sites={site: made / site for site in sites},
+        admin=made / STUDY_USER,
+    )
+    _keep_jobs_in(kits.server)
+    for kit in kits.sites.values():
+        _allow_only_trainers(kit)
+    return kits
+
+
+def environment(folder: Path, bin_folder: Path = BIN) -> dict[str, str]:
+    """This process's environment, with Python from `bin_folder` and with a HOME below `folder`."""
+    home = folder / "empty_home"
+    home.mkdir(parents=True, exist_ok=True)
+    path = f"{bin_folder}{os.pathsep}{os.environ.get('PATH', '')}"
+    return {**os.environ, "HOME": str(home), "PATH": path, "OMP_NUM_THREADS": "1"}
+
+
+def _keep_jobs_in(kit: Path) -> None:
+    """NVFlare's default is /tmp/nvflare."""
+    default = (kit / "local/resources.json.default").read_text()
+    (kit / "local/resources.json").write_text(default.replace("/tmp/nvflare", str(kit / "storage")))
+
+
+def _allow_only_trainers(kit: Path) -> None:
+    resources = json.loads((kit / "local/resources.json.default").read_text())
+    resources["class_allow_list"].append(TRAINER)
+    (kit / "local/resources.json").write_text(json.dumps(resources, indent=2))
+    authorization = json.loads((kit / "local/authorization.json.default").read_text())
+    authorization["permissions"]["lead"]["byoc"] = "none"
+    (kit / "local/authorization.json").write_text(json.dumps(authorization, indent=2))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@dataclass
+class Federation:
+    """A server and sites that run; made by `running`.
+
+    `inside` is put before the command of a participant, to run it elsewhere (`ip netns exec …`); `variables` are
+    added to its environment, `bins` say where its Python is.
+    """
+
+    kits: Kits
+    folder: Path
+    inside: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    variables: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    bins: Mapping[str, Path] = field(default_factory=dict)
+    mark: str = field(default_factory=lambda: f"federation {uuid.uuid4().hex}")
+
+    def start(self, name: str) -> None:
+        """Start `server` or a site the way its operator does, in a session of its own."""
+        kit = self.kits.kit(name)
+        variables = {**environment(self.folder, self.bins.get(name, BIN)), **self.variables.get(name, {})}
+        with (self.folder / f"{name}.console.log").open("ab") as log:
+            subprocess.run(
+                [*self.inside.get(name, ()), "bash", str(kit / "startup/start.sh")],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**variables, MARK: self.mark_of(name)},
+                start_new_session=True,
+                check=True,
+            )
+
+    def mark_of(self, name: str) -> str:
+        """What every process of this participant carries."""
+        return f"{self.mark} {name}"
+
+    def stop(self, name: str) -> None:
+        """End all processes of a participant."""
+        stop_marked(self.mark_of(name))
+
+    def processes(self) -> list[psutil.Process]:
+        """All that live, of the server and all sites."""
+        return [process for name in self.names for process in marked_processes(self.mark_of(name))]
+
+    @property
+    def names(self) -> list[str]:
+        return [SERVER, *self.kits.sites]
+
+    def listening(self) -> set[tuple[str, int]]:
+        """Addresses and ports that any process of the federation listens at now."""
+        found = set()
+        for process in self.processes():
+            try:
+                connections = process.net_connections("inet")
+            except psutil.Error:
+                continue  # ended meanwhile
+            found |= {(c.laddr.ip, c.laddr.port) for c in connections if c.status == psutil.CONN_LISTEN}
+        return found
+
+    def end_of_logs(self, lines: int = 40) -> str:
+        """The last lines that each participant printed."""
+        said = []
+        for name in self.names:
+            text = (self.folder / f"{name}.console.log").read_text(errors="replace").splitlines()
+            said.append("\n".join([f"---- {name}", *text[-lines:]]))
+        return "\n".join(said)
+
+    def wait_until_connected(self) -> None:
+        """Returns when the server answers and has all sites. Raises TimeoutError with the ends of all logs."""
+        until = time.monotonic() + _SECONDS_TO_CONNECT
+        found: list[str] = []
+        while time.monotonic() < until:
+            try:
+                with session(self.kits.admin) as connected:
+                    while time.monotonic() < until:
+                        found = sorted(client.name for client in connected.get_connected_client_list())
+                        if found == sorted(self.kits.sites):
+                            return
+                        time.sleep(0.5)
+            except Exception as error:
+                found = [f"{type(error).__name__}: {error}"]
+                time.sleep(1.0)
+        raise TimeoutError(f"expected {sorted(self.kits.sites)} at the server, found {found}\n{self.end_of_logs()}")
+
+
+@contextmanager
+def session(admin: Path) -> Iterator[Any]:
+    """An open session of the study's user; NVFlare's own object."""
+    from nvflare.fuel.flare_api.flare_api import new_secure_session
+
+    opened = new_secure_session(STUDY_USER, str(admin))
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+@contextmanager
+def running(federation: Federation) -> Iterator[Federation]:
+    """Start the server and all sites, wait until they are connected, and end everything however the block ends."""
+    try:
+        for name in federation.names:
+            federation.start(name)
+        federation.wait_until_connected()
+        yield federation
+    finally:
+        for name in federation.names:
+            federation.stop(name)
