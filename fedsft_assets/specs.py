@@ -5,12 +5,13 @@ what was expected. Nothing here imports torch, NVFlare or Dagster.
 """
 
 import math
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fedsft_assets.store import file_digest
 
@@ -23,6 +24,7 @@ Precision = Literal["auto", "32", "bf16-mixed", "16-mixed"]
 Strategy = Literal["ddp", "fsdp"]
 ScheduleSpan = Literal["job", "round"]
 OptimizerState = Literal["keep", "reset"]
+WireFormat = Literal["fp32", "bf16-diff"]
 Severity = Literal["error", "warn"]
 CheckName = Literal["row_count", "no_empty_outputs", "no_prompt_overlap", "token_lengths", "languages", "duplicates"]
 DataFormat = Literal["parquet", "jsonl", "csv", "json", "oasst1"]
@@ -80,6 +82,66 @@ class TrainingSpec(_Spec):
     devices: Annotated[int, Field(ge=1, description="of one site's trainer")] | None = None
     strategy: Annotated[Strategy, Field(description="how several devices share the work")] | None = None
     peft: PeftSpec | None = None
+
+
+class FedAvg(_Spec):
+    """The global model moves by the mean of the sites' changes."""
+
+    name: Literal["fedavg"] = "fedavg"
+
+
+class FedProx(_Spec):
+    """FedAvg whose sites are held back: their loss has a term of mu / 2 times the squared distance that they went."""
+
+    name: Literal["fedprox"]
+    mu: Annotated[float, Field(gt=0)] = 0.01
+
+
+class FedOpt(_Spec):
+    """The mean of the sites' changes is a gradient to an optimizer at the server.
+
+    `beta1` is also the momentum of `momentum`.
+    """
+
+    name: Literal["fedopt"]
+    optimizer: Literal["adam", "momentum"] = "momentum"
+    learning_rate: Annotated[float, Field(gt=0)] = 1.0
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.6
+    beta2: Annotated[float, Field(ge=0, lt=1, description="of adam")] = 0.99
+    epsilon: Annotated[float, Field(gt=0, description="of adam")] = 1e-3
+
+
+class Scaffold(_Spec):
+    """Sites correct each step by how their direction differs from that of all, which travels beside the weights."""
+
+    name: Literal["scaffold"]
+
+
+Algorithm = Annotated[FedAvg | FedProx | FedOpt | Scaffold, Field(discriminator="name")]
+
+
+class PrivacySpec(_Spec):
+    """Gaussian differential privacy of a site's whole data: its change is clipped, and noise is added to it."""
+
+    clip: Annotated[float, Field(gt=0, description="highest L2 norm of a site's change in a round")]
+    noise_multiplier: Annotated[float, Field(gt=0, description="standard deviation of the noise, as multiple of clip")]
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+
+
+class FiltersSpec(_Spec):
+    """What is done to a site's change before it leaves the site."""
+
+    exclude: Annotated[list[str], Field(description="regular expressions: tensors that never leave a site")] = []
+    privacy: PrivacySpec | None = None
+
+    @model_validator(mode="after")
+    def _patterns(self) -> Self:
+        for pattern in self.exclude:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"exclude: {pattern!r} is not a regular expression: {error}") from error
+        return self
 
 
 class ColumnsSpec(_Spec):
@@ -217,8 +279,14 @@ class JobSpec(_Spec):
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
     description: str
-    algorithm: Literal["fedavg"] = "fedavg"
+    algorithm: Algorithm = FedAvg()
     sites: Annotated[dict[str, SiteSpec], Field(min_length=1)]
+    min_sites: Annotated[int, Field(ge=1, description="a round goes on with so many; all unless said")] | None = None
+    site_timeout: Annotated[
+        float, Field(gt=0, description="seconds without a word after which a round no longer waits for a site")
+    ] = 1800.0
+    wire: Annotated[WireFormat, Field(description="in which numbers weights travel")] = "fp32"
+    filters: FiltersSpec = FiltersSpec()
     rounds: Annotated[int, Field(ge=1)]
     local_epochs: Annotated[int, Field(ge=1, description="passes over the local data in a round")] = 1
     max_local_steps: Annotated[int, Field(ge=1, description="cuts a round short")] | None = None
@@ -267,6 +335,18 @@ class JobSpec(_Spec):
             return type(self).model_validate({**data, **given, "training": {**data["training"], **training}})
         except ValidationError as error:
             raise SpecError("\n".join(_explain(Path(f"jobs/{self.name}.yaml with overrides"), error))) from error
+
+    @field_validator("algorithm", mode="before")
+    @classmethod
+    def _by_name(cls, said: Any) -> Any:
+        """`algorithm: fedprox` is the algorithm with its defaults."""
+        return {"name": said} if isinstance(said, str) else said
+
+    @model_validator(mode="after")
+    def _enough_sites(self) -> Self:
+        if self.min_sites is not None and self.min_sites > len(self.sites):
+            raise ValueError(f"min_sites: {self.min_sites} of {len(self.sites)} sites cannot answer")
+        return self
 
     @model_validator(mode="after")
     def _site_names(self) -> Self:
@@ -320,6 +400,9 @@ class SitePlan(_Spec):
     max_evaluation_records: int | None
     seed: int
     training: ResolvedTraining
+    algorithm: Algorithm = FedAvg()
+    wire: WireFormat = "fp32"
+    filters: FiltersSpec = FiltersSpec()
     base_model: Path
     training_file: Path
     validation_file: Path

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from fedsft_assets.federation.followers import Followers, Task, start_all
+from fedsft_assets.federation.metrics import Point, points_to_data
 from fedsft_assets.federation.phases import JOB_STARTED, PhaseClock
 from fedsft_assets.federation.trainer_log import FAILURE_MARK
 from fedsft_assets.specs import SitePlan
@@ -35,9 +36,11 @@ def main() -> None:
     try:
         _work(SitePlan.model_validate_json(parser.parse_args().plan.read_text(encoding="utf-8")))
     except Exception:
+        said = traceback.format_exc()
         if "RANK" in os.environ:
             time.sleep(_SECONDS_TO_BE_ENDED)
-        print(f"{FAILURE_MARK}{json.dumps(traceback.format_exc())}", flush=True)
+        print(f"{FAILURE_MARK}{json.dumps(said)}", flush=True)
+        _give_up(said)
         sys.exit(1)
 
 
@@ -49,9 +52,9 @@ def _work(plan: SitePlan) -> None:
         import nvflare.client as flare
 
         from fedsft_assets.federation.site_trainer import SiteTrainer
-    if int(os.environ.get("RANK", "0")) == 0:
+    if _leads():
         flare.init()  # first of all: NVFlare waits for it, and a large model takes its time
-    trainer = SiteTrainer(plan, clock)
+    trainer = SiteTrainer(plan, clock, _tell)
     gc.freeze()  # what is loaded by now stays: collections need not look through it again
     followers = Followers() if plan.training.devices > 1 else None
     if trainer.devices.rank == 0:
@@ -78,6 +81,38 @@ def _lead(trainer: "SiteTrainer", followers: Followers | None) -> None:
             flare.send(result)
     if followers:
         followers.tell(None)
+
+
+def _leads() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _tell(text: str, points: list[Point]) -> None:
+    """Print a line for the site's own log, and send it to the server with its points."""
+    import nvflare.client as flare
+    from nvflare.apis.analytix import AnalyticsDataType
+
+    from fedsft_assets.federation.exchange import PROGRESS_RECORD
+
+    print(text, flush=True)
+    said = json.dumps({"text": text, "points": points_to_data(points)})
+    flare.log(PROGRESS_RECORD, said, AnalyticsDataType.TEXT)
+
+
+def _give_up(why: str) -> None:
+    """Tell the server why this site can do nothing more, as the result of the task that it has, or gets next."""
+    if not _leads():
+        return
+    import nvflare.client as flare
+    from nvflare.app_common.abstract.fl_model import FLModel
+
+    from fedsft_assets.federation.exchange import FAILURE_KEY
+
+    try:
+        flare.receive()
+        flare.send(FLModel(metrics={}, meta={FAILURE_KEY: why}))
+    except Exception:
+        print(f"the server could not be told:\n{traceback.format_exc()}", flush=True)
 
 
 def started_clock() -> PhaseClock:

@@ -3,20 +3,21 @@
 import json
 from dataclasses import asdict, dataclass
 
+from fedsft_assets.federation.journal import Missed, Progress
 from fedsft_assets.federation.metrics import Point
 from fedsft_assets.federation.report import JobReport
-from fedsft_assets.federation.trainer_log import Progress
 
 
 @dataclass(frozen=True)
 class Failed:
-    """The job failed; nothing of it runs any more."""
+    """The job failed; `lost` means that something died or was cut off, so that another attempt may go on with it."""
 
     reason: str
+    lost: bool = False
 
 
-Event = Progress | Point | JobReport | Failed
-_KINDS = {"progress": Progress, "point": Point, "report": JobReport, "failed": Failed}
+Event = Progress | Point | Missed | JobReport | Failed
+_KINDS = {"progress": Progress, "point": Point, "missed": Missed, "report": JobReport, "failed": Failed}
 _NAMES = {kind: name for name, kind in _KINDS.items()}
 
 

@@ -5,6 +5,7 @@
 on its path; the server finds the little that it runs inside the job folder, so it needs only NVFlare and torch.
 """
 
+import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,14 @@ from fedsft_assets.specs import COMBINED, JobSpec, ModelPreset, SitePlan
 from fedsft_assets.store import Store, file_digest, folder_digest, publish_folder, split_file
 
 SPEC_FILE = "job.json"
+_MANIFEST = "manifest.json"  # the SHA-256 of every other file
 _PLAN = "config/plan.json"
 _SECONDS_BETWEEN_REQUESTS = 0.5  # a site asks for its next task so often; NVFlare's 2 s are felt in every round
 _TRAINER = ["python3", "-u", "-m", "fedsft_assets.federation.client", "--plan", _PLAN]
+
+
+class JobFolderError(ValueError):
+    """A job folder that is not as it was built."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +47,26 @@ def build_job_folder(spec: JobSpec, preset: ModelPreset, store: Store) -> JobFol
                 app = folder / f"app_{plan.site}"
                 (app / _PLAN).write_text(plan.model_dump_json(indent=2) + "\n", encoding="utf-8")
             (folder / SPEC_FILE).write_text(spec.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    files = sorted(path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file())
-    return JobFolderReport(folder_digest(target), files, plans)
+            digests = {name: file_digest(folder / name) for name in _files(folder)}
+            (folder / _MANIFEST).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
+    return JobFolderReport(folder_digest(target), _files(target), plans)
+
+
+def verify_job_folder(job_folder: Path) -> None:
+    """Raises JobFolderError if the folder is not as it was built."""
+    path = job_folder / _MANIFEST
+    if not path.is_file():
+        raise JobFolderError(f"{path} does not exist; build the job folder again")
+    digests = json.loads(path.read_text(encoding="utf-8"))
+    found = {name for name in _files(job_folder) if name != _MANIFEST}
+    changed = [name for name, digest in digests.items() if name in found and file_digest(job_folder / name) != digest]
+    for names, what in (
+        (sorted(digests.keys() - found), "is missing"),
+        (sorted(found - digests.keys()), "was added"),
+        (changed, "has changed"),
+    ):
+        if names:
+            raise JobFolderError(f"{job_folder / names[0]}: {what} since the job folder was built; build it again")
 
 
 def read_spec(job_folder: Path) -> JobSpec:
@@ -75,6 +99,9 @@ def _site_plan(spec: JobSpec, site: str, preset: ModelPreset, store: Store) -> S
         max_evaluation_records=spec.max_evaluation_records,
         seed=spec.seed,
         training=preset.resolve(spec.training),
+        algorithm=spec.algorithm,
+        wire=spec.wire,
+        filters=spec.filters,
         base_model=store.base_model(preset.name),
         digests={field: file_digest(path) for field, path in files.items()},
         **files,
@@ -88,9 +115,17 @@ def _export(spec: JobSpec, base_model: Path | None, root: Path) -> None:
 
     from fedsft_assets.federation.server import FederatedSFT
 
-    job = FedJob(name=spec.name, min_clients=len(spec.sites))
-    first = str(base_model) if base_model else None
-    job.to_server(FederatedSFT(base_model=first, num_clients=len(spec.sites), num_rounds=spec.rounds))
+    min_sites = spec.min_sites or len(spec.sites)
+    job = FedJob(name=spec.name, min_clients=min_sites)
+    server = FederatedSFT(
+        sites=list(spec.sites),
+        num_rounds=spec.rounds,
+        base_model=str(base_model) if base_model else None,
+        min_sites=min_sites,
+        site_timeout=spec.site_timeout,
+        wire=spec.wire,
+    )
+    job.to_server(server)
     job.to_server({"server": {"task_request_interval": _SECONDS_BETWEEN_REQUESTS}})
     for site in spec.sites:
         trainer = ClientAPIExecutor(
@@ -101,6 +136,10 @@ def _export(spec: JobSpec, base_model: Path | None, root: Path) -> None:
         )
         job.to(trainer, site, tasks=["*"])
     job.export_job(str(root))
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def _parent(target: Path) -> Path:

@@ -7,12 +7,43 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedsft_assets.federation.events import Event, Failed, decode
+from fedsft_assets.federation.job_folder import JobFolderError, read_plans, verify_job_folder
 from fedsft_assets.federation.processes import MARK, execution_mark, stop_marked
+from fedsft_assets.federation.record import Execution, Workspace
 from fedsft_assets.federation.report import JobReport
+from fedsft_assets.store import file_digest, folder_digest
+
+_SECONDS_TO_ABORT = 14.0  # a FLARE job takes half as long to end
 
 
 class JobError(RuntimeError):
-    """The job failed; the message says why, with the trainer's traceback where there is one."""
+    """The job failed; the message says why, with the trainer's traceback where there is one.
+
+    `lost`: something died or was cut off, and another attempt goes on after the last finished round.
+    """
+
+    def __init__(self, message: str, lost: bool = False) -> None:
+        super().__init__(message)
+        self.lost = lost
+
+
+def begin_execution(job_folder: Path, workspace: Path, runtime: str) -> Execution:
+    """The unfinished execution of this very job folder and base model in that runtime, or else a new one.
+
+    A new one begins in an empty workspace. Raises JobError if the job folder is not as it was built, or its base
+    model is missing.
+    """
+    stop_marked(str(workspace))  # what an earlier attempt left, whose parents were all killed
+    try:
+        verify_job_folder(job_folder)
+        subject = {
+            "runtime": runtime,
+            "job_folder": folder_digest(job_folder),
+            "base_model": file_digest(read_plans(job_folder)[0].base_model),
+        }
+    except (JobFolderError, FileNotFoundError) as error:
+        raise JobError(str(error)) from error
+    return Workspace(workspace).take_up(subject)
 
 
 def run_job(
@@ -20,20 +51,22 @@ def run_job(
     workspace: Path,
     testing_file: Path,
     into: Path,
+    runtime: str = "simulator",
     threads: int = 0,
     environment: dict[str, str] | None = None,
 ) -> Iterator[Event]:
     """Run a job to its end, yielding what happens; the last event is the JobReport.
 
-    The checkpoint and its report are then in `into`. Closing the iterator, or any exception in the
-    caller, stops the job. Raises JobError if the job fails, after all its processes have ended.
+    An execution that did not come to its end goes on after its last finished round; `Workspace.end` is for the
+    caller, when nothing is left to do. The checkpoint and its report are in `into`. Closing the iterator, or any
+    exception in the caller, stops the job. Raises JobError if the job fails, after all its processes have ended.
     """
-    stop_marked(str(workspace))  # what an earlier attempt left, whose parents were all killed
+    begin_execution(job_folder, workspace, runtime)
     mark = execution_mark(str(workspace))
     command = [
         *(sys.executable, "-m", "fedsft_assets.federation.supervisor"),
         *("--job-folder", str(job_folder), "--workspace", str(workspace)),
-        *("--testing-file", str(testing_file), "--into", str(into), "--threads", str(threads)),
+        *("--testing-file", str(testing_file), "--into", str(into), "--runtime", runtime, "--threads", str(threads)),
     ]
     errors = workspace.with_suffix(".err")
     errors.parent.mkdir(parents=True, exist_ok=True)
@@ -54,10 +87,10 @@ def run_job(
             yield last
         code = supervisor.wait()
     finally:
-        stop_marked(mark)
+        stop_marked(mark, grace=_SECONDS_TO_ABORT)
         supervisor.wait()
     if isinstance(last, Failed):
-        raise JobError(last.reason)
+        raise JobError(last.reason, last.lost)
     if code != 0 or not isinstance(last, JobReport):
         said = errors.read_text(encoding="utf-8", errors="replace").strip()
-        raise JobError(f"the supervisor of the job ended with exit code {code}:\n{said[-4000:]}")
+        raise JobError(f"the supervisor of the job ended with exit code {code}:\n{said[-4000:]}", lost=code < 0)

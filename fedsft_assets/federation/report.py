@@ -22,7 +22,8 @@ class JobReport:
     `best_round` is the k whose model became the checkpoint. `tokens` are answer tokens trained on.
     `seconds` count from the start of the job to the finished checkpoint, `phases` say where they went: each
     phase's at the site where it took longest (see `phases.PhaseClock`), and `save` for the checkpoint and its test.
-    Digests are of content.
+    Digests are of content. `missed` are the sites that a round (1-based) went on without, `runtime` and `job_id`
+    where it ran.
     """
 
     job: str
@@ -39,6 +40,9 @@ class JobReport:
     checkpoint_digest: str
     base_model_digest: str
     validation_digest: str
+    runtime: str
+    job_id: str
+    missed: dict[str, list[int]]
 
     @property
     def base_val_loss(self) -> float:

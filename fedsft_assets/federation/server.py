@@ -1,174 +1,362 @@
-"""What runs at the server: the token-weighted average, and the FedAvg loop that evaluates what it makes.
+"""What runs at the server: rounds of training at the sites, and the global model that they make together.
 
 It needs torch and NVFlare only. Nothing of the model is built here: weights are tensors with names.
 """
 
+import json
 import os
+import shutil
 import tarfile
+import tempfile
+import threading
+import time
 from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from nvflare.apis.fl_constant import FLMetaKey
+from nvflare.apis.analytix import AnalyticsData
+from nvflare.apis.controller_spec import ClientTask
+from nvflare.apis.dxo import from_shareable
+from nvflare.apis.event_type import EventType
+from nvflare.apis.fl_constant import FLContextKey, FLMetaKey, ReservedKey, ReturnCode
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import Shareable
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
-from nvflare.app_common.aggregators.model_aggregator import ModelAggregator
-from nvflare.app_common.workflows.fedavg import FedAvg
+from nvflare.app_common.utils.tensor_disk_offload_context import cleanup_tensor_disk_offload, setup_tensor_disk_offload
+from nvflare.app_common.workflows.model_controller import ModelController
 from nvflare.app_opt.pt.decomposers import TensorDecomposer
 from nvflare.fuel.utils import fobs
 
-from fedsft_assets.federation.metrics import (
+from fedsft_assets.federation.averaging import TokenWeightedAverage, rounded
+from fedsft_assets.federation.exchange import (
+    BEST_MODEL,
+    EXECUTION_KEY,
+    FAILURE_KEY,
     FIRST_KEY,
-    METRICS_FILE,
+    JOURNAL_COMMAND,
+    KIND_KEY,
+    LAST_MODEL,
     POINTS_KEY,
+    PROGRESS_RECORD,
     SAMPLES_KEY,
-    Point,
-    append_points,
-    points_from_data,
+    STATE_ROOT,
+    TRAIN_TASK,
+    VALIDATE_TASK,
+    VERSION,
+    VERSION_KEY,
+    Kind,
+    Wire,
 )
+from fedsft_assets.federation.journal import JOURNAL_FILE, Journal, Progress, RoundDone, Started, Stopped
+from fedsft_assets.federation.metrics import Point, points_from_data
+from fedsft_assets.federation.server_state import ServerState
+from fedsft_assets.federation.watch import SiteWatch
 
-TRAIN_TASK = "train"
-VALIDATE_TASK = "validate"
-LAST_MODEL = "last_global_model.pt"
-BEST_MODEL = "best_global_model.pt"
-
-
-class TokenWeightedAverage(ModelAggregator):
-    """Mean of the sites' weights, each weighted by the answer tokens that the site trained on.
-
-    Sums are kept in float64, tensor by tensor as results arrive, so the result does not depend on the
-    order of arrival, and is handed on in float32.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.reset_stats()
-
-    def reset_stats(self) -> None:
-        self._sums: dict[str, torch.Tensor] = {}
-        self._weight = 0
-        self.results: list[FLModel] = []
-
-    def accept_model(self, model: FLModel) -> None:
-        """Add one site's result.
-
-        Raises ValueError for a result without a positive number of tokens, or from a site that began the job elsewhere
-        than the others.
-        """
-        site = model.meta["client_name"]
-        weight = model.meta.get(FLMetaKey.NUM_STEPS_CURRENT_ROUND)
-        if not isinstance(weight, int) or weight <= 0:
-            raise ValueError(f"{site}: expected the number of answer tokens it trained on, found {weight!r}")
-        if self._sums and (differ := _shapes(self._sums) ^ _shapes(model.params)):
-            odd = sorted({name for name, _ in differ})
-            raise ValueError(f"{site}: tensors differ from those of the other sites: {', '.join(odd[:5])}")
-        for other in self.results[:1]:
-            if other.meta.get(FIRST_KEY) != model.meta.get(FIRST_KEY):
-                raise ValueError(
-                    f"{site}: began with another base model or other adapters than {other.meta['client_name']};"
-                    " all sites need the same base model and the same version of this package"
-                )
-        for name in list(model.params):
-            value = model.params.pop(name).to(torch.float64).mul_(weight)
-            if name in self._sums:
-                self._sums[name] += value
-            else:
-                self._sums[name] = value
-        self._weight += weight
-        self.results.append(model)
-
-    def aggregate_model(self) -> FLModel:
-        sums, self._sums = self._sums, {}
-        mean = {name: (sums.pop(name) / self._weight).to(torch.float32) for name in list(sums)}
-        return FLModel(params=mean, params_type=ParamsType.FULL)
+_SECONDS_TO_KEEP_STATE = 30 * 24 * 3600.0
 
 
-class FederatedSFT(FedAvg):
-    """FedAvg that starts from a `.nemo` base model, writes every point down, and keeps the best and the last model.
+class NotEnoughSitesError(RuntimeError):
+    """A round cannot have as many results as the job asks for."""
+
+
+class FederatedSFT(ModelController):
+    """Rounds from a `.nemo` base model on, whose results are averaged by tokens; every point is written down.
 
     Without `base_model` the first model is empty: each site then begins with adapters of its own, all the same.
-    A round's `val_loss` is that of the global model that the sites received, so a model is scored one
-    round after it was made, and the last one in a validation task of its own.
+    A round's `val_loss` is that of the global model that the sites received, so a model is scored one round after it
+    was made, and the last one in a validation task of its own. A round goes on without sites that fail or fall
+    silent for `site_timeout` seconds as long as `min_sites` answer. What a finished round made is on the disk: a
+    server that is started again for the same execution goes on from there.
     """
 
-    def __init__(self, num_clients: int, num_rounds: int, base_model: str | None = None) -> None:
-        super().__init__(
-            num_clients=num_clients,
-            num_rounds=num_rounds,
-            persistor_id="",
-            aggregator=TokenWeightedAverage(),
-            task_name=TRAIN_TASK,
-            ignore_result_error=False,
-        )
+    def __init__(
+        self,
+        sites: list[str],
+        num_rounds: int,
+        base_model: str | None = None,
+        min_sites: int | None = None,
+        site_timeout: float = 1800.0,
+        wire: str = "fp32",
+    ) -> None:
+        super().__init__(persistor_id="", ignore_result_error=True, task_check_period=0.1)
+        self.sites = sorted(sites)
+        self.num_rounds = num_rounds
         self.base_model = base_model
-        self._samples: defaultdict[str, int] = defaultdict(int)
-        self._best_loss = float("inf")
-        self._model: FLModel | None = None
+        self.min_sites = len(sites) if min_sites is None else min_sites
+        self.site_timeout = site_timeout
+        self.wire = wire
+        self._wire = Wire(wire)
+        self._watch = SiteWatch(self.sites, site_timeout)
+        self._weights: dict[str, torch.Tensor] = {}
+        self._change: dict[str, torch.Tensor] = {}
+        self._holders: set[str] = set()  # sites with the model to which the last change is to be added
+        self._lock = threading.Lock()
+
+    # What NVFlare calls.
+
+    def start_controller(self, fl_ctx: FLContext) -> None:
+        super().start_controller(fl_ctx)
+        fobs.register(TensorDecomposer)  # without it, NVFlare cannot send tensors
+        self.open(self._state_folder())
+        self.engine.register_app_command(JOURNAL_COMMAND, self._hand_out_journal)
 
     def run(self) -> None:
-        super().run()
-        if self._model is None or self.abort_signal.triggered:
-            return
-        self._model.current_round = self.num_rounds
-        results = self.send_model_and_wait(
-            task_name=VALIDATE_TASK, data=self._model, targets=self.sample_clients(self.num_clients)
-        )
-        if not self.abort_signal.triggered:
-            self._record_received_model(self.num_rounds, results)
-
-    def load_model(self) -> FLModel:
-        fobs.register(TensorDecomposer)  # without it, NVFlare cannot send tensors
-        first = read_nemo_weights(Path(self.base_model)) if self.base_model else {}
-        return FLModel(params=first, params_type=ParamsType.FULL)
-
-    def save_model(self, model: FLModel) -> None:
-        """End a round: write down what the sites report, then the new global model."""
-        assert isinstance(self.aggregator, TokenWeightedAverage)
-        results = self.aggregator.results
-        self._record_received_model(self.current_round, results)
-        self._record_training(self.current_round + 1, results)
-        _write_weights(model.params, self._run_dir / LAST_MODEL)
-        self._model = model
-
-    def _aggregate_one_result(self, result: FLModel) -> bool:
-        """NVFlare logs and drops what a callback raises; a result that cannot be used ends the job instead."""
+        done = self.state.progress.finished
+        self.journal.add([Started(done)])
         try:
-            return super()._aggregate_one_result(result)
-        except Exception as error:
-            self.panic(f"round {self.current_round + 1}: {error}")
-            raise
+            self._begin()
+            with self._offloaded():
+                for number in range(done, self.num_rounds):
+                    self.play_round(number)
+                results = self._ask(VALIDATE_TASK, self.num_rounds, lambda _site, _result: None)
+                self.score(results)
+                self.state.commit_progress()
+        except _AbortedError:
+            self.info("The job is aborted.")
+        except (ValueError, OSError, NotEnoughSitesError) as error:
+            self.journal.add([Stopped(str(error), isinstance(error, NotEnoughSitesError))])
+            self.panic(str(error))
+        finally:
+            self._hand_over()
 
-    @property
-    def _run_dir(self) -> Path:
-        return Path(self.get_run_dir())
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        if event_type == "fed.analytix_log_stats":
+            self._take_progress(fl_ctx.get_prop(FLContextKey.EVENT_DATA))
+        elif event_type == EventType.CLIENT_DISCONNECTED:
+            self._watch.lost(fl_ctx.get_prop(FLContextKey.DISCONNECTED_CLIENT_NAME), "the server has lost it")
 
-    def _record_received_model(self, finished_rounds: int, results: list[FLModel]) -> None:
-        """Score the global model after so many rounds, which is still the last one on the disk."""
-        points = [point for result in results for point in points_from_data(result.meta[POINTS_KEY])]
-        received = [point for point in points if point.name == "val_loss"]
-        loss, _ = _mean(received)
-        whole = Point("val_loss", loss, finished_rounds, sum(self._samples.values()))
-        append_points(self._run_dir / METRICS_FILE, [whole, *points])
-        self.info(f"val_loss {loss:.4f} after {finished_rounds} rounds")
-        if finished_rounds > 0 and loss < self._best_loss:
-            self._best_loss = loss
-            _link(self._run_dir / LAST_MODEL, self._run_dir / BEST_MODEL)
+    def _accept_train_result(
+        self,
+        client_name: str,
+        result: Shareable,
+        fl_ctx: FLContext,  # noqa: ARG002
+        is_unknown_task: bool = False,
+    ) -> bool:
+        """Note a site that could not do its task; NVFlare's own way ends the job."""
+        code = result.get_return_code()
+        if is_unknown_task or code == ReturnCode.OK:
+            return not is_unknown_task
+        self._watch.lost(client_name, f"its trainer is gone ({code})")
+        return False
 
-    def _record_training(self, round_number: int, results: list[FLModel]) -> None:
+    def _prepare_task_data(self, client_task: ClientTask, fl_ctx: FLContext) -> None:
+        self._watch.heard(client_task.client.name)
+        # NVFlare would send a copy, lest somebody changes the tensors; here nobody does before the task is over.
+        client_task.task._broadcast_data = client_task.task.data
+        super()._prepare_task_data(client_task, fl_ctx)
+
+    # A round.
+
+    def open(self, folder: Path) -> None:
+        """Take up the state in the folder, or begin one there."""
+        self.state = ServerState(folder)
+        self.journal = Journal(folder / JOURNAL_FILE)
+
+    def play_round(self, number: int) -> None:
+        """One round (0-based), from the global model to the next one on the disk."""
+        average = TokenWeightedAverage({name: tuple(tensor.shape) for name, tensor in self._weights.items()} or None)
+        results = self._ask(TRAIN_TASK, number, lambda site, result: self._add(average, site, result))
+        self.finish_round(number, average, results)
+
+    def finish_round(self, number: int, average: TokenWeightedAverage, results: Mapping[str, FLModel]) -> None:
+        """Score the model that was sent, and make the next one."""
+        self.score(results)
+        self._record_training(number + 1, results)
+        self._apply(average)
+        progress = self.state.progress
+        for site, result in results.items():
+            progress.samples[site] = progress.samples.get(site, 0) + result.meta[SAMPLES_KEY]
+        progress.finished = number + 1
+        self.state.commit(self._weights, {})
+        self._holders = set(results)
+        self.journal.add([RoundDone(number + 1)])
+
+    def score(self, results: Mapping[str, FLModel]) -> None:
+        """Write down how good the model is that the sites were given, and whether it is the best so far."""
+        progress = self.state.progress
+        points = [point for result in results.values() for point in points_from_data(result.meta[POINTS_KEY])]
+        loss, _ = _mean([point for point in points if point.name == "val_loss"])
+        whole = Point("val_loss", loss, progress.finished, sum(progress.samples.values()))
+        self.journal.add([whole, *points])
+        self.info(f"val_loss {loss:.4f} after {progress.finished} rounds")
+        if progress.finished > 0 and (progress.best_loss is None or loss < progress.best_loss):
+            progress.best_loss, progress.best_round = loss, progress.finished
+
+    def _begin(self) -> None:
+        if self.state.progress.finished:
+            self._weights = self.state.weights()
+        elif self.base_model:
+            self._weights = read_nemo_weights(Path(self.base_model))
+
+    def _ask(self, task: str, number: int, take: Callable[[str, FLModel], None]) -> dict[str, FLModel]:
+        """Give all sites a task of a round, and take each result as it arrives; returns them by site, without tensors.
+
+        Raises NotEnoughSitesError, or what `take` raises.
+        """
+        connected = {client.name for client in self.engine.get_clients()}
+        self._watch.begin(connected)
+        results: dict[str, FLModel] = {}
+        errors: list[Exception] = []
+
+        def received(result: FLModel) -> None:
+            with self._lock:
+                site = result.meta["client_name"]
+                self._watch.heard(site)
+                try:
+                    if failure := result.meta.get(FAILURE_KEY):
+                        self._watch.failed(site, failure)
+                        return
+                    take(site, result)
+                except Exception as error:  # NVFlare logs what a callback raises, and goes on
+                    errors.append(error)
+                    return
+                result.params = None
+                results[site] = result
+                self._watch.done(site)
+
+        for kind, targets in self._recipients(connected).items():
+            message = FLModel(
+                params=self._weights if kind == Kind.FULL else self._change,
+                params_type=ParamsType.FULL,
+                current_round=number,
+                total_rounds=self.num_rounds,
+                meta={KIND_KEY: str(kind), VERSION_KEY: VERSION},
+            )
+            self.send_model(task_name=task, targets=targets, data=message, callback=received)
+        while not errors and self._watch.waits(self.min_sites) and self.get_num_standing_tasks():
+            if self.abort_signal.triggered:
+                raise _AbortedError
+            time.sleep(self._task_check_period)
+        self.cancel_all_tasks()
+        while self.get_num_standing_tasks():
+            time.sleep(self._task_check_period)
+        if self.abort_signal.triggered:
+            raise _AbortedError
+        with self._lock:
+            self._settle(number, results, errors)
+            return dict(sorted(results.items()))
+
+    def _settle(self, number: int, results: Mapping[str, FLModel], errors: list[Exception]) -> None:
+        """Say which sites a round goes on without; raise why it cannot."""
+        if errors:
+            raise ValueError(f"round {number + 1}: {errors[0]}") from errors[0]
+        missed = [self._watch.missed(site, number + 1) for site in self.sites if site not in results]
+        self.journal.add(missed)
+        if len(results) < self.min_sites:
+            raise NotEnoughSitesError(
+                f"round {number + 1} has results of {len(results)} of {len(self.sites)} sites;"
+                f" min_sites is {self.min_sites}"
+            )
+
+    def _recipients(self, connected: set[str]) -> dict[Kind, list[str]]:
+        """Who gets what: the last change is for sites that have the model to which it is added."""
+        holders = self._holders & connected if self._change else set()
+        groups = {Kind.CHANGE: sorted(holders), Kind.FULL: sorted(connected - holders)}
+        return {kind: sites for kind, sites in groups.items() if sites}
+
+    def _add(self, average: TokenWeightedAverage, site: str, result: FLModel) -> None:
+        first = result.meta.get(FIRST_KEY)
+        progress = self.state.progress
+        if progress.first is None and not average.sites:
+            progress.first = first
+        if first != progress.first:
+            others = ", ".join(average.sites) or "the sites before"
+            raise ValueError(
+                f"{site}: began with another base model or other adapters than {others};"
+                " all sites need the same base model and the same version of this package"
+            )
+        kind = result.meta.get(KIND_KEY)
+        expected = Kind.CHANGE if self._weights else Kind.FULL
+        if kind != expected:
+            raise ValueError(f"{site}: sent {kind!r} where {str(expected)!r} was to come; are the versions the same?")
+        tokens = result.meta.get(FLMetaKey.NUM_STEPS_CURRENT_ROUND)
+        average.add(site, result.params, tokens, whole=kind == Kind.FULL)
+
+    def _apply(self, average: TokenWeightedAverage) -> None:
+        """Make the next global model of the averaged results, tensor by tensor."""
+        self._change = {}
+        if not self._weights:
+            self._weights = dict(average.tensors())
+            return
+        for name, mean in average.tensors():
+            change = rounded(mean, self._wire)
+            self._weights[name].add_(change)
+            if self._wire == Wire.BF16_DIFF:
+                self._change[name] = change
+
+    # What is written down.
+
+    def _record_training(self, round_number: int, results: Mapping[str, FLModel]) -> None:
         """Merge the sites' steps of one round into one curve over the samples that all of them saw."""
         by_step: defaultdict[int, list[Point]] = defaultdict(list)
-        for result in results:
+        for result in results.values():
             for point in points_from_data(result.meta[POINTS_KEY]):
                 if point.name == "train_loss" and point.step is not None:
                     by_step[point.step].append(point)
-        seen = dict(self._samples)
+        seen = dict(self.state.progress.samples)
         merged = []
         for step, points in sorted(by_step.items()):
             seen.update({point.site: point.samples for point in points if point.site})
             loss, tokens = _mean(points)
             merged.append(Point("train_loss", loss, round_number, sum(seen.values()), step=step, tokens=tokens))
-        for result in results:
-            self._samples[result.meta["client_name"]] += result.meta[SAMPLES_KEY]
-        append_points(self._run_dir / METRICS_FILE, merged)
+        self.journal.add(merged)
+
+    def _take_progress(self, data: Shareable) -> None:
+        """What a site says while it works; points may come this way before the result that has them too."""
+        record = AnalyticsData.from_dxo(from_shareable(data))
+        if record is None or record.tag != PROGRESS_RECORD:
+            return
+        self._watch.heard(data.get_peer_prop(ReservedKey.IDENTITY_NAME, ""))
+        said = json.loads(record.value)
+        self.journal.add([Progress(said["text"]), *points_from_data(said["points"])], durable=False)
+
+    def _hand_out_journal(self, _topic: str, cmd_data: Any, _fl_ctx: FLContext) -> dict[str, Any]:
+        text, offset = self.journal.read(int(cmd_data["offset"]))
+        return {"text": text, "offset": offset}
+
+    # Where things are.
+
+    def _state_folder(self) -> Path:
+        """One for each execution; those that nobody came back to for a month are removed."""
+        workspace = self.engine.get_workspace()
+        meta = json.loads(Path(workspace.get_job_meta_path(self.fl_ctx.get_job_id())).read_text(encoding="utf-8"))
+        root = Path(os.environ.get(STATE_ROOT) or Path(workspace.get_root_dir()) / "fedsft")
+        own = root / str(meta.get(EXECUTION_KEY) or self.fl_ctx.get_job_id())
+        for other in root.glob("*"):
+            if other != own and time.time() - other.stat().st_mtime > _SECONDS_TO_KEEP_STATE:
+                shutil.rmtree(other, ignore_errors=True)
+        return own
+
+    def _hand_over(self) -> None:
+        """Leave in the job's own folder what is to be fetched, and end the state of a job that is done."""
+        run_dir, progress = Path(self.get_run_dir()), self.state.progress
+        _link(self.journal.path, run_dir / JOURNAL_FILE)
+        if progress.finished < self.num_rounds or not progress.best_round:
+            return
+        _link(self.state.model_file(progress.finished), run_dir / LAST_MODEL)
+        _link(self.state.model_file(progress.best_round), run_dir / BEST_MODEL)
+        if STATE_ROOT not in os.environ:
+            shutil.rmtree(self.state.folder, ignore_errors=True)
+
+    @contextmanager
+    def _offloaded(self) -> Iterator[None]:
+        """Results wait on the disk, beside the state, until they are averaged."""
+        before, tempfile.tempdir = tempfile.tempdir, str(self.state.folder)
+        context = setup_tensor_disk_offload(self.engine, enabled=True, job_id="results")
+        try:
+            if not context.applied:
+                raise OSError("NVFlare cannot keep results on the disk here; the server would hold all of them at once")
+            yield
+        finally:
+            cleanup_tensor_disk_offload(self.engine, context)
+            tempfile.tempdir = before
+
+
+class _AbortedError(Exception):
+    """Whoever runs the job ended it."""
 
 
 def read_nemo_weights(archive: Path) -> dict[str, torch.Tensor]:
@@ -192,25 +380,18 @@ def read_nemo_weights(archive: Path) -> dict[str, torch.Tensor]:
     return unique
 
 
-def _shapes(tensors: dict[str, torch.Tensor]) -> set[tuple[str, torch.Size]]:
-    return {(name, tensor.shape) for name, tensor in tensors.items()}
-
-
 def _mean(points: list[Point]) -> tuple[float, int]:
     """The mean of the points' values by the tokens behind them, and all these tokens."""
     tokens = sum(point.tokens or 0 for point in points)
     return sum(point.value * (point.tokens or 0) for point in points) / tokens, tokens
 
 
-def _write_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
-    fresh = path.with_suffix(".new")
-    torch.save(weights, fresh)
-    os.replace(fresh, path)
-
-
 def _link(source: Path, target: Path) -> None:
-    """Make `target` the present content of `source` at no cost: writers replace files, never change them."""
+    """Make `target` the content that `source` has now, at no cost where both are on one disk."""
     fresh = target.with_suffix(".new")
     fresh.unlink(missing_ok=True)
-    os.link(source, fresh)
+    try:
+        os.link(source, fresh)
+    except OSError:
+        shutil.copyfile(source, fresh)
     os.replace(fresh, target)

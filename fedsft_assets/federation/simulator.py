@@ -4,6 +4,7 @@ Started as a module, it is that process.
 """
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -11,60 +12,82 @@ import sys
 import time
 from pathlib import Path
 
-from fedsft_assets.federation.metrics import METRICS_FILE
+from fedsft_assets.federation.exchange import BEST_MODEL, EXECUTION_KEY, LAST_MODEL, STATE_ROOT
+from fedsft_assets.federation.journal import JOURNAL_FILE
 from fedsft_assets.federation.phases import JOB_STARTED
+from fedsft_assets.federation.processes import MARK, stop_marked
+from fedsft_assets.federation.runtime import JobState
+from fedsft_assets.federation.tail import Tail
 
-_RUN = "server/simulate_job"
+_JOB_ID = "simulate_job"  # NVFlare's name for it
 
 
 class Simulator:
-    """One job in NVFlare's simulator, all its files in `workspace`."""
+    """One job in NVFlare's simulator, all its files in `folder`; its processes end with the supervisor's."""
 
-    def __init__(self, job_folder: Path, workspace: Path, sites: list[str]) -> None:
-        self._job_folder = job_folder
-        self._workspace = workspace
-        self._sites = sites
+    outlives = False
+
+    def __init__(self, folder: Path, threads_per_trainer: int) -> None:
+        """Each trainer uses so many threads: trainers that take all cores slow each other down."""
+        self._folder, self._threads = folder, threads_per_trainer
         self._process: subprocess.Popen[bytes] | None = None
+        self._journal = Tail(folder / JOURNAL_FILE)
+        self._sites: list[str] = []
 
-    @property
-    def log_file(self) -> Path:
-        """What the simulator prints."""
-        return self._workspace.with_suffix(".log")
+    def prepare(self, sites: list[str]) -> None:
+        self._sites = sites
+        self._folder.mkdir(parents=True, exist_ok=True)
 
-    @property
-    def site_logs(self) -> dict[str, Path]:
-        """NVFlare's log of each site, with all that the site's trainer prints."""
-        return {site: self._workspace / site / "log.txt" for site in self._sites}
-
-    @property
-    def run_dir(self) -> Path:
-        """Where the server part of the job writes."""
-        return self._workspace / _RUN
-
-    @property
-    def metrics_file(self) -> Path:
-        return self.run_dir / METRICS_FILE
-
-    def start(self, threads_per_trainer: int) -> None:
-        """Start the job. Each trainer uses so many threads: trainers that take all cores slow each other down."""
-        shutil.rmtree(self._workspace, ignore_errors=True)  # an earlier execution's points are not this one's
-        self._workspace.parent.mkdir(parents=True, exist_ok=True)
+    def submit(self, job_folder: Path) -> str:
+        execution = json.loads((job_folder / "meta.json").read_text(encoding="utf-8"))[EXECUTION_KEY]
+        states = self._folder / "states"
+        self._journal = Tail(states / execution / JOURNAL_FILE)
+        shutil.rmtree(self._workspace, ignore_errors=True)
         environment = {
             **os.environ,
-            "OMP_NUM_THREADS": str(threads_per_trainer),
+            "OMP_NUM_THREADS": str(self._threads),
             JOB_STARTED: str(time.time()),
+            STATE_ROOT: str(states),
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         }
-        command = [sys.executable, "-m", __name__, str(self._job_folder), str(self._workspace), *self._sites]
-        with self.log_file.open("wb") as log:
+        command = [sys.executable, "-m", __name__, str(job_folder), str(self._workspace), *self._sites]
+        with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
             )
+        return _JOB_ID
 
-    def poll(self) -> int | None:
-        """The exit code, or None while the job runs."""
-        assert self._process is not None, "start() comes first"
-        return self._process.poll()
+    def poll(self, job_id: str) -> JobState:  # noqa: ARG002 there is one job
+        if self._process is None:
+            return JobState(ended=True, succeeded=False, said="its simulator is gone")
+        code = self._process.poll()
+        return JobState(ended=code is not None, succeeded=code == 0, said=f"exit code {code}")
+
+    def new_lines(self, job_id: str) -> list[str]:  # noqa: ARG002
+        return self._journal.new_lines()
+
+    def end_of_log(self, job_id: str, name: str, lines: int) -> str:  # noqa: ARG002
+        return Tail(self._log if name == "server" else self._workspace / name / "log.txt").end(lines)
+
+    def abort(self, job_id: str) -> None:  # noqa: ARG002
+        stop_marked(os.environ[MARK])
+        if self._process:
+            self._process.wait()
+
+    def fetch(self, job_id: str, into: Path) -> None:
+        for name in (JOURNAL_FILE, BEST_MODEL, LAST_MODEL):
+            os.link(self._workspace / "server" / job_id / name, into / name)
+
+    def close(self) -> None:
+        pass
+
+    @property
+    def _workspace(self) -> Path:
+        return self._folder / "nvflare"
+
+    @property
+    def _log(self) -> Path:
+        return self._folder / "simulator.log"
 
 
 def main() -> None:

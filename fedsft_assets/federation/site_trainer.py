@@ -1,33 +1,53 @@
 """One site's model and data: it scores and trains the models that it is given, and says what it did."""
 
 import time
+from collections.abc import Callable
 
+import torch
 from nvflare.apis.fl_constant import FLMetaKey
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 
+from fedsft_assets.federation.averaging import rounded
+from fedsft_assets.federation.exchange import (
+    FIRST_KEY,
+    KIND_KEY,
+    POINTS_KEY,
+    SAMPLES_KEY,
+    VERSION,
+    VERSION_KEY,
+    Kind,
+    Wire,
+)
 from fedsft_assets.federation.followers import Task
-from fedsft_assets.federation.metrics import FIRST_KEY, POINTS_KEY, SAMPLES_KEY, Point, points_to_data
+from fedsft_assets.federation.metrics import Point, points_to_data
 from fedsft_assets.federation.phases import PhaseClock
-from fedsft_assets.federation.trainer_log import PROGRESS_MARK
 from fedsft_assets.model.archive import content_digest
 from fedsft_assets.model.batches import truncated
 from fedsft_assets.model.devices import devices_for, resolve_precision
 from fedsft_assets.model.language_model import LanguageModel
 from fedsft_assets.model.optimizer import Moments
-from fedsft_assets.model.training import StepPoint, mean_loss, split_tokens, train_round
+from fedsft_assets.model.training import StepPoint, mean_loss, samples_in_round, split_tokens, train_round
 from fedsft_assets.specs import SitePlan
+
+# Told to whoever watches: a line of text, and the points that it stands for.
+Tell = Callable[[str, list[Point]], None]
 
 _SECONDS_BETWEEN_LINES = 5.0
 
 
-class SiteTrainer:
-    """Kept between rounds; `clock` counts where its seconds go."""
+class ExchangeError(RuntimeError):
+    """What came from the server is not what this site can work with."""
 
-    def __init__(self, plan: SitePlan, clock: PhaseClock) -> None:
-        self.plan, self.clock = plan, clock
-        plan.verify_files()
+
+class SiteTrainer:
+    """Kept between rounds; `clock` counts where its seconds go, `tell` hears what it is doing."""
+
+    def __init__(self, plan: SitePlan, clock: PhaseClock, tell: Tell) -> None:
+        self.plan, self.clock, self._tell = plan, clock, tell
         self.first_digest: str | None = None
+        self._wire = Wire(plan.wire)
         with clock.phase("load"):
+            plan.verify_files()
             self.model = LanguageModel.load(plan.base_model)
             if plan.training.peft:
                 from fedsft_assets.model.adapters import add_adapters
@@ -41,10 +61,11 @@ class SiteTrainer:
             self.training = split_tokens(self.model, plan.training_file, length)
             self.validation = split_tokens(self.model, plan.validation_file, length, plan.max_evaluation_records)
         # With adapters, the server has no first model: all sites begin with the same ones of their own.
-        self.first = self.devices.weights() if plan.training.peft else {}
-        self.samples = 0
+        self.first = dict(self.devices.weights()) if plan.training.peft else {}
         self.moments: Moments | None = None
-        self._last_line = 0.0
+        self._given: dict[str, torch.Tensor] = {}  # the global model that this site has, in fp32
+        self._unsaid: list[Point] = []
+        self._last_line, self._tokens_since = time.monotonic(), 0
         self._say(f"{self.devices.device} · precision {resolve_precision(plan.training.precision)} · {self._batches}")
         self._say(f"{len(self.training):,} records to train on · {self._cut}")
         if plan.training.peft:
@@ -67,31 +88,31 @@ class SiteTrainer:
 
     def evaluate(self, received: FLModel) -> FLModel:
         """Score the received weights; nothing is trained."""
-        self.devices.load_weights(received.params or self.first)
-        point = self._validate("val_loss", received.current_round)
-        points = [point, *self.clock.points(received.current_round, self.samples, self.plan.site)]
+        self._take(received)
+        samples = self._samples(received.current_round)
+        point = self._validate("val_loss", received.current_round, samples)
+        points = [point, *self.clock.points(received.current_round, samples, self.plan.site)]
         return FLModel(metrics={"val_loss": point.value}, meta={POINTS_KEY: points_to_data(points)})
 
     def train(self, received: FLModel) -> FLModel:
         """Score the received weights, train one round from them, score the result."""
+        kind = Kind.CHANGE if received.params else Kind.FULL
         evaluation = self.evaluate(received)
         finished = received.current_round + 1
+        self._last_line, self._tokens_since = time.monotonic(), 0
         with self.clock.phase("train"):
             report = train_round(
                 self.model, self.training, self.plan, received.current_round, self._show, self.moments, self.devices
             )
-        self.samples += report.samples
         self.moments = report.moments if self.plan.training.optimizer_state == "keep" else None
-        points = [
-            Point("train_loss", step.loss, finished, step.samples, self.plan.site, step.step, step.tokens)
-            for step in report.points
-        ]
-        points.append(self._validate("val_loss_local", finished))
+        points = [self._step_point(step) for step in report.points]
+        points.append(self._validate("val_loss_local", finished, self._samples(finished)))
         return FLModel(
-            params=self.devices.weights(),
+            params=self._changes() if kind == Kind.CHANGE else dict(self.devices.weights()),
             params_type=ParamsType.FULL,
             metrics={**evaluation.metrics, "train_loss": report.loss},
             meta={
+                KIND_KEY: str(kind),
                 FLMetaKey.NUM_STEPS_CURRENT_ROUND: report.tokens,
                 SAMPLES_KEY: report.samples,
                 FIRST_KEY: self.first_digest,
@@ -107,23 +128,68 @@ class SiteTrainer:
         else:
             self.evaluate(received)
 
-    def _validate(self, name: str, finished_rounds: int) -> Point:
+    def _take(self, received: FLModel) -> None:
+        """Load the global model: as it came, or by the change to the one that is here."""
+        if self.devices.rank == 0 and received.params:
+            version, kind = received.meta.get(VERSION_KEY), received.meta.get(KIND_KEY)
+            if version != VERSION:
+                raise ExchangeError(
+                    f"{self.plan.site}: the server's part of the job speaks version {version!r}, this site's package"
+                    f" {VERSION!r}; install the version of fedsft-assets that the job was built with"
+                )
+            if kind == Kind.CHANGE:
+                if not self._given:
+                    raise ExchangeError(f"{self.plan.site}: was sent a change, but has no model to add it to")
+                for name, change in received.params.items():
+                    self._given[name].add_(change)
+            else:
+                self._given = dict(received.params)
+            received.params = {}
+        self.devices.load_weights(self._given or self.first)
+
+    def _changes(self) -> dict[str, torch.Tensor]:
+        """How far each tensor went from the model that was given, as it travels.
+
+        The given model is kept only where the next one comes as a change to it; else its memory is used.
+        """
+        keeps = self._wire == Wire.BF16_DIFF
+        changes = {}
+        for name, trained in self.devices.weights():
+            given = self._given[name] if keeps else self._given.pop(name)
+            changes[name] = rounded(trained.sub_(given), self._wire)
+        return changes
+
+    def _samples(self, finished_rounds: int) -> int:
+        """Records that this site has trained on after so many rounds."""
+        return samples_in_round(self.plan, len(self.training)) * finished_rounds
+
+    def _validate(self, name: str, finished_rounds: int, samples: int) -> Point:
         with self.clock.phase("validate"):
-            loss = mean_loss(self.model, self.validation, self.plan.training, self.devices)
-        self._say(f"{name} {loss.loss:.4f} after {finished_rounds} of {self.plan.rounds} rounds")
-        return Point(name, loss.loss, finished_rounds, self.samples, self.plan.site, tokens=loss.tokens)
+            loss = mean_loss(self.model, self.validation, self.plan.training, self.devices, self._show_validated)
+        point = Point(name, loss.loss, finished_rounds, samples, self.plan.site, tokens=loss.tokens)
+        self._say(f"{name} {loss.loss:.4f} after {finished_rounds} of {self.plan.rounds} rounds", [point])
+        return point
 
-    def _show(self, point: StepPoint) -> None:
-        now = time.monotonic()
-        if now - self._last_line < _SECONDS_BETWEEN_LINES and point.step < point.steps:
-            return
-        self._last_line = now
-        self._say(
-            f"round {point.round + 1} of {self.plan.rounds} · step {point.step} of {point.steps}"
-            f" · train_loss {point.loss:.4f}"
-        )
+    def _show(self, step: StepPoint) -> None:
+        self._unsaid.append(self._step_point(step))
+        self._tokens_since += step.all_tokens
+        seconds = time.monotonic() - self._last_line
+        if seconds >= _SECONDS_BETWEEN_LINES or step.step == step.steps:
+            points, self._unsaid = self._unsaid, []
+            self._say(
+                f"round {step.round + 1} of {self.plan.rounds} · step {step.step} of {step.steps}"
+                f" · train_loss {step.loss:.4f} · {self._tokens_since / seconds:,.0f} tokens/s",
+                points,
+            )
 
-    def _say(self, text: str) -> None:
-        """One line of progress, found again by whoever follows the log."""
+    def _show_validated(self, records: int) -> None:
+        if time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
+            self._say(f"validated {records:,} of {len(self.validation):,} records")
+
+    def _step_point(self, step: StepPoint) -> Point:
+        return Point("train_loss", step.loss, step.round + 1, step.samples, self.plan.site, step.step, step.tokens)
+
+    def _say(self, text: str, points: list[Point] | None = None) -> None:
+        self._last_line, self._tokens_since = time.monotonic(), 0
         if self.devices.rank == 0:
-            print(f"{PROGRESS_MARK}{self.plan.site} · {text}", flush=True)
+            self._tell(f"{self.plan.site} · {text}", points or [])

@@ -1,109 +1,243 @@
 """The process that stands between Dagster and a running job.
 
-It starts the job in its runtime, passes on what happens as events, writes the checkpoint at the end, and
-leaves no process behind, whichever way it ends: also when it is told to stop, and when whoever started it
-is gone.
+It hands the job to its runtime, or finds the one that an earlier attempt handed in; passes on what happens as events;
+fetches what the job made, and writes the checkpoint. When it is told to stop it ends the job. When whoever started it
+is gone it leaves a job that lives without it alone, for the next attempt to take over.
 """
 
 import argparse
+import json
 import os
+import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
 from fedsft_assets.evaluation.losses import split_loss
 from fedsft_assets.federation.events import Event, Failed, encode
+from fedsft_assets.federation.exchange import BEST_MODEL, EXECUTION_KEY
 from fedsft_assets.federation.job_folder import read_plans, read_spec
-from fedsft_assets.federation.metrics import Point, parse_point
+from fedsft_assets.federation.journal import Entry, Journal, Missed, Progress, RoundDone, Started, Stopped, from_line
+from fedsft_assets.federation.metrics import Point
 from fedsft_assets.federation.phases import longest_phases, round_to_ms
 from fedsft_assets.federation.processes import MARK, stop_marked
-from fedsft_assets.federation.report import MODEL_FILE, Curve, JobReport, global_curve
-from fedsft_assets.federation.server import BEST_MODEL
-from fedsft_assets.federation.simulator import Simulator
-from fedsft_assets.federation.tail import Tail
-from fedsft_assets.federation.trainer_log import Progress, TrainerFailure, read_line
+from fedsft_assets.federation.record import Workspace
+from fedsft_assets.federation.report import MODEL_FILE, JobReport, global_curve
+from fedsft_assets.federation.runtime import JobState, Runtime, UnavailableError
+from fedsft_assets.federation.runtimes import make_runtime
+from fedsft_assets.federation.trainer_log import TrainerFailure, first_failure
+from fedsft_assets.settings import Settings
 from fedsft_assets.specs import JobSpec, SitePlan
 from fedsft_assets.store import publish_folder
 
 _POLL_SECONDS = 0.3
-_TAIL_LINES = 40
+_TAIL_LINES, _LINES_TO_SEARCH = 40, 5000
+_SILENCE = 2.0  # of site_timeout: the server itself must have said something by then
 
 
 class JobFailedError(RuntimeError):
-    """The job ended without a result; the message is for the user."""
+    """The job ended without a result; the message is for the user. `lost`: another attempt may go on with it."""
+
+    def __init__(self, message: str, lost: bool = False) -> None:
+        super().__init__(message)
+        self.lost = lost
 
 
-def supervise(job_folder: Path, workspace: Path, testing_file: Path, into: Path, threads: int) -> Iterator[Event]:
-    """Run the job to its end and write its checkpoint and report into the folder `into`.
-
-    `threads` is per trainer; 0 shares the cores among the trainers. Raises JobFailedError, also when the
-    parent process ends.
-    """
-    spec = read_spec(job_folder)
-    begun = time.monotonic()
-    job = Simulator(job_folder, workspace, list(spec.sites))
-    job.start(threads or max(1, (os.cpu_count() or 1) // len(spec.sites)))
-    points: list[Point] = []
-    for event in _follow(job):
-        if isinstance(event, Point):
-            points.append(event)
-        yield event
-    try:
-        curve = global_curve(points, spec)
-    except ValueError as error:
-        raise JobFailedError(f"{error}\nThe end of {job.log_file}:\n{Tail(job.log_file).end(_TAIL_LINES)}") from error
-    yield Progress("writing the checkpoint and scoring it on the combined testing split")
-    plan, phases = read_plans(job_folder)[0], longest_phases(points)
-    yield _finish(spec, plan, job.run_dir / BEST_MODEL, testing_file, into, curve, begun, phases)
+class _OrphanedError(Exception):
+    """Whoever started this process is gone."""
 
 
-def _follow(job: Simulator) -> Iterator[Event]:
-    """Events of a running job until it has ended and all is read."""
-    logs, metrics = {site: Tail(path) for site, path in job.site_logs.items()}, Tail(job.metrics_file)
-    parent = os.getppid()
-    while True:
-        if os.getppid() != parent:
-            raise JobFailedError("whoever started the job is gone")
-        ended = job.poll() is not None
-        for site, log in logs.items():
-            for said in map(read_line, log.new_lines()):
-                if isinstance(said, TrainerFailure):
-                    raise JobFailedError(_explain(site, said, log))
-                if said:
-                    yield said
-        yield from map(parse_point, metrics.new_lines())
-        if ended:
+class Supervision:
+    """One attempt to bring an execution to its end."""
+
+    def __init__(self, job_folder: Path, workspace: Workspace, runtime_name: str, threads: int) -> None:
+        """`threads` is per trainer; 0 shares the cores among the trainers."""
+        execution = workspace.execution()
+        assert execution, "run_job begins an execution before it starts a supervisor"
+        self.spec, self.plans = read_spec(job_folder), read_plans(job_folder)
+        self._job_folder, self._workspace, self._execution = job_folder, workspace, execution
+        self._runtime_name = runtime_name
+        self._journal = Journal(workspace.journal)
+        self._runtime: Runtime = make_runtime(
+            runtime_name,
+            Settings(),
+            workspace.runtime,
+            threads or max(1, (os.cpu_count() or 1) // len(self.spec.sites)),
+        )
+        self.points: dict[tuple[object, ...], Point] = {}
+        self.missed: list[Missed] = []
+        self._stopped: Stopped | None = None
+
+    def run(self) -> Iterator[Event]:
+        """Everything up to the fetched result. Raises JobFailedError or _OrphanedError."""
+        if self._execution.fetched:
+            yield Progress("the job has ended already; its result is here")
+            self._read_fetched()
             return
-        time.sleep(_POLL_SECONDS)
+        try:
+            job_id = yield from self._attach_or_submit()
+            try:
+                state = yield from self._follow(job_id)
+            except (_OrphanedError, GeneratorExit):
+                if not self._runtime.outlives:
+                    self._runtime.abort(job_id)
+                raise
+            except BaseException:
+                self._runtime.abort(job_id)
+                raise
+            if not state.succeeded or self._stopped:
+                raise self._failure(job_id, state)
+            self._fetch(job_id)
+        except UnavailableError as error:
+            raise JobFailedError(str(error), lost=True) from error
+        finally:
+            self._runtime.close()
+
+    @property
+    def job_id(self) -> str:
+        return self._execution.job_id or ""
+
+    def _attach_or_submit(self) -> Generator[Event, None, str]:
+        self._runtime.prepare(list(self.spec.sites))
+        job_id = self._execution.job_id
+        if job_id and self._runtime.outlives:
+            state = self._runtime.poll(job_id)
+            if not state.ended or state.succeeded:
+                yield Progress(f"takes over FLARE job {job_id}")
+                return job_id
+        if self._execution.rounds:
+            yield Progress(f"goes on after round {self._execution.rounds} of {self.spec.rounds}")
+        job_id = self._runtime.submit(self._submission())
+        self._save(job_id=job_id)
+        yield Progress(f"FLARE job {job_id} in the {self._runtime_name}")
+        return job_id
+
+    def _submission(self) -> Path:
+        """The job folder, with the execution that it is for in its meta.json."""
+        folder = self._workspace.submitted / self._job_folder.name
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(self._job_folder, folder)
+        meta_file = folder / "meta.json"
+        meta = json.loads(meta_file.read_text(encoding="utf-8"))
+        meta_file.write_text(json.dumps({**meta, EXECUTION_KEY: self._execution.id}, indent=2), encoding="utf-8")
+        return folder
+
+    def _follow(self, job_id: str) -> Generator[Event, None, JobState]:
+        """Events of a running job until it has ended and all is read."""
+        parent, heard = os.getppid(), time.monotonic()
+        while True:
+            if os.getppid() != parent:
+                raise _OrphanedError
+            state = self._runtime.poll(job_id)
+            lines = self._runtime.new_lines(job_id)
+            entries = [from_line(line) for line in lines]
+            self._journal.add(entries)
+            for entry in entries:
+                yield from self._take(entry)
+            if lines:
+                heard = time.monotonic()
+            if state.ended:
+                return state
+            silent = time.monotonic() - heard
+            if silent > _SILENCE * self.spec.site_timeout:
+                raise JobFailedError(
+                    f"FLARE job {job_id}: neither server nor sites said anything for {silent:.0f} s", lost=True
+                )
+            time.sleep(_POLL_SECONDS)
+
+    def _take(self, entry: Entry) -> Iterator[Event]:
+        match entry:
+            case Point():
+                if entry.identity not in self.points:
+                    self.points[entry.identity] = entry
+                    yield entry
+            case Progress():
+                yield entry
+            case Missed():
+                self.missed.append(entry)
+                yield entry
+            case RoundDone(round):
+                self._save(rounds=round)
+            case Started(finished):
+                self.missed = [one for one in self.missed if one.round <= finished]
+                self._stopped = None
+            case Stopped():
+                self._stopped = entry
+
+    def _fetch(self, job_id: str) -> None:
+        shutil.rmtree(self._workspace.result, ignore_errors=True)
+        with publish_folder(self._workspace.result) as folder:
+            self._runtime.fetch(job_id, folder)
+        self._save(fetched=True)
+
+    def _read_fetched(self) -> None:
+        for line in self._workspace.journal.read_text(encoding="utf-8").splitlines():
+            for _ in self._take(from_line(line)):
+                pass
+
+    def _save(self, **changes: object) -> None:
+        self._execution = self._workspace.save(replace(self._execution, **changes))  # type: ignore[arg-type]
+
+    def _failure(self, job_id: str, state: JobState) -> JobFailedError:
+        """What the user must see."""
+        if self._stopped and not self._stopped.lost_sites:
+            return JobFailedError(self._stopped.reason)
+        if not self._stopped:
+            end = self._runtime.end_of_log(job_id, "server", _TAIL_LINES)
+            return JobFailedError(
+                f"FLARE job {job_id} ended early: {state.said}\nThe end of the server's log:\n{end}", True
+            )
+        last = max((one.round for one in self.missed), default=0)
+        missed = [one for one in self.missed if one.round == last]
+        reasons = [self._why(job_id, one) for one in missed]
+        said = "\n".join(text for text, _ in reasons)
+        return JobFailedError(f"{self._stopped.reason}\n{said}", lost=not any(own for _, own in reasons))
+
+    def _why(self, job_id: str, missed: Missed) -> tuple[str, bool]:
+        """Why a site is missing: its trainer's own traceback, or what its site's log says; and which of both."""
+        if missed.failure:
+            return f"the trainer of {missed.site} failed:\n{missed.failure}", True
+        log = self._runtime.end_of_log(job_id, missed.site, _LINES_TO_SEARCH)
+        failure = first_failure(log)
+        if not failure:
+            return f"{missed.site}: {missed.reason}", False
+        return explain(missed.site, failure, log), failure.said_why
 
 
-def _explain(site: str, failure: TrainerFailure, log: Tail) -> str:
-    """What the user must see: the trainer's own traceback, or the end of its site's log."""
-    rest = "" if failure.said_why else f"\nThe end of {log.path}:\n{log.end(_TAIL_LINES)}"
+def explain(site: str, failure: TrainerFailure, log: str) -> str:
+    """A trainer's failure for the user: its own traceback, or the end of its site's log."""
+    end = "\n".join(log.splitlines()[-_TAIL_LINES:])
+    rest = "" if failure.said_why else f"\nThe end of the site's log:\n{end}"
     return f"the trainer of {site} failed:\n{failure.reason}{rest}"
 
 
-def _finish(
-    spec: JobSpec,
-    plan: SitePlan,
-    weights: Path,
-    testing_file: Path,
-    into: Path,
-    curve: Curve,
-    begun: float,
-    phases: dict[str, float],
-) -> JobReport:
+def supervise(
+    job_folder: Path, workspace: Workspace, testing_file: Path, into: Path, runtime: str, threads: int
+) -> Iterator[Event]:
+    """Bring the job to its end and write its checkpoint and report into the folder `into`. Raises JobFailedError."""
+    begun = time.monotonic()
+    supervision = Supervision(job_folder, workspace, runtime, threads)
+    yield from supervision.run()
+    yield Progress("writing the checkpoint and scoring it on the combined testing split")
+    yield _finish(supervision, workspace.result / BEST_MODEL, testing_file, into, begun, runtime)
+
+
+def _finish(done: Supervision, weights: Path, testing_file: Path, into: Path, begun: float, runtime: str) -> JobReport:
     saving = time.monotonic()
     import torch
 
     from fedsft_assets.model.archive import content_digest
     from fedsft_assets.model.language_model import LanguageModel
 
+    spec: JobSpec = done.spec
+    plan: SitePlan = done.plans[0]
+    curve, phases = global_curve(list(done.points.values()), spec), longest_phases(done.points.values())
     model = LanguageModel.load(plan.base_model)
-    trained = torch.load(weights, map_location="cpu", weights_only=True)
+    trained = torch.load(weights, map_location="cpu", weights_only=True, mmap=True)
     with publish_folder(into) as folder:
         if plan.training.peft:
             from fedsft_assets.model.adapters import ADAPTER_FOLDER, add_adapters
@@ -131,9 +265,17 @@ def _finish(
             checkpoint_digest=content_digest(folder / MODEL_FILE),
             base_model_digest=content_digest(plan.base_model),
             validation_digest=plan.digests["validation_file"],
+            runtime=runtime,
+            job_id=done.job_id,
+            missed=_by_site(done.missed),
         )
         report.write(folder)
     return report
+
+
+def _by_site(missed: list[Missed]) -> dict[str, list[int]]:
+    sites = sorted({one.site for one in missed})
+    return {site: sorted({one.round for one in missed if one.site == site}) for site in sites}
 
 
 def _stop(_signal: int, _frame: FrameType | None) -> None:
@@ -144,6 +286,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Run one job and write its checkpoint.")
     for name in ("job-folder", "workspace", "testing-file", "into"):
         parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--runtime", required=True)
     parser.add_argument("--threads", type=int, default=0)
     args = parser.parse_args()
     # Standard output is for events alone; whatever libraries print goes where errors go.
@@ -153,14 +296,21 @@ def main() -> None:
     signal.signal(signal.SIGINT, _stop)
     code = 1
     try:
-        for event in supervise(args.job_folder, args.workspace, args.testing_file, args.into, args.threads):
+        workspace = Workspace(args.workspace)
+        for event in supervise(args.job_folder, workspace, args.testing_file, args.into, args.runtime, args.threads):
             print(encode(event), file=events, flush=True)
         code = 0
     except JobFailedError as error:
-        print(encode(Failed(str(error))), file=events, flush=True)
+        print(encode(Failed(str(error), error.lost)), file=events, flush=True)
+    except SystemExit as error:
+        code = int(error.code or 0)
+    except (_OrphanedError, BrokenPipeError):
+        pass
     finally:
         stop_marked(os.environ[MARK])
-    sys.exit(code)
+    # An open session of NVFlare's keeps an interpreter from ending.
+    events.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,11 @@
-"""The lines that trainers and NVFlare write, and what of them a person must see.
-
-Trainers mark their lines; NVFlare passes them through its own log, which adds a prefix.
-"""
+"""Why a site's trainer ended before its job did, from the log that NVFlare keeps at the site."""
 
 import json
 import re
 import signal
 from dataclasses import dataclass
 
-PROGRESS_MARK = "fedsft-progress: "
-FAILURE_MARK = "fedsft-failure: "
+FAILURE_MARK = "fedsft-failure: "  # trainers print their own traceback behind it, in one line
 
 # What NVFlare's external_process_backend says, while it waits for a trainer and while it fetches a result,
 # and what torchrun says of the first of a trainer's processes that failed.
@@ -21,11 +17,6 @@ _EXIT = re.compile(
 
 
 @dataclass(frozen=True)
-class Progress:
-    text: str
-
-
-@dataclass(frozen=True)
 class TrainerFailure:
     """A trainer that ended before its job did; `said_why` tells whether the reason is its own traceback."""
 
@@ -33,10 +24,13 @@ class TrainerFailure:
     said_why: bool
 
 
-def read_line(line: str) -> Progress | TrainerFailure | None:
-    """What a line of a site's log says, or None if it is of no interest."""
-    if PROGRESS_MARK in line:
-        return Progress(line.split(PROGRESS_MARK, 1)[1].rstrip())
+def first_failure(log: str) -> TrainerFailure | None:
+    """The first reason that a log gives, if it gives one."""
+    return next((failure for failure in map(read_line, log.splitlines()) if failure), None)
+
+
+def read_line(line: str) -> TrainerFailure | None:
+    """What a line of a site's log says of a failure, or None."""
     if FAILURE_MARK in line:
         return TrainerFailure(json.loads(line.split(FAILURE_MARK, 1)[1]), said_why=True)
     if match := _EXIT.search(line):

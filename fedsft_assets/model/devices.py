@@ -4,7 +4,7 @@ Both offer the same few operations, so the training loop does not know which it 
 each is a process that torchrun started; all of them make the same calls.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -50,8 +50,8 @@ class Devices(Protocol):
     def total(self, value: Tensor) -> Tensor:
         """The sum over all processes."""
 
-    def weights(self) -> dict[str, Tensor]:
-        """As LanguageModel.weights, at rank 0; nothing elsewhere."""
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """As LanguageModel.weights, one after the other, at rank 0; nothing elsewhere. All processes must take all."""
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """As LanguageModel.load_weights; those of rank 0 count."""
@@ -121,8 +121,8 @@ class OneDevice:
     def total(self, value: Tensor) -> Tensor:
         return value
 
-    def weights(self) -> dict[str, Tensor]:
-        return self.model.weights()
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        return self.model.each_weight()
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         self.model.load_weights(weights)

@@ -182,10 +182,12 @@ class LanguageModel(nn.Module):
 
     def weights(self) -> dict[str, Tensor]:
         """All weights as they travel: copies on the CPU, fp32, each tied tensor once under its first name."""
-        return {
-            name: tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else None, copy=True)
-            for name, tensor in self.distinct_parameters().items()
-        }
+        return dict(self.each_weight())
+
+    def each_weight(self) -> Iterator[tuple[str, Tensor]]:
+        """`weights`, one after the other."""
+        for name, tensor in self.distinct_parameters().items():
+            yield name, tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else None, copy=True)
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Take over weights as `weights` gives them, of any float type; what is tied stays tied.

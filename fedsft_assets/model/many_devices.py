@@ -4,7 +4,7 @@ Imported only where there are several: Lightning takes longer to import than all
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -73,15 +73,13 @@ class ManyDevices:
         assert isinstance(result, Tensor)
         return result
 
-    def weights(self) -> dict[str, Tensor]:
-        whole = {}
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in self.model.distinct_parameters().items():
             full = tensor.detach()
             if isinstance(full, DTensor):
                 full = full.full_tensor()  # every process takes part, one tensor at a time
             if self.rank == 0:
-                whole[name] = full.to("cpu", torch.float32 if full.is_floating_point() else None, copy=True)
-        return whole
+                yield name, full.to("cpu", torch.float32 if full.is_floating_point() else None, copy=True)
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:

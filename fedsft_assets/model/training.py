@@ -33,7 +33,7 @@ class StepPoint:
 
     `round` is 0-based, `step` 1-based within the round's `steps`. `samples` are the records that the
     site has seen in the whole job so far, `tokens` the answer tokens of this step, `loss` their mean
-    loss before the step, `seconds` what the step took.
+    loss before the step, `all_tokens` those of whole records, `seconds` what the step took.
     """
 
     round: int
@@ -41,6 +41,7 @@ class StepPoint:
     steps: int
     samples: int
     tokens: int
+    all_tokens: int
     loss: float
     learning_rate: float
     seconds: float
@@ -137,14 +138,15 @@ def train_round(
             devices.step(prepared, training.gradient_clip)
             samples += len(indices)
             seconds = time.perf_counter() - step_started
-            points.append(StepPoint(round, step, len(batches), samples, targets, loss, rate, seconds))
+            whole = sum(len(tokens[index]) for index in indices)
+            points.append(StepPoint(round, step, len(batches), samples, targets, whole, loss, rate, seconds))
             if on_step:
                 on_step(points[-1])
     seconds = time.perf_counter() - started
     return RoundReport(
         samples=sum(map(len, batches)),
         tokens=sum(point.tokens for point in points),
-        all_tokens=sum(len(tokens[index]) for indices in batches for index in indices),
+        all_tokens=sum(point.all_tokens for point in points),
         steps=len(points),
         loss=sum(point.loss * point.tokens for point in points) / max(sum(point.tokens for point in points), 1),
         seconds=seconds,
@@ -154,24 +156,31 @@ def train_round(
 
 
 def mean_loss(
-    model: LanguageModel, tokens: Sequence[Tokens], training: ResolvedTraining, devices: Devices | None = None
+    model: LanguageModel,
+    tokens: Sequence[Tokens],
+    training: ResolvedTraining,
+    devices: Devices | None = None,
+    on_batch: Callable[[int], None] | None = None,
 ) -> Loss:
     """The model's mean loss over all targets: the same for every size of batches and number of devices.
 
-    Raises TrainingError if there is no record.
+    `on_batch` is called after every batch with the records so far. Raises TrainingError if there is no record.
     """
     answer_only = training.answer_only_loss
     count = sum(one.targets(answer_only) for one in tokens)
     if not count:
         raise TrainingError("no answer tokens to take a loss over")
     devices = devices or OneDevice(model, training.precision)
-    total = torch.zeros((), dtype=torch.float64, device=devices.device)
+    total, done = torch.zeros((), dtype=torch.float64, device=devices.device), 0
     model.eval()
     with freed_memory_kept(), model.answer_loss.prepared(), torch.no_grad():
         for indices in evaluation_batches(tokens, training.batch_size):
             for part, weight in _parts(devices, tokens, indices, training):
                 batch = model.answer_loss.batch([tokens[index] for index in part], answer_only)
                 total += weight * devices.loss(batch.to(devices.device))
+            done += len(indices)
+            if on_batch:
+                on_batch(done)
     return Loss(devices.total(total).item() / count, count)
 
 

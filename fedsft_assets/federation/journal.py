@@ -1,0 +1,126 @@
+"""What happens in a job, in the order in which it does: one JSON object a line, in a file that outlives any process.
+
+Written by the server part of a job, read by whoever watches it.
+"""
+
+import json
+import os
+import threading
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fedsft_assets.federation.metrics import Point
+
+JOURNAL_FILE = "journal.jsonl"
+_AT_MOST = 1 << 20  # bytes of one answer
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Something to tell a person who watches."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Missed:
+    """A site without a result in a round (1-based). `failure` is its trainer's own traceback, if it could say it."""
+
+    site: str
+    round: int
+    reason: str
+    failure: str | None = None
+
+
+@dataclass(frozen=True)
+class RoundDone:
+    """A round (1-based) whose global model is on the server's disk: from here on nothing before it can be lost."""
+
+    round: int
+
+
+@dataclass(frozen=True)
+class Started:
+    """A server begins, or goes on, after `finished` rounds."""
+
+    finished: int
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """The server ends the job before its end; `lost_sites` means that too few sites were left."""
+
+    reason: str
+    lost_sites: bool = False
+
+
+Entry = Point | Progress | Missed | RoundDone | Started | Stopped
+_KINDS: dict[str, type[Any]] = {
+    "point": Point,
+    "progress": Progress,
+    "missed": Missed,
+    "round": RoundDone,
+    "started": Started,
+    "stopped": Stopped,
+}
+_NAMES = {kind: name for name, kind in _KINDS.items()}
+
+
+def to_line(entry: Entry) -> str:
+    return json.dumps({"entry": _NAMES[type(entry)], **asdict(entry)}) + "\n"
+
+
+def from_line(line: str) -> Entry:
+    """Raises ValueError for a line that is no entry."""
+    data = json.loads(line)
+    if not isinstance(data, dict) or data.get("entry") not in _KINDS:
+        raise ValueError(f"expected an entry of a journal, found {line!r}")
+    entry: Entry = _KINDS[data.pop("entry")](**data)
+    return entry
+
+
+class Journal:
+    """Appends entries; those of a point that is there already are left out, so a round may be done twice.
+
+    What a process that died left of a line is removed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        self._known: set[tuple[Any, ...]] = set()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+b") as file:
+            file.seek(0)
+            content = file.read()
+            file.truncate(content.rfind(b"\n") + 1)
+        for line in content.decode(errors="replace").splitlines()[: content.count(b"\n")]:
+            entry = from_line(line)
+            if isinstance(entry, Point):
+                self._known.add(entry.identity)
+
+    def add(self, entries: Iterable[Entry], durable: bool = True) -> None:
+        """Append what is new; with `durable`, wait until it is on the disk."""
+        with self._lock:
+            lines = []
+            for entry in entries:
+                if isinstance(entry, Point):
+                    if entry.identity in self._known:
+                        continue
+                    self._known.add(entry.identity)
+                lines.append(to_line(entry))
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("".join(lines))
+                file.flush()
+                if durable:
+                    os.fsync(file.fileno())
+
+    def read(self, offset: int) -> tuple[str, int]:
+        """Whole lines from a byte on, some 1 MB at most, and the byte that the next call goes on at."""
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            content = file.read(_AT_MOST)
+        whole = content[: content.rfind(b"\n") + 1]
+        return whole.decode(), offset + len(whole)

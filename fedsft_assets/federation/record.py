@@ -1,0 +1,88 @@
+"""What the operator's side keeps of one execution of a job, so that a later attempt goes on with it.
+
+An execution is of one job folder and one base model in one runtime. It ends when its checkpoint is registered; until
+then every attempt to run the job takes it up again.
+"""
+
+import json
+import os
+import shutil
+import uuid
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from fedsft_assets.store import publish_file
+
+_FILE = "execution.json"
+
+
+@dataclass(frozen=True)
+class Execution:
+    """`subject` says what is executed; `job_id` is the FLARE job that was submitted last, `rounds` are finished.
+
+    `fetched` means that the job has ended well and its files are in the workspace, `ended` that nothing is left to do.
+    """
+
+    id: str
+    subject: dict[str, str]
+    job_id: str | None = None
+    rounds: int = 0
+    fetched: bool = False
+    ended: bool = False
+
+
+class Workspace:
+    """The folder of a job in which its executions happen, one after the other."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def submitted(self) -> Path:
+        """The job folder as it was submitted."""
+        return self.folder / "submitted"
+
+    @property
+    def result(self) -> Path:
+        """What the server part of the job left."""
+        return self.folder / "result"
+
+    @property
+    def runtime(self) -> Path:
+        """For the runtime's own files."""
+        return self.folder / "runtime"
+
+    @property
+    def journal(self) -> Path:
+        """This side's copy of the server's journal."""
+        return self.folder / "journal.jsonl"
+
+    def execution(self) -> Execution | None:
+        """The last one, if there was any."""
+        path = self.folder / _FILE
+        try:
+            return Execution(**json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError):
+            return None  # of another version of this package: nothing that could be gone on with
+
+    def take_up(self, subject: dict[str, str]) -> Execution:
+        """The execution to go on with; if there is none of that subject, a new one in an empty folder."""
+        last = self.execution()
+        if last and not last.ended and last.subject == subject:
+            return last
+        shutil.rmtree(self.folder, ignore_errors=True)
+        return self.save(Execution(uuid.uuid4().hex, subject))
+
+    def save(self, execution: Execution) -> Execution:
+        with publish_file(self.folder / _FILE) as path, path.open("w", encoding="utf-8") as file:
+            json.dump(asdict(execution), file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        return execution
+
+    def end(self) -> None:
+        """Nothing is left to do: the next execution starts anew."""
+        if last := self.execution():
+            self.save(replace(last, ended=True))

@@ -1,0 +1,68 @@
+"""Which sites a round waits for: those that have not answered, and have been heard of not long ago."""
+
+import threading
+import time
+from collections.abc import Collection
+
+from fedsft_assets.federation.journal import Missed
+
+
+class SiteWatch:
+    """A site is waited for until it answers, fails, or says nothing for `timeout` seconds.
+
+    Methods may be called from any thread.
+    """
+
+    def __init__(self, sites: Collection[str], timeout: float) -> None:
+        self._sites, self._timeout = sorted(sites), timeout
+        self._lock = threading.Lock()
+        self._heard = dict.fromkeys(self._sites, time.monotonic())
+        self._answered: set[str] = set(self._sites)
+        self._lost: dict[str, str] = {}
+        self._failures: dict[str, str] = {}
+
+    def begin(self, connected: Collection[str]) -> None:
+        """A task is given to these sites; who answered the last one was idle since, not silent."""
+        with self._lock:
+            for site in self._answered:
+                self._heard[site] = time.monotonic()
+            self._answered = set()
+            self._lost = {site: "it is not connected" for site in self._sites if site not in connected}
+            self._lost.update(dict.fromkeys(self._failures, "its trainer failed"))
+
+    def heard(self, site: str) -> None:
+        with self._lock:
+            if site in self._heard:
+                self._heard[site] = time.monotonic()
+
+    def done(self, site: str) -> None:
+        with self._lock:
+            self._answered.add(site)
+
+    def lost(self, site: str, reason: str) -> None:
+        """It cannot do its task any more. The first reason is the one to tell."""
+        with self._lock:
+            if site not in self._answered:
+                self._lost.setdefault(site, reason)
+
+    def failed(self, site: str, traceback: str) -> None:
+        """Its trainer says why it gives up; it will not come back in this job."""
+        with self._lock:
+            self._failures[site] = traceback
+        self.lost(site, "its trainer failed")
+
+    def waits(self, at_least: int) -> bool:
+        """Whether there is a site to wait for, and so many may still answer in all."""
+        with self._lock:
+            open_sites = [site for site in self._sites if site not in self._answered and site not in self._lost]
+            hopeful = [site for site in open_sites if time.monotonic() - self._heard[site] < self._timeout]
+            return bool(hopeful) and len(self._answered) + len(hopeful) >= at_least
+
+    def missed(self, site: str, round: int) -> Missed:
+        """Why a site did not answer."""
+        with self._lock:
+            silent = time.monotonic() - self._heard[site]
+            reason = self._lost.get(site, "the round ended before it answered")
+            if site not in self._lost and silent >= self._timeout:
+                reason = f"it has said nothing for {silent:.0f} s (site_timeout is {self._timeout:g} s)"
+            return Missed(site, round, reason, self._failures.get(site))
