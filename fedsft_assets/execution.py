@@ -11,15 +11,17 @@ from typing import Any
 from fedsft_assets.data.report import SplitReport
 from fedsft_assets.evaluation.comparison import plot
 from fedsft_assets.federation.job_folder import SPEC_FILE, read_plans, read_spec
-from fedsft_assets.federation.launch import run_job
+from fedsft_assets.federation.journal import Progress, from_line
+from fedsft_assets.federation.launch import begin_execution, run_job
 from fedsft_assets.federation.metrics import Point
+from fedsft_assets.federation.record import Workspace
 from fedsft_assets.federation.report import REPORT_FILE, JobReport
-from fedsft_assets.federation.trainer_log import Progress
 from fedsft_assets.specs import JobSpec, ModelPreset, SitePlan
 from fedsft_assets.store import Store, folder_digest, split_file
-from fedsft_assets.tracking import TrackedJob, Tracking, register
+from fedsft_assets.tracking import Registered, TrackedJob, Tracking
 
 CHART_FILE = "val_loss.png"
+_RUNTIME = "simulator"
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,7 @@ class ExecutedJob:
     report: JobReport
     folder: Path
     chart: Path
-    mlflow_run_id: str
-    registered_model: str
-    registered_version: str
+    registered: Registered
 
 
 def execute_job(
@@ -47,6 +47,7 @@ def execute_job(
     """Run the job folder of `job`, track it, write its checkpoint and register it.
 
     `tags` go to the MLflow runs beside the data versions; `say` gets one line of progress at a time.
+    A tracking server that does not answer changes nothing but that it gets everything later (see `Outbox`).
     Raises JobError if the job fails; its MLflow runs are then FAILED, or KILLED if it was interrupted.
     """
     folder, into = store.job_folder(job), store.checkpoint(job)
@@ -54,13 +55,29 @@ def execute_job(
     data = SplitReport.read(store.combined).digest
     versions = {"data_version.job_folder": folder_digest(folder), "data_version.combined": data}
     params = {"model": preset.name, **_params(spec, plans[0])}
-    with TrackedJob(tracking, job, list(spec.sites), params, {**tags, **versions}, note=spec.description) as tracked:
+    workspace = Workspace(store.flare(job))
+    earlier = journal_points(workspace.journal)
+    execution = begin_execution(folder, workspace.folder, _RUNTIME)
+    with TrackedJob(
+        tracking,
+        store,
+        job,
+        execution.id,
+        list(spec.sites),
+        params,
+        {**tags, **versions},
+        spec.description,
+        say,
+        earlier,
+        lambda: journal_points(workspace.journal),
+    ) as tracked:
         report: JobReport | None = None
         for event in run_job(
             job_folder=folder,
-            workspace=store.flare(job),
+            workspace=workspace.folder,
             testing_file=split_file(store.combined, "testing"),
             into=into,
+            runtime=_RUNTIME,
             threads=threads_per_trainer,
             environment=environment,
         ):
@@ -74,10 +91,23 @@ def execute_job(
         assert report is not None, "run_job ends with a report or raises"
         chart = into / CHART_FILE
         plot([report], chart)
-        tracked.finish(report, into, artifacts=[into / REPORT_FILE, folder / SPEC_FILE, chart])
-    name = f"fedsft-{preset.name}"
-    version = register(tracking, name, tracked.run_id, report, into, data)
-    return ExecutedJob(report, into, chart, tracked.run_id, name, version)
+        artifacts = [into / REPORT_FILE, folder / SPEC_FILE, chart]
+        registered = tracked.finish(report, into, artifacts, model=f"fedsft-{preset.name}", data=data)
+    workspace.end()
+    return ExecutedJob(report, into, chart, registered)
+
+
+def journal_points(journal: Path) -> list[Point]:
+    """The points in the file of a journal, as far as it is written; none if it is not there."""
+    points = []
+    for line in journal.read_bytes().splitlines(keepends=True) if journal.is_file() else []:
+        try:
+            entry = from_line(line.decode())
+        except (ValueError, TypeError):
+            continue  # half a line of a process that died, or what another version of this package wrote
+        if isinstance(entry, Point):
+            points.append(entry)
+    return points
 
 
 def _params(spec: JobSpec, plan: SitePlan) -> dict[str, Any]:

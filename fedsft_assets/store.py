@@ -68,6 +68,19 @@ class Store:
         """The workspace in which the runtime runs a job."""
         return self.home / "flare" / job
 
+    def tracking_record(self, job: str) -> Path:
+        """What MLflow is to know of the job's last execution, beside its workspace, which is emptied at a new start."""
+        return self.home / "flare" / f"{job}.tracking.json"
+
+    @property
+    def outbox(self) -> Path:
+        """What the tracking server has not taken yet."""
+        return self.home / "tracking"
+
+    def tensorboard(self, job: str) -> Path:
+        """The event files of the job's last execution."""
+        return self.home / "tensorboard" / job
+
     @property
     def mlflow_uri(self) -> str:
         return f"sqlite:///{self.home / 'mlflow.db'}"

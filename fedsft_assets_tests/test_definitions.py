@@ -18,9 +18,9 @@ GRAPH_FILE = Path(__file__).with_name("graph.json")
 RENEW = "RENEW_GRAPH"
 PACKAGE = PROJECT / "fedsft_assets"
 PLAIN = [
-    *(f"{folder}/{path.name}" for folder in ("data", "model", "federation", "evaluation") for path in
+    *(f"{folder}/{path.name}" for folder in ("data", "model", "federation", "evaluation", "tracking") for path in
       sorted((PACKAGE / folder).glob("*.py"))),
-    *("tracking.py", "execution.py", "generate.py", "specs.py", "store.py", "settings.py"),
+    *("execution.py", "generate.py", "specs.py", "store.py", "settings.py"),
 ]  # fmt: skip
 
 

@@ -384,6 +384,9 @@ def test_everything_lives_under_one_home(tmp_path: Path) -> None:
         store.reports,
         store.flare("fedavg"),
         store.mlflow_artifacts,
+        store.tracking_record("fedavg"),
+        store.outbox,
+        store.tensorboard("fedavg"),
         Path(store.mlflow_uri.removeprefix("sqlite:///")),
     ]
     assert all(place.is_relative_to(tmp_path) for place in places)

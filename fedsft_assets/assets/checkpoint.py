@@ -15,6 +15,8 @@ GPU_TAGS = {
     "dagster-k8s/config": {"container_config": {"resources": {"limits": {"nvidia.com/gpu": "1"}}}},
 }
 
+NOT_YET = "(not yet: the tracking server does not answer; `fedsft track` delivers what waits)"
+
 
 class LaunchConfig(dg.Config):
     """How a job is run; what it does is in its job folder."""
@@ -58,7 +60,7 @@ def checkpoint_asset(spec: JobSpec) -> dg.AssetsDefinition:
 
 
 def _result(executed: ExecutedJob) -> dg.MaterializeResult:
-    report = executed.report
+    report, registered = executed.report, executed.registered
     return dg.MaterializeResult(
         data_version=dg.DataVersion(report.checkpoint_digest),
         metadata={
@@ -70,7 +72,7 @@ def _result(executed: ExecutedJob) -> dg.MaterializeResult:
             "tokens trained": report.tokens,
             "seconds": round(report.seconds, 1),
             "path": dg.MetadataValue.path(executed.folder / MODEL_FILE),
-            "MLflow run": executed.mlflow_run_id,
-            "registered as": f"{executed.registered_model} version {executed.registered_version}",
+            "MLflow run": registered.run_id or NOT_YET,
+            "registered as": f"{registered.model} version {registered.version or NOT_YET}",
         },
     )

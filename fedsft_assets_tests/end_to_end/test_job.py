@@ -71,14 +71,14 @@ def test_federated_job_ends_with_a_checkpoint_that_is_tracked_and_registered(
     runs = {run.info.run_name: run for run in client.search_runs(experiments)}
     assert sorted(runs) == ["fedavg", "fedavg site-1", "fedavg site-2", "fedavg site-3"]
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
-    history = client.get_metric_history(executed.mlflow_run_id, "val_loss")
+    history = client.get_metric_history(executed.registered.run_id, "val_loss")
     assert sorted((m.step, m.value) for m in history) == list(zip(report.samples, report.val_loss, strict=True))
-    steps = client.get_metric_history(executed.mlflow_run_id, "train_loss")
+    steps = client.get_metric_history(executed.registered.run_id, "train_loss")
     assert sorted(m.step for m in steps) == [3 * 16 * k for k in range(1, 6 * ROUNDS + 1)]
     child = client.get_metric_history(runs["fedavg site-2"].info.run_id, "train_loss")
     assert sorted(m.step for m in child) == [16 * k for k in range(1, 6 * ROUNDS + 1)]
     champion = client.get_model_version_by_alias("fedsft-tiny", CHAMPION)
-    assert str(champion.version) == executed.registered_version
+    assert str(champion.version) == executed.registered.version
     assert marked_processes(str(store.flare(job))) == []
 
 

@@ -1,0 +1,247 @@
+"""Bringing one execution of a job to MLflow, in steps that may be done again after any failure.
+
+When the outcome of a call is not known (no answer in time, a connection that broke), MLflow is asked what it has
+before anything is sent again. A request that is still on its way then and is served late does no harm: for
+MLflow's database, values with the same name, step, time and value are one.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from fedsft_assets.federation.metrics import Point
+from fedsft_assets.tracking.record import Ending, Execution, Registration
+from fedsft_assets.tracking.server import CHAMPION, Tracking
+from fedsft_assets.tracking.values import JOB, Value, value_of, values_of
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+    from mlflow.entities.model_registry import ModelVersion
+
+EXECUTION_TAG = "fedsft.execution"
+_METRICS = 500  # in one call; MLflow takes 1,000, and 1 MB
+_PARAMS = 100  # in one call, as many as MLflow takes
+_READINGS = 5
+
+_Item = TypeVar("_Item")
+
+
+class NotKeptError(RuntimeError):
+    """MLflow takes values and does not have them afterwards."""
+
+
+class Delivery:
+    """What MLflow is to have of an execution, and what of it is known to be there.
+
+    `save` is called when the execution's record has changed. With `found_again` the execution is not new: what
+    MLflow has of it is asked for first. Every method may raise what MLflow raises, and is then simply called again.
+    """
+
+    def __init__(
+        self, tracking: Tracking, execution: Execution, save: Callable[[Execution], object], found_again: bool
+    ) -> None:
+        self._tracking = tracking
+        self._execution = execution
+        self._save = save
+        self._look_first = found_again
+        self._experiment = ""
+        self._known_points: set[Hashable] = set()
+        self._wanted: defaultdict[str, dict[Hashable, Value]] = defaultdict(dict)
+        self._unsent: defaultdict[str, dict[Hashable, Value]] = defaultdict(dict)
+        self._uncertain: set[str] = set()
+
+    def add(self, points: Iterable[Point]) -> None:
+        """Have these delivered; a point whose identity was there before is left out."""
+        for point in points:
+            if point.identity in self._known_points:
+                continue
+            self._known_points.add(point.identity)
+            for role, value in values_of(point):
+                if value.identity not in self._wanted[role]:
+                    self._wanted[role][value.identity] = self._unsent[role][value.identity] = value
+
+    def open(self, running: bool) -> None:
+        """Make the MLflow runs with parameters and tags, or find them again: at first, and after every failure.
+
+        `running` says that the job goes on.
+        """
+        client = self._tracking.client()
+        self._experiment = self._tracking.experiment_id()
+        found = self._find(client) if self._look_first else {}
+        self._look_first = True
+        for role in (JOB, *self._execution.sites):
+            candidates = found.get(role, {})
+            run = candidates.get(self._execution.runs.get(role, "")) or next(iter(candidates.values()), None)
+            if run is None:
+                run = self._create(client, role)
+            else:
+                self._uncertain.add(role)
+                self._renew(client, run, running)
+            if self._execution.runs.get(role) != run.info.run_id:
+                self._execution.runs = {**self._execution.runs, role: run.info.run_id}
+                self._unsent[role] = dict(self._wanted[role])
+                self._save(self._execution)
+        self._log_params(client)
+
+    def send(self) -> None:
+        """Send what is not known to be there."""
+        client = self._tracking.client()
+        for role in (JOB, *self._execution.sites):
+            unsent = self._unsent[role]
+            if unsent and role in self._uncertain:
+                self._read_back(client, role, unsent)
+            for values in _batches(list(unsent.values()), _METRICS):
+                self._uncertain.add(role)
+                client.log_batch(self._execution.runs[role], metrics=[value.metric for value in values])
+                self._uncertain.discard(role)
+                for value in values:
+                    del unsent[value.identity]
+
+    def reconcile(self) -> None:
+        """Read everything back, and send what is missing until nothing is. Raises NotKeptError if that has no end."""
+        client = self._tracking.client()
+        for _ in range(_READINGS):
+            self.send()
+            for role, wanted in self._wanted.items():
+                self._unsent[role] = dict(wanted)
+                self._read_back(client, role, wanted)
+            if not any(self._unsent.values()):
+                return
+        missing = sum(map(len, self._unsent.values()))
+        raise NotKeptError(
+            f"MLflow has taken {missing} values of job {self._execution.job} {_READINGS} times and does not have them"
+        )
+
+    def end(self, ending: Ending, artifacts: Iterable[Path]) -> str | None:
+        """Log the results, register the checkpoint and end the MLflow runs; returns the version, if one is due."""
+        from mlflow.entities import Metric, RunTag
+
+        client = self._tracking.client()
+        run_id = self._execution.runs[JOB]
+        at = round(ending.at * 1000)
+        there = {
+            name: {Value(name, m.value, at, 0).identity for m in client.get_metric_history(run_id, name)}
+            for name in ending.results
+        }
+        results = [Value(name, number, at, 0) for name, number in ending.results.items()]  # at 0 MLflow draws bars
+        metrics: list[Metric] = [value.metric for value in results if value.identity not in there[value.key]]
+        client.log_batch(run_id, metrics=metrics, tags=[RunTag(k, v) for k, v in ending.tags.items()])
+        for artifact in artifacts:
+            client.log_artifact(run_id, str(artifact))
+        version = self._register(client, ending.registration) if ending.registration else None
+        self._remove_strays(client)
+        for role in (*self._execution.sites, JOB):
+            client.set_terminated(self._execution.runs[role], status=ending.status, end_time=at)
+        return version
+
+    def _find(self, client: MlflowClient) -> dict[str, dict[str, Run]]:
+        """The MLflow runs that carry this execution's tag, by role and id, the earliest first."""
+        found: defaultdict[str, dict[str, Run]] = defaultdict(dict)
+        query = f"tags.`{EXECUTION_TAG}` = '{self._execution.id}'"
+        for run in client.search_runs([self._experiment], query, order_by=["attributes.start_time ASC"]):
+            found[run.data.tags.get("site", JOB)][run.info.run_id] = run
+        return found
+
+    def _create(self, client: MlflowClient, role: str) -> Run:
+        from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
+
+        of = self._execution
+        tags = {**of.tags, EXECUTION_TAG: of.id}
+        if role == JOB:
+            name, own = of.job, {MLFLOW_RUN_NOTE: of.note}
+        else:
+            name, own = f"{of.job} {role}", {"site": role, MLFLOW_PARENT_RUN_ID: of.runs[JOB]}
+        return client.create_run(self._experiment, round(of.begun * 1000), {**tags, **own}, name)
+
+    def _renew(self, client: MlflowClient, run: Run, running: bool) -> None:
+        """Give a run that was there the tags of this attempt, and its life back if it had ended."""
+        from mlflow.entities import RunTag
+
+        changed = {k: v for k, v in self._execution.tags.items() if run.data.tags.get(k) != v}
+        if changed:
+            client.log_batch(run.info.run_id, tags=[RunTag(k, v) for k, v in changed.items()])
+        if running and run.info.status != "RUNNING":
+            client.update_run(run.info.run_id, status="RUNNING")
+
+    def _log_params(self, client: MlflowClient) -> None:
+        from mlflow.entities import Param
+
+        params = [Param(key, value) for key, value in self._execution.params.items()]
+        for batch in _batches(params, _PARAMS):
+            client.log_batch(self._execution.runs[JOB], params=batch)
+
+    def _read_back(self, client: MlflowClient, role: str, values: dict[Hashable, Value]) -> None:
+        """Take out of what is not sent what MLflow has under the names of these values."""
+        run_id = self._execution.runs[role]
+        for key in {value.key for value in values.values()}:
+            for metric in client.get_metric_history(run_id, key):
+                self._unsent[role].pop(value_of(metric).identity, None)
+        self._uncertain.discard(role)
+
+    def _register(self, client: MlflowClient, what: Registration) -> str:
+        """The version that the checkpoint is, made if it is not there; the best one becomes champion.
+
+        That is the one with the lowest test loss among those scored on the same data.
+        """
+        from mlflow.exceptions import MlflowException
+
+        try:
+            client.create_registered_model(
+                what.model, description="Checkpoints of all jobs that start from one base model."
+            )
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        run_id = self._execution.runs[JOB]
+        versions = list(_versions(client, what.model))
+        own = sorted((v for v in versions if self._is_of(v, what)), key=lambda v: int(v.version))
+        if not own:
+            tags = {
+                "job": self._execution.job,
+                "test_loss": repr(what.test_loss),
+                "data": what.data,
+                "digest": what.digest,
+                "archive": what.archive,
+                EXECUTION_TAG: self._execution.id,
+            }
+            # A tracking server takes only what is among a run's artifacts; `archive` says where the checkpoint is.
+            source = f"runs:/{run_id}/checkpoint.json" if self._tracking.over_http else Path(what.archive).as_uri()
+            own = [
+                client.create_model_version(what.model, source=source, run_id=run_id, tags=tags, await_creation_for=0)
+            ]
+            versions = list(_versions(client, what.model))
+        for extra in own[1:]:  # made by a request whose answer came too late
+            client.delete_model_version(what.model, extra.version)
+            versions.remove(extra)
+        rivals = [v for v in versions if v.tags.get("data") == what.data and v.tags.get("test_loss")]
+        best = min(rivals, key=lambda v: (float(v.tags["test_loss"]), int(v.version)))
+        client.set_registered_model_alias(what.model, CHAMPION, best.version)
+        return str(own[0].version)
+
+    def _is_of(self, version: ModelVersion, what: Registration) -> bool:
+        return version.tags.get(EXECUTION_TAG) == self._execution.id and version.tags.get("digest") == what.digest
+
+    def _remove_strays(self, client: MlflowClient) -> None:
+        """Delete runs of this execution that were made by a request whose answer came too late; nothing is in them."""
+        kept = set(self._execution.runs.values())
+        for runs in self._find(client).values():
+            for run_id in runs.keys() - kept:
+                client.delete_run(run_id)
+
+
+def _versions(client: MlflowClient, model: str) -> Iterator[ModelVersion]:
+    token = None
+    while True:
+        page = client.search_model_versions(f"name = '{model}'", page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def _batches(items: list[_Item], size: int) -> Iterator[list[_Item]]:
+    return (items[start : start + size] for start in range(0, len(items), size))

@@ -1,0 +1,208 @@
+"""What a tracking server has not taken when a job ended, on disk until it has.
+
+An entry is a folder that stands for itself: the execution's record, all its points, how it ended, its artifacts.
+Whoever delivers holds the execution's lock, so that two processes never do it at once.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fedsft_assets.federation.metrics import Point
+from fedsft_assets.store import publish_folder
+from fedsft_assets.tracking.delivery import Delivery, NotKeptError
+from fedsft_assets.tracking.record import Ending, Execution
+from fedsft_assets.tracking.server import ANSWER_SECONDS, Tracking, answer_within
+from fedsft_assets.tracking.values import distinct
+
+_EXECUTION = "execution.json"
+_POINTS = "points.jsonl"
+_ENDING = "ending.json"
+_ARTIFACTS = "artifacts"
+_LATER = (408, 429)  # HTTP's "took too long" and "too many requests"
+
+
+class BusyError(RuntimeError):
+    """Another process is delivering the same execution."""
+
+
+@dataclass(frozen=True)
+class Undelivered:
+    """An entry that stays, and why."""
+
+    job: str
+    folder: Path
+    reason: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An execution that has ended and is to be delivered."""
+
+    folder: Path
+    execution: Execution
+    ending: Ending
+
+    @property
+    def points(self) -> list[Point]:
+        with (self.folder / _POINTS).open(encoding="utf-8") as file:
+            return [Point(**json.loads(line)) for line in file]
+
+    @property
+    def artifacts(self) -> list[Path]:
+        return sorted((self.folder / _ARTIFACTS).iterdir())
+
+    def save(self, execution: Execution) -> None:
+        execution.write(self.folder / _EXECUTION)
+
+
+@dataclass(frozen=True)
+class Outbox:
+    """The entries in `folder`, one for each execution that is not delivered."""
+
+    folder: Path
+
+    def entries(self) -> list[str]:
+        """The ids of the executions that wait, the oldest first. Cheap if there is none."""
+        try:
+            names = [entry.name for entry in os.scandir(self.folder) if entry.is_dir() and entry.name[0] != "."]
+        except FileNotFoundError:
+            return []
+        return sorted(names, key=lambda name: self._age(self.folder / name))
+
+    def put(
+        self,
+        execution: Execution,
+        points: Iterable[Point],
+        ending: Ending,
+        artifacts: Iterable[Path] = (),
+        texts: dict[str, str] | None = None,
+    ) -> Entry:
+        """Keep all that is to be delivered, whole or not at all, in place of what there was of this execution.
+
+        `artifacts` are files, which are copied, `texts` contents of others by their names.
+        """
+        target = self.folder / execution.id
+        with publish_folder(target) as folder:
+            execution.write(folder / _EXECUTION)
+            ending.write(folder / _ENDING)
+            lines = "".join(json.dumps(asdict(point)) + "\n" for point in distinct(points))
+            (folder / _POINTS).write_text(lines, encoding="utf-8")
+            (folder / _ARTIFACTS).mkdir()
+            for artifact in artifacts:
+                shutil.copyfile(artifact, folder / _ARTIFACTS / artifact.name)
+            for name, text in (texts or {}).items():
+                (folder / _ARTIFACTS / name).write_text(text, encoding="utf-8")
+        return Entry(target, execution, ending)
+
+    def get(self, execution_id: str) -> Entry | None:
+        folder = self.folder / execution_id
+        if not folder.is_dir():
+            return None
+        return Entry(folder, Execution.read(folder / _EXECUTION), Ending.read(folder / _ENDING))
+
+    def remove(self, entry: Entry) -> None:
+        """Remove an entry that is delivered, unless a later ending of the same execution has taken its place."""
+        now = self.get(entry.execution.id)
+        if now and now.ending == entry.ending:
+            shutil.rmtree(entry.folder)
+
+    @contextmanager
+    def held(self, execution_id: str) -> Iterator[None]:
+        """Nobody else delivers this execution meanwhile. Raises BusyError if somebody does already."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f".{execution_id}.lock"
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                removed = os.fstat(handle).st_ino != path.stat().st_ino
+            except (BlockingIOError, FileNotFoundError):
+                removed = True
+            if removed:
+                raise BusyError("another process is delivering it")
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+        finally:
+            os.close(handle)
+
+    def deliver(
+        self,
+        tracking: Tracking,
+        say: Callable[[str], object],
+        stop: Callable[[], bool] = lambda: False,
+        answer_seconds: float = ANSWER_SECONDS,
+    ) -> list[Undelivered]:
+        """Deliver what waits, saying a line for each; returns what stays, and why.
+
+        Stops at the first entry that gets no answer, since the others would get none either, and begins no
+        further one once `stop()` is true. Each request may take `answer_seconds`.
+        """
+        left: list[Undelivered] = []
+        unreachable = ""
+        for execution_id in self.entries():
+            if not unreachable and stop():
+                unreachable = "there was no time left for it"
+            job, reason = "a job", unreachable
+            try:
+                with self.held(execution_id):
+                    entry = self.get(execution_id)
+                    if entry is None:
+                        continue  # delivered meanwhile
+                    job = entry.execution.job
+                    if not unreachable:
+                        with answer_within(answer_seconds):
+                            version = deliver_entry(tracking, entry)
+                        self.remove(entry)
+                        say(f"{job}: MLflow has all of it now" + (f", as version {version}" if version else ""))
+                        continue
+            except BusyError as error:
+                reason = str(error)
+            except Exception as error:  # whatever it is, the others are tried and the entry stays
+                reason = explained(error)
+                unreachable = "" if is_refusal(error) else reason
+            left.append(Undelivered(job, self.folder / execution_id, reason))
+        return left
+
+    @staticmethod
+    def _age(folder: Path) -> float:
+        try:
+            return (folder / _ENDING).stat().st_mtime
+        except FileNotFoundError:
+            return 0.0
+
+
+def deliver_entry(tracking: Tracking, entry: Entry) -> str | None:
+    """Bring an entry to MLflow and read it back; returns the version of its checkpoint, if there is one.
+
+    May be done again after any failure. Raises what MLflow raises.
+    """
+    delivery = Delivery(tracking, entry.execution, entry.save, found_again=True)
+    delivery.add(entry.points)
+    delivery.open(running=False)
+    delivery.reconcile()
+    return delivery.end(entry.ending, entry.artifacts)
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether this is about what is delivered, and not about reaching MLflow: asking again changes nothing."""
+    from mlflow.exceptions import MlflowException
+
+    if isinstance(error, MlflowException):
+        return 400 <= error.get_http_status_code() < 500 and error.get_http_status_code() not in _LATER
+    return isinstance(error, NotKeptError | FileNotFoundError | ValueError | TypeError)
+
+
+def explained(error: BaseException) -> str:
+    """One line of what went wrong."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]}…"

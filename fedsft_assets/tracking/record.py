@@ -1,0 +1,76 @@
+"""What MLflow is to know of one execution of a job, as files that outlive the process that runs it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from fedsft_assets.store import publish_file
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    with publish_file(path) as fresh:
+        fresh.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+@dataclass
+class Execution:
+    """One execution of a job, from its first attempt to its end.
+
+    `id` is a tag of its MLflow runs, so that they are found again when the answer to their creation was lost.
+    `begun` is in seconds since the epoch. `runs` are the ids of its MLflow runs as far as they are known, under JOB
+    or the site's name. `ended` says that the last attempt came to an end, well or not.
+    """
+
+    id: str
+    job: str
+    sites: list[str]
+    params: dict[str, str]
+    tags: dict[str, str]
+    note: str
+    begun: float
+    runs: dict[str, str] = field(default_factory=dict)
+    ended: bool = False
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Raises FileNotFoundError, ValueError or TypeError."""
+        return cls(**json.loads(path.read_text(encoding="utf-8")))
+
+    def write(self, path: Path) -> None:
+        write_json(path, asdict(self))
+
+
+@dataclass(frozen=True)
+class Registration:
+    """A checkpoint that becomes a version of the registered model `model`, for `data`, a digest."""
+
+    model: str
+    archive: str
+    digest: str
+    test_loss: float
+    data: str
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How an execution ended, `at` in seconds since the epoch. `results` are single numbers."""
+
+    status: Status
+    at: float
+    results: dict[str, float] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+    registration: Registration | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        registration = data.pop("registration")
+        return cls(**data, registration=Registration(**registration) if registration else None)
+
+    def write(self, path: Path) -> None:
+        write_json(path, asdict(self))
