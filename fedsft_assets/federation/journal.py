@@ -118,9 +118,14 @@ class Journal:
                     os.fsync(file.fileno())
 
     def read(self, offset: int) -> tuple[str, int]:
-        """Whole lines from a byte on, some 1 MB at most, and the byte that the next call goes on at."""
+        """Whole lines from a byte on, some 1 MB at most, and the byte that the next call goes on at.
+
+        One line may be longer.
+        """
         with self.path.open("rb") as file:
             file.seek(offset)
             content = file.read(_AT_MOST)
+            if b"\n" not in content:
+                content += file.readline()
         whole = content[: content.rfind(b"\n") + 1]
         return whole.decode(), offset + len(whole)

@@ -1,13 +1,11 @@
-"""Points of curves, and the durable file that they are appended to."""
+"""Points of curves: what tells them apart, when they were measured, and the way they travel."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+import time
+from dataclasses import replace
 
 import pytest
 
-from fedsft_assets.federation.metrics import Point, append_points, parse_point, points_from_data, points_to_data
+from fedsft_assets.federation.metrics import Point, points_from_data, points_to_data
 
 POINTS = [
     Point("val_loss", 7.178342342, 0, 0),
@@ -16,39 +14,29 @@ POINTS = [
 ]
 
 
-def test_points_survive_the_file(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    append_points(path, POINTS[:1])
-    append_points(path, POINTS[1:])
-    assert [parse_point(line) for line in path.read_text(encoding="utf-8").splitlines()] == POINTS
-
-
 def test_points_survive_the_metadata_of_a_result() -> None:
     data = points_to_data(POINTS)
     assert all(isinstance(value, str | int | float | None) for point in data for value in point.values())
-    assert points_from_data(data) == POINTS
+    again = points_from_data(data)
+    assert again == POINTS
+    assert [point.time for point in again] == [point.time for point in POINTS]
 
 
-def test_no_points_add_no_line(tmp_path: Path) -> None:
-    append_points(tmp_path / "metrics.jsonl", [])
-    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+def test_point_knows_when_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "time", lambda: 1234.56789)
+    assert Point("val_loss", 1.0, 0, 0).time == 1234.568
 
 
-def test_points_are_there_when_the_writer_is_killed_right_after(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    script = (
-        "import os, signal, sys\nfrom pathlib import Path\n"
-        "from fedsft_assets.federation.metrics import Point, append_points\n"
-        "append_points(Path(sys.argv[1]), [Point('val_loss', 2.5, 1, 16)])\nos.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    killed = subprocess.run([sys.executable, "-c", script, str(path)], check=False)
-    assert killed.returncode == -9
-    assert parse_point(path.read_text()) == Point("val_loss", 2.5, 1, 16)
+def test_points_that_differ_in_time_alone_are_equal() -> None:
+    assert replace(POINTS[0], time=1.0) == replace(POINTS[0], time=2.0)
 
 
-def test_points_are_on_the_disk_when_the_call_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes: list[int] = []
-    real = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda handle: (sizes.append(os.fstat(handle).st_size), real(handle)))
-    append_points(tmp_path / "metrics.jsonl", POINTS)
-    assert sizes == [(tmp_path / "metrics.jsonl").stat().st_size]
+def test_point_of_a_round_that_is_done_twice_is_the_same_one() -> None:
+    again = replace(POINTS[1], value=0.5, samples=512, tokens=99, time=1.0)
+    assert again != POINTS[1]
+    assert again.identity == POINTS[1].identity
+
+
+@pytest.mark.parametrize("other", [{"name": "val_loss"}, {"site": "site-2"}, {"site": None}, {"round": 4}, {"step": 8}])
+def test_points_of_another_name_site_round_or_step_are_others(other: dict[str, object]) -> None:
+    assert replace(POINTS[1], **other).identity != POINTS[1].identity  # type: ignore[arg-type]
