@@ -51,10 +51,11 @@ def _work(plan: SitePlan) -> None:
     with clock.phase("import"):
         import nvflare.client as flare
 
+        from fedsft_assets.federation.site_state import site_state_folder
         from fedsft_assets.federation.site_trainer import SiteTrainer
     if _leads():
         flare.init()  # first of all: NVFlare waits for it, and a large model takes its time
-    trainer = SiteTrainer(plan, clock, _tell)
+    trainer = SiteTrainer(plan, clock, _tell, site_state_folder(Path.cwd().parent, plan.site))
     gc.freeze()  # what is loaded by now stays: collections need not look through it again
     followers = Followers() if plan.training.devices > 1 else None
     if trainer.devices.rank == 0:

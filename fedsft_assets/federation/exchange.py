@@ -17,6 +17,9 @@ SAMPLES_KEY = "samples"
 FIRST_KEY = "first"  # digests of the base model and the adapters that a site began with, if it made them itself
 FAILURE_KEY = "failure"  # why the site can do nothing more in this job
 
+# What an algorithm sends beside the weights has tensors' names behind it.
+CONTROL = "control:"
+
 # NVFlare's analytics record in which a site says what it is doing; its value is JSON.
 PROGRESS_RECORD = "fedsft"
 
@@ -28,6 +31,7 @@ EXECUTION_KEY = "fedsft_execution"
 
 # Names the folder under which the server keeps the state of executions; without it, one in the server's workspace.
 STATE_ROOT = "FEDSFT_SERVER_STATE"
+SITE_STATE_ROOT = "FEDSFT_SITE_STATE"  # the same at a site
 
 # What the server part of a finished job leaves in its folder, beside the journal.
 LAST_MODEL = "last_global_model.pt"

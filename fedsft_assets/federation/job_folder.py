@@ -124,6 +124,7 @@ def _export(spec: JobSpec, base_model: Path | None, root: Path) -> None:
         min_sites=min_sites,
         site_timeout=spec.site_timeout,
         wire=spec.wire,
+        algorithm=spec.algorithm.model_dump(),
     )
     job.to_server(server)
     job.to_server({"server": {"task_request_interval": _SECONDS_BETWEEN_REQUESTS}})

@@ -23,7 +23,7 @@ class JobReport:
     `seconds` count from the start of the job to the finished checkpoint, `phases` say where they went: each
     phase's at the site where it took longest (see `phases.PhaseClock`), and `save` for the checkpoint and its test.
     Digests are of content. `missed` are the sites that a round (1-based) went on without, `runtime` and `job_id`
-    where it ran.
+    where it ran. `epsilon` is what each site spent of its privacy, where the job has a filter for that.
     """
 
     job: str
@@ -43,6 +43,7 @@ class JobReport:
     runtime: str
     job_id: str
     missed: dict[str, list[int]]
+    epsilon: float | None = None
 
     @property
     def base_val_loss(self) -> float:

@@ -33,6 +33,7 @@ from nvflare.fuel.utils import fobs
 from fedsft_assets.federation.averaging import TokenWeightedAverage, rounded
 from fedsft_assets.federation.exchange import (
     BEST_MODEL,
+    CONTROL,
     EXECUTION_KEY,
     FAILURE_KEY,
     FIRST_KEY,
@@ -52,6 +53,7 @@ from fedsft_assets.federation.exchange import (
 )
 from fedsft_assets.federation.journal import JOURNAL_FILE, Journal, Progress, RoundDone, Started, Stopped
 from fedsft_assets.federation.metrics import Point, points_from_data
+from fedsft_assets.federation.server_optimizer import ServerOptimizer
 from fedsft_assets.federation.server_state import ServerState
 from fedsft_assets.federation.watch import SiteWatch
 
@@ -80,6 +82,7 @@ class FederatedSFT(ModelController):
         min_sites: int | None = None,
         site_timeout: float = 1800.0,
         wire: str = "fp32",
+        algorithm: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(persistor_id="", ignore_result_error=True, task_check_period=0.1)
         self.sites = sorted(sites)
@@ -88,10 +91,13 @@ class FederatedSFT(ModelController):
         self.min_sites = len(sites) if min_sites is None else min_sites
         self.site_timeout = site_timeout
         self.wire = wire
+        self.algorithm = algorithm or {"name": "fedavg"}
         self._wire = Wire(wire)
         self._watch = SiteWatch(self.sites, site_timeout)
         self._weights: dict[str, torch.Tensor] = {}
         self._change: dict[str, torch.Tensor] = {}
+        self._optimizer: ServerOptimizer | None = None
+        self._control: dict[str, torch.Tensor] = {}  # the usual direction of all sites together, of SCAFFOLD
         self._holders: set[str] = set()  # sites with the model to which the last change is to be added
         self._lock = threading.Lock()
 
@@ -157,20 +163,34 @@ class FederatedSFT(ModelController):
 
     def play_round(self, number: int) -> None:
         """One round (0-based), from the global model to the next one on the disk."""
-        average = TokenWeightedAverage({name: tuple(tensor.shape) for name, tensor in self._weights.items()} or None)
-        results = self._ask(TRAIN_TASK, number, lambda site, result: self._add(average, site, result))
-        self.finish_round(number, average, results)
+        shapes = {name: tuple(tensor.shape) for name, tensor in self._weights.items()}
+        average, control = TokenWeightedAverage(shapes or None), TokenWeightedAverage()
 
-    def finish_round(self, number: int, average: TokenWeightedAverage, results: Mapping[str, FLModel]) -> None:
+        def take(site: str, result: FLModel) -> None:
+            directions = {name: result.params.pop(name) for name in list(result.params) if name.startswith(CONTROL)}
+            self._add(average, site, result)
+            if directions:
+                control.add(site, directions, 1)
+
+        self.finish_round(number, average, control, self._ask(TRAIN_TASK, number, take))
+
+    def finish_round(
+        self,
+        number: int,
+        average: TokenWeightedAverage,
+        control: TokenWeightedAverage,
+        results: Mapping[str, FLModel],
+    ) -> None:
         """Score the model that was sent, and make the next one."""
         self.score(results)
         self._record_training(number + 1, results)
         self._apply(average)
+        self._turn(control)
         progress = self.state.progress
         for site, result in results.items():
             progress.samples[site] = progress.samples.get(site, 0) + result.meta[SAMPLES_KEY]
         progress.finished = number + 1
-        self.state.commit(self._weights, {})
+        self.state.commit(self._weights, self._optimizer.kept() if self._optimizer else self._control)
         self._holders = set(results)
         self.journal.add([RoundDone(number + 1)])
 
@@ -190,6 +210,8 @@ class FederatedSFT(ModelController):
             self._weights = self.state.weights()
         elif self.base_model:
             self._weights = read_nemo_weights(Path(self.base_model))
+        if self.algorithm["name"] == "scaffold":
+            self._control = self.state.algorithm()
 
     def _ask(self, task: str, number: int, take: Callable[[str, FLModel], None]) -> dict[str, FLModel]:
         """Give all sites a task of a round, and take each result as it arrives; returns them by site, without tensors.
@@ -219,7 +241,7 @@ class FederatedSFT(ModelController):
 
         for kind, targets in self._recipients(connected).items():
             message = FLModel(
-                params=self._weights if kind == Kind.FULL else self._change,
+                params={**(self._weights if kind == Kind.FULL else self._change), **self._control},
                 params_type=ParamsType.FULL,
                 current_round=number,
                 total_rounds=self.num_rounds,
@@ -281,11 +303,20 @@ class FederatedSFT(ModelController):
         if not self._weights:
             self._weights = dict(average.tensors())
             return
+        if self.algorithm["name"] == "fedopt" and self._optimizer is None:
+            self._optimizer = ServerOptimizer(self.algorithm, self._weights, self.state.algorithm())
         for name, mean in average.tensors():
-            change = rounded(mean, self._wire)
+            change = rounded(self._optimizer.change(name, mean) if self._optimizer else mean, self._wire)
             self._weights[name].add_(change)
             if self._wire == Wire.BF16_DIFF:
                 self._change[name] = change
+
+    def _turn(self, control: TokenWeightedAverage) -> None:
+        """Move the direction of all sites by what those that answered changed of theirs."""
+        share = len(control.sites) / len(self.sites)
+        for name, mean in control.tensors():
+            change = mean.mul_(share)
+            self._control[name] = self._control[name].add_(change) if name in self._control else change
 
     # What is written down.
 

@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -49,7 +50,7 @@ class ServerState:
         """The global model after the last finished round."""
         return _read(self.model_file(self.progress.finished))
 
-    def algorithm(self) -> Tensors:
+    def algorithm(self) -> dict[str, Any]:
         """What the algorithm kept after the last finished round."""
         path = self._algorithm_file(self.progress.finished)
         return _read(path) if path.exists() else {}
@@ -58,7 +59,7 @@ class ServerState:
         """The file of the global model after so many rounds; only the last and the best are there."""
         return self.folder / f"model-{round:06d}.pt"
 
-    def commit(self, weights: Mapping[str, torch.Tensor], algorithm: Mapping[str, torch.Tensor]) -> None:
+    def commit(self, weights: Mapping[str, torch.Tensor], algorithm: Mapping[str, Any]) -> None:
         """Make the progress as it stands, and these weights after it, what a later process begins with."""
         _write(weights, self.model_file(self.progress.finished))
         if algorithm:
@@ -86,15 +87,15 @@ class ServerState:
                 path.unlink()
 
 
-def _write(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+def _write(kept: Mapping[str, Any], path: Path) -> None:
     fresh = path.with_suffix(".pt.new")
     with fresh.open("wb") as file:
-        torch.save(dict(tensors), file)
+        torch.save(dict(kept), file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(fresh, path)
 
 
-def _read(path: Path) -> Tensors:
-    tensors: Tensors = torch.load(path, map_location="cpu", weights_only=True)
-    return tensors
+def _read(path: Path) -> dict[str, Any]:
+    kept: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return kept

@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from fedsft_assets.federation.exchange import BEST_MODEL, EXECUTION_KEY, LAST_MODEL, STATE_ROOT
+from fedsft_assets.federation.exchange import BEST_MODEL, EXECUTION_KEY, LAST_MODEL, SITE_STATE_ROOT, STATE_ROOT
 from fedsft_assets.federation.journal import JOURNAL_FILE
 from fedsft_assets.federation.phases import JOB_STARTED
 from fedsft_assets.federation.processes import MARK, stop_marked
@@ -48,6 +48,7 @@ class Simulator:
             "OMP_NUM_THREADS": str(self._threads),
             JOB_STARTED: str(time.time()),
             STATE_ROOT: str(states),
+            SITE_STATE_ROOT: str(self._folder / "site_states"),
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         }
         command = [sys.executable, "-m", __name__, str(job_folder), str(self._workspace), *self._sites]

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from nvflare.apis.fl_constant import FLMetaKey
@@ -9,6 +10,7 @@ from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 
 from fedsft_assets.federation.averaging import rounded
 from fedsft_assets.federation.exchange import (
+    CONTROL,
     FIRST_KEY,
     KIND_KEY,
     POINTS_KEY,
@@ -18,16 +20,21 @@ from fedsft_assets.federation.exchange import (
     Kind,
     Wire,
 )
+from fedsft_assets.federation.filters import ChangeFilter
 from fedsft_assets.federation.followers import Task
 from fedsft_assets.federation.metrics import Point, points_to_data
 from fedsft_assets.federation.phases import PhaseClock
+from fedsft_assets.federation.site_state import SiteState
 from fedsft_assets.model.archive import content_digest
 from fedsft_assets.model.batches import truncated
+from fedsft_assets.model.corrections import ControlVariates, Correction, Proximal
 from fedsft_assets.model.devices import devices_for, resolve_precision
 from fedsft_assets.model.language_model import LanguageModel
 from fedsft_assets.model.optimizer import Moments
 from fedsft_assets.model.training import StepPoint, mean_loss, samples_in_round, split_tokens, train_round
-from fedsft_assets.specs import SitePlan
+from fedsft_assets.specs import FedProx, Scaffold, SitePlan
+
+Tensors = dict[str, torch.Tensor]
 
 # Told to whoever watches: a line of text, and the points that it stands for.
 Tell = Callable[[str, list[Point]], None]
@@ -40,9 +47,12 @@ class ExchangeError(RuntimeError):
 
 
 class SiteTrainer:
-    """Kept between rounds; `clock` counts where its seconds go, `tell` hears what it is doing."""
+    """Kept between rounds; `clock` counts where its seconds go, `tell` hears what it is doing.
 
-    def __init__(self, plan: SitePlan, clock: PhaseClock, tell: Tell) -> None:
+    `state` is the folder in which a trainer that is started again finds what this one knew.
+    """
+
+    def __init__(self, plan: SitePlan, clock: PhaseClock, tell: Tell, state: Path | None = None) -> None:
         self.plan, self.clock, self._tell = plan, clock, tell
         self.first_digest: str | None = None
         self._wire = Wire(plan.wire)
@@ -63,7 +73,12 @@ class SiteTrainer:
         # With adapters, the server has no first model: all sites begin with the same ones of their own.
         self.first = dict(self.devices.weights()) if plan.training.peft else {}
         self.moments: Moments | None = None
-        self._given: dict[str, torch.Tensor] = {}  # the global model that this site has, in fp32
+        self._filter = ChangeFilter(plan.filters)
+        self._state = SiteState(state, self.devices.rank) if state else None
+        self._finished = 0  # rounds whose moments and directions are here
+        self._control: Tensors = {}  # this site's usual direction, where the algorithm wants it
+        self._control_everywhere: Tensors = {}
+        self._given: Tensors = {}  # the global model that this site has, in fp32
         self._unsaid: list[Point] = []
         self._last_line, self._tokens_since = time.monotonic(), 0
         self._say(f"{self.devices.device} · precision {resolve_precision(plan.training.precision)} · {self._batches}")
@@ -98,17 +113,28 @@ class SiteTrainer:
         """Score the received weights, train one round from them, score the result."""
         kind = Kind.CHANGE if received.params else Kind.FULL
         evaluation = self.evaluate(received)
+        self._go_on_after(received.current_round)
         finished = received.current_round + 1
+        correction = self._correction()
         self._last_line, self._tokens_since = time.monotonic(), 0
         with self.clock.phase("train"):
             report = train_round(
-                self.model, self.training, self.plan, received.current_round, self._show, self.moments, self.devices
+                self.model,
+                self.training,
+                self.plan,
+                received.current_round,
+                self._show,
+                self.moments,
+                self.devices,
+                correction=correction,
             )
         self.moments = report.moments if self.plan.training.optimizer_state == "keep" else None
+        control = self._control_changes(correction)
+        self._keep(finished)
         points = [self._step_point(step) for step in report.points]
         points.append(self._validate("val_loss_local", finished, self._samples(finished)))
         return FLModel(
-            params=self._changes() if kind == Kind.CHANGE else dict(self.devices.weights()),
+            params={**self._changes(kind), **control},
             params_type=ParamsType.FULL,
             metrics={**evaluation.metrics, "train_loss": report.loss},
             meta={
@@ -137,27 +163,78 @@ class SiteTrainer:
                     f"{self.plan.site}: the server's part of the job speaks version {version!r}, this site's package"
                     f" {VERSION!r}; install the version of fedsft-assets that the job was built with"
                 )
+            sent = dict(received.params)
+            received.params = {}
+            self._control_everywhere = {
+                name.removeprefix(CONTROL): sent.pop(name) for name in list(sent) if name.startswith(CONTROL)
+            }
             if kind == Kind.CHANGE:
                 if not self._given:
                     raise ExchangeError(f"{self.plan.site}: was sent a change, but has no model to add it to")
-                for name, change in received.params.items():
+                for name, change in sent.items():
                     self._given[name].add_(change)
             else:
-                self._given = dict(received.params)
-            received.params = {}
-        self.devices.load_weights(self._given or self.first)
+                self._given = sent
+        self.devices.load_weights({**self.first, **self._given})
 
-    def _changes(self) -> dict[str, torch.Tensor]:
-        """How far each tensor went from the model that was given, as it travels.
+    def _changes(self, kind: Kind) -> Tensors:
+        """What this site sends of its weights: how far they went from those that it was given, or all of them.
 
-        The given model is kept only where the next one comes as a change to it; else its memory is used.
+        The given weights are kept only where the next ones come as a change to them; else their memory is used.
         """
         keeps = self._wire == Wire.BF16_DIFF
         changes = {}
         for name, trained in self.devices.weights():
-            given = self._given[name] if keeps else self._given.pop(name)
-            changes[name] = rounded(trained.sub_(given), self._wire)
-        return changes
+            start = self.first[name] if name not in self._given else self._given[name]
+            if not keeps:
+                self._given.pop(name, None)
+            if self._filter.keeps(name):
+                changes[name] = trained.sub_(start)
+                if kind == Kind.CHANGE and not self._filter.needs_all:
+                    changes[name] = rounded(changes[name], self._wire)
+        changes = self._filter.privatized(changes)
+        if kind == Kind.FULL:
+            return {name: change.add_(self.first[name]) for name, change in changes.items()}
+        return {name: rounded(change, self._wire) for name, change in changes.items()}
+
+    def _correction(self) -> Correction | None:
+        match self.plan.algorithm:
+            case FedProx(mu=mu):
+                return Proximal(mu)
+            case Scaffold():
+                return ControlVariates(self._control_everywhere, self._control)
+        return None
+
+    def _control_changes(self, correction: Correction | None) -> Tensors:
+        """What this site sends of its direction, which has changed by it."""
+        if not isinstance(correction, ControlVariates):
+            return {}
+        changes = {name: rounded(change, self._wire) for name, change in correction.changes().items()}
+        for name, change in changes.items():
+            self._control[name] = self._control[name] + change if name in self._control else change.float()
+        return {f"{CONTROL}{name}": change for name, change in changes.items() if self._filter.keeps(name)}
+
+    def _go_on_after(self, finished_rounds: int) -> None:
+        """Have what this site knew after so many rounds: it is here, or another trainer left it on the disk."""
+        if finished_rounds == self._finished:
+            return
+        kept = self._state.load(finished_rounds, self.devices.device) if self._state and finished_rounds else {}
+        self._finished, self.moments, self._control = finished_rounds, None, {}
+        if kept is None:
+            if self._keeps_something:
+                self._say(f"its optimizer starts anew after round {finished_rounds}: nothing was kept at this site")
+            return
+        self.moments = kept.get("moments")
+        self._control = {name: tensor.cpu() for name, tensor in kept.get("control", {}).items()}
+
+    def _keep(self, finished_rounds: int) -> None:
+        self._finished = finished_rounds
+        if self._state and self._keeps_something:
+            self._state.save(finished_rounds, {"moments": self.moments, "control": self._control})
+
+    @property
+    def _keeps_something(self) -> bool:
+        return self.moments is not None or self.plan.training.optimizer_state == "keep" or bool(self._control)
 
     def _samples(self, finished_rounds: int) -> int:
         """Records that this site has trained on after so many rounds."""

@@ -71,6 +71,7 @@ class Supervision:
         self.points: dict[tuple[object, ...], Point] = {}
         self.missed: list[Missed] = []
         self._stopped: Stopped | None = None
+        self.starts = 0  # of the server part
 
     def run(self) -> Iterator[Event]:
         """Everything up to the fetched result. Raises JobFailedError or _OrphanedError."""
@@ -163,6 +164,7 @@ class Supervision:
             case RoundDone(round):
                 self._save(rounds=round)
             case Started(finished):
+                self.starts += 1
                 self.missed = [one for one in self.missed if one.round <= finished]
                 self._stopped = None
             case Stopped():
@@ -268,9 +270,19 @@ def _finish(done: Supervision, weights: Path, testing_file: Path, into: Path, be
             runtime=runtime,
             job_id=done.job_id,
             missed=_by_site(done.missed),
+            epsilon=_epsilon(done),
         )
         report.write(folder)
     return report
+
+
+def _epsilon(done: Supervision) -> float | None:
+    """What each site spent at most: a server that is started again may have a round done once more."""
+    if done.spec.filters.privacy is None:
+        return None
+    from fedsft_assets.federation.privacy import epsilon
+
+    return epsilon(done.spec.filters.privacy, done.spec.rounds + done.starts - 1)
 
 
 def _by_site(missed: list[Missed]) -> dict[str, list[int]]:
@@ -302,6 +314,8 @@ def main() -> None:
         code = 0
     except JobFailedError as error:
         print(encode(Failed(str(error), error.lost)), file=events, flush=True)
+    except UnavailableError as error:
+        print(encode(Failed(str(error))), file=events, flush=True)
     except SystemExit as error:
         code = int(error.code or 0)
     except (_OrphanedError, BrokenPipeError):

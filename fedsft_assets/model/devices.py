@@ -41,6 +41,10 @@ class Devices(Protocol):
         After the `last` micro-batch of a step, the gradients are the mean of all processes'.
         """
 
+    @property
+    def scale(self) -> float:
+        """By how much gradients are too large until `step`: what keeps small ones from vanishing in fp16."""
+
     def prepared(self, optimizer: Optimizer) -> Any:
         """The optimizer as `step` takes it."""
 
@@ -102,6 +106,10 @@ class OneDevice:
         loss = self.loss(batch) * scale
         (self._scaler.scale(loss) if self._scaler else loss).backward()
         return loss.detach()
+
+    @property
+    def scale(self) -> float:
+        return self._scaler.get_scale() if self._scaler else 1.0
 
     def prepared(self, optimizer: Optimizer) -> Optimizer:
         return optimizer

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
-from lightning.fabric.plugins.precision import MixedPrecision, Precision
+from lightning.fabric.plugins.precision import MixedPrecision
 from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -38,9 +38,9 @@ class ManyDevices:
             else DDPStrategy(gradient_as_bucket_view=True)
         )
         _meet(kind)
-        self._fabric = Fabric(
-            accelerator=kind, devices=training.devices, strategy=strategy, plugins=_precision(training, kind)
-        )
+        precision = _precision(training, kind)
+        self._scaler = precision.scaler if precision else None
+        self._fabric = Fabric(accelerator=kind, devices=training.devices, strategy=strategy, plugins=precision)
         self._fabric.launch()
         self.model = model
         self.device = self._fabric.device
@@ -58,6 +58,10 @@ class ManyDevices:
             loss = self.loss(batch) * scale
             self._fabric.backward(loss)
         return loss.detach()
+
+    @property
+    def scale(self) -> float:
+        return float(self._scaler.get_scale()) if self._scaler else 1.0
 
     def prepared(self, optimizer: Optimizer) -> Any:
         return self._fabric.setup_optimizers(optimizer)
@@ -114,7 +118,7 @@ class _Mixed(MixedPrecision):
         return autocast(self.device, self._desired_input_dtype)
 
 
-def _precision(training: ResolvedTraining, kind: str) -> Precision | None:
+def _precision(training: ResolvedTraining, kind: str) -> _Mixed | None:
     """Said as a plugin: Lightning turns the name `16-mixed` into bf16 on a CPU."""
     precision = resolve_precision(training.precision)
     if precision == "32":

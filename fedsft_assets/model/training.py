@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from fedsft_assets.model.batches import Tokens, evaluation_batches, micro_batches, training_batches
+from fedsft_assets.model.corrections import Correction
 from fedsft_assets.model.devices import Devices, OneDevice
 from fedsft_assets.model.language_model import LanguageModel
 from fedsft_assets.model.memory import freed_memory_kept
@@ -101,13 +102,14 @@ def train_round(
     moments: Moments | None = None,
     devices: Devices | None = None,
     batches: Sequence[Sequence[int]] | None = None,
+    correction: Correction | None = None,
 ) -> RoundReport:
     """Train the model in place for one round (0-based).
 
     `on_step` is called after every step. `moments` are those that the report of the round before has, for
     an optimizer that goes on; without them it starts anew. `batches` are indices of records, in place of those
-    that the plan gives. The loss of a step is the mean over the targets of its whole batch, however it is cut into
-    micro-batches and shared among devices.
+    that the plan gives; `correction` is what an algorithm does to each step. The loss of a step is the mean over the
+    targets of its whole batch, however it is cut into micro-batches and shared among devices.
     Raises TrainingError that names site, round and step if there is no record or a loss is not finite.
     """
     if not tokens:
@@ -121,6 +123,8 @@ def train_round(
     )
     prepared = devices.prepared(optimizer)
     samples = samples_in_round(plan, len(tokens)) * round
+    if correction:
+        correction.begin(model)
     points: list[StepPoint] = []
     started = time.perf_counter()
     with _training(devices, training, seed=_seed(plan, f"dropout of round {round}")):
@@ -135,7 +139,11 @@ def train_round(
                     f"{plan.job}, {plan.site}: the loss is {loss} in round {round}, step {step} of {len(batches)},"
                     f" at learning rate {rate:.3g}; try a lower one or precision 32"
                 )
+            if correction:
+                correction.before_step(devices.scale)
             devices.step(prepared, training.gradient_clip)
+            if correction:
+                correction.after_step(rate)
             samples += len(indices)
             seconds = time.perf_counter() - step_started
             whole = sum(len(tokens[index]) for index in indices)

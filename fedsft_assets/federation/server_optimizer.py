@@ -1,0 +1,45 @@
+"""The mean of the sites' changes as a gradient to an optimizer of PyTorch's at the server (Reddi et al., 2021).
+
+Tensor by tensor: beside the weights only the optimizer's own state is in memory.
+"""
+
+from typing import Any
+
+import torch
+
+
+class ServerOptimizer:
+    """Steps from the global weights along the mean change; `settings` are the fields of `specs.FedOpt`."""
+
+    def __init__(self, settings: dict[str, Any], weights: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+        """`state` is what `kept` gave after the last finished round, or empty."""
+        self._weights = {name: tensor for name, tensor in weights.items() if tensor.is_floating_point()}
+        rate = settings["learning_rate"]
+        parameters = [{"params": list(self._weights.values())}]
+        self._optimizer: torch.optim.Optimizer
+        if settings["optimizer"] == "adam":
+            betas = (settings["beta1"], settings["beta2"])
+            self._optimizer = torch.optim.Adam(parameters, lr=rate, betas=betas, eps=settings["epsilon"])
+        else:
+            self._optimizer = torch.optim.SGD(parameters, lr=rate, momentum=settings["beta1"])
+        if state:
+            groups = self._optimizer.state_dict()["param_groups"]
+            self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+    def change(self, name: str, mean: torch.Tensor) -> torch.Tensor:
+        """The change of one tensor of the global model that follows from the mean change; weights stay as they are."""
+        weight = self._weights.get(name)
+        if weight is None:
+            return mean
+        before = weight.clone()
+        weight.grad = mean.neg()
+        self._optimizer.step()
+        weight.grad = None
+        change = weight - before
+        weight.copy_(before)
+        return change
+
+    def kept(self) -> dict[str, Any]:
+        """What the next round needs of this one."""
+        state: dict[str, Any] = self._optimizer.state_dict()["state"]
+        return state

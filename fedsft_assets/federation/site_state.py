@@ -1,0 +1,67 @@
+"""What a site keeps on its disk from round to round: the optimizer's moments, and what the algorithm carries on.
+
+A trainer that is started again for the same execution of a job goes on with it.
+"""
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedsft_assets.federation.exchange import EXECUTION_KEY, SITE_STATE_ROOT
+
+_SECONDS_TO_KEEP = 30 * 24 * 3600.0
+
+
+class SiteState:
+    """The files of one process of a site's trainer in one execution of a job."""
+
+    def __init__(self, folder: Path, rank: int = 0) -> None:
+        self._folder, self._rank = folder, rank
+
+    def save(self, finished_rounds: int, kept: dict[str, Any]) -> None:
+        """Keep tensors and plain values; what was kept of earlier rounds goes, but for the last one.
+
+        A round that the server does not finish is done again, from what there was before it.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._path(finished_rounds)
+        fresh = path.with_suffix(".new")
+        torch.save(kept, fresh)
+        os.replace(fresh, path)
+        for other in self._folder.glob(f"{self._rank}-*.pt"):
+            if other not in (path, self._path(finished_rounds - 1)):
+                other.unlink()
+
+    def load(self, finished_rounds: int, device: torch.device) -> dict[str, Any] | None:
+        """What was kept after so many rounds, with its tensors on that device, or None."""
+        path = self._path(finished_rounds)
+        if not path.exists():
+            return None
+        kept: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        return kept
+
+    def remove(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _path(self, finished_rounds: int) -> Path:
+        return self._folder / f"{self._rank}-{finished_rounds:06d}.pt"
+
+
+def site_state_folder(run_dir: Path, site: str) -> Path:
+    """Where a site keeps its state of the execution that the job in `run_dir` belongs to.
+
+    Under FEDSFT_SITE_STATE, else beside the jobs in the site's workspace. States of which nothing was heard for a
+    month are removed.
+    """
+    meta = json.loads((run_dir / "meta.json").read_text(encoding="utf-8"))
+    root = Path(os.environ.get(SITE_STATE_ROOT) or run_dir.parent / "fedsft")
+    own = root / str(meta.get(EXECUTION_KEY) or run_dir.name) / site
+    for other in root.glob("*"):
+        if other != own.parent and time.time() - other.stat().st_mtime > _SECONDS_TO_KEEP:
+            shutil.rmtree(other, ignore_errors=True)
+    return own
