@@ -13,6 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ class FederatedSFT(ModelController):
                 self.state.commit_progress()
         except _AbortedError:
             self.info("The job is aborted.")
-        except (ValueError, OSError, NotEnoughSitesError) as error:
+        except (ValueError, OSError, tarfile.TarError, NotEnoughSitesError) as error:
             self.journal.add([Stopped(str(error), isinstance(error, NotEnoughSitesError))])
             self.panic(str(error))
         finally:
@@ -323,11 +324,14 @@ class FederatedSFT(ModelController):
     def _record_training(self, round_number: int, results: Mapping[str, FLModel]) -> None:
         """Merge the sites' steps of one round into one curve over the samples that all of them saw."""
         by_step: defaultdict[int, list[Point]] = defaultdict(list)
-        for result in results.values():
-            for point in points_from_data(result.meta[POINTS_KEY]):
-                if point.name == "train_loss" and point.step is not None:
-                    by_step[point.step].append(point)
         seen = dict(self.state.progress.samples)
+        for site, result in results.items():
+            points = [point for point in points_from_data(result.meta[POINTS_KEY]) if point.name == "train_loss"]
+            # A site counts rounds that it missed as well.
+            ahead = points[-1].samples - result.meta[SAMPLES_KEY] - seen.get(site, 0) if points else 0
+            for point in points:
+                if point.step is not None:
+                    by_step[point.step].append(replace(point, samples=point.samples - ahead))
         merged = []
         for step, points in sorted(by_step.items()):
             seen.update({point.site: point.samples for point in points if point.site})
@@ -375,7 +379,10 @@ class FederatedSFT(ModelController):
     @contextmanager
     def _offloaded(self) -> Iterator[None]:
         """Results wait on the disk, beside the state, until they are averaged."""
-        before, tempfile.tempdir = tempfile.tempdir, str(self.state.folder)
+        results = self.state.folder / "results"
+        shutil.rmtree(results, ignore_errors=True)  # of a server that was killed
+        results.mkdir()
+        before, tempfile.tempdir = tempfile.tempdir, str(results)
         context = setup_tensor_disk_offload(self.engine, enabled=True, job_id="results")
         try:
             if not context.applied:

@@ -1,146 +1,857 @@
-"""The server part without a server: the average, what is written down of a round, and which model is kept."""
+"""The server part without a server: rounds with sites that answer, fail or say nothing, and what is written down."""
 
-import itertools
 import json
+import os
+import shutil
 import tarfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from nvflare.apis.fl_constant import FLMetaKey
+from nvflare.apis.analytix import AnalyticsData, AnalyticsDataType
+from nvflare.apis.event_type import EventType
+from nvflare.apis.fl_constant import FLContextKey, FLMetaKey, ReservedKey, ReturnCode
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import Shareable, make_reply
+from nvflare.apis.signal import Signal
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 
-from fedsft_assets.federation.metrics import (
-    FIRST_KEY,
-    METRICS_FILE,
-    POINTS_KEY,
-    SAMPLES_KEY,
-    Point,
-    parse_point,
-    points_to_data,
-)
-from fedsft_assets.federation.server import (
+from fedsft_assets.federation.averaging import TokenWeightedAverage
+from fedsft_assets.federation.exchange import (
     BEST_MODEL,
+    EXECUTION_KEY,
+    FAILURE_KEY,
+    FIRST_KEY,
+    KIND_KEY,
     LAST_MODEL,
-    FederatedSFT,
-    TokenWeightedAverage,
-    read_nemo_weights,
+    POINTS_KEY,
+    PROGRESS_RECORD,
+    SAMPLES_KEY,
+    STATE_ROOT,
+    TRAIN_TASK,
+    VALIDATE_TASK,
+    VERSION,
+    VERSION_KEY,
+    Kind,
+    Wire,
 )
+from fedsft_assets.federation.journal import (
+    JOURNAL_FILE,
+    Entry,
+    Missed,
+    Progress,
+    RoundDone,
+    Started,
+    Stopped,
+    from_line,
+)
+from fedsft_assets.federation.metrics import Point, points_to_data
+from fedsft_assets.federation.server import FederatedSFT, NotEnoughSitesError, read_nemo_weights
 
 Weights = dict[str, torch.Tensor]
-TOKENS = {"site-1": 17, "site-2": 100_003, "site-3": 4_321}
+# What a site does with a task: a result, None for silence, or a return code of NVFlare's for a trainer that is gone.
+Answer = FLModel | None | str
 
 
-def _weights(seed: int, dtype: torch.dtype = torch.float32) -> Weights:
+def _weights(seed: int, size: float = 1.0) -> Weights:
     generator = torch.Generator().manual_seed(seed)
     return {
-        "embedding": (torch.randn(50, 8, generator=generator) * 100).to(dtype),
-        "layer.weight": torch.randn(8, 8, generator=generator).to(dtype),
-        "layer.scale": torch.randn((), generator=generator).to(dtype),
+        "embedding": torch.randn(50, 8, generator=generator) * size,
+        "layer.weight": torch.randn(8, 8, generator=generator) * size,
+        "layer.scale": torch.randn((), generator=generator) * size,
     }
 
 
-def _result(site: str, params: Weights, tokens: object, **meta: object) -> FLModel:
-    copied = {name: value.clone() for name, value in params.items()}
-    known = {} if tokens is None else {FLMetaKey.NUM_STEPS_CURRENT_ROUND: tokens}
-    return FLModel(params_type=ParamsType.FULL, params=copied, meta={"client_name": site, **known, **meta})
+def _copy(weights: Weights) -> Weights:
+    return {name: tensor.clone() for name, tensor in weights.items()}
 
 
-def _average(results: list[FLModel]) -> Weights:
-    average = TokenWeightedAverage()
-    for result in results:
-        average.accept_model(result)
-    weights: Weights = average.aggregate_model().params
-    return weights
+def _same(one: Weights, other: Weights) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_average_is_weighted_by_tokens_as_numpy_has_it_in_float64(dtype: torch.dtype) -> None:
-    sites = {site: _weights(seed, dtype) for seed, site in enumerate(TOKENS)}
-    averaged = _average([_result(site, weights, TOKENS[site]) for site, weights in sites.items()])
-    for name, value in averaged.items():
-        expected = np.average(
-            [weights[name].to(torch.float64).numpy() for weights in sites.values()],
-            axis=0,
-            weights=list(TOKENS.values()),
-        )
-        assert value.dtype == torch.float32
-        np.testing.assert_allclose(value.numpy(), expected.astype(np.float32), rtol=2e-7, atol=0)
+class Site:
+    """Sends changes that follow from its name and the round alone, and keeps the global model as a site does."""
+
+    def __init__(self, name: str, steps: int = 3, tokens: int = 100, wire: Wire = Wire.FP32) -> None:
+        self.name, self.steps, self.tokens, self.wire = name, steps, tokens, wire
+        self.number = int(name.rsplit("-", 1)[1])
+        self.losses = [7.0, 4.0, 3.0, 2.0]  # of the model after so many rounds
+        self.model: Weights = {}
+        self.given: list[tuple[str, str]] = []
+        self.answers: dict[tuple[str, int], Callable[[FLModel], Answer]] = {}
+
+    def does(self, task: str, round_number: int, answer: Callable[[FLModel], Answer]) -> None:
+        """Something else than usual with the task of that round (0-based)."""
+        self.answers[task, round_number] = answer
+
+    def __call__(self, task: str, received: FLModel) -> Answer:
+        kind = received.meta[KIND_KEY]
+        assert received.meta[VERSION_KEY] == VERSION
+        self.given.append((task, kind))
+        if kind == Kind.CHANGE:
+            for name, change in received.params.items():
+                self.model[name] = self.model[name] + change
+        else:
+            self.model = _copy(received.params)
+        usual = self.validate if task == VALIDATE_TASK else self.train
+        return self.answers.get((task, received.current_round), usual)(received)
+
+    def validate(self, received: FLModel) -> FLModel:
+        return self._result({POINTS_KEY: points_to_data([self._val_loss(received.current_round)])})
+
+    def train(self, received: FLModel, **meta: Any) -> FLModel:
+        number = received.current_round
+        before = 16 * self.steps * number
+        steps = [
+            Point("train_loss", 9.0 - step, number + 1, before + 16 * step, self.name, step, 100 * step)
+            for step in range(1, self.steps + 1)
+        ]
+        points = [self._val_loss(number), *steps, Point("val_loss_local", 0.5, number + 1, before, self.name)]
+        change = {name: tensor * 0.01 for name, tensor in _weights(1000 * self.number + number).items()}
+        if self.wire == Wire.BF16_DIFF:
+            change = {name: tensor.to(torch.bfloat16) for name, tensor in change.items()}
+        known = {
+            KIND_KEY: str(Kind.CHANGE if received.params else Kind.FULL),
+            FLMetaKey.NUM_STEPS_CURRENT_ROUND: self.tokens,
+            SAMPLES_KEY: 16 * self.steps,
+            POINTS_KEY: points_to_data(points),
+        }
+        return self._result({**known, **meta}, change)
+
+    def _val_loss(self, finished: int) -> Point:
+        return Point("val_loss", self.losses[finished], finished, 16 * self.steps * finished, self.name, tokens=40)
+
+    def _result(self, meta: dict[str, Any], params: Weights | None = None) -> FLModel:
+        kind = ParamsType.FULL if params is not None else None
+        return FLModel(params_type=kind, params=params, metrics={}, meta={**meta, "client_name": self.name})
 
 
-def test_average_does_not_depend_on_the_order_of_arrival() -> None:
-    sites = {site: _weights(seed) for seed, site in enumerate(TOKENS)}
-    averages = [
-        _average([_result(site, sites[site], TOKENS[site]) for site in order])
-        for order in itertools.permutations(sites)
+class Server(FederatedSFT):
+    """The workflow in a folder of the test's, without NVFlare's engine around it."""
+
+    def __init__(self, folder: Path, sites: Iterable[Site], **arguments: Any) -> None:
+        self.members = {site.name: site for site in sites}
+        super().__init__(**{"sites": list(self.members), "num_rounds": 3, "base_model": "base.nemo", **arguments})
+        self._task_check_period = 0.001
+        self.folder = folder
+        self.engine, self.fl_ctx, self.abort_signal = self, FLContext(), Signal()
+        self.connected = list(self.members)
+        self.panics: list[str] = []
+        self.fobs_context: dict[str, Any] = {}
+        self.run_manager = None
+        self._standing = 0
+        (folder / "job").mkdir(parents=True, exist_ok=True)
+        self.open(folder / "state")
+
+    # In place of NVFlare.
+
+    def get_run_dir(self) -> str:
+        return str(self.folder / "job")
+
+    def get_clients(self) -> list[SimpleNamespace]:
+        return [SimpleNamespace(name=name) for name in self.connected]
+
+    def get_cell(self) -> "Server":
+        return self
+
+    def get_fobs_context(self) -> dict[str, Any]:
+        return self.fobs_context
+
+    def update_fobs_context(self, changes: dict[str, Any]) -> None:
+        self.fobs_context.update(changes)
+
+    def send_model(self, task_name: str, targets: list[str], data: FLModel, callback: Callable[..., None]) -> None:  # type: ignore[override]
+        for name in targets:
+            answer = self.members[name](task_name, data)
+            if isinstance(answer, FLModel):
+                callback(answer)
+            elif answer is None:
+                self._standing += 1
+            else:
+                self._accept_train_result(name, make_reply(answer), self.fl_ctx)
+                self._standing += 1
+
+    def get_num_standing_tasks(self) -> int:
+        return self._standing
+
+    def cancel_all_tasks(self, **_: Any) -> None:  # type: ignore[override]
+        self._standing = 0
+
+    def info(self, msg: str) -> None:
+        pass
+
+    def panic(self, reason: str) -> None:
+        self.panics.append(reason)
+
+    # What tests look at.
+
+    @property
+    def entries(self) -> list[Entry]:
+        path = self.journal.path if self.journal.path.exists() else self.folder / "job" / JOURNAL_FILE
+        return [from_line(line) for line in path.read_text().splitlines()]
+
+    def of(self, kind: type) -> list[Any]:
+        return [entry for entry in self.entries if isinstance(entry, kind)]
+
+    def points(self, name: str, site: str | None = None) -> list[Point]:
+        return [point for point in self.of(Point) if (point.name, point.site) == (name, site)]
+
+    def left(self, name: str) -> Weights:
+        weights: Weights = torch.load(self.folder / "job" / name, weights_only=True)
+        return weights
+
+
+BASE = _weights(0)
+
+
+@pytest.fixture(autouse=True)
+def _base_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = read_nemo_weights
+    monkeypatch.setattr(
+        "fedsft_assets.federation.server.read_nemo_weights",
+        lambda path: _copy(BASE) if path == Path("base.nemo") else real(path),
+    )
+    monkeypatch.delenv(STATE_ROOT, raising=False)
+
+
+def _play(server: Server, rounds: int) -> list[Weights]:
+    """Rounds without the last validation; the global model after each."""
+    server._begin()
+    models = []
+    for number in range(server.state.progress.finished, rounds):
+        server.play_round(number)
+        models.append(_copy(server._weights))
+    return models
+
+
+# What is written down of rounds.
+
+
+def test_round_is_written_down_as_one_curve_of_all_sites_beside_those_of_each(tmp_path: Path) -> None:
+    one, other = Site("site-1", steps=3), Site("site-2", steps=2)
+    one.losses[0], other.losses[0] = 7.0, 6.0
+    server = Server(tmp_path, [one, other])
+    other.does(TRAIN_TASK, 0, lambda received: _with(other.train(received), losses=[6.0, 4.0], tokens_of_val=120))
+    _play(server, 1)
+    assert server.points("val_loss") == [Point("val_loss", pytest.approx((7.0 * 40 + 6.0 * 120) / 160), 0, 0)]
+    assert [point.value for point in server.points("val_loss", "site-2")] == [6.0]
+    assert server.points("train_loss") == [
+        Point("train_loss", 7.0, 1, 32, None, 1, 200),
+        Point("train_loss", 5.5, 1, 64, None, 2, 400),
+        Point("train_loss", 6.0, 1, 80, None, 3, 300),
     ]
-    for other in averages[1:]:
-        for name, value in averages[0].items():
-            assert torch.equal(value, other[name])
+    assert len(server.points("train_loss", "site-1")) == 3
+    assert len(server.points("val_loss_local", "site-2")) == 1
+    assert server.entries[-1] == RoundDone(1)
 
 
-def test_site_of_its_own_gets_back_what_it_sent() -> None:
-    weights = _weights(1)
-    for name, value in _average([_result("site-1", weights, 12_345)]).items():
-        assert torch.equal(value, weights[name])
+def _with(result: FLModel, losses: list[float], tokens_of_val: int) -> FLModel:
+    """The same with other losses of its steps, and tokens of its validation."""
+    steps = iter(losses)
+    for point in result.meta[POINTS_KEY]:
+        if point["name"] == "train_loss":
+            point["value"] = next(steps)
+        if point["name"] == "val_loss":
+            point["tokens"] = tokens_of_val
+    return result
 
 
-def test_small_updates_of_large_weights_are_not_lost() -> None:
-    """In float32, a sum weighted by many tokens would round them away."""
-    base = torch.full((4,), 1000.0)
-    step = torch.tensor([0.0, 1e-4, 1.2e-4, 2e-4])
-    sites = [_result(f"site-{k}", {"w": base + step}, 10_000_019 + k) for k in range(3)]
-    assert torch.equal(_average(sites)["w"], base + step)
+def test_samples_of_all_sites_add_up_over_rounds(tmp_path: Path) -> None:
+    server = Server(tmp_path, [Site("site-1", steps=3), Site("site-2", steps=2)])
+    _play(server, 2)
+    assert [(p.round, p.samples, p.value) for p in server.points("val_loss")] == [(0, 0, 7.0), (1, 80, 4.0)]
+    assert [p.samples for p in server.points("train_loss")] == [32, 64, 80, 112, 144, 160]
 
 
-def test_average_of_a_round_starts_from_nothing() -> None:
-    average = TokenWeightedAverage()
-    average.accept_model(_result("site-1", _weights(1), 5))
-    average.aggregate_model()
-    average.reset_stats()
-    average.accept_model(_result("site-1", _weights(2), 7))
-    assert torch.equal(average.aggregate_model().params["embedding"], _weights(2)["embedding"])
-    assert len(average.results) == 1
+def test_samples_of_a_site_that_sits_a_round_out_still_count(tmp_path: Path) -> None:
+    sites = [Site("site-1", steps=2), Site("site-2", steps=2)]
+    server = Server(tmp_path, sites, min_sites=1)
+    sites[1].does(TRAIN_TASK, 1, lambda _: ReturnCode.EXECUTION_EXCEPTION)
+    _play(server, 3)
+    assert [p.samples for p in server.points("val_loss")] == [0, 64, 96]
+    assert [p.samples for p in server.points("train_loss")] == [32, 64, 80, 96, 128, 160]
+    assert server.state.progress.samples == {"site-1": 96, "site-2": 64}
 
 
-def test_sites_that_began_with_other_adapters_are_not_averaged() -> None:
-    average = TokenWeightedAverage()
-    average.accept_model(_result("site-1", _weights(1), 5, **{FIRST_KEY: "a"}))
-    average.accept_model(_result("site-2", _weights(2), 5, **{FIRST_KEY: "a"}))
-    with pytest.raises(ValueError, match="site-3: began with another base model or other adapters than site-1"):
-        average.accept_model(_result("site-3", _weights(3), 5, **{FIRST_KEY: "b"}))
+def test_whole_job_is_in_the_journal_in_its_order(tmp_path: Path) -> None:
+    server = Server(tmp_path, [Site("site-1", steps=1), Site("site-2", steps=1)])
+    server.run()
+    whole = [e for e in server.entries if not isinstance(e, Point) or e.site is None]
+    assert whole == [
+        Started(0),
+        Point("val_loss", 7.0, 0, 0),
+        Point("train_loss", 8.0, 1, 32, None, 1, 200),
+        RoundDone(1),
+        Point("val_loss", 4.0, 1, 32),
+        Point("train_loss", 8.0, 2, 64, None, 1, 200),
+        RoundDone(2),
+        Point("val_loss", 3.0, 2, 64),
+        Point("train_loss", 8.0, 3, 96, None, 1, 200),
+        RoundDone(3),
+        Point("val_loss", 2.0, 3, 96),
+    ]
+    assert server.panics == []
 
 
-def test_job_without_a_base_model_at_the_server_begins_empty() -> None:
-    first = FederatedSFT(num_clients=2, num_rounds=3).load_model()
-    assert (first.params, first.params_type) == ({}, ParamsType.FULL)
+# The global model.
 
 
-@pytest.mark.parametrize("tokens", [None, 0, -3, 2.5, "12"])
-def test_result_without_a_number_of_tokens_is_an_error_that_names_the_site(tokens: object) -> None:
-    average = TokenWeightedAverage()
-    with pytest.raises(
-        ValueError, match=f"site-2: expected the number of answer tokens it trained on, found {tokens!r}"
-    ):
-        average.accept_model(_result("site-2", _weights(1), tokens))
+def test_global_model_moves_by_the_mean_change_weighted_by_tokens(tmp_path: Path) -> None:
+    sites = [Site("site-1", tokens=17), Site("site-2", tokens=4_321)]
+    server = Server(tmp_path, sites)
+    changes = {site.name: site.train(FLModel(params=BASE, current_round=0)).params for site in sites}
+    (after,) = _play(server, 1)
+    for name, tensor in after.items():
+        parts = [changes[site.name][name].to(torch.float64).numpy() for site in sites]
+        expected = BASE[name].to(torch.float64).numpy() + np.average(parts, axis=0, weights=[17, 4_321])
+        np.testing.assert_allclose(tensor.numpy(), expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("size", [1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize(("wire", "most"), [("fp32", 1e-6), ("bf16-diff", 1e-2)])
+def test_what_is_added_to_the_global_model_is_the_mean_in_float64_within_what_the_wire_allows(
+    tmp_path: Path, size: float, wire: str, most: float
+) -> None:
+    tokens = {"site-1": 17, "site-2": 100_003, "site-3": 4_321}
+    changes = {site: _weights(seed, size) for seed, site in enumerate(tokens)}
+    travel = torch.bfloat16 if wire == "bf16-diff" else torch.float32
+
+    def applied(start: Weights) -> Weights:
+        server = Server(tmp_path, map(Site, tokens), wire=wire)
+        server._weights = _copy(start)
+        average = TokenWeightedAverage({name: tuple(tensor.shape) for name, tensor in start.items()})
+        for site, change in changes.items():
+            average.add(site, {name: tensor.to(travel) for name, tensor in change.items()}, tokens[site])
+        server._apply(average)
+        return server._weights
+
+    added = applied({name: torch.zeros_like(tensor) for name, tensor in BASE.items()})
+    for name, tensor in added.items():
+        assert tensor.dtype == torch.float32
+        parts = [change[name].to(torch.float64).numpy() for change in changes.values()]
+        expected = np.average(parts, axis=0, weights=list(tokens.values()))
+        error = np.linalg.norm(tensor.to(torch.float64).numpy() - expected) / np.linalg.norm(expected)
+        assert error <= most
+    # To weights of size 1 just that is added, in float32.
+    assert _same(applied(BASE), {name: tensor + added[name] for name, tensor in BASE.items()})
+
+
+@pytest.mark.parametrize("losses", [[7.0, 2.0, 3.0, 2.5], [7.0, 4.0, 2.0, 3.0], [7.0, 4.0, 3.0, 2.0], [0.1, 3, 2, 3]])
+def test_best_model_is_the_one_that_was_scored_lowest_and_never_the_base(tmp_path: Path, losses: list[float]) -> None:
+    sites = [Site("site-1"), Site("site-2")]
+    models = _play(Server(tmp_path / "again", [Site("site-1"), Site("site-2")]), 3)
+    for site in sites:
+        site.losses = losses
+    server = Server(tmp_path, sites)
+    server.run()
+    best = min((1, 2, 3), key=losses.__getitem__)
+    assert _same(server.left(BEST_MODEL), models[best - 1])
+    assert _same(server.left(LAST_MODEL), models[2])
+    assert not _same(models[0], models[1])
+
+
+def test_earlier_model_is_best_when_losses_are_equal(tmp_path: Path) -> None:
+    site = Site("site-1")
+    site.losses = [7.0, 2.0, 2.0, 2.0]
+    server = Server(tmp_path, [site])
+    _play(server, 3)
+    assert server.state.progress.best_round == 1
+
+
+def test_finished_job_leaves_its_files_and_no_state(tmp_path: Path) -> None:
+    server = Server(tmp_path, [Site("site-1")])
+    server.run()
+    assert sorted(path.name for path in (tmp_path / "job").iterdir()) == sorted([BEST_MODEL, JOURNAL_FILE, LAST_MODEL])
+    assert not (tmp_path / "state").exists()
+
+
+def test_state_under_a_folder_of_the_operators_is_kept_until_the_operator_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(STATE_ROOT, str(tmp_path))
+    Server(tmp_path, [Site("site-1")]).run()
+    again = Server(tmp_path, [Site("site-1")])
+    assert (again.state.progress.finished, again.state.progress.best_round) == (3, 3)
+    assert again.left(BEST_MODEL).keys() == BASE.keys()
+
+
+# Going on.
+
+
+class _Killed(BaseException):
+    pass
+
+
+def _die(*_: object) -> None:
+    raise _Killed
+
+
+@pytest.mark.parametrize("wire", ["fp32", "bf16-diff"])
+@pytest.mark.parametrize("moment", ["before it commits", "after it committed", "between rounds"])
+def test_killed_server_is_gone_on_from_bit_for_bit_without_doubled_points(
+    tmp_path: Path, wire: str, moment: str
+) -> None:
+    def sites() -> list[Site]:
+        return [Site("site-1", tokens=17, wire=Wire(wire)), Site("site-2", tokens=4_321, wire=Wire(wire))]
+
+    whole = Server(tmp_path / "whole", sites(), wire=wire)
+    whole.run()
+
+    killed = Server(tmp_path / "killed", sites(), wire=wire)
+    _play(killed, 1)
+    if moment == "before it commits":
+        killed.state.commit = _die  # type: ignore[method-assign]
+    elif moment == "after it committed":
+        commit = killed.state.commit
+        killed.state.commit = lambda *kept: _die(commit(*kept))  # type: ignore[method-assign]
+    else:
+        _play(killed, 2)
+        killed.play_round = _die  # type: ignore[method-assign]
+    with pytest.raises(_Killed):
+        _play(killed, 3)
+
+    again = Server(tmp_path / "killed", sites(), wire=wire)
+    again.run()
+    assert again.of(Started) == [Started(1 if moment == "before it commits" else 2)]
+    assert whole.panics == again.panics == []
+    for name in (BEST_MODEL, LAST_MODEL):
+        assert _same(again.left(name), whole.left(name))
+    points = again.of(Point)
+    assert sorted(map(repr, (p.identity for p in points))) == sorted(repr(p.identity) for p in whole.of(Point))
+    assert {p.identity: p for p in points} == {p.identity: p for p in whole.of(Point)}
+
+
+def test_job_whose_rounds_are_all_done_is_only_scored(tmp_path: Path) -> None:
+    _play(Server(tmp_path, [Site("site-1")]), 3)
+    site = Site("site-1")
+    again = Server(tmp_path, [site])
+    again.run()
+    assert site.given == [(VALIDATE_TASK, Kind.FULL)]
+    assert again.points("val_loss")[-1] == Point("val_loss", 2.0, 3, 144)
+    assert (tmp_path / "job" / BEST_MODEL).exists()
+
+
+def test_results_that_a_killed_server_kept_on_the_disk_are_removed(tmp_path: Path) -> None:
+    with Server(tmp_path, [Site("site-1")])._offloaded():
+        (part,) = _offload_folders(tmp_path)
+        shutil.copytree(part, tmp_path / "left")
+    shutil.copytree(tmp_path / "left", part)  # a killed server removes nothing
+    with Server(tmp_path, [Site("site-1")])._offloaded():
+        (other,) = _offload_folders(tmp_path)
+        assert other != part
+
+
+def _offload_folders(folder: Path) -> list[Path]:
+    return list((folder / "state").rglob("nvflare_tensor_offload_*"))
+
+
+# Who gets what.
+
+
+def test_change_is_sent_only_to_sites_that_hold_the_model(tmp_path: Path) -> None:
+    sites = [Site(f"site-{k}", wire=Wire.BF16_DIFF) for k in (1, 2)]
+    server = Server(tmp_path, sites, wire="bf16-diff", min_sites=1)
+    sites[1].does(TRAIN_TASK, 1, lambda _: ReturnCode.EXECUTION_EXCEPTION)
+    server._begin()
+    for number in range(3):
+        server.play_round(number)
+    assert [kind for _, kind in sites[0].given] == [Kind.FULL, Kind.CHANGE, Kind.CHANGE]
+    assert [kind for _, kind in sites[1].given] == [Kind.FULL, Kind.CHANGE, Kind.FULL]
+
+
+def test_site_that_was_away_gets_the_whole_model(tmp_path: Path) -> None:
+    sites = [Site(f"site-{k}", wire=Wire.BF16_DIFF) for k in (1, 2)]
+    server = Server(tmp_path, sites, wire="bf16-diff", min_sites=1)
+    server._begin()
+    for number, connected in enumerate((["site-1", "site-2"], ["site-1"], ["site-1", "site-2"])):
+        server.connected = connected
+        server.play_round(number)
+    assert [kind for _, kind in sites[1].given] == [Kind.FULL, Kind.FULL]
+    assert server.of(Missed) == [Missed("site-2", 2, "it is not connected")]
+
+
+def test_sites_have_the_global_model_bit_for_bit_in_every_round(tmp_path: Path) -> None:
+    sites = [Site(f"site-{k}", wire=Wire.BF16_DIFF) for k in (1, 2)]
+    server = Server(tmp_path, sites, wire="bf16-diff")
+    server._begin()
+    for number in range(3):
+        before = _copy(server._weights)
+        server.play_round(number)
+        assert all(_same(site.model, before) for site in sites)
+        assert not _same(server._weights, before)
+
+
+def test_in_fp32_every_site_gets_the_whole_model_every_time(tmp_path: Path) -> None:
+    site = Site("site-1")
+    Server(tmp_path, [site]).run()
+    assert site.given == [*[(TRAIN_TASK, Kind.FULL)] * 3, (VALIDATE_TASK, Kind.FULL)]
+
+
+def test_job_without_a_base_model_begins_with_the_mean_of_what_sites_begin_with(tmp_path: Path) -> None:
+    sites = [Site(f"site-{k}") for k in (1, 2)]
+    for site in sites:
+        site.does(TRAIN_TASK, 0, lambda received, site=site: site.train(received, **{FIRST_KEY: "digest"}))  # type: ignore[misc]
+        for number in (1, 2):
+            site.does(TRAIN_TASK, number, lambda received, site=site: site.train(received, **{FIRST_KEY: "digest"}))  # type: ignore[misc]
+    server = Server(tmp_path, sites, base_model=None)
+    first = [site.train(FLModel(params={}, current_round=0)).params for site in sites]
+    models = _play(server, 2)
+    for name, tensor in models[0].items():
+        torch.testing.assert_close(tensor, (first[0][name] + first[1][name]) / 2)
+    assert server.panics == []
+    assert server.state.progress.first == "digest"
+
+
+# Sites that do not answer.
+
+
+def _failing(traceback: str) -> Callable[[Site], Callable[[FLModel], Answer]]:
+    return lambda site: lambda _: FLModel(metrics={}, meta={FAILURE_KEY: traceback, "client_name": site.name})
 
 
 @pytest.mark.parametrize(
-    ("odd", "said"),
+    ("answer", "missed"),
     [
-        ({"layer.weight": torch.ones(8, 8)}, r"embedding, layer\.scale"),
-        ({**_weights(2), "extra": torch.ones(1)}, "extra"),
-        ({**_weights(2), "layer.weight": torch.ones(1, 8)}, r"layer\.weight"),
+        (lambda _site: lambda _: ReturnCode.EXECUTION_EXCEPTION, "its trainer is gone (EXECUTION_EXCEPTION)"),
+        (_failing("Traceback: é"), "its trainer failed"),
+        (lambda _site: lambda _: None, "it has said nothing for 0 s (site_timeout is 0.05 s)"),
     ],
-    ids=["fewer", "more", "another shape"],
+    ids=["its trainer died", "its trainer says why it ends", "silence"],
 )
-def test_tensors_that_differ_from_those_of_other_sites_are_an_error_that_names_them(odd: Weights, said: str) -> None:
-    average = TokenWeightedAverage()
-    average.accept_model(_result("site-1", _weights(1), 5))
-    with pytest.raises(ValueError, match=f"site-2: tensors differ from those of the other sites: {said}"):
-        average.accept_model(_result("site-2", odd, 5))
+def test_round_goes_on_without_a_site_as_long_as_enough_answer(
+    tmp_path: Path, answer: Callable[[Site], Callable[[FLModel], Answer]], missed: str
+) -> None:
+    sites = [Site(f"site-{k}") for k in (1, 2, 3)]
+    server = Server(tmp_path, sites, min_sites=2, site_timeout=0.05)
+    sites[1].does(TRAIN_TASK, 1, answer(sites[1]))
+    _play(server, 2)
+    (said,) = server.of(Missed)
+    assert (said.site, said.round, said.reason) == ("site-2", 2, missed)
+    assert said.failure == ("Traceback: é" if missed == "its trainer failed" else None)
+    assert server.of(RoundDone) == [RoundDone(1), RoundDone(2)]
+    assert {p.site for p in server.of(Point) if p.name == "train_loss" and p.round == 2} == {None, "site-1", "site-3"}
+
+
+def test_site_that_the_server_loses_is_not_waited_for(tmp_path: Path) -> None:
+    sites = [Site("site-1"), Site("site-2")]
+    server = Server(tmp_path, sites, min_sites=1)  # with half an hour for a site that says nothing
+
+    def disconnects(_: FLModel) -> None:
+        context = FLContext()
+        context.set_prop(FLContextKey.DISCONNECTED_CLIENT_NAME, "site-2")
+        server.handle_event(EventType.CLIENT_DISCONNECTED, context)
+
+    sites[1].does(TRAIN_TASK, 0, disconnects)
+    _play(server, 1)
+    assert server.of(Missed) == [Missed("site-2", 1, "the server has lost it")]
+
+
+def test_job_with_too_few_sites_ends_and_says_who_was_missing_and_that_sites_were_lost(tmp_path: Path) -> None:
+    sites = [Site(f"site-{k}") for k in (1, 2, 3)]
+    server = Server(tmp_path, sites, min_sites=2)
+    sites[0].does(TRAIN_TASK, 1, lambda _: ReturnCode.EXECUTION_EXCEPTION)
+    sites[2].does(TRAIN_TASK, 1, _failing("Traceback")(sites[2]))
+    server.run()
+    why = "round 2 has results of 1 of 3 sites; min_sites is 2"
+    assert server.entries[-3:] == [
+        Missed("site-1", 2, "its trainer is gone (EXECUTION_EXCEPTION)"),
+        Missed("site-3", 2, "its trainer failed", "Traceback"),
+        Stopped(why, lost_sites=True),
+    ]
+    assert server.panics == [why]
+    assert server.of(RoundDone) == [RoundDone(1)]
+    assert not (tmp_path / "job" / LAST_MODEL).exists()
+    assert (tmp_path / "job" / JOURNAL_FILE).read_bytes() == server.journal.path.read_bytes()
+    again = Server(tmp_path, [Site(f"site-{k}") for k in (1, 2, 3)])
+    again.run()
+    assert again.of(Started) == [Started(0), Started(1)]
+    assert again.of(RoundDone) == [RoundDone(1), RoundDone(2), RoundDone(3)]
+
+
+def test_all_sites_are_needed_unless_the_job_says_otherwise(tmp_path: Path) -> None:
+    sites = [Site("site-1"), Site("site-2")]
+    server = Server(tmp_path, sites)
+    server.connected = ["site-1"]
+    server._begin()
+    with pytest.raises(NotEnoughSitesError, match="round 1 has results of 1 of 2 sites; min_sites is 2"):
+        server.play_round(0)
+
+
+def test_nobody_is_waited_for_when_enough_cannot_answer_any_more(tmp_path: Path) -> None:
+    sites = [Site("site-1"), Site("site-2")]
+    server = Server(tmp_path, sites)  # with half an hour for site-1, which is silent
+    sites[0].does(TRAIN_TASK, 0, lambda _: None)
+    sites[1].does(TRAIN_TASK, 0, lambda _: ReturnCode.EXECUTION_EXCEPTION)
+    server.run()
+    assert [one.reason for one in server.of(Missed)] == [
+        "the round ended before it answered",
+        "its trainer is gone (EXECUTION_EXCEPTION)",
+    ]
+    assert server.of(Stopped)[0].lost_sites
+
+
+def test_last_validation_goes_on_without_a_site_too(tmp_path: Path) -> None:
+    sites = [Site("site-1"), Site("site-2")]
+    server = Server(tmp_path, sites, min_sites=1)
+    sites[1].does(VALIDATE_TASK, 3, lambda _: ReturnCode.EXECUTION_EXCEPTION)
+    server.run()
+    assert server.panics == []
+    assert server.of(Missed) == [Missed("site-2", 4, "its trainer is gone (EXECUTION_EXCEPTION)")]
+    assert server.points("val_loss")[-1].round == 3
+    assert (tmp_path / "job" / BEST_MODEL).exists()
+
+
+# Results that are of no use.
+
+
+def _other(**changes: Any) -> Callable[[Site], Callable[[FLModel], Answer]]:
+    """Its usual result with other parameters or metadata."""
+
+    def answer(site: Site) -> Callable[[FLModel], Answer]:
+        def act(received: FLModel) -> FLModel:
+            result = site.train(received)
+            result.params.update(changes.get("params", {}))
+            result.meta.update(changes.get("meta", {}))
+            return result
+
+        return act
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (
+            _other(meta={FLMetaKey.NUM_STEPS_CURRENT_ROUND: 0}),
+            "round 2: site-2: expected the number of answer tokens it trained on, found 0",
+        ),
+        (
+            _other(params={"extra": torch.ones(1)}),
+            "round 2: site-2: tensors differ from those of the global model: extra",
+        ),
+        (
+            _other(meta={KIND_KEY: "full"}),
+            "round 2: site-2: sent 'full' where 'change' was to come; are the versions the same?",
+        ),
+        (
+            _other(meta={KIND_KEY: None}),
+            "round 2: site-2: sent None where 'change' was to come; are the versions the same?",
+        ),
+        (
+            _other(meta={FIRST_KEY: "another"}),
+            "round 2: site-2: began with another base model or other adapters than site-1; all sites need the same"
+            " base model and the same version of this package",
+        ),
+        (
+            _other(params={"layer.scale": torch.tensor(float("nan"))}),
+            "site-2: layer.scale has numbers that are not finite",
+        ),
+    ],
+    ids=["no tokens", "another tensor", "another kind", "no kind", "another base model", "not finite"],
+)
+def test_result_that_cannot_be_used_ends_the_job_with_the_reason(
+    tmp_path: Path, answer: Callable[[Site], Callable[[FLModel], Answer]], reason: str
+) -> None:
+    """NVFlare alone would log it, go on with the other sites, and call the job a success."""
+    sites = [Site("site-1"), Site("site-2")]
+    server = Server(tmp_path, sites, min_sites=1)
+    sites[1].does(TRAIN_TASK, 1, answer(sites[1]))
+    server.run()
+    assert server.panics == [reason]
+    assert server.entries[-1] == Stopped(reason, lost_sites=False)
+    assert server.of(RoundDone) == [RoundDone(1)]
+    assert server.state.progress.finished == 1
+
+
+def test_result_that_cannot_be_used_ends_the_job_at_once(tmp_path: Path) -> None:
+    sites = [Site("site-1"), Site("site-2")]
+    server = Server(tmp_path, sites)  # with half an hour for site-2, which is silent
+    sites[0].does(TRAIN_TASK, 0, _other(meta={FLMetaKey.NUM_STEPS_CURRENT_ROUND: None})(sites[0]))
+    sites[1].does(TRAIN_TASK, 0, lambda _: None)
+    server.run()
+    assert server.panics == ["round 1: site-1: expected the number of answer tokens it trained on, found None"]
+
+
+def test_site_that_joins_later_must_have_begun_with_the_same_too(tmp_path: Path) -> None:
+    sites = [Site("site-1"), Site("site-2")]
+    for number, digest in ((0, "a"), (1, "b")):
+        sites[0].does(TRAIN_TASK, number, _other(meta={FIRST_KEY: digest})(sites[0]))
+    server = Server(tmp_path, sites, min_sites=1)
+    server.connected = ["site-1"]
+    server.run()
+    assert server.of(Stopped)[0].reason.startswith("round 2: site-1: began with another base model or other adapters")
+
+
+@pytest.mark.parametrize(("content", "said"), [(None, "No such file"), ("not an archive", "file could not be opened")])
+def test_base_model_that_cannot_be_read_ends_the_job_with_the_reason(
+    tmp_path: Path, content: str | None, said: str
+) -> None:
+    archive = tmp_path / "mine.nemo"
+    if content:
+        archive.write_text(content)
+    server = Server(tmp_path, [Site("site-1")], base_model=str(archive))
+    server.run()
+    (stopped,) = server.of(Stopped)
+    assert said in stopped.reason
+    assert not stopped.lost_sites
+    assert server.panics == [stopped.reason]
+
+
+def test_aborted_job_stops_without_a_reason_and_can_be_gone_on_with(tmp_path: Path) -> None:
+    sites = [Site("site-1"), Site("site-2")]
+    server = Server(tmp_path, sites)
+
+    def abort(_: FLModel) -> None:
+        server.abort_signal.trigger(True)
+
+    sites[1].does(TRAIN_TASK, 1, abort)
+    server.run()
+    assert (server.of(Stopped), server.of(Missed), server.panics) == ([], [], [])
+    assert Server(tmp_path, sites).state.progress.finished == 1
+
+
+# While sites work.
+
+
+def _said(site: str, text: str, points: list[Point], tag: str = PROGRESS_RECORD) -> FLContext:
+    """The event that NVFlare fires at the server when a site logs."""
+    said = json.dumps({"text": text, "points": points_to_data(points)})
+    data = AnalyticsData(tag, said, AnalyticsDataType.TEXT).to_dxo().to_shareable()
+    data.set_peer_props({ReservedKey.IDENTITY_NAME: site})
+    context = FLContext()
+    context.set_prop(FLContextKey.EVENT_DATA, data, private=True, sticky=False)
+    return context
+
+
+def test_points_that_come_while_a_site_works_are_written_down_once(tmp_path: Path) -> None:
+    site = Site("site-1", steps=1)
+    server = Server(tmp_path, [site])
+    early = Point("train_loss", 8.0, 1, 16, "site-1", 1, 100)
+
+    def works(received: FLModel) -> FLModel:
+        server.handle_event("fed.analytix_log_stats", _said("site-1", "site-1 · step 1", [early]))
+        assert server.entries == [Progress("site-1 · step 1"), early]
+        return site.train(received)
+
+    site.does(TRAIN_TASK, 0, works)
+    _play(server, 1)
+    assert server.points("train_loss", "site-1") == [early]
+
+
+def test_site_that_says_something_is_waited_for(tmp_path: Path) -> None:
+    sites = [Site("site-1"), Site("site-2")]
+    server = Server(tmp_path, sites, site_timeout=0.2)
+    begun = time.monotonic()
+
+    def silent_but_for_its_words(_: FLModel) -> None:
+        real = server.get_num_standing_tasks
+
+        def standing() -> int:
+            server.handle_event("fed.analytix_log_stats", _said("site-2", "busy", []))
+            if time.monotonic() > begun + 0.6:
+                server.abort_signal.trigger(True)
+            return real()
+
+        server.get_num_standing_tasks = standing  # type: ignore[method-assign]
+
+    sites[1].does(TRAIN_TASK, 0, silent_but_for_its_words)
+    server.run()
+    assert server.of(Missed) == []  # it was the abort that ended the wait
+    assert Progress("busy") in server.entries
+
+
+def test_what_other_programs_log_is_not_written_down(tmp_path: Path) -> None:
+    server = Server(tmp_path, [Site("site-1")])
+    server.handle_event("fed.analytix_log_stats", _said("site-1", "loss", [], tag="their loss"))
+    server.handle_event("another event", FLContext())
+    assert server.entries == []
+
+
+def test_journal_of_a_running_job_is_handed_out_from_where_the_asker_is(tmp_path: Path) -> None:
+    server = Server(tmp_path, [Site("site-1")])
+    server.journal.add([RoundDone(1)])
+    first = server._hand_out_journal("", {"offset": 0}, FLContext())
+    server.journal.add([RoundDone(2)])
+    second = server._hand_out_journal("", {"offset": first["offset"]}, FLContext())
+    assert [from_line(answer["text"]) for answer in (first, second)] == [RoundDone(1), RoundDone(2)]
+
+
+# Where the state is.
+
+
+@pytest.fixture
+def placed(tmp_path: Path) -> Server:
+    """A server whose engine has a workspace, with a job of an execution in it."""
+    server = Server(tmp_path / "server", [Site("site-1")])
+    meta = tmp_path / "meta.json"
+    meta.write_text(json.dumps({EXECUTION_KEY: "execution-7"}))
+    server.get_workspace = lambda: SimpleNamespace(  # type: ignore[attr-defined]
+        get_job_meta_path=lambda job: str(meta) if job == "job-1" else None, get_root_dir=lambda: str(tmp_path / "root")
+    )
+    server.fl_ctx = SimpleNamespace(get_job_id=lambda: "job-1")
+    return server
+
+
+def test_state_is_that_of_the_execution_whatever_the_job_id(placed: Server, tmp_path: Path) -> None:
+    assert placed._state_folder() == tmp_path / "root" / "fedsft" / "execution-7"
+
+
+def test_job_that_nobody_names_an_execution_for_has_a_state_of_its_own(placed: Server, tmp_path: Path) -> None:
+    (tmp_path / "meta.json").write_text("{}")
+    assert placed._state_folder() == tmp_path / "root" / "fedsft" / "job-1"
+
+
+def test_state_is_where_the_operator_wants_it(placed: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(STATE_ROOT, str(tmp_path / "states"))
+    assert placed._state_folder() == tmp_path / "states" / "execution-7"
+
+
+def test_states_that_nobody_came_back_to_for_a_month_are_removed(placed: Server, tmp_path: Path) -> None:
+    root = tmp_path / "root" / "fedsft"
+    for name, days in (("execution-7", 90), ("old", 31), ("recent", 29)):
+        (root / name).mkdir(parents=True)
+        (root / name / "state.json").write_text("{}")
+        then = time.time() - days * 24 * 3600
+        os.utime(root / name, (then, then))
+    placed._state_folder()
+    assert sorted(path.name for path in root.iterdir()) == ["execution-7", "recent"]
+
+
+def test_results_wait_on_the_disk_beside_the_state_and_only_while_the_job_runs(tmp_path: Path) -> None:
+    site = Site("site-1")
+    server = Server(tmp_path, [site], num_rounds=1)
+    seen: list[dict[str, Any]] = []
+    site.does(TRAIN_TASK, 0, lambda received: (seen.append(dict(server.fobs_context)), site.train(received))[1])
+    server.run()
+    (where,) = [value for value in seen[0].values() if isinstance(value, str)]
+    assert Path(where).is_relative_to(tmp_path / "state")
+    assert not Path(where).exists()
+    assert not any(server.fobs_context.values())
+
+
+def test_result_of_a_task_that_is_over_is_not_taken(tmp_path: Path) -> None:
+    server = Server(tmp_path, [Site("site-1")])
+    assert server._accept_train_result("site-1", make_reply(ReturnCode.OK), FLContext())
+    assert not server._accept_train_result("site-1", make_reply(ReturnCode.OK), FLContext(), is_unknown_task=True)
+    assert not server._accept_train_result("site-1", make_reply(ReturnCode.EXECUTION_EXCEPTION), FLContext())
+
+
+def test_model_is_sent_as_it_is_not_as_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(tmp_path, [Site("site-1")])
+    monkeypatch.setattr(server, "fire_event_with_data", lambda *_: None)
+    task = SimpleNamespace(data=Shareable(), _broadcast_data=Shareable())
+    server._prepare_task_data(SimpleNamespace(task=task, client=SimpleNamespace(name="site-1")), FLContext())
+    assert task._broadcast_data is task.data
+
+
+# The base model.
 
 
 Archive = Callable[..., Path]
@@ -202,145 +913,3 @@ def test_archive_cannot_run_code(archive: Archive, capsys: pytest.CaptureFixture
     with pytest.raises(Exception, match="Weights only load failed"):
         read_nemo_weights(archive({"a": _Harmful()}))
     assert capsys.readouterr().out == ""
-
-
-class _Server(FederatedSFT):
-    """The workflow in a folder of the test's, without NVFlare's engine around it."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(base_model="base.nemo", num_clients=2, num_rounds=3)
-        self.folder = folder
-        self.fl_ctx = None
-
-    def get_run_dir(self) -> str:
-        return str(self.folder)
-
-    def play_round(self, current_round: int, results: list[FLModel]) -> Weights:
-        """What NVFlare does with the results of a round."""
-        self.current_round = current_round
-        self.aggregator.reset_stats()
-        for result in results:
-            self._aggregate_one_result(result)
-        model = self.aggregator.aggregate_model()
-        self.save_model(model)
-        weights: Weights = model.params
-        return weights
-
-
-def _round(site: str, received_loss: float, seen: list[int], losses: list[float], round_number: int) -> FLModel:
-    """A site's result: the loss of what it received on 40 tokens, and one point for each of its steps."""
-    before = seen[0] - 16
-    points = [
-        Point("val_loss", received_loss, round_number - 1, before, site, tokens=40 if site == "site-1" else 120),
-        *(
-            Point("train_loss", loss, round_number, samples, site, step, 100 * step)
-            for step, (samples, loss) in enumerate(zip(seen, losses, strict=True), start=1)
-        ),
-        Point("val_loss_local", 0.5, round_number, seen[-1], site),
-    ]
-    meta = {POINTS_KEY: points_to_data(points), SAMPLES_KEY: seen[-1] - before}
-    return _result(site, _weights(round_number), 10, **meta)
-
-
-def _written(server: _Server, name: str) -> list[Point]:
-    lines = (server.folder / METRICS_FILE).read_text().splitlines()
-    return [point for point in map(parse_point, lines) if point.name == name]
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> _Server:
-    return _Server(tmp_path)
-
-
-def test_round_is_written_down_as_one_curve_of_all_sites_beside_those_of_each(server: _Server) -> None:
-    server.play_round(
-        0,
-        [
-            _round("site-1", 7.0, [16, 32, 48], [3.0, 2.0, 1.0], round_number=1),
-            _round("site-2", 6.0, [16, 24], [6.0, 4.0], round_number=1),
-        ],
-    )
-    received = _written(server, "val_loss")
-    assert received[0] == Point("val_loss", pytest.approx((7.0 * 40 + 6.0 * 120) / 160), 0, 0)
-    assert [(point.site, point.value) for point in received[1:]] == [("site-1", 7.0), ("site-2", 6.0)]
-    merged = [point for point in _written(server, "train_loss") if point.site is None]
-    assert merged == [
-        Point("train_loss", 4.5, 1, 32, None, 1, 200),
-        Point("train_loss", 3.0, 1, 56, None, 2, 400),
-        Point("train_loss", 1.0, 1, 72, None, 3, 300),
-    ]
-    assert len(_written(server, "train_loss")) == 3 + 5
-    assert len(_written(server, "val_loss_local")) == 2
-
-
-def test_samples_of_all_sites_add_up_over_rounds(server: _Server) -> None:
-    for k in range(2):
-        first = 48 * k
-        server.play_round(
-            k,
-            [
-                _round("site-1", 7.0 - k, [first + 16, first + 32, first + 48], [3.0, 2.0, 1.0], round_number=k + 1),
-                _round("site-2", 7.0 - k, [24 * k + 16, 24 * k + 24], [6.0, 4.0], round_number=k + 1),
-            ],
-        )
-    whole = [(p.round, p.samples, p.value) for p in _written(server, "val_loss") if p.site is None]
-    assert whole == [(0, 0, 7.0), (1, 72, 6.0)]
-    merged = [p.samples for p in _written(server, "train_loss") if p.site is None]
-    assert merged == [32, 56, 72, 104, 128, 144]
-
-
-def test_samples_of_a_site_that_sits_a_round_out_still_count(server: _Server) -> None:
-    first, second = (_round(site, 7.0, [16, 32], [3.0, 2.0], round_number=1) for site in ("site-1", "site-2"))
-    server.play_round(0, [first, second])
-    server.play_round(1, [_round("site-1", 6.0, [48], [1.0], round_number=2)])
-    assert _written(server, "val_loss")[3].samples == 64
-    assert [p.samples for p in _written(server, "train_loss") if p.site is None] == [32, 64, 80]
-
-
-def _play(server: _Server, received_losses: list[float]) -> list[Weights]:
-    """One site; `received_losses[k]` is what it finds for the model after k rounds."""
-    models = []
-    for k, loss in enumerate(received_losses):
-        models.append(server.play_round(k, [_round("site-1", loss, [16 * k + 16], [1.0], round_number=k + 1)]))
-    return models
-
-
-def _kept(server: _Server, name: str) -> Weights:
-    weights: Weights = torch.load(server.folder / name, weights_only=True)
-    return weights
-
-
-def test_best_model_is_the_one_that_was_scored_lowest_and_never_the_base(server: _Server) -> None:
-    after_1, after_2, after_3 = _play(server, [0.1, 3.0, 2.0])
-    assert torch.equal(_kept(server, LAST_MODEL)["embedding"], after_3["embedding"])
-    assert torch.equal(_kept(server, BEST_MODEL)["embedding"], after_2["embedding"])
-    assert not torch.equal(after_1["embedding"], after_2["embedding"])
-
-
-def test_model_that_is_worse_than_an_earlier_one_is_not_kept(server: _Server) -> None:
-    after_1, *_ = _play(server, [7.0, 2.0, 3.0])
-    assert torch.equal(_kept(server, BEST_MODEL)["embedding"], after_1["embedding"])
-
-
-def test_no_model_is_best_before_one_is_scored(server: _Server) -> None:
-    _play(server, [7.0])
-    assert (server.folder / LAST_MODEL).exists()
-    assert not (server.folder / BEST_MODEL).exists()
-    assert not list(server.folder.glob("*.new"))
-
-
-def test_result_that_cannot_be_used_ends_the_job_with_the_reason(
-    server: _Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """NVFlare alone would log it, go on with the other sites, and call the job a success."""
-    said: list[str] = []
-    monkeypatch.setattr(server, "panic", said.append)
-    with pytest.raises(ValueError, match="site-2"):
-        server.play_round(1, [_result("site-2", _weights(1), 0)])
-    assert said == ["round 2: site-2: expected the number of answer tokens it trained on, found 0"]
-
-
-def test_what_is_written_is_json_lines(server: _Server) -> None:
-    _play(server, [7.0, 2.0])
-    for line in (server.folder / METRICS_FILE).read_text().splitlines():
-        assert {"name", "value", "round", "samples"} <= json.loads(line).keys()
