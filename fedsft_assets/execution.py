@@ -11,7 +11,7 @@ from typing import Any
 from fedsft_assets.data.report import SplitReport
 from fedsft_assets.evaluation.comparison import plot
 from fedsft_assets.federation.job_folder import SPEC_FILE, read_plans, read_spec
-from fedsft_assets.federation.journal import Progress, from_line
+from fedsft_assets.federation.journal import Missed, Progress, from_line
 from fedsft_assets.federation.launch import begin_execution, run_job
 from fedsft_assets.federation.metrics import Point
 from fedsft_assets.federation.record import Workspace
@@ -21,7 +21,6 @@ from fedsft_assets.store import Store, folder_digest, split_file
 from fedsft_assets.tracking import Registered, TrackedJob, Tracking
 
 CHART_FILE = "val_loss.png"
-_RUNTIME = "simulator"
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,7 @@ def execute_job(
     tracking: Tracking,
     tags: dict[str, str],
     say: Callable[[str], object],
+    runtime: str = "simulator",
     threads_per_trainer: int = 0,
     environment: dict[str, str] | None = None,
 ) -> ExecutedJob:
@@ -54,10 +54,10 @@ def execute_job(
     spec, plans = read_spec(folder), read_plans(folder)
     data = SplitReport.read(store.combined).digest
     versions = {"data_version.job_folder": folder_digest(folder), "data_version.combined": data}
-    params = {"model": preset.name, **_params(spec, plans[0])}
+    params = {"model": preset.name, **_params(spec, plans[0], runtime)}
     workspace = Workspace(store.flare(job))
     earlier = journal_points(workspace.journal)
-    execution = begin_execution(folder, workspace.folder, _RUNTIME)
+    execution = begin_execution(folder, workspace.folder, runtime)
     with TrackedJob(
         tracking,
         store,
@@ -77,13 +77,15 @@ def execute_job(
             workspace=workspace.folder,
             testing_file=split_file(store.combined, "testing"),
             into=into,
-            runtime=_RUNTIME,
+            runtime=runtime,
             threads=threads_per_trainer,
             environment=environment,
         ):
             match event:
                 case Progress(text):
                     say(text)
+                case Missed(site, number, reason):
+                    say(f"round {number} goes on without {site}: {reason}")
                 case Point():
                     tracked.log(event)
                 case JobReport():
@@ -110,9 +112,22 @@ def journal_points(journal: Path) -> list[Point]:
     return points
 
 
-def _params(spec: JobSpec, plan: SitePlan) -> dict[str, Any]:
+def _params(spec: JobSpec, plan: SitePlan, runtime: str) -> dict[str, Any]:
+    """What decides the result, and the runtime, each value under a name of its own."""
     own = spec.model_dump(exclude={"name", "description", "sites", "training"})
-    sites = {f"site.{name}": site.dataset for name, site in spec.sites.items()}
-    training = plan.training.model_dump()
-    peft = training.pop("peft") or {"method": None}
-    return {"kind": spec.kind, **own, **sites, **training, **{f"peft.{key}": value for key, value in peft.items()}}
+    said = {**own, **plan.training.model_dump(), "site": {name: site.dataset for name, site in spec.sites.items()}}
+    said["peft"] = said["peft"] or {"method": None}
+    algorithm = said.pop("algorithm")
+    return {
+        "kind": spec.kind,
+        "runtime": runtime,
+        "algorithm": algorithm.pop("name"),
+        **_flat({**said, "algorithm": algorithm}),
+    }
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat

@@ -70,8 +70,9 @@ class ModelResource(dg.ConfigurableResource):
 
 
 class RuntimeResource(dg.ConfigurableResource):
-    """How jobs run. `environment` is what their processes get beside that of Dagster."""
+    """Where and how jobs run. `environment` is what their processes get beside that of Dagster."""
 
+    name: str
     environment: dict[str, str]
 
 
@@ -80,24 +81,26 @@ class MLflowResource(dg.ConfigurableResource):
 
     uri: str
     artifacts: str | None = None
+    patience: float = 60.0
 
     @property
     def tracking(self) -> Tracking:
-        return Tracking(self.uri, Path(self.artifacts) if self.artifacts else None)
+        return Tracking(self.uri, Path(self.artifacts) if self.artifacts else None, self.patience)
 
 
 def resources(settings: Settings) -> dict[str, dg.ConfigurableResource]:
     """All resources, by the names that assets ask for."""
-    store = settings.store
-    local = settings.mlflow_uri is None
+    tracking = settings.tracking
     return {
         "store": StoreResource(home=str(settings.home)),
         "source": SourceResource(data=settings.data),
         "splits": SplitsResource(**settings.splits.model_dump()),
         "checks": ChecksResource(**settings.checks.model_dump()),
         "model": ModelResource(preset=settings.model, path=str(settings.model_path) if settings.model_path else None),
-        "runtime": RuntimeResource(environment=settings.environment()),
+        "runtime": RuntimeResource(name=settings.runtime, environment=settings.environment()),
         "mlflow": MLflowResource(
-            uri=settings.mlflow_uri or store.mlflow_uri, artifacts=str(store.mlflow_artifacts) if local else None
+            uri=tracking.uri,
+            artifacts=str(tracking.artifacts) if tracking.artifacts else None,
+            patience=tracking.patience,
         ),
     }

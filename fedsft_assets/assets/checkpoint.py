@@ -1,5 +1,7 @@
 """`checkpoint/<job>`: the trained archive that a job ends with, and its MLflow run."""
 
+from typing import Literal
+
 import dagster as dg
 
 from fedsft_assets.assets.failures import explained
@@ -21,7 +23,8 @@ NOT_YET = "(not yet: the tracking server does not answer; `fedsft track` deliver
 class LaunchConfig(dg.Config):
     """How a job is run; what it does is in its job folder."""
 
-    threads_per_trainer: int = 0  # 0 shares the cores among the trainers
+    runtime: Literal["simulator", "poc", "production"] | None = None  # None is FEDSFT_RUNTIME's
+    threads_per_trainer: int = 0  # 0 shares the cores among the trainers; for the simulator
 
 
 def checkpoint_asset(spec: JobSpec) -> dg.AssetsDefinition:
@@ -33,6 +36,7 @@ def checkpoint_asset(spec: JobSpec) -> dg.AssetsDefinition:
         deps=[dg.AssetKey(["job_folder", spec.name]), dg.AssetKey("base_model")],
         op_tags=GPU_TAGS,
         pool="gpu",
+        retry_policy=dg.RetryPolicy(max_retries=2, delay=5),  # for what died: `lost` in JobError
         description=f"{spec.description}: the best global model of the job, as a NeMo archive.",
     )
     def checkpoint(
@@ -51,6 +55,7 @@ def checkpoint_asset(spec: JobSpec) -> dg.AssetsDefinition:
                 mlflow.tracking,
                 tags={"dagster.run_id": context.run_id, "dagster.asset": context.asset_key.to_user_string()},
                 say=lambda text: context.log.info(f"{spec.name} · {text}"),
+                runtime=config.runtime or runtime.name,
                 threads_per_trainer=config.threads_per_trainer,
                 environment=runtime.environment,
             )
@@ -71,6 +76,10 @@ def _result(executed: ExecutedJob) -> dg.MaterializeResult:
             "perplexity": round(report.perplexity, 3),
             "tokens trained": report.tokens,
             "seconds": round(report.seconds, 1),
+            "runtime": report.runtime,
+            "FLARE job": report.job_id,
+            **({"rounds that sites missed": dg.MetadataValue.json(report.missed)} if report.missed else {}),
+            **({"privacy spent (epsilon)": round(report.epsilon, 3)} if report.epsilon else {}),
             "path": dg.MetadataValue.path(executed.folder / MODEL_FILE),
             "MLflow run": registered.run_id or NOT_YET,
             "registered as": f"{registered.model} version {registered.version or NOT_YET}",

@@ -8,8 +8,11 @@ import dagster as dg
 
 @contextmanager
 def explained(*errors: type[Exception]) -> Iterator[None]:
-    """Turn these errors, whose messages say all there is to know, into failures of the asset."""
+    """Turn these errors, whose messages say all there is to know, into failures of the asset.
+
+    Only what is `lost` may be tried again: anything else would fail in the same way.
+    """
     try:
         yield
     except errors as error:
-        raise dg.Failure(str(error)) from None
+        raise dg.Failure(str(error), allow_retries=getattr(error, "lost", False)) from None

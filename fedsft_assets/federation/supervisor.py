@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -61,7 +62,8 @@ class Supervision:
         self.spec, self.plans = read_spec(job_folder), read_plans(job_folder)
         self._job_folder, self._workspace, self._execution = job_folder, workspace, execution
         self._runtime_name = runtime_name
-        self._journal = Journal(workspace.journal)
+        self._journal = Journal(workspace.journal)  # this side's copy; earlier attempts have told what is in it
+        self._told = deque(workspace.journal.read_text(encoding="utf-8").splitlines())
         self._runtime: Runtime = make_runtime(
             runtime_name,
             Settings(),
@@ -72,12 +74,14 @@ class Supervision:
         self.missed: list[Missed] = []
         self._stopped: Stopped | None = None
         self.starts = 0  # of the server part
+        for line in self._told:
+            deque(self._take(from_line(line)), maxlen=0)
+        self._stopped = None
 
     def run(self) -> Iterator[Event]:
         """Everything up to the fetched result. Raises JobFailedError or _OrphanedError."""
         if self._execution.fetched:
             yield Progress("the job has ended already; its result is here")
-            self._read_fetched()
             return
         try:
             job_id = yield from self._attach_or_submit()
@@ -135,7 +139,7 @@ class Supervision:
                 raise _OrphanedError
             state = self._runtime.poll(job_id)
             lines = self._runtime.new_lines(job_id)
-            entries = [from_line(line) for line in lines]
+            entries = [from_line(line) for line in self._untold(lines)]
             self._journal.add(entries)
             for entry in entries:
                 yield from self._take(entry)
@@ -176,10 +180,13 @@ class Supervision:
             self._runtime.fetch(job_id, folder)
         self._save(fetched=True)
 
-    def _read_fetched(self) -> None:
-        for line in self._workspace.journal.read_text(encoding="utf-8").splitlines():
-            for _ in self._take(from_line(line)):
-                pass
+    def _untold(self, lines: list[str]) -> list[str]:
+        """Lines of the server's journal that are not in this side's copy, which is its beginning."""
+        for number, line in enumerate(lines):
+            if not self._told or self._told.popleft() != line:
+                self._told.clear()
+                return lines[number:]
+        return []
 
     def _save(self, **changes: object) -> None:
         self._execution = self._workspace.save(replace(self._execution, **changes))  # type: ignore[arg-type]
