@@ -3,15 +3,18 @@
 import pytest
 
 from fedsft_assets.federation.events import Event, Failed, decode, encode
+from fedsft_assets.federation.journal import Missed, Progress
 from fedsft_assets.federation.metrics import Point
-from fedsft_assets.federation.trainer_log import Progress
 from fedsft_assets_tests.federation.test_report import REPORT
 
 EVENTS: list[Event] = [
     Progress("site-1 · val_loss 7.1783 after 0 of 8 rounds"),
     Point("val_loss", 7.178342342, 0, 0),
     Point("train_loss", 2.5, 1, 16, "site-1", 3, 99),
+    Missed("site-2", 3, "its trainer failed", "Traceback:\n\tValueError: é"),
+    Missed("site-2", 4, "it is not connected"),
     REPORT,
+    Failed("FLARE job 7 ended early", lost=True),
     Failed('the trainer failed:\nTraceback\n\t"é" \\ end'),
 ]
 

@@ -35,6 +35,9 @@ REPORT = JobReport(
     checkpoint_digest="c",
     base_model_digest="b",
     validation_digest="v",
+    runtime="poc",
+    job_id="7",
+    missed={"site-1": [2]},
 )
 
 

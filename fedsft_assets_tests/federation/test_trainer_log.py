@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 from nvflare.apis.fl_constant import ReservedKey
@@ -18,15 +18,7 @@ from nvflare.app_common.executors.client_api.external_process_backend import Ext
 from nvflare.fuel.utils.log_utils import ColorFormatter, ConciseLogFilter, LogMode, logmode_config_dict
 from nvflare.utils.process_utils import log_subprocess_output
 
-from fedsft_assets.federation.trainer_log import (
-    FAILURE_MARK,
-    PROGRESS_MARK,
-    Progress,
-    TrainerFailure,
-    read_line,
-)
-
-WriteLog = Callable[..., list[str]]
+from fedsft_assets.federation.trainer_log import FAILURE_MARK, TrainerFailure, first_failure, read_line
 
 
 @pytest.fixture(params=[LogMode.CONCISE, LogMode.FULL])
@@ -106,18 +98,13 @@ def _passed_on(script: str, nvflare_log: tuple[logging.Logger, io.StringIO]) -> 
     return console.getvalue().splitlines()
 
 
-def test_progress_of_a_trainer_is_found_in_nvflares_log(nvflare_log: tuple[logging.Logger, io.StringIO]) -> None:
-    text = "site-1 · round 1 of 8 · step 3 of 31 · train_loss 2.5509"
-    lines = _passed_on(f"print('loading'); print({PROGRESS_MARK + text!r})", nvflare_log)
-    assert [read_line(line) for line in lines] == [None, Progress(text)]
-
-
 def test_traceback_of_a_trainer_comes_through_nvflares_log_as_it_was(
     nvflare_log: tuple[logging.Logger, io.StringIO],
 ) -> None:
     traceback = 'Traceback (most recent call last):\n  File "a.py"\nOSError: [Errno 2]: no "é"\r\n\t\\end'
     line = FAILURE_MARK + json.dumps(traceback)
-    (passed_on,) = _passed_on(f"print({line!r})", nvflare_log)
+    loading, passed_on = _passed_on(f"print('loading'); print({line!r})", nvflare_log)
+    assert read_line(loading) is None
     assert read_line(passed_on) == TrainerFailure(traceback, said_why=True)
 
 
@@ -132,6 +119,11 @@ def test_traceback_of_a_trainer_comes_through_nvflares_log_as_it_was(
             "2026-01-01 - ERROR - trainer process exited while TASK_READY was pending for task 'train'",
             "the trainer process ended",
         ),
+        (
+            "[0]: failed (exitcode: -9) local_rank: 1 (pid: 4711) of binary: python3",
+            "the trainer process was killed by signal 9 (SIGKILL); the usual cause is too little memory",
+        ),
+        ("trainer process exited (rc=-99) before", "the trainer process was killed by signal 99 (of no name)"),
         (
             "2026-01-01 - WARNING - notifying 1 receiver(s) that accepted result source site-1 failed for task t: "
             "accepted external result source died before transfer completion (rc=-15)",
@@ -155,3 +147,18 @@ def test_other_lines_about_dead_trainers_are_seen(line: str, reason: str) -> Non
 )
 def test_lines_of_a_job_that_goes_well_say_nothing(line: str) -> None:
     assert read_line(line) is None
+
+
+def test_first_failure_of_a_log_is_the_one_to_tell() -> None:
+    said = FAILURE_MARK + json.dumps("Traceback: out of data")
+    died = "RuntimeError: trainer process group exited (rc=1) before completing the HELLO handshake"
+    log = "\n".join(["loading", f"2026-01-01 - INFO - {said}", died])
+    assert first_failure(log) == TrainerFailure("Traceback: out of data", said_why=True)
+    assert first_failure("\n".join([died, said])) == TrainerFailure(
+        "the trainer process ended with exit code 1", said_why=False
+    )
+
+
+@pytest.mark.parametrize("log", ["", "loading\nFinished one task run for client: site-1\n"])
+def test_log_without_a_failure_has_none(log: str) -> None:
+    assert first_failure(log) is None

@@ -1,0 +1,71 @@
+"""What the operator's side keeps of an execution, and when it begins another one."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fedsft_assets.federation.record import Execution, Workspace
+
+SUBJECT = {"runtime": "simulator", "job_folder": "a", "base_model": "b"}
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    return Workspace(tmp_path / "flare" / "fedavg")
+
+
+def test_new_workspace_has_no_execution(workspace: Workspace) -> None:
+    assert workspace.execution() is None
+    workspace.end()
+    assert workspace.execution() is None
+
+
+def test_execution_is_taken_up_again_with_all_that_is_known_of_it(workspace: Workspace) -> None:
+    begun = workspace.take_up(SUBJECT)
+    assert (begun.job_id, begun.rounds, begun.fetched, begun.ended) == (None, 0, False, False)
+    known = workspace.save(replace(begun, job_id="7", rounds=3, fetched=True))
+    workspace.journal.write_text("")
+    assert Workspace(workspace.folder).take_up(dict(SUBJECT)) == known
+    assert workspace.journal.exists()
+
+
+@pytest.mark.parametrize("changed", ["runtime", "job_folder", "base_model"])
+def test_execution_of_something_else_begins_anew_in_an_empty_folder(workspace: Workspace, changed: str) -> None:
+    first = workspace.take_up(SUBJECT)
+    workspace.journal.write_text("")
+    (workspace.runtime / "states").mkdir(parents=True)
+    other = workspace.take_up({**SUBJECT, changed: "other"})
+    assert other.id != first.id
+    assert [path.name for path in workspace.folder.iterdir()] == ["execution.json"]
+
+
+def test_ended_execution_is_not_taken_up_again(workspace: Workspace) -> None:
+    first = workspace.take_up(SUBJECT)
+    workspace.journal.write_text("")
+    workspace.end()
+    assert workspace.execution() == replace(first, ended=True)
+    assert workspace.journal.exists()
+    again = workspace.take_up(SUBJECT)
+    assert again.id != first.id
+    assert not workspace.journal.exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"id": "1", "subject": {}, "colour": "red"}', '{"id": "1"}'])
+def test_record_of_another_version_is_nothing_to_go_on_with(workspace: Workspace, content: str) -> None:
+    workspace.folder.mkdir(parents=True)
+    (workspace.folder / "execution.json").write_text(content)
+    assert workspace.execution() is None
+    assert workspace.take_up(SUBJECT).subject == SUBJECT
+
+
+def test_every_execution_has_an_id_of_its_own(tmp_path: Path) -> None:
+    assert len({Workspace(tmp_path / str(k)).take_up(SUBJECT).id for k in range(20)}) == 20
+
+
+def test_record_is_json_that_says_what_is_executed(workspace: Workspace) -> None:
+    execution = workspace.save(Execution("id-1", SUBJECT, job_id="é"))
+    assert json.loads((workspace.folder / "execution.json").read_text())["subject"] == SUBJECT
+    assert workspace.execution() == execution
+    assert [path.name for path in workspace.folder.iterdir()] == ["execution.json"]
