@@ -1,24 +1,410 @@
-"""What the supervisor makes of failures that a job's log shows; whole jobs are in the end-to-end tests."""
+"""One attempt at a job, over a runtime of the test's: what is told, kept, taken over, ended and left alone."""
 
+import json
+import os
+import signal
+from collections.abc import Callable, Generator
+from dataclasses import replace
 from pathlib import Path
 
-from fedsft_assets.federation.supervisor import _explain
-from fedsft_assets.federation.tail import Tail
-from fedsft_assets.federation.trainer_log import TrainerFailure
+import pytest
+
+from fedsft_assets.federation import supervisor
+from fedsft_assets.federation.events import Event
+from fedsft_assets.federation.exchange import EXECUTION_KEY
+from fedsft_assets.federation.journal import (
+    Entry,
+    Missed,
+    Progress,
+    RoundDone,
+    Started,
+    Stopped,
+    from_line,
+    to_line,
+)
+from fedsft_assets.federation.metrics import Point
+from fedsft_assets.federation.record import Workspace
+from fedsft_assets.federation.runtime import JobState, UnavailableError
+from fedsft_assets.federation.supervisor import JobFailedError, Supervision, explain
+from fedsft_assets.federation.trainer_log import FAILURE_MARK, TrainerFailure
+from fedsft_assets.specs import PRESETS, JobSpec, SitePlan, SiteSpec, TrainingSpec
+
+RUNNING, DONE = JobState(False, False, "RUNNING"), JobState(True, True, "FINISHED:COMPLETED")
+FAILED = JobState(True, False, "FINISHED:EXECUTION_EXCEPTION")
+SITES = ["site-1", "site-2"]
+VAL, LATER = Point("val_loss", 7.0, 0, 0, time=1.0), Point("val_loss", 2.0, 1, 16, time=2.0)
+DIED = "RuntimeError: trainer process exited (rc=-9) before task 'train' produced a result"
 
 
-def test_traceback_of_a_trainer_is_shown_as_it_is(tmp_path: Path) -> None:
-    crashed = TrainerFailure("Traceback: out of data", said_why=True)
-    told = _explain("site-2", crashed, Tail(tmp_path / "log.txt"))
-    assert told == "the trainer of site-2 failed:\nTraceback: out of data"
+class Jobs:
+    """A runtime in which one job is; each poll goes on by one step, a state and what the journal has more by then."""
+
+    def __init__(self, outlives: bool = True) -> None:
+        self.outlives = outlives
+        self.steps: list[tuple[JobState, list[Entry]]] = []
+        self.logs: dict[str, str] = {}
+        self.done: list[str] = []
+        self.submissions: list[Path] = []
+        self.unavailable_at = ""
+        self._state, self._lines = RUNNING, list[str]()
+        self._handed_out = 0
+
+    def connect(self) -> "Jobs":
+        """As the next supervisor sees it."""
+        self._handed_out = 0
+        return self
+
+    def _do(self, what: str) -> None:
+        self.done.append(what)
+        if self.unavailable_at == what:
+            raise UnavailableError("the server is away; start it")
+
+    def prepare(self, sites: list[str]) -> None:
+        self._do(f"prepare {' '.join(sites)}")
+
+    def submit(self, job_folder: Path) -> str:
+        self._do("submit")
+        self.submissions.append(job_folder)
+        return f"job-{len(self.submissions)}"
+
+    def poll(self, job_id: str) -> JobState:
+        self._do(f"poll {job_id}")
+        if self.steps:
+            self._state, entries = self.steps.pop(0)
+            self._lines += [to_line(entry)[:-1] for entry in entries]
+        return self._state
+
+    def new_lines(self, job_id: str) -> list[str]:  # noqa: ARG002
+        lines, self._handed_out = self._lines[self._handed_out :], len(self._lines)
+        return lines
+
+    def end_of_log(self, job_id: str, name: str, lines: int) -> str:  # noqa: ARG002
+        return "\n".join(self.logs.get(name, "").splitlines()[-lines:])
+
+    def abort(self, job_id: str) -> None:
+        self._do(f"abort {job_id}")
+
+    def fetch(self, job_id: str, into: Path) -> None:
+        self._do(f"fetch {job_id}")
+        (into / "best_global_model.pt").write_text("a model")
+
+    def close(self) -> None:
+        self._do("close")
 
 
-def test_trainer_that_did_not_say_why_is_shown_with_the_end_of_its_sites_log(tmp_path: Path) -> None:
-    log = tmp_path / "log.txt"
-    log.write_text("".join(f"line {k}\n" for k in range(100)) + "ModuleNotFoundError: No module named 'nemo'\n")
+@pytest.fixture
+def jobs() -> Jobs:
+    return Jobs()
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    workspace = Workspace(tmp_path / "flare" / "fedavg")
+    workspace.take_up({"runtime": "poc"})
+    return workspace
+
+
+Attempt = Callable[[], Supervision]
+
+
+@pytest.fixture
+def attempt(tmp_path: Path, workspace: Workspace, jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> Attempt:
+    """Begins another attempt to bring the same execution to its end."""
+    monkeypatch.setattr(supervisor, "_POLL_SECONDS", 0.0)
+    monkeypatch.setattr(supervisor, "make_runtime", lambda *_: jobs.connect())
+    spec = JobSpec(
+        name="fedavg", description="", rounds=3, sites={site: SiteSpec(dataset="alpaca") for site in SITES}, min_sites=1
+    )
+    folder = tmp_path / "job_folders" / "fedavg"
+    for site in SITES:
+        plan = SitePlan(
+            job="fedavg",
+            site=site,
+            rounds=3,
+            local_epochs=1,
+            max_local_steps=None,
+            max_evaluation_records=None,
+            seed=1,
+            training=PRESETS["tiny"].resolve(TrainingSpec()),
+            base_model=tmp_path / "tiny.nemo",
+            training_file=tmp_path / "training.jsonl",
+            validation_file=tmp_path / "validation.jsonl",
+            digests={},
+        )
+        (folder / f"app_{site}" / "config").mkdir(parents=True)
+        (folder / f"app_{site}" / "config" / "plan.json").write_text(plan.model_dump_json())
+    (folder / "job.json").write_text(spec.model_dump_json())
+    (folder / "meta.json").write_text(json.dumps({"name": "fedavg", "min_clients": 1}))
+    return lambda: Supervision(folder, workspace, "poc", threads=1)
+
+
+def _events(one: Supervision) -> tuple[list[Event], JobFailedError | None]:
+    events = []
+    try:
+        for event in one.run():
+            events.append(event)
+    except JobFailedError as error:
+        return events, error
+    return events, None
+
+
+def _failure(one: Supervision) -> JobFailedError:
+    _, error = _events(one)
+    assert error is not None
+    return error
+
+
+def test_job_is_submitted_followed_and_fetched(attempt: Attempt, jobs: Jobs, workspace: Workspace) -> None:
+    missed = Missed("site-2", 2, "it is not connected")
+    jobs.steps = [(RUNNING, [Started(0), VAL]), (RUNNING, [Progress("busy"), RoundDone(1), missed]), (DONE, [LATER])]
+    one = attempt()
+    events, error = _events(one)
+    assert error is None
+    assert events == [Progress("FLARE job job-1 in the poc"), VAL, Progress("busy"), missed, LATER]
+    assert jobs.done == ["prepare site-1 site-2", "submit", *["poll job-1"] * 3, "fetch job-1", "close"]
+    assert (workspace.result / "best_global_model.pt").read_text() == "a model"
+    execution = workspace.execution()
+    assert execution is not None
+    assert (execution.job_id, execution.rounds, execution.fetched, execution.ended) == ("job-1", 1, True, False)
+    assert list(one.points.values()) == [VAL, LATER]
+    assert one.missed == [missed]
+
+
+def test_submitted_job_folder_names_its_execution_and_the_users_stays_as_it_is(
+    attempt: Attempt, jobs: Jobs, workspace: Workspace, tmp_path: Path
+) -> None:
+    jobs.steps = [(DONE, [])]
+    _events(attempt())
+    (submitted,) = jobs.submissions
+    meta = json.loads((submitted / "meta.json").read_text())
+    execution = workspace.execution()
+    assert execution is not None
+    assert meta == {"name": "fedavg", "min_clients": 1, EXECUTION_KEY: execution.id}
+    assert EXECUTION_KEY not in (tmp_path / "job_folders" / "fedavg" / "meta.json").read_text()
+    assert (submitted / "app_site-1" / "config" / "plan.json").exists()
+
+
+def test_job_id_is_kept_as_soon_as_the_job_is_submitted(attempt: Attempt, jobs: Jobs, workspace: Workspace) -> None:
+    jobs.unavailable_at = "poll job-1"
+    error = _failure(attempt())
+    assert (str(error), error.lost) == ("the server is away; start it", True)
+    execution = workspace.execution()
+    assert execution is not None
+    assert execution.job_id == "job-1"
+    assert jobs.done[-1] == "close"
+
+
+def test_running_job_of_an_earlier_attempt_is_taken_over_and_nothing_is_told_twice(
+    attempt: Attempt, jobs: Jobs
+) -> None:
+    first_part: list[Entry] = [Started(0), VAL, Progress("busy"), Missed("site-2", 1, "it is not connected")]
+    jobs.steps = [(RUNNING, first_part)]
+    events = attempt().run()
+    assert list(_until(events, 4)) == [Progress("FLARE job job-1 in the poc"), *first_part[1:]]
+    events.close()  # type: ignore[attr-defined]
+
+    jobs.done.clear()
+    jobs.steps = [(RUNNING, []), (DONE, [RoundDone(1), LATER])]
+    again = attempt()
+    events_again, error = _events(again)
+    assert error is None
+    assert events_again == [Progress("takes over FLARE job job-1"), LATER]
+    assert "submit" not in jobs.done
+    assert list(again.points.values()) == [VAL, LATER]
+    assert [one.site for one in again.missed] == ["site-2"]
+    assert not any(done.startswith("abort") for done in jobs.done)
+
+
+def _until(events: object, count: int) -> Generator[Event]:
+    for _ in range(count):
+        yield next(events)  # type: ignore[call-overload]
+
+
+def test_job_that_ended_well_meanwhile_is_fetched(attempt: Attempt, jobs: Jobs, workspace: Workspace) -> None:
+    execution = workspace.execution()
+    assert execution is not None
+    workspace.save(replace(execution, job_id="job-9"))
+    jobs.steps = [(DONE, [Started(0), VAL])]
+    events, error = _events(attempt())
+    assert (events, error) == ([Progress("takes over FLARE job job-9"), VAL], None)
+    assert jobs.done[-2:] == ["fetch job-9", "close"]
+
+
+@pytest.mark.parametrize("outlives", [True, False], ids=["it failed meanwhile", "it died with its supervisor"])
+def test_job_that_is_gone_is_submitted_again_and_goes_on(
+    attempt: Attempt, jobs: Jobs, workspace: Workspace, outlives: bool
+) -> None:
+    jobs.outlives = outlives
+    execution = workspace.execution()
+    assert execution is not None
+    workspace.save(replace(execution, job_id="job-9", rounds=2))
+    jobs.steps = [(FAILED, [])] if outlives else []
+    jobs.steps += [(DONE, [Started(2), RoundDone(3), LATER])]
+    events, error = _events(attempt())
+    assert error is None
+    assert events == [Progress("goes on after round 2 of 3"), Progress("FLARE job job-1 in the poc"), LATER]
+    assert ("poll job-9" in jobs.done) == outlives
+
+
+def test_result_that_is_here_already_is_not_fetched_again(attempt: Attempt, jobs: Jobs) -> None:
+    jobs.steps = [(DONE, [Started(0), VAL, Missed("site-2", 1, "it is not connected"), LATER])]
+    _events(attempt())
+    jobs.done.clear()
+    again = attempt()
+    assert _events(again) == ([Progress("the job has ended already; its result is here")], None)
+    assert jobs.done == []
+    assert list(again.points.values()) == [VAL, LATER]
+    assert [one.round for one in again.missed] == [1]
+
+
+def test_point_that_comes_twice_is_told_once(attempt: Attempt, jobs: Jobs, workspace: Workspace) -> None:
+    jobs.steps = [(RUNNING, [Started(0), VAL]), (DONE, [Started(0), replace(VAL, value=6.9)])]
+    events, _ = _events(attempt())
+    assert [event for event in events if isinstance(event, Point)] == [VAL]
+    kept = [from_line(line) for line in workspace.journal.read_text().splitlines()]
+    assert kept == [Started(0), VAL, Started(0)]
+
+
+def test_sites_that_were_missed_in_a_round_that_is_done_again_do_not_count(attempt: Attempt, jobs: Jobs) -> None:
+    lost = [Missed("site-1", 1, "gone"), Missed("site-2", 2, "gone")]
+    jobs.steps = [(DONE, [Started(0), lost[0], RoundDone(1), lost[1], Started(1), RoundDone(2)])]
+    one = attempt()
+    _events(one)
+    assert one.missed == [lost[0]]
+
+
+# Failures.
+
+
+def test_job_that_its_server_stopped_fails_with_the_servers_reason_for_good(attempt: Attempt, jobs: Jobs) -> None:
+    jobs.steps = [(FAILED, [Started(0), Stopped("round 1: site-2: found 0 tokens")])]
+    error = _failure(attempt())
+    assert (str(error), error.lost) == ("round 1: site-2: found 0 tokens", False)
+    assert "fetch job-1" not in jobs.done
+
+
+def test_job_that_stopped_did_not_succeed_whatever_the_runtime_says(attempt: Attempt, jobs: Jobs) -> None:
+    jobs.steps = [(DONE, [Started(0), Stopped("round 1: why")])]
+    assert str(_failure(attempt())) == "round 1: why"
+
+
+def test_job_without_a_last_word_is_lost_and_shows_the_end_of_the_servers_log(attempt: Attempt, jobs: Jobs) -> None:
+    jobs.steps = [(FAILED, [Started(0)])]
+    jobs.logs["server"] = "".join(f"line {k}\n" for k in range(100)) + "MemoryError"
+    error = _failure(attempt())
+    assert error.lost
+    assert str(error).startswith(
+        "FLARE job job-1 ended early: FINISHED:EXECUTION_EXCEPTION\nThe end of the server's log:\nline 61\n"
+    )
+    assert str(error).endswith("\nMemoryError")
+
+
+def test_last_word_of_an_earlier_attempt_is_not_that_of_the_next_one(attempt: Attempt, jobs: Jobs) -> None:
+    jobs.steps = [(FAILED, [Started(0), Stopped("round 1: why")])]
+    _failure(attempt())
+    jobs.steps = [(FAILED, []), (FAILED, [])]  # the new server does not even begin
+    error = _failure(attempt())
+    assert error.lost
+    assert str(error).startswith("FLARE job job-2 ended early")
+
+
+STOPPED = Stopped("round 2 has results of 0 of 2 sites; min_sites is 1", lost_sites=True)
+
+
+def test_trainers_own_traceback_is_shown_and_another_attempt_would_not_help(attempt: Attempt, jobs: Jobs) -> None:
+    missed = [Missed("site-1", 2, "its trainer failed", "Traceback: é"), Missed("site-2", 2, "it is not connected")]
+    jobs.steps = [(FAILED, [Started(0), Missed("site-2", 1, "an earlier reason"), RoundDone(1), *missed, STOPPED])]
+    error = _failure(attempt())
+    assert not error.lost
+    assert str(error) == (f"{STOPPED.reason}\nthe trainer of site-1 failed:\nTraceback: é\nsite-2: it is not connected")
+
+
+def test_trainers_traceback_is_found_in_its_sites_log_too(attempt: Attempt, jobs: Jobs) -> None:
+    jobs.steps = [(FAILED, [Started(0), Missed("site-1", 2, "its trainer is gone (EXECUTION_EXCEPTION)"), STOPPED])]
+    jobs.logs["site-1"] = f"loading\n{FAILURE_MARK}{json.dumps('Traceback: é')}\n{DIED}\n"
+    error = _failure(attempt())
+    assert not error.lost
+    assert str(error) == f"{STOPPED.reason}\nthe trainer of site-1 failed:\nTraceback: é"
+
+
+def test_trainer_that_was_killed_is_shown_with_its_sites_log_and_may_be_tried_again(
+    attempt: Attempt, jobs: Jobs
+) -> None:
+    jobs.steps = [(FAILED, [Started(0), Missed("site-1", 2, "its trainer is gone (EXECUTION_EXCEPTION)"), STOPPED])]
+    jobs.logs["site-1"] = f"loading\n{DIED}\n"
+    error = _failure(attempt())
+    assert error.lost
+    assert "the trainer of site-1 failed:\nthe trainer process was killed by signal 9 (SIGKILL)" in str(error)
+    assert str(error).endswith(f"The end of the site's log:\nloading\n{DIED}")
+
+
+def test_site_that_went_silent_is_told_with_the_servers_reason(attempt: Attempt, jobs: Jobs) -> None:
+    jobs.steps = [(FAILED, [Started(0), Missed("site-1", 2, "it has said nothing for 30 s"), STOPPED])]
+    error = _failure(attempt())
+    assert (str(error), error.lost) == (f"{STOPPED.reason}\nsite-1: it has said nothing for 30 s", True)
+
+
+def test_job_in_which_nothing_happens_any_more_is_ended(
+    attempt: Attempt, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = attempt()
+    now = [0.0]
+    monkeypatch.setattr(supervisor.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(supervisor.time, "sleep", lambda _: now.__setitem__(0, now[0] + 1000.0))
+    jobs.steps = [(RUNNING, [Started(0)]), (RUNNING, []), (RUNNING, [Progress("busy")])]
+    error = _failure(one)  # site_timeout is 1800 s; the server has twice as long
+    assert error.lost
+    assert str(error) == "FLARE job job-1: neither server nor sites said anything for 4000 s"
+    assert jobs.done[-2:] == ["abort job-1", "close"]
+
+
+# How a supervisor ends.
+
+
+@pytest.mark.parametrize("outlives", [True, False])
+def test_supervisor_that_nobody_listens_to_ends_only_a_job_that_cannot_live_without_it(
+    attempt: Attempt, jobs: Jobs, outlives: bool
+) -> None:
+    jobs.outlives = outlives
+    jobs.steps = [(RUNNING, [Started(0), VAL])]
+    events = attempt().run()
+    list(_until(events, 2))
+    events.close()  # type: ignore[attr-defined]
+    assert ("abort job-1" in jobs.done) == (not outlives)
+    assert jobs.done[-1] == "close"
+
+
+@pytest.mark.parametrize("outlives", [True, False])
+def test_supervisor_whose_starter_is_gone_ends_only_a_job_that_cannot_live_without_it(
+    attempt: Attempt, jobs: Jobs, outlives: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs.outlives = outlives
+    jobs.steps = [(RUNNING, [Started(0), VAL])]
+    events = attempt().run()
+    list(_until(events, 2))
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    with pytest.raises(supervisor._OrphanedError):
+        next(events)
+    assert ("abort job-1" in jobs.done) == (not outlives)
+
+
+def test_supervisor_that_is_told_to_stop_ends_the_job(
+    attempt: Attempt, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = attempt().run()
+    next(events)
+    monkeypatch.setattr(jobs, "poll", lambda _: supervisor._stop(signal.SIGTERM, None))
+    with pytest.raises(SystemExit) as stop:
+        next(events)
+    assert stop.value.code == 143
+    assert jobs.done[-2:] == ["abort job-1", "close"]
+
+
+def test_trainer_that_did_not_say_why_is_shown_with_the_end_of_its_sites_log() -> None:
+    log = "".join(f"line {k}\n" for k in range(100)) + "ModuleNotFoundError: No module named 'nemo'\n"
     exited = TrainerFailure("the trainer process ended with exit code 1", said_why=False)
-    told = _explain("site-1", exited, Tail(log))
+    told = explain("site-1", exited, log)
     assert told.startswith(
-        f"the trainer of site-1 failed:\nthe trainer process ended with exit code 1\nThe end of {log}:\nline 61\n"
+        "the trainer of site-1 failed:\nthe trainer process ended with exit code 1\nThe end of the site's log:\nline 61"
     )
     assert told.endswith("\nModuleNotFoundError: No module named 'nemo'")
