@@ -12,15 +12,16 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from fedsft_assets.federation.exchange import JOURNAL_COMMAND
+from fedsft_assets.federation.journal import JOURNAL_FILE
 from fedsft_assets.federation.runtime import JobState, UnavailableError
 
-JOURNAL_FILE = "journal.jsonl"
-JOURNAL_COMMAND = "fedsft_journal"
 COMPLETED = "FINISHED:COMPLETED"
 _ENDED = "FINISHED"
 _RUNNING = "RUNNING"
@@ -28,6 +29,7 @@ _UNKNOWN = "UNKNOWN"
 _POLL_SECONDS = 0.5
 _RETRY_SECONDS = 2.0
 _JOURNAL_SECONDS = 3.0
+_LOST_SECONDS = 10.0
 _T = TypeVar("_T")
 
 
@@ -62,6 +64,8 @@ class FlareJobs:
         self._session: Any = None
         self._states: dict[str, JobState] = {}
         self._offsets: dict[str, int] = {}
+        self._server_began = 0.0
+        self._missing_since: dict[str, float] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -83,7 +87,7 @@ class FlareJobs:
         self._ask(lambda session: session.get_system_info(), self.timeouts.connect)
         waited_until = time.monotonic() + self.timeouts.sites
         while missing := sorted(set(sites) - self._connected()):
-            if time.monotonic() > waited_until:
+            if time.monotonic() > waited_until or not self._may_come(missing):
                 raise UnavailableError(self._missing_sites(missing))
             time.sleep(_POLL_SECONDS)
         self._check_versions(sites)
@@ -106,6 +110,8 @@ class FlareJobs:
             ended, succeeded = status.startswith(_ENDED), status == COMPLETED
             why = _why_not_run(meta) if ended and not succeeded else ""
             state = JobState(ended, succeeded, f"{status} ({why})" if why else status)
+            if status == _RUNNING and self._is_lost(job_id, str(meta.get("start_time"))):
+                state = JobState(ended=True, succeeded=False, said="LOST (the server was started anew while it ran)")
         self._states[job_id] = state
         return state
 
@@ -130,14 +136,15 @@ class FlareJobs:
         """Raises UnavailableError if the job has not ended within the time for that."""
         from nvflare.fuel.flare_api.api_spec import JobNotFound, JobNotRunning
 
-        state = self.poll(job_id)
-        if state.ended:
+        if self.poll(job_id).ended:
             return
-        waited_until = time.monotonic() + self.timeouts.abort
+        begun = time.monotonic()
         with contextlib.suppress(JobNotFound, JobNotRunning):
-            self._ask(lambda session: session.abort_job(job_id), self.timeouts.abort)
+            self._ask(lambda session: _abort(session, job_id), self.timeouts.abort)
         while not (state := self.poll(job_id)).ended:
-            if time.monotonic() > waited_until:
+            waited = time.monotonic() - begun
+            self._hasten(job_id, waited)
+            if waited > self.timeouts.abort:
                 raise UnavailableError(
                     f"job {job_id} is still {state.said} at {self.address}, {self.timeouts.abort:.0f} s after it was"
                     " told to stop; abort it there: nvflare job abort, or restart the site that hangs"
@@ -155,9 +162,29 @@ class FlareJobs:
         self._drop_session()
         shutil.rmtree(self._folder, ignore_errors=True)
 
+    def _is_lost(self, job_id: str, start_time: str) -> bool:
+        """Whether the job began before its server did, which does not have it: NVFlare has such jobs run for ever.
+
+        A server that is started may go on with its jobs, which takes it a moment.
+        """
+        if datetime.fromisoformat(start_time).timestamp() >= self._server_began:
+            return False
+        system = self._ask(lambda session: session.get_system_info())
+        if job_id in {job.job_id for job in system.job_info}:
+            self._missing_since.pop(job_id, None)
+            return False
+        return time.monotonic() - self._missing_since.setdefault(job_id, time.monotonic()) > _LOST_SECONDS
+
+    def _hasten(self, job_id: str, waited: float) -> None:
+        """What can be done for a job that has not ended so many seconds after it was told to."""
+
     def _connected(self) -> set[str]:
         """The sites that the server can reach now."""
         return {client.name for client in self._ask(lambda session: session.get_connected_client_list())}
+
+    def _may_come(self, missing: list[str]) -> bool:  # noqa: ARG002
+        """Whether there is any use in waiting for sites that are not connected."""
+        return True
 
     def _missing_sites(self, missing: list[str]) -> str:
         connected = ", ".join(sorted(self._connected())) or "none"
@@ -243,6 +270,8 @@ class FlareJobs:
         patience = seconds or self.timeouts.reconnect
         waited_until = time.monotonic() + patience
         while True:
+            if why := self._hopeless():
+                raise UnavailableError(why)
             try:
                 with _quiet():
                     return call(self._connection(max(1.0, waited_until - time.monotonic())))
@@ -257,12 +286,17 @@ class FlareJobs:
                 raise UnavailableError(f"the server at {self.address} refuses ({asked}): {error}") from error
             except Exception as error:
                 self._drop_session()
-                if time.monotonic() + _RETRY_SECONDS > waited_until:
+                left = waited_until - time.monotonic()
+                if left <= 0:
                     raise UnavailableError(
                         f"the server at {self.address} did not answer for {patience:.0f} s ({_said(error)});"
                         f" {self._what_to_do}"
                     ) from error
-                time.sleep(_RETRY_SECONDS)
+                time.sleep(min(_RETRY_SECONDS, left))
+
+    def _hopeless(self) -> str:
+        """Why there is no use in asking the server; empty if there is."""
+        return ""
 
     _what_to_do = "check that it runs and that this machine reaches it"
 
@@ -280,6 +314,7 @@ class FlareJobs:
                 _close(session)
                 raise
             self._session = session
+            self._server_began = float(session.get_system_info().server_info.start_time)
         return self._session
 
     def _drop_session(self) -> None:
@@ -323,6 +358,16 @@ def _why_not_run(meta: dict[str, Any]) -> str:
     if status == "FINISHED:FAILED_TO_RUN":
         return "; ".join(str(said) for said in meta.get("job_deploy_detail") or [] if not str(said).endswith(": OK"))
     return ""
+
+
+def _abort(session: Any, job_id: str) -> None:
+    from nvflare.fuel.flare_api.api_spec import InternalError
+
+    try:
+        session.abort_job(job_id)
+    except InternalError as error:
+        if "is not running" not in str(error):  # what a server says of a job that ended with the last server
+            raise
 
 
 def _agree(version: str, other: str) -> bool:

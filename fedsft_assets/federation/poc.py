@@ -21,7 +21,9 @@ from typing import Any
 import psutil
 from pydantic import BaseModel, ConfigDict, Field
 
+from fedsft_assets.federation.exchange import STATE_ROOT
 from fedsft_assets.federation.flare import FlareJobs, Timeouts
+from fedsft_assets.federation.phases import JOB_STARTED
 from fedsft_assets.federation.processes import MARK, marked_processes, stop_marked
 from fedsft_assets.federation.runtime import UnavailableError
 from fedsft_assets.federation.tail import Tail
@@ -31,13 +33,14 @@ SERVER = "localhost"  # NVFlare binds the name it is provisioned with; this one 
 ADMIN = "admin@fedsft.local"
 # What a site's part of a job is made of and NVFlare does not let a site run unless it is told to.
 SITE_COMPONENTS = ("nvflare.app_common.executors.client_api_executor.ClientAPIExecutor",)
+STATE_FOLDER = "fedsft"  # in which the server part of a job keeps its state, in the server's folder
 _PROJECT = "fedsft"
 _ORG = "fedsft"
 _STATE = "poc.json"
 _LOCK = "lock"
 _CONSOLE = "console.log"
 _GRACE_SECONDS = 3.0
-_ABORT_SECONDS = 12.0
+_ABORT_SECONDS = 4.0
 _VALID_SECONDS = 180 * 24 * 3600  # NVFlare's certificates are good for twice as long
 _CLIENT_OUTCOME_SECONDS = "20"  # how long a server waits for the last word of a site that died; NVFlare's own is 900
 _SERVER_SETTINGS = {"heart_beat_timeout": 60, "admin_timeout": 30.0}
@@ -172,17 +175,6 @@ class PocSystem:
         with self._locked():
             return self._stop()
 
-    def restart_site(self, site: str) -> None:
-        """Start a site anew that runs but does not answer."""
-        with self._locked():
-            state = self._read()
-            if state is None or site not in state.sites:
-                return
-            if process := state.services.get(site, Service(0, 0)).process:
-                _kill([process, *process.children(recursive=True)])
-            state.services[site] = self._launch(state, site)
-            self._write(state)
-
     def status(self) -> PocStatus:
         state = self._read()
         if state is None:
@@ -190,11 +182,22 @@ class PocSystem:
         pids = {name: _alive(state, name) for name in (SERVER, *state.sites)}
         return PocStatus(self.folder, f"{HOST}:{state.port}", pids, self._jobs())
 
-    def started(self, site: str) -> float:
-        """When the process of the site was created, in seconds since the epoch; infinity if it does not run."""
+    def started(self, name: str) -> float:
+        """When the process of a site or of `localhost` began, in seconds since the epoch; infinity if it is gone."""
         state = self._read()
-        service = state.services.get(site) if state else None
+        service = state.services.get(name) if state else None
         return service.created if service and service.process else float("inf")
+
+    def end_of_console(self, name: str, lines: int = 15) -> str:
+        """The last lines that NVFlare's `server` or a site printed."""
+        log = self.site_folder(name) / _CONSOLE
+        return f"The end of {log}:\n{Tail(log).end(lines)}"
+
+    def end_job(self, job_id: str) -> None:
+        """End all processes of a job by force, also those that they start meanwhile."""
+        while processes := self.job_processes(job_id):
+            _kill(processes)
+            time.sleep(0.1)
 
     def job_processes(self, job_id: str) -> list[psutil.Process]:
         """Every process of a job: those of NVFlare that run its parts, and all that these started."""
@@ -311,6 +314,8 @@ class PocSystem:
             content["servers"][0].update(_SERVER_SETTINGS)
             content["snapshot_persistor"]["args"]["storage"]["args"]["root_dir"] = str(self.folder / "snapshots")
             components["job_manager"]["args"]["uri_root"] = str(self.folder / "jobs")
+            (self.folder / "states").mkdir(exist_ok=True)
+            (kit / STATE_FOLDER).symlink_to(self.folder / "states")  # kits are made anew, unfinished executions are not
             components["job_scheduler"]["args"] = {**_SCHEDULER, "max_jobs": self._settings.max_jobs}
         elif name != ADMIN:
             gpus = self._gpus(state, name)
@@ -331,6 +336,8 @@ class PocSystem:
         kit = self.folder / "kits" / name
         environment = self._process_environment()
         if name == SERVER:
+            # NVFlare would start the server part of jobs again that ended with the last server, and no other part.
+            shutil.rmtree(self.folder / "snapshots", ignore_errors=True)
             environment["NVFLARE_CLIENT_OUTCOME_WAIT_TIMEOUT"] = _CLIENT_OUTCOME_SECONDS
         else:
             share = max(1, (os.cpu_count() or 1) // len(state.sites))
@@ -351,9 +358,10 @@ class PocSystem:
         return Service(process.pid, psutil.Process(process.pid).create_time())
 
     def _process_environment(self) -> dict[str, str]:
-        """With the mark of the POC in place of the job's that it may be started for: it lives longer than that."""
+        """Without what belongs to the one job that it may be started for, whose mark too: it lives longer than that."""
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-        return {**os.environ, **self._environment, "PATH": path, MARK: self.mark}
+        inherited = {name: value for name, value in os.environ.items() if name not in (JOB_STARTED, STATE_ROOT)}
+        return {**inherited, **self._environment, "PATH": path, MARK: self.mark}
 
     def _stop(self) -> int:
         count = stop_marked(self.mark, grace=_GRACE_SECONDS)
@@ -393,7 +401,7 @@ class Poc(FlareJobs):
     _what_to_do = "look at `fedsft poc status`, and start it anew: fedsft poc stop; fedsft poc start"
 
     def __init__(self, system: PocSystem, folder: Path, timeouts: Timeouts | None = None) -> None:
-        super().__init__(system.admin_kit, folder, timeouts=timeouts)
+        super().__init__(system.admin_kit, folder, timeouts=timeouts or Timeouts(connect=120, sites=120))
         self._system = system
 
     def prepare(self, sites: list[str]) -> None:
@@ -407,26 +415,35 @@ class Poc(FlareJobs):
         return Tail(log).end(lines) if log.is_file() else super().end_of_log(job_id, name, lines)
 
     def abort(self, job_id: str) -> None:
-        """What NVFlare has not ended after a while is ended by force."""
-        begun = time.monotonic()
-        if not self.poll(job_id).ended:
+        """What NVFlare has not ended after a few seconds is ended by force."""
+        try:
             super().abort(job_id)
-        while processes := self._system.job_processes(job_id):
-            if time.monotonic() - begun > _ABORT_SECONDS:
-                _kill(processes)
-            time.sleep(0.2)
+        except UnavailableError:
+            if not self._hopeless():
+                raise
+        finally:
+            self._system.end_job(job_id)
+
+    def _hasten(self, job_id: str, waited: float) -> None:
+        if waited > _ABORT_SECONDS:
+            self._system.end_job(job_id)
+
+    def _hopeless(self) -> str:
+        if self._system.started(SERVER) < float("inf"):
+            return ""
+        what = f"the server of the POC in {self._system.folder} does not run; {self._what_to_do}"
+        return f"{what}\n{self._system.end_of_console('server')}"
 
     def _connected(self) -> set[str]:
         """Without sites that the server still has by a process that is gone."""
         clients = self._ask(lambda session: session.get_connected_client_list())
         return {c.name for c in clients if c.last_connect_time >= self._system.started(c.name)}
 
-    def _missing_sites(self, missing: list[str]) -> str:
-        ends = "".join(f"\nThe end of {log}:\n{Tail(log).end(15)}" for log in map(self._console, missing))
-        return f"{super()._missing_sites(missing)}{ends}"
+    def _may_come(self, missing: list[str]) -> bool:
+        return all(self._system.started(site) < float("inf") for site in missing)
 
-    def _console(self, site: str) -> Path:
-        return self._system.site_folder(site) / _CONSOLE
+    def _missing_sites(self, missing: list[str]) -> str:
+        return "\n".join([super()._missing_sites(missing), *map(self._system.end_of_console, missing)])
 
 
 _started: list[subprocess.Popen[bytes]] = []  # held, so that Python neither warns of them nor waits for them

@@ -1,0 +1,139 @@
+"""A federated job in a real POC: trained and fetched, aborted in the middle; and the commands for the POC itself."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from fedsft_assets.federation.exchange import BEST_MODEL, LAST_MODEL
+from fedsft_assets.federation.journal import JOURNAL_FILE
+from fedsft_assets.federation.poc import Poc, PocSettings, PocSystem
+from fedsft_assets.federation.processes import marked_processes
+from fedsft_assets.settings import Settings
+from fedsft_assets.store import Store
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nvflare")]
+
+SITES = ["site-1", "site-2", "site-3"]
+
+
+@pytest.fixture(scope="module")
+def empty_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("empty_home")
+
+
+@pytest.fixture(scope="module")
+def system(tmp_path_factory: pytest.TempPathFactory, empty_home: Path) -> Iterator[PocSystem]:
+    home = tmp_path_factory.mktemp("poc_home")
+    environment = {**Settings(home=home).environment(), "HOME": str(empty_home)}
+    system = PocSystem(home / "poc", PocSettings(), environment)
+    try:
+        yield system
+    finally:
+        system.stop()
+
+
+def _trainers(system: PocSystem, job_id: str) -> list[psutil.Process]:
+    return [p for p in system.job_processes(job_id) if "fedsft_assets.federation.client" in p.cmdline()]
+
+
+def _listening_beyond_loopback(system: PocSystem) -> set[tuple[str, str]]:
+    found = set()
+    for process in marked_processes(system.mark):
+        try:
+            program, connections = " ".join(process.cmdline()[:4]), process.net_connections("inet")
+        except psutil.Error:
+            continue  # ended meanwhile
+        found |= {(program, c.laddr.ip) for c in connections if c.status == psutil.CONN_LISTEN}
+    return {(program, address) for program, address in found if address not in ("127.0.0.1", "::1")}
+
+
+def test_federated_job_trains_in_a_poc_and_its_files_come_back(
+    system: PocSystem, store: Store, build: Callable[..., str], tmp_path: Path, empty_home: Path
+) -> None:
+    job = build("fedavg", rounds=2, max_local_steps=2, max_evaluation_records=8)
+    lines: list[str] = []
+    seen_trainers: dict[int, dict[str, str]] = {}
+    beyond: set[tuple[str, str]] = set()
+    with Poc(system, tmp_path / "flare") as poc:
+        poc.prepare(SITES)
+        job_id = poc.submit(store.job_folder(job))
+        while not (state := poc.poll(job_id)).ended:
+            lines += poc.new_lines(job_id)
+            beyond |= _listening_beyond_loopback(system)
+            for trainer in _trainers(system, job_id):
+                try:
+                    seen_trainers[trainer.pid] = trainer.environ()
+                except psutil.Error:
+                    continue
+            time.sleep(0.5)
+        live = len(lines)
+        lines += poc.new_lines(job_id)
+        assert state.succeeded, f"{state.said}\n{poc.end_of_log(job_id, 'server', 40)}"
+        poc.fetch(job_id, tmp_path / "files")
+        assert "round 2" in poc.end_of_log(job_id, "site-2", 200)
+    assert beyond == set()
+    assert live > 0
+    assert lines == (tmp_path / "files" / JOURNAL_FILE).read_text(encoding="utf-8").splitlines()
+    entries = [json.loads(line) for line in lines]
+    losses = {e["round"]: e["value"] for e in entries if e.get("name") == "val_loss" and not e.get("site")}
+    assert set(losses) >= {0, 1, 2}
+    assert losses[2] < losses[0]
+    for name in (LAST_MODEL, BEST_MODEL):
+        assert torch.load(tmp_path / "files" / name, map_location="cpu", weights_only=True)
+    share = str(max(1, (os.cpu_count() or 1) // len(SITES)))
+    assert len(seen_trainers) == len(SITES)
+    assert {environment["OMP_NUM_THREADS"] for environment in seen_trainers.values()} == {share}
+    assert list(empty_home.rglob("*")) == []
+    assert system.status().said == "running"
+    assert system.status().jobs == []
+
+
+def test_job_that_is_aborted_while_it_trains_leaves_no_process(
+    system: PocSystem, store: Store, build: Callable[..., str], tmp_path: Path
+) -> None:
+    job = build("fedavg", rounds=500, max_local_steps=2, max_evaluation_records=8)
+    with Poc(system, tmp_path / "flare") as poc:
+        poc.prepare(SITES)
+        job_id = poc.submit(store.job_folder(job))
+        while not any("train_loss" in line for line in poc.new_lines(job_id)):
+            assert not poc.poll(job_id).ended
+            time.sleep(0.5)
+        assert len(_trainers(system, job_id)) == len(SITES)
+        poc.abort(job_id)
+        assert system.job_processes(job_id) == []
+        assert poc.poll(job_id).said == "FINISHED:ABORTED"
+        assert poc.new_lines(job_id)
+    assert len(marked_processes(system.mark)) == 1 + len(SITES)
+
+
+def test_commands_prepare_start_and_stop_the_poc_of_a_home(tmp_path: Path, empty_home: Path) -> None:
+    environment = {**os.environ, "FEDSFT_HOME": str(tmp_path), "HOME": str(empty_home)}
+
+    def fedsft_poc(action: str) -> tuple[int, str]:
+        command = [sys.executable, "-m", "fedsft_assets.cli", "poc", action]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout + done.stderr
+
+    folder = tmp_path / "poc"
+    try:
+        assert fedsft_poc("status") == (3, f"POC in {folder}: not prepared\n")
+        code, said = fedsft_poc("prepare")
+        assert (code, said.splitlines()[0]) == (0, f"POC in {folder}: stopped")
+        code, said = fedsft_poc("start")
+        assert (code, said.splitlines()[0]) == (0, f"POC in {folder}: running")
+        assert [line.split()[0] for line in said.splitlines()[2:]] == ["server", *SITES]
+        assert fedsft_poc("status") == (0, said)
+    finally:
+        code, said = fedsft_poc("stop")
+    assert code == 0
+    assert said.startswith("ended 4 processes")
+    assert marked_processes(f"poc {folder}") == []
+    assert list(empty_home.rglob("*")) == []
