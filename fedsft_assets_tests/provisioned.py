@@ -25,8 +25,6 @@ SITES = ("site-1", "site-2", "site-3")
 STUDY_USER = "study@example.org"
 SERVER = "server"
 LOOPBACK = "localhost"  # a server of this name listens on 127.0.0.1 alone
-# What the site's policy has to allow beside NVFlare's own list: the component that starts the site's trainer.
-TRAINER = "nvflare.app_common.executors.client_api_executor.ClientAPIExecutor"
 BIN = Path(sys.executable).parent
 _SECONDS_TO_CONNECT = 180.0
 
@@ -85,9 +83,9 @@ def provision(folder: Path, sites: Sequence[str] = SITES, host: str = LOOPBACK, 
         sites={site: made / site for site in sites},
         admin=made / STUDY_USER,
     )
-    _keep_jobs_in(kits.server)
+    _configure_server(kits.server)
     for kit in kits.sites.values():
-        _allow_only_trainers(kit)
+        _configure_site(kit)
     return kits
 
 
@@ -99,19 +97,19 @@ def environment(folder: Path, bin_folder: Path = BIN) -> dict[str, str]:
     return {**os.environ, "HOME": str(home), "PATH": path, "OMP_NUM_THREADS": "1"}
 
 
-def _keep_jobs_in(kit: Path) -> None:
-    """NVFlare's default is /tmp/nvflare."""
+def _configure_server(kit: Path) -> None:
+    """Jobs stay in the kit instead of /tmp/nvflare; the study's user may submit jobs that bring the server's part."""
     default = (kit / "local/resources.json.default").read_text()
     (kit / "local/resources.json").write_text(default.replace("/tmp/nvflare", str(kit / "storage")))
+    own = {"manage_job": "n:submitter", "download_job": "n:submitter", "get_job_log": "n:submitter"}
+    lead = {"submit_job": "any", **own, "view": "any", "report_version": "any", "byoc": "any"}
+    policy = {"format_version": "1.0", "permissions": {"lead": lead}}
+    (kit / "local/authorization.json").write_text(json.dumps(policy, indent=2))
 
 
-def _allow_only_trainers(kit: Path) -> None:
-    resources = json.loads((kit / "local/resources.json.default").read_text())
-    resources["class_allow_list"].append(TRAINER)
-    (kit / "local/resources.json").write_text(json.dumps(resources, indent=2))
-    authorization = json.loads((kit / "local/authorization.json.default").read_text())
-    authorization["permissions"]["lead"]["byoc"] = "none"
-    (kit / "local/authorization.json").write_text(json.dumps(authorization, indent=2))
+def _configure_site(kit: Path) -> None:
+    command = [sys.executable, "-m", "fedsft_assets.federation.site_files", "configure", str(kit)]
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
 
 
 def _free_port() -> int:

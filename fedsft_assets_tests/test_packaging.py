@@ -3,7 +3,6 @@
 import ast
 import subprocess
 import sys
-import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from fedsft_assets.settings import PROJECT
-from fedsft_assets_tests.environments import OWN, closure, environment_of
+from fedsft_assets_tests.environments import closure, environment_of, installing
 
 NOT_AT_A_SITE = {
     *("dagster", "dagster-webserver", "mlflow", "mlflow-skinny", "pandas", "pyarrow", "datasets", "matplotlib"),
@@ -21,35 +20,15 @@ NOT_AT_A_SITE = {
 CLIENT_SIDE = ["fedsft_assets.federation.client", "fedsft_assets.federation.site_files"]
 
 
-@pytest.fixture(scope="session")
-def project() -> dict[str, list[str]]:
-    """The project's requirements: for every installation under an empty name, and for each extra."""
-    described = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
-    return {"": described["dependencies"], **described["optional-dependencies"]}
-
-
-def _installing(project: dict[str, list[str]], *extras: str) -> list[str]:
-    """What `pip install '.[extras]'` asks for; extras that name the project's own are followed."""
-    wanted = list(project[""])
-    for extra in extras:
-        for text in project[extra]:
-            requirement = Requirement(text)
-            if canonicalize_name(requirement.name) == OWN:
-                wanted += _installing(project, *requirement.extras)
-            else:
-                wanted.append(text)
-    return wanted
-
-
-def test_a_site_gets_neither_dagster_nor_mlflow_nor_anything_of_the_study(project: dict[str, list[str]]) -> None:
+def test_a_site_gets_neither_dagster_nor_mlflow_nor_anything_of_the_study() -> None:
     for extra in ("site", "server"):
-        assert not closure(_installing(project, extra)) & NOT_AT_A_SITE, extra
+        assert not closure(installing(extra)) & NOT_AT_A_SITE, extra
 
 
-def test_the_study_gets_all_that_a_site_and_the_server_get(project: dict[str, list[str]]) -> None:
-    study = set(_installing(project, "study"))
+def test_the_study_gets_all_that_a_site_and_the_server_get() -> None:
+    study = set(installing("study"))
     for extra in ("site", "server", "data"):
-        assert set(_installing(project, extra)) <= study
+        assert set(installing(extra)) <= study
     assert {"dagster", "mlflow", "nvflare", "torch", "nemo-toolkit", "pandas", "pyarrow"} <= closure(study)
 
 
@@ -76,8 +55,8 @@ def _reached(modules: list[str]) -> set[Path]:
     return reached
 
 
-def test_whatever_the_client_can_import_is_a_requirement_of_a_site(project: dict[str, list[str]]) -> None:
-    direct = {canonicalize_name(Requirement(text).name) for text in _installing(project, "site")}
+def test_whatever_the_client_can_import_is_a_requirement_of_a_site() -> None:
+    direct = {canonicalize_name(Requirement(text).name) for text in installing("site")}
     brought = packages_distributions()
     files = _reached(CLIENT_SIDE)
     assert PROJECT / "fedsft_assets/model/language_model.py" in files
@@ -111,7 +90,7 @@ print("unwanted", unwanted)
 @pytest.mark.slow
 @pytest.mark.parametrize("peft", [None, {"rank": 2}], ids=["all weights", "adapters"])
 def test_a_round_is_trained_with_what_a_site_installs_and_nothing_else(
-    project: dict[str, list[str]], tmp_path: Path, peft: dict[str, int] | None
+    tmp_path: Path, peft: dict[str, int] | None
 ) -> None:
     from fedsft_assets.data.sample import write_sample
     from fedsft_assets.data.splits import split_dataset
@@ -138,7 +117,7 @@ def test_a_round_is_trained_with_what_a_site_installs_and_nothing_else(
         digests={},
     )
     (tmp_path / "plan.json").write_text(plan.model_dump_json())
-    programs = environment_of(_installing(project, "site"), tmp_path / "environment")
+    programs = environment_of(installing("site"), tmp_path / "environment")
     done = subprocess.run(
         [str(programs / "python3"), "-I", "-c", TRAIN_A_ROUND, str(tmp_path / "plan.json")],
         capture_output=True,

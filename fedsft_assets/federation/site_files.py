@@ -1,8 +1,8 @@
 """Which files a site trains on: the plan's own paths on one machine, or, at a site, files of its own choice.
 
 A plan comes from whoever submits the job. Where `FEDSFT_SITE_HOME` is set, it can name a dataset, a split and a base
-model, and never a path: nothing outside that folder is read. The command `fedsft-site` fills the folder and shows
-what is in it. Only the standard library and pydantic are needed, and the extra `data` for splitting a dataset.
+model, and never a path: nothing outside that folder is read. The command `fedsft-site` fills the folder, shows what is
+in it, and writes what the site allows. Only pydantic and PyYAML are needed, and the extra `data` for splitting.
 """
 
 import argparse
@@ -14,10 +14,26 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fedsft_assets.specs import DatasetSpec, SitePlan, SpecError, SplitSettings
-from fedsft_assets.store import SPLITS, file_digest, split_file
+from fedsft_assets.store import SPLITS, file_digest, publish_file, split_file
 
 SITE_HOME = "FEDSFT_SITE_HOME"
 _DATASETS, _BASE_MODELS = "datasets", "base_models"
+_TRAINER = "fedsft_assets.federation.installed_trainer.InstalledTrainer"
+# Whoever leads a study may run jobs that bring no code, see the logs of its own, and ask for versions. That is all.
+_POLICY = {
+    "format_version": "1.0",
+    "permissions": {
+        "lead": {
+            "submit_job": "any",
+            "manage_job": "n:submitter",
+            "download_job": "n:submitter",
+            "view": "any",
+            "report_version": "any",
+            "get_job_log": "n:submitter",
+            "byoc": "none",
+        }
+    },
+}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -93,16 +109,24 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     split = commands.add_parser("split", help="make the splits of a dataset of this site, from its dataset file")
     split.add_argument("dataset", type=Path, help="<dataset>.yaml, as in the study's folder `datasets`")
+    split.add_argument(
+        "--source", default="hub", help="where a dataset with 'hub:' comes from: 'hub', 'sample', or a folder of copies"
+    )
     split.add_argument("--seed", type=int, help="the study's, if it has another one than the default")
     split.add_argument(
         "--proportions", type=float, nargs=3, metavar=SPLITS, help="the study's, if it has other ones than the default"
     )
+    configure = commands.add_parser("configure", help="write what this site allows into its startup kit")
+    configure.add_argument("kit", type=Path, help="the folder that has startup/fed_client.json")
+    configure.add_argument("--gpus", type=int, default=0, help="that jobs may use (default: none)")
+    configure.add_argument("--gpu-memory", type=int, default=0, help="of each, in GiB, for jobs that ask for some")
+    configure.add_argument("--keep-logs", action="store_true", help="send no log of a job to the server")
     commands.add_parser("show", help="list what jobs can use here, with records and SHA-256")
     check = commands.add_parser("check", help="say which files a job would use here, and whether they are right")
     check.add_argument("plan", type=Path, help="the job folder's app_<site>/config/plan.json")
     args = parser.parse_args()
     try:
-        {"split": _split, "show": _show, "check": _check}[args.command](args)
+        {"split": _split, "configure": _configure, "show": _show, "check": _check}[args.command](args)
     except (SpecError, ValueError, OSError) as error:
         sys.exit(str(error))
 
@@ -123,12 +147,29 @@ def _split(args: argparse.Namespace) -> None:
     home, dataset = _home(), DatasetSpec.load(args.dataset)
     said = {"seed": args.seed, "proportions": args.proportions}
     settings = SplitSettings(**{key: value for key, value in said.items() if value is not None})
-    fetch(dataset, "hub", into=home / "raw" / dataset.name, downloads=home / "downloads")
+    fetch(dataset, args.source, into=home / "raw" / dataset.name, downloads=home / "downloads")
     report = split_dataset(dataset, home / "raw" / dataset.name, home / _DATASETS / dataset.name, settings)
     counts = ", ".join(f"{count:,} for {split}" for split, count in report.counts.items())
     print(
         f"{home / _DATASETS / dataset.name}: {counts} ({report.duplicates:,} duplicates, {report.rejected:,} unusable)"
     )
+
+
+def _configure(args: argparse.Namespace) -> None:
+    """Files in `local/` without `.default` go before those that come with the kit, and only the site writes them."""
+    local = args.kit / "local"
+    if not (args.kit / "startup" / "fed_client.json").is_file():
+        raise SpecError(f"{args.kit}: has no startup/fed_client.json; expected the startup kit of a site")
+    resources = json.loads((local / "resources.json.default").read_text(encoding="utf-8"))
+    resources["class_allow_list"] = [_TRAINER]
+    resources["allow_log_streaming"] = not args.keep_logs
+    for component in resources["components"]:
+        if component["id"] == "resource_manager":
+            component["args"] |= {"num_of_gpus": args.gpus, "mem_per_gpu_in_GiB": args.gpu_memory}
+    for name, content in (("resources.json", resources), ("authorization.json", _POLICY)):
+        with publish_file(local / name) as path:
+            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        print(f"wrote {local / name}")
 
 
 def _show(_: argparse.Namespace) -> None:

@@ -166,3 +166,32 @@ def test_the_command_says_what_a_job_would_use(plan: SitePlan, home: Path, tmp_p
     assert done.returncode == 1
     assert "base_model" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_configured_kit_allows_one_component_no_code_and_the_gpus_that_it_is_told(tmp_path: Path) -> None:
+    from fedsft_assets.federation.installed_trainer import InstalledTrainer
+    from fedsft_assets_tests.provisioned import provision
+
+    kit = provision(tmp_path, sites=["site-1"]).sites["site-1"]
+    done = _fedsft_site(tmp_path, "configure", str(kit), "--gpus", "2", "--gpu-memory", "40", "--keep-logs")
+    assert done.returncode == 0, done.stderr
+    resources = json.loads((kit / "local/resources.json").read_text())
+    assert resources["class_allow_list"] == [f"{InstalledTrainer.__module__}.{InstalledTrainer.__qualname__}"]
+    assert resources["class_list_enforcement_mode"] == "enforce"
+    assert resources["allow_log_streaming"] is False
+    (manager,) = (one for one in resources["components"] if one["id"] == "resource_manager")
+    assert (manager["args"]["num_of_gpus"], manager["args"]["mem_per_gpu_in_GiB"]) == (2, 40)
+    (lead,) = json.loads((kit / "local/authorization.json").read_text())["permissions"].values()
+    assert lead["byoc"] == "none"
+    assert not {"shell_commands", "operate"} & set(lead)
+
+    done = _fedsft_site(tmp_path, "configure", str(tmp_path))
+    assert done.returncode == 1
+    assert "has no startup/fed_client.json" in done.stderr
+
+
+def test_what_starts_the_trainer_takes_no_command_from_a_job() -> None:
+    from fedsft_assets.federation.installed_trainer import InstalledTrainer
+
+    with pytest.raises(TypeError):
+        InstalledTrainer(command=["sh", "-c", "anything"])  # type: ignore[call-arg]
