@@ -1,0 +1,25 @@
+"""The process that executes a job, in place of a Dagster worker: `python -m … <home> <job>`."""
+
+import sys
+from pathlib import Path
+
+from fedsft_assets.execution import execute_job
+from fedsft_assets.federation.launch import JobError
+from fedsft_assets.store import Store
+from fedsft_assets.tracking import Tracking
+from fedsft_assets_tests.prepared import TINY
+
+LOST = 3  # the exit code of an attempt that another one may go on with
+
+
+def main() -> None:
+    store, job = Store(Path(sys.argv[1])), sys.argv[2]
+    try:
+        execute_job(job, store, TINY, Tracking(store.mlflow_uri, store.mlflow_artifacts), {}, say=print)
+    except JobError as error:
+        print(error, flush=True)
+        sys.exit(LOST if error.lost else 1)
+
+
+if __name__ == "__main__":
+    main()
