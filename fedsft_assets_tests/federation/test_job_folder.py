@@ -4,6 +4,8 @@ import io
 import json
 import re
 import shutil
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +13,17 @@ from typing import Any
 
 import pytest
 
-from fedsft_assets.federation.job_folder import JobFolderReport, build_job_folder, read_plans, read_spec
+from fedsft_assets.federation.job_folder import (
+    JobFolderError,
+    JobFolderReport,
+    build_job_folder,
+    read_plans,
+    read_spec,
+    verify_job_folder,
+)
+from fedsft_assets.federation.server import FederatedSFT
 from fedsft_assets.settings import PROJECT
-from fedsft_assets.specs import COMBINED, PRESETS, JobSpec, PeftSpec
+from fedsft_assets.specs import COMBINED, PRESETS, FedProx, JobSpec, PeftSpec
 from fedsft_assets.store import SPLITS, Store, file_digest, folder_digest, split_file
 from fedsft_assets_tests.shipped import DATASETS
 
@@ -49,7 +59,7 @@ def test_folder_has_a_part_for_the_server_and_for_each_site(store: Store, build:
     report = build("fedavg")
     folder = store.job_folder("fedavg")
     assert report.files == sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    assert {"meta.json", "job.json", "app_server/config/config_fed_server.json"} <= set(report.files)
+    assert {"meta.json", "job.json", "manifest.json", "app_server/config/config_fed_server.json"} <= set(report.files)
     for site in ("site-1", "site-2", "site-3"):
         assert f"app_{site}/config/config_fed_client.json" in report.files
         assert f"app_{site}/config/plan.json" in report.files
@@ -112,16 +122,138 @@ def test_folder_holds_the_job_with_its_overrides(store: Store, build: Build) -> 
     assert (spec.name, spec.kind, spec.rounds, spec.training.learning_rate) == ("fedavg", "federated", 4, 0.5)
 
 
-def test_server_part_carries_the_code_that_the_server_runs(store: Store, build: Build) -> None:
-    build("fedavg", rounds=4)
-    server = store.job_folder("fedavg") / "app_server"
-    for name in ("server.py", "metrics.py"):
-        carried = server / "custom" / "fedsft_assets" / "federation" / name
-        assert carried.read_text() == (PROJECT / "fedsft_assets" / "federation" / name).read_text()
-    config = json.loads((server / "config" / "config_fed_server.json").read_text())
+def _server_arguments(store: Store) -> dict[str, Any]:
+    config = json.loads((store.job_folder("fedavg") / "app_server/config/config_fed_server.json").read_text())
     (workflow,) = config["workflows"]
     assert workflow["path"] == "fedsft_assets.federation.server.FederatedSFT"
-    assert workflow["args"] == {"base_model": str(store.base_model("tiny")), "num_clients": 3, "num_rounds": 4}
+    arguments: dict[str, Any] = workflow["args"]
+    return arguments
+
+
+def test_server_is_told_the_sites_and_how_to_deal_with_them(store: Store, build: Build) -> None:
+    build(
+        "fedavg", rounds=4, min_sites=2, site_timeout=60.0, wire="bf16-diff", algorithm={"name": "fedopt", "beta1": 0.5}
+    )
+    arguments = _server_arguments(store)
+    assert arguments.pop("algorithm").items() >= {"name": "fedopt", "beta1": 0.5}.items()
+    assert arguments == {
+        "sites": ["site-1", "site-2", "site-3"],
+        "num_rounds": 4,
+        "base_model": str(store.base_model("tiny")),
+        "min_sites": 2,
+        "site_timeout": 60.0,
+        "wire": "bf16-diff",
+    }
+
+
+def test_server_gets_what_it_is_told_also_where_that_is_the_default(store: Store, build: Build) -> None:
+    build("fedavg")
+    server = FederatedSFT(**_server_arguments(store))
+    assert (server.min_sites, server.site_timeout, server.wire) == (3, 1800.0, "fp32")
+    assert server.algorithm == {"name": "fedavg"}
+
+
+def test_nvflare_starts_a_job_with_as_few_sites_as_a_round_needs(store: Store, build: Build) -> None:
+    build("fedavg", min_sites=1)
+    assert json.loads((store.job_folder("fedavg") / "meta.json").read_text())["min_clients"] == 1
+
+
+def test_sites_are_told_how_to_train_and_what_to_send(store: Store, build: Build) -> None:
+    build("fedavg", wire="bf16-diff", algorithm={"name": "fedprox", "mu": 0.5}, filters={"exclude": ["head"]})
+    for plan in read_plans(store.job_folder("fedavg")):
+        assert plan.wire == "bf16-diff"
+        assert plan.algorithm == FedProx(name="fedprox", mu=0.5)
+        assert plan.filters.exclude == ["head"]
+
+
+# Imports the server part as a server does that has this project's code from the job folder alone.
+_IMPORT = """
+import json, sys
+from importlib.machinery import PathFinder
+
+custom = sys.argv[1]
+
+class OnlyTheJobFolder:
+    def find_spec(self, name, path=None, target=None):
+        top = name.partition(".")[0]
+        if top in ("pydantic", "dagster", "mlflow", "nemo", "lightning", "transformers", "tokenizers", "peft"):
+            raise ModuleNotFoundError(f"a server does not have {name}", name=name)
+        if top != "fedsft_assets":
+            return None
+        spec = PathFinder.find_spec(name, [custom] if path is None else path)
+        if spec is None:
+            raise ModuleNotFoundError(f"the job folder does not have {name}", name=name)
+        return spec
+
+sys.meta_path.insert(0, OnlyTheJobFolder())
+import fedsft_assets.federation.server
+
+loaded = {name: module.__file__ for name, module in sys.modules.items() if name.startswith("fedsft_assets")}
+print(json.dumps([file for file in loaded.values() if file]))
+"""
+
+
+def test_server_runs_with_the_code_that_the_job_folder_carries_and_nothing_else_of_it(
+    store: Store, build: Build, tmp_path: Path
+) -> None:
+    build("fedavg")
+    custom = store.job_folder("fedavg") / "app_server" / "custom"
+    done = subprocess.run(
+        [sys.executable, "-c", _IMPORT, str(custom)], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    loaded = {Path(file) for file in json.loads(done.stdout.splitlines()[-1])}
+    carried = {path for path in custom.rglob("*.py") if path.name != "__init__.py"}
+    assert loaded == carried
+    assert {path.name for path in carried} >= {"server.py", "journal.py", "averaging.py", "server_state.py"}
+    for path in carried:
+        assert path.read_text() == (PROJECT / path.relative_to(custom)).read_text()
+
+
+def test_folder_is_verified_as_it_was_built(store: Store, build: Build) -> None:
+    build("fedavg")
+    verify_job_folder(store.job_folder("fedavg"))
+    shutil.copytree(store.job_folder("fedavg"), store.home / "elsewhere")
+    verify_job_folder(store.home / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    "name", ["job.json", "app_site-2/config/plan.json", "app_server/custom/fedsft_assets/federation/server.py"]
+)
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes() + b" "), "has changed"),
+        (lambda path: path.write_text("{}"), "has changed"),
+        (lambda path: path.unlink(), "is missing"),
+    ],
+    ids=["one byte", "other content", "removed"],
+)
+def test_file_that_is_not_as_it_was_built_is_named(
+    store: Store, build: Build, name: str, change: Callable[[Path], object], said: str
+) -> None:
+    build("fedavg")
+    path = store.job_folder("fedavg") / name
+    change(path)
+    with pytest.raises(JobFolderError, match=rf"^{path}: {said} since the job folder was built; build it again$"):
+        verify_job_folder(store.job_folder("fedavg"))
+
+
+def test_file_that_was_added_is_named(store: Store, build: Build) -> None:
+    build("fedavg")
+    added = store.job_folder("fedavg") / "app_site-1" / "custom" / "more.py"
+    added.parent.mkdir()
+    added.write_text("")
+    with pytest.raises(JobFolderError, match=rf"^{added}: was added since the job folder was built; build it again$"):
+        verify_job_folder(store.job_folder("fedavg"))
+
+
+def test_folder_without_its_manifest_is_not_as_it_was_built(store: Store, build: Build) -> None:
+    build("fedavg")
+    path = store.job_folder("fedavg") / "manifest.json"
+    path.unlink()
+    with pytest.raises(JobFolderError, match=rf"^{path} does not exist; build the job folder again$"):
+        verify_job_folder(store.job_folder("fedavg"))
 
 
 def test_server_of_a_job_with_adapters_needs_no_base_model(store: Store, build: Build) -> None:

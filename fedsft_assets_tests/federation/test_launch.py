@@ -1,18 +1,197 @@
-"""Starting a job's supervisor when it cannot even begin; whole jobs are in the end-to-end tests."""
+"""Starting a job's supervisor and listening to it; whole jobs are in the end-to-end tests."""
 
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from fedsft_assets.federation.launch import JobError, run_job
-from fedsft_assets.federation.processes import marked_processes
+from fedsft_assets.federation.events import Event, Failed, encode
+from fedsft_assets.federation.job_folder import build_job_folder
+from fedsft_assets.federation.journal import Progress
+from fedsft_assets.federation.launch import JobError, begin_execution, run_job
+from fedsft_assets.federation.metrics import Point
+from fedsft_assets.federation.processes import MARK, marked_processes
+from fedsft_assets.federation.record import Workspace
+from fedsft_assets.specs import COMBINED, PRESETS, JobSpec, SiteSpec
+from fedsft_assets.store import SPLITS, Store, split_file
+from fedsft_assets_tests.federation.test_report import REPORT
+
+POINT = Point("val_loss", 7.0, 0, 0)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """A home with the job folder of `quick`."""
+    store = Store(tmp_path / "home")
+    for dataset in ("alpaca", COMBINED):
+        for split in SPLITS:
+            path = split_file(store.splits(dataset), split)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("{}\n")
+    store.base_model("tiny").parent.mkdir()
+    store.base_model("tiny").write_text("a base model")
+    _build(store)
+    return store
+
+
+def _build(store: Store, rounds: int = 1) -> None:
+    spec = JobSpec(name="quick", description="", rounds=rounds, sites={"site-1": SiteSpec(dataset="alpaca")})
+    build_job_folder(spec, PRESETS["tiny"], store)
+
+
+Supervise = Callable[..., "list[Event]"]
+
+
+@pytest.fixture
+def supervised_by(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Supervise:
+    """Runs the job with a script in the supervisor's place; gives its events, or raises as `run_job` does."""
+
+    def run(script: str, take: int | None = None, **arguments: object) -> list[Event]:
+        program = tmp_path / "supervisor"
+        program.write_text(f"#!{sys.executable}\nimport json, os, signal, subprocess, sys, time\n{script}\n")
+        program.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(program))
+        events = run_job(
+            store.job_folder("quick"), store.flare("quick"), Path("testing.jsonl"), Path("checkpoint"), **arguments
+        )
+        taken = []
+        with contextlib.closing(events):
+            for event in events:
+                taken.append(event)
+                if len(taken) == take:
+                    break
+        return taken
+
+    return run
+
+
+def _says(*events: Event) -> str:
+    return "".join(f"print({encode(event)!r}, flush=True)\n" for event in events)
+
+
+def test_events_of_the_supervisor_come_through_and_the_report_is_the_last(supervised_by: Supervise) -> None:
+    assert supervised_by(_says(Progress("é"), POINT, REPORT)) == [Progress("é"), POINT, REPORT]
+
+
+def test_supervisor_is_told_what_to_do_and_in_which_environment(supervised_by: Supervise, store: Store) -> None:
+    script = (
+        f"print(json.dumps(dict(event='progress', text=json.dumps([sys.argv[1:], dict(os.environ)]))))\n{_says(REPORT)}"
+    )
+    said, _ = supervised_by(script, runtime="poc", threads=3, environment={"FEDSFT_MODEL": "tiny"})
+    assert isinstance(said, Progress)
+    arguments, environment = json.loads(said.text)
+    options = dict(zip(arguments[2::2], arguments[3::2], strict=True))
+    assert arguments[:2] == ["-m", "fedsft_assets.federation.supervisor"]
+    assert options == {
+        "--job-folder": str(store.job_folder("quick")),
+        "--workspace": str(store.flare("quick")),
+        "--testing-file": "testing.jsonl",
+        "--into": "checkpoint",
+        "--runtime": "poc",
+        "--threads": "3",
+    }
+    assert environment["FEDSFT_MODEL"] == "tiny"
+    assert environment["PATH"] == os.environ["PATH"]
+    assert environment[MARK].startswith(str(store.flare("quick")))
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_failure_that_the_supervisor_tells_is_raised_as_it_is(supervised_by: Supervise, lost: bool) -> None:
+    with pytest.raises(JobError, match=r"^the trainer of site-1 failed:\nTraceback: é$") as failure:
+        supervised_by(_says(POINT, Failed("the trainer of site-1 failed:\nTraceback: é", lost)) + "sys.exit(1)")
+    assert failure.value.lost == lost
+
+
+def test_supervisor_that_crashes_shows_its_traceback_and_another_attempt_would_not_help(
+    supervised_by: Supervise,
+) -> None:
+    with pytest.raises(JobError) as failure:
+        supervised_by(_says(POINT) + "raise OSError('disk full')")
+    assert str(failure.value).startswith("the supervisor of the job ended with exit code 1:\nTraceback")
+    assert str(failure.value).endswith("OSError: disk full")
+    assert not failure.value.lost
+
+
+def test_supervisor_that_is_killed_is_lost(supervised_by: Supervise) -> None:
+    with pytest.raises(JobError, match="the supervisor of the job ended with exit code -9") as failure:
+        supervised_by(_says(POINT) + "os.kill(os.getpid(), signal.SIGKILL)")
+    assert failure.value.lost
+
+
+def test_supervisor_that_ends_without_a_report_has_failed(supervised_by: Supervise) -> None:
+    with pytest.raises(JobError, match="ended with exit code 0"):
+        supervised_by(_says(POINT))
+
+
+def test_report_of_a_supervisor_that_fails_afterwards_does_not_count(supervised_by: Supervise) -> None:
+    with pytest.raises(JobError, match="ended with exit code 3"):
+        supervised_by(_says(REPORT) + "sys.exit(3)")
+
+
+_CHILD = "subprocess.Popen(['sleep', '600'], start_new_session=True, stdout=subprocess.DEVNULL)\n"
+
+
+@pytest.mark.parametrize(
+    "script", [_CHILD + _says(REPORT), _CHILD + _says(Failed("why"))], ids=["it succeeds", "it fails"]
+)
+def test_nothing_that_the_supervisor_started_outlives_the_job(
+    supervised_by: Supervise, store: Store, script: str
+) -> None:
+    with contextlib.suppress(JobError):
+        supervised_by(script)
+    assert marked_processes(str(store.flare("quick"))) == []
+
+
+def test_closing_the_events_ends_the_supervisor_and_what_it_started(supervised_by: Supervise, store: Store) -> None:
+    assert supervised_by(_CHILD + _says(POINT) + "time.sleep(600)", take=1) == [POINT]
+    assert marked_processes(str(store.flare("quick"))) == []
 
 
 def test_job_folder_that_does_not_exist_is_named_and_nothing_is_left(tmp_path: Path) -> None:
     missing, workspace = tmp_path / "job_folders" / "fedavg", tmp_path / "flare" / "fedavg"
-    with pytest.raises(JobError) as failure:
+    with pytest.raises(JobError, match=f"^{missing / 'manifest.json'} does not exist; build the job folder again$"):
         list(run_job(missing, workspace, tmp_path / "testing.jsonl", tmp_path / "checkpoint"))
-    assert "the supervisor of the job ended with exit code 1" in str(failure.value)
-    assert f"No such file or directory: '{missing / 'job.json'}'" in str(failure.value)
-    assert marked_processes(str(workspace)) == []
-    assert not (tmp_path / "checkpoint").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_job_folder_that_was_changed_is_not_run(store: Store) -> None:
+    path = store.job_folder("quick") / "app_site-1" / "config" / "plan.json"
+    path.write_text(path.read_text().replace('"rounds": 1', '"rounds": 9'))
+    with pytest.raises(JobError, match=f"^{path}: has changed since the job folder was built; build it again$"):
+        begin_execution(store.job_folder("quick"), store.flare("quick"), "simulator")
+    assert not store.flare("quick").exists()
+
+
+def test_base_model_that_is_missing_is_named(store: Store) -> None:
+    store.base_model("tiny").unlink()
+    with pytest.raises(JobError, match=str(store.base_model("tiny"))):
+        begin_execution(store.job_folder("quick"), store.flare("quick"), "simulator")
+
+
+def test_unfinished_execution_is_taken_up_and_an_ended_one_is_not(store: Store) -> None:
+    where = (store.job_folder("quick"), store.flare("quick"), "simulator")
+    first = begin_execution(*where)
+    assert begin_execution(*where) == first
+    Workspace(store.flare("quick")).end()
+    assert begin_execution(*where).id != first.id
+
+
+@pytest.mark.parametrize("changed", ["job folder", "base model", "runtime"])
+def test_unfinished_execution_of_something_else_is_not_taken_up(store: Store, changed: str) -> None:
+    first = begin_execution(store.job_folder("quick"), store.flare("quick"), "simulator")
+    if changed == "job folder":
+        _build(store, rounds=2)
+    elif changed == "base model":
+        store.base_model("tiny").write_text("another base model")
+    runtime = "poc" if changed == "runtime" else "simulator"
+    assert begin_execution(store.job_folder("quick"), store.flare("quick"), runtime).id != first.id
+
+
+def test_rebuilt_job_folder_with_the_same_content_is_the_same_job(store: Store) -> None:
+    first = begin_execution(store.job_folder("quick"), store.flare("quick"), "simulator")
+    _build(store)
+    assert begin_execution(store.job_folder("quick"), store.flare("quick"), "simulator") == first
