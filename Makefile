@@ -20,7 +20,7 @@ MODEL ?= tiny
 # Fields of a job in place of those in jobs/*.yaml, for example OVERRIDES="--rounds 3 --max-local-steps 12".
 OVERRIDES ?=
 
-.PHONY: setup demo study test lint ui clean
+.PHONY: setup demo study test faults lint ui tensorboard clean
 
 setup: $(READY)
 
@@ -41,9 +41,17 @@ study: setup
 ui: setup
 	$(BIN)/fedsft ui
 
+tensorboard: setup
+	$(BIN)/fedsft tensorboard
+
 test: setup
 	mkdir -p $(FEDSFT_HOME)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --basetemp $(FEDSFT_HOME)/pytest $(TESTS)
+
+N ?= 200
+SEED ?= 1
+faults: setup
+	$(BIN)/python -m fedsft_assets_tests.faults --kills $(N) --seed $(SEED)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ from fedsft_assets.generate import find_archive
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.settings import Settings
 from fedsft_assets.specs import SpecError
+from fedsft_assets.tracking import Outbox
 
 if TYPE_CHECKING:
     from fedsft_assets.model.huggingface_export import HuggingFaceReport
@@ -30,6 +31,7 @@ _FORMATS: "dict[str, Layout | None]" = {
     "megatron-core": "megatron-core",
     "huggingface": None,
 }
+_PATIENT_SECONDS = 60.0  # for one answer of the tracking server, where somebody waits for it
 
 
 def main() -> None:
@@ -42,6 +44,8 @@ def main() -> None:
     for name, kind in _OVERRIDES.items():
         overrides.add_argument(f"--{name}", type=kind)
     commands.add_parser("ui", help="Dagster and MLflow in the browser, on this machine only")
+    commands.add_parser("tensorboard", help="the curves of all jobs in TensorBoard, on this machine only")
+    commands.add_parser("track", help="deliver what a tracking server did not take when jobs ended")
     export = commands.add_parser("export", help="write a checkpoint for NeMo 2.4.1's Megatron-GPT, or for Hugging Face")
     export.add_argument("--checkpoint", required=True, help="a .nemo archive, the name of a job, or 'base_model'")
     export.add_argument("--format", required=True, choices=_FORMATS)
@@ -52,7 +56,15 @@ def main() -> None:
     take.add_argument("--max-length", type=int, default=1024, help="tokens of the longest record (default: 1024)")
     poc_command.add_commands(commands)
     args = parser.parse_args()
-    {"study": _study, "ui": _ui, "export": _export, "import": _import, "poc": poc_command.run}[args.command](args)
+    {
+        "study": _study,
+        "ui": _ui,
+        "export": _export,
+        "import": _import,
+        "poc": poc_command.run,
+        "track": _track,
+        "tensorboard": _tensorboard,
+    }[args.command](args)
 
 
 def _study(args: argparse.Namespace) -> None:
@@ -121,11 +133,30 @@ def _short(path: Path | str) -> Path | str:
 
 def _ui(_: argparse.Namespace) -> None:
     from fedsft_assets.study import prepare_instance
-    from fedsft_assets.ui import serve
+    from fedsft_assets.ui import serve, study_servers
 
     settings = Settings()
     prepare_instance(settings)
-    serve(settings)
+    serve(settings, study_servers(settings))
+
+
+def _tensorboard(_: argparse.Namespace) -> None:
+    from fedsft_assets.ui import serve, tensorboard_server
+
+    settings = Settings()
+    serve(settings, [tensorboard_server(settings)])
+
+
+def _track(_: argparse.Namespace) -> None:
+    settings = Settings()
+    os.environ.update(settings.environment())
+    outbox = Outbox(settings.store.outbox)
+    if not outbox.entries():
+        print("nothing waits for the tracking server")
+        return
+    left = outbox.deliver(settings.tracking, print, answer_seconds=_PATIENT_SECONDS)
+    if left:
+        sys.exit("\n".join(f"{entry.job}: not delivered: {entry.reason}; {entry.folder} stays" for entry in left))
 
 
 if __name__ == "__main__":

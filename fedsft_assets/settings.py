@@ -10,6 +10,7 @@ from fedsft_assets.federation.poc import PocSettings
 from fedsft_assets.federation.production import ProductionSettings
 from fedsft_assets.specs import HUB, SAMPLE, CheckSettings, SplitSettings
 from fedsft_assets.store import Store
+from fedsft_assets.tracking import Tracking
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -45,6 +46,10 @@ class Settings(BaseSettings):
         default=None, validation_alias="MLFLOW_TRACKING_URI", description="None is the store under `home`"
     )
 
+    tracking_patience: float = Field(
+        default=60.0, ge=0, description="seconds that a finished job waits for a tracking server that does not answer"
+    )
+
     @field_validator("home", "jobs", "datasets", "prompts", "model_path")
     @classmethod
     def _absolute(cls, path: Path | None) -> Path | None:
@@ -53,6 +58,12 @@ class Settings(BaseSettings):
     @property
     def store(self) -> Store:
         return Store(self.home)
+
+    @property
+    def tracking(self) -> Tracking:
+        if self.mlflow_uri:
+            return Tracking(self.mlflow_uri, patience=self.tracking_patience)
+        return Tracking(self.store.mlflow_uri, self.store.mlflow_artifacts, self.tracking_patience)
 
     @property
     def source(self) -> str:

@@ -77,9 +77,14 @@ class Store:
         """What the tracking server has not taken yet."""
         return self.home / "tracking"
 
+    @property
+    def tensorboards(self) -> Path:
+        """TensorBoard's event files of all jobs."""
+        return self.home / "tensorboard"
+
     def tensorboard(self, job: str) -> Path:
-        """The event files of the job's last execution."""
-        return self.home / "tensorboard" / job
+        """Those of the job's last execution."""
+        return self.tensorboards / job
 
     @property
     def mlflow_uri(self) -> str:

@@ -1,4 +1,4 @@
-"""Dagster's and MLflow's own user interfaces over one FEDSFT_HOME, on loopback only."""
+"""The user interfaces of Dagster, MLflow and TensorBoard over one FEDSFT_HOME, on loopback only."""
 
 import os
 import signal
@@ -6,12 +6,12 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import FrameType
 
 from fedsft_assets.federation.processes import MARK, stop_marked
 from fedsft_assets.settings import PROJECT, Settings
-from fedsft_assets.tracking import Tracking
 
 _HOST = "127.0.0.1"
 
@@ -25,7 +25,7 @@ class Server:
     command: list[str]
 
 
-def serve(settings: Settings) -> None:
+def serve(settings: Settings, servers: Sequence[Server]) -> None:
     """Start the servers, say where they are, and stop them when this process is told to stop or one of them ends."""
     signal.signal(signal.SIGTERM, _stop)
     mark = f"ui of {settings.home} by {os.getpid()}"
@@ -33,11 +33,9 @@ def serve(settings: Settings) -> None:
     environment = {**os.environ, MARK: mark, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     running = []
     try:
-        for server in servers(settings):
-            print(f"{server.title + ':':8} {server.url}", flush=True)
+        for server in servers:
+            print(f"{server.title + ':':12} {server.url}", flush=True)
             running.append(subprocess.Popen(server.command, cwd=PROJECT, env=environment, stdin=subprocess.DEVNULL))
-        if settings.mlflow_uri:
-            print(f"MLflow:  {settings.mlflow_uri}", flush=True)
         print("ready in half a minute; stop with Ctrl-C", flush=True)
         while all(process.poll() is None for process in running):
             time.sleep(0.5)
@@ -47,10 +45,27 @@ def serve(settings: Settings) -> None:
         stop_marked(mark)
 
 
-def servers(settings: Settings) -> list[Server]:
-    """What there is to serve: Dagster, and MLflow unless the user has a tracking server."""
+def study_servers(settings: Settings) -> list[Server]:
+    """Dagster, and MLflow unless the user has a tracking server, of which the user is then told."""
     found = [_dagster(_free_port(3000))]
-    return found if settings.mlflow_uri else [*found, _mlflow(settings, _free_port(5000))]
+    if settings.mlflow_uri:
+        print(f"{'MLflow:':12} {settings.mlflow_uri}", flush=True)
+        return found
+    return [*found, _mlflow(settings, _free_port(5000))]
+
+
+def tensorboard_server(settings: Settings) -> Server:
+    """TensorBoard over the curves of all jobs."""
+    port, folder = _free_port(6006), settings.store.tensorboards
+    folder.mkdir(parents=True, exist_ok=True)
+    return Server(
+        "TensorBoard",
+        f"http://{_HOST}:{port}/",
+        [
+            *(sys.executable, "-m", "tensorboard.main", "--host", _HOST, "--port", str(port)),
+            *("--logdir", str(folder), "--window_title", "fedsft"),
+        ],
+    )
 
 
 def _dagster(port: int) -> Server:
@@ -67,7 +82,7 @@ def _dagster(port: int) -> Server:
 def _mlflow(settings: Settings, port: int) -> Server:
     """The link opens the curves of all jobs side by side."""
     store = settings.store
-    experiment = Tracking(store.mlflow_uri, store.mlflow_artifacts).experiment_id()
+    experiment = settings.tracking.experiment_id()
     return Server(
         "MLflow",
         f"http://{_HOST}:{port}/#/experiments/{experiment}/runs?workflowType=machine_learning&compareRunsMode=CHART",

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from fedsft_assets.settings import PROJECT, Settings
 from fedsft_assets.specs import CheckSettings, SplitSettings
+from fedsft_assets.tracking import Tracking
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +28,7 @@ def test_defaults_work_without_any_variable() -> None:
         "simulator",
         None,
     )
+    assert settings.tracking == Tracking(settings.store.mlflow_uri, settings.store.mlflow_artifacts, patience=60)
     assert settings.source == "sample"
     assert settings.model_path is None
     assert settings.datasets == PROJECT / "datasets"
@@ -45,6 +47,7 @@ def test_environment_variables_are_read_anew_each_time(monkeypatch: pytest.Monke
         "FEDSFT_JOBS": "~/jobs",
         "FEDSFT_PROMPTS": "prompts.yaml",
         "MLFLOW_TRACKING_URI": "http://tracking:5000",
+        "FEDSFT_TRACKING_PATIENCE": "2.5",
         "HOME": str(tmp_path / "me"),
     }.items():
         monkeypatch.setenv(name, value)
@@ -55,6 +58,7 @@ def test_environment_variables_are_read_anew_each_time(monkeypatch: pytest.Monke
     assert settings.jobs == tmp_path / "me" / "jobs"
     assert settings.prompts == tmp_path / "prompts.yaml"
     assert (settings.model, settings.mlflow_uri) == ("smollm2-135m", "http://tracking:5000")
+    assert settings.tracking == Tracking("http://tracking:5000", None, patience=2.5)
     assert settings.model_path == tmp_path / "gpt.nemo"
 
 

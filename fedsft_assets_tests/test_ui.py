@@ -8,7 +8,7 @@ import pytest
 
 from fedsft_assets.settings import Settings
 from fedsft_assets.tracking import EXPERIMENT, Tracking
-from fedsft_assets.ui import _free_port, servers
+from fedsft_assets.ui import _free_port, study_servers, tensorboard_server
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_another_port_is_taken_when_somebody_listens() -> None:
 
 
 def test_both_servers_listen_on_loopback_only_where_the_user_is_told(settings: Settings) -> None:
-    both = servers(settings)
+    both = study_servers(settings)
     assert [server.title for server in both] == ["Dagster", "MLflow"]
     for server in both:
         options = dict(zip(server.command, server.command[1:], strict=False))
@@ -49,7 +49,7 @@ def test_both_servers_listen_on_loopback_only_where_the_user_is_told(settings: S
 
 
 def test_mlflow_shows_the_jobs_of_this_home(settings: Settings) -> None:
-    *_, mlflow = servers(settings)
+    *_, mlflow = study_servers(settings)
     options = dict(zip(mlflow.command, mlflow.command[1:], strict=False))
     assert options["--backend-store-uri"] == settings.store.mlflow_uri
     assert options["--default-artifact-root"] == str(settings.store.mlflow_artifacts)
@@ -60,4 +60,12 @@ def test_mlflow_shows_the_jobs_of_this_home(settings: Settings) -> None:
 
 def test_no_mlflow_is_started_beside_a_tracking_server_of_the_users(settings: Settings) -> None:
     theirs = settings.model_copy(update={"mlflow_uri": "http://tracking:5000"})
-    assert [server.title for server in servers(theirs)] == ["Dagster"]
+    assert [server.title for server in study_servers(theirs)] == ["Dagster"]
+
+
+def test_tensorboard_serves_the_curves_of_this_home_on_loopback_only(settings: Settings) -> None:
+    server = tensorboard_server(settings)
+    options = dict(zip(server.command, server.command[1:], strict=False))
+    assert options["--logdir"] == str(settings.home / "tensorboard")
+    assert options["--host"] == "127.0.0.1"
+    assert server.url == f"http://127.0.0.1:{options['--port']}/"

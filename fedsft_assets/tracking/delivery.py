@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -53,6 +54,9 @@ class Delivery:
         self._wanted: defaultdict[str, dict[Hashable, Value]] = defaultdict(dict)
         self._unsent: defaultdict[str, dict[Hashable, Value]] = defaultdict(dict)
         self._uncertain: set[str] = set()
+        self._done: set[str] = set()
+        self.progress = 0  # grows whenever something has been brought over that will not be again
+        self.version: str | None = None
 
     def add(self, points: Iterable[Point]) -> None:
         """Have these delivered; a point whose identity was there before is left out."""
@@ -84,8 +88,9 @@ class Delivery:
             if self._execution.runs.get(role) != run.info.run_id:
                 self._execution.runs = {**self._execution.runs, role: run.info.run_id}
                 self._unsent[role] = dict(self._wanted[role])
+                self._done.clear()
                 self._save(self._execution)
-        self._log_params(client)
+        self._once("parameters", partial(self._log_params, client))
 
     def send(self) -> None:
         """Send what is not known to be there."""
@@ -98,11 +103,15 @@ class Delivery:
                 self._uncertain.add(role)
                 client.log_batch(self._execution.runs[role], metrics=[value.metric for value in values])
                 self._uncertain.discard(role)
+                self.progress += 1
                 for value in values:
                     del unsent[value.identity]
 
     def reconcile(self) -> None:
         """Read everything back, and send what is missing until nothing is. Raises NotKeptError if that has no end."""
+        self._once("points", self._reconcile)
+
+    def _reconcile(self) -> None:
         client = self._tracking.client()
         for _ in range(_READINGS):
             self.send()
@@ -117,26 +126,41 @@ class Delivery:
         )
 
     def end(self, ending: Ending, artifacts: Iterable[Path]) -> str | None:
-        """Log the results, register the checkpoint and end the MLflow runs; returns the version, if one is due."""
-        from mlflow.entities import Metric, RunTag
+        """Log the results, register the checkpoint and end the MLflow runs; returns the version, if one is due.
 
+        Of an execution, once: when this is done again after a failure, it goes on where it was.
+        """
         client = self._tracking.client()
         run_id = self._execution.runs[JOB]
-        at = round(ending.at * 1000)
+        self._once("results", partial(self._log_results, client, ending))
+        for artifact in artifacts:
+            self._once(f"artifact {artifact.name}", partial(client.log_artifact, run_id, str(artifact)))
+        if ending.registration:
+            self._once("version", partial(self._register, client, ending.registration))
+        self._once("strays", partial(self._remove_strays, client))
+        for role in (*self._execution.sites, JOB):
+            of_role, at = self._execution.runs[role], round(ending.at * 1000)
+            self._once(f"status {role}", partial(client.set_terminated, of_role, ending.status, at))
+        return self.version
+
+    def _once(self, step: str, do: Callable[[], object]) -> None:
+        if step not in self._done:
+            do()
+            self._done.add(step)
+            self.progress += 1
+
+    def _log_results(self, client: MlflowClient, ending: Ending) -> None:
+        from mlflow.entities import Metric, RunTag
+
+        run_id, at = self._execution.runs[JOB], round(ending.at * 1000)
         there = {
-            name: {Value(name, m.value, at, 0).identity for m in client.get_metric_history(run_id, name)}
+            Value(name, metric.value, at, 0).identity
             for name in ending.results
+            for metric in client.get_metric_history(run_id, name)
         }
         results = [Value(name, number, at, 0) for name, number in ending.results.items()]  # at 0 MLflow draws bars
-        metrics: list[Metric] = [value.metric for value in results if value.identity not in there[value.key]]
+        metrics: list[Metric] = [value.metric for value in results if value.identity not in there]
         client.log_batch(run_id, metrics=metrics, tags=[RunTag(k, v) for k, v in ending.tags.items()])
-        for artifact in artifacts:
-            client.log_artifact(run_id, str(artifact))
-        version = self._register(client, ending.registration) if ending.registration else None
-        self._remove_strays(client)
-        for role in (*self._execution.sites, JOB):
-            client.set_terminated(self._execution.runs[role], status=ending.status, end_time=at)
-        return version
 
     def _find(self, client: MlflowClient) -> dict[str, dict[str, Run]]:
         """The MLflow runs that carry this execution's tag, by role and id, the earliest first."""
@@ -182,8 +206,8 @@ class Delivery:
                 self._unsent[role].pop(value_of(metric).identity, None)
         self._uncertain.discard(role)
 
-    def _register(self, client: MlflowClient, what: Registration) -> str:
-        """The version that the checkpoint is, made if it is not there; the best one becomes champion.
+    def _register(self, client: MlflowClient, what: Registration) -> None:
+        """Make the checkpoint a version if it is none yet; the best one becomes champion.
 
         That is the one with the lowest test loss among those scored on the same data.
         """
@@ -220,7 +244,7 @@ class Delivery:
         rivals = [v for v in versions if v.tags.get("data") == what.data and v.tags.get("test_loss")]
         best = min(rivals, key=lambda v: (float(v.tags["test_loss"]), int(v.version)))
         client.set_registered_model_alias(what.model, CHAMPION, best.version)
-        return str(own[0].version)
+        self.version = str(own[0].version)
 
     def _is_of(self, version: ModelVersion, what: Registration) -> bool:
         return version.tags.get(EXECUTION_TAG) == self._execution.id and version.tags.get("digest") == what.digest

@@ -23,7 +23,7 @@ from fedsft_assets.tracking.tensorboard import EventFiles
 from fedsft_assets.tracking.values import JOB, distinct
 
 _TICK_SECONDS = 1.0  # points of so long are sent together
-_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0  # before a request is tried again
+_FIRST_PAUSE, _LONGEST_PAUSE, _LONGEST_PAUSE_AT_END = 1.0, 30.0, 5.0  # before a request is tried again
 _LONGEST_ANSWER = 120.0
 _ENDED_PATIENCE = 10.0  # for a job that failed or was cancelled
 _DISK_SECONDS = 30.0
@@ -253,12 +253,12 @@ class _DeliveryThread(threading.Thread):
     def _deliver(self) -> None:
         """Send points as they come, try again what failed, until the ending is delivered or given up."""
         opened, others_wait, failures = False, True, 0
-        pause, answer_seconds = _FIRST_PAUSE, ANSWER_SECONDS
+        pause, answer_seconds, progress = _FIRST_PAUSE, ANSWER_SECONDS, 0
         while not self._given_up.is_set():
             try:
                 with answer_within(answer_seconds):
                     if not opened:
-                        self._delivery.open(running=True)
+                        self._delivery.open(running=self.ending is None)
                         opened = True
                     if self.ending:
                         self._deliver_ending(self.ending)
@@ -276,10 +276,12 @@ class _DeliveryThread(threading.Thread):
                 if self.ending and failures > 1 and is_refusal(error):
                     self._settled.set()
                     return
+                if self._delivery.progress > progress:
+                    pause, progress = _FIRST_PAUSE, self._delivery.progress
                 if timed_out(error):
                     answer_seconds = min(2 * answer_seconds, _LONGEST_ANSWER)
                 (self._given_up if self.ending else self._ending_asked).wait(pause)
-                pause = min(2 * pause, _LONGEST_PAUSE)
+                pause = min(2 * pause, _LONGEST_PAUSE_AT_END if self.ending else _LONGEST_PAUSE)
 
     def _deliver_ending(self, ending: Entry) -> None:
         self._delivery.add(ending.points)

@@ -205,4 +205,4 @@ def is_refusal(error: BaseException) -> bool:
 def explained(error: BaseException) -> str:
     """One line of what went wrong."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:300]}…"
+    return text if len(text) <= 300 else f"{text[:150]} … {text[-150:]}"

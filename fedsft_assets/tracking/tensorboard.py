@@ -1,14 +1,16 @@
 """TensorBoard's event files of a job's curves, over the same axis as in MLflow: records trained on so far.
 
-TensorBoard's "runs" are folders here: the job's own has its global curves, and one in it for each site.
+TensorBoard's "runs" are folders here: one with the job's global curves, named by the time when it was begun, and one
+in it for each site. Whatever is written anew gets another such folder: a TensorBoard that is open drops one that is
+gone, but never looks again at the beginning of one that it knows.
 """
 
 from __future__ import annotations
 
 import shutil
 import time
-import uuid
 from collections.abc import Hashable, Iterable
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +27,7 @@ class EventFiles:
     """The event files of one execution in `folder`, in place of those of earlier ones, beginning with `points`."""
 
     def __init__(self, folder: Path, points: Iterable[Point] = ()) -> None:
-        self._folder = folder
+        self._folder = self._place = folder
         self._writers: dict[str, RecordWriter] = {}
         self._written: set[Hashable] = set()
         self._start_over(points)
@@ -63,23 +65,18 @@ class EventFiles:
     def _start_over(self, points: Iterable[Point]) -> None:
         self.close()
         shutil.rmtree(self._folder, ignore_errors=True)
+        self._place = self._folder / datetime.now().strftime("%Y-%m-%d %H:%M:%S.%f")
         self._written.clear()
         self.add(points)
 
     def _writer(self, role: str) -> RecordWriter:
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         if role not in self._writers:
-            folder = self._folder / role
+            folder = self._place / role
             folder.mkdir(parents=True, exist_ok=True)
-            # A TensorBoard that is open reads the files of a folder in the order of their names.
-            file = (folder / f"events.out.tfevents.{time.time():.6f}.{uuid.uuid4().hex}").open("wb")
-            writer = RecordWriter(file)
-            now = time.time()
-            writer.write(Event(wall_time=now, file_version=_VERSION).SerializeToString())
-            # It also forgets what it has read of an execution before.
-            start = SessionLog(status=SessionLog.START)
-            writer.write(Event(wall_time=now, step=0, session_log=start).SerializeToString())
+            writer = RecordWriter((folder / f"events.out.tfevents.{int(time.time())}.fedsft").open("wb"))
+            writer.write(Event(wall_time=time.time(), file_version=_VERSION).SerializeToString())
             self._writers[role] = writer
         return self._writers[role]

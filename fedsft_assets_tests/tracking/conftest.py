@@ -1,6 +1,7 @@
 """A store of its own for each test, MLflow's in a SQLite file or behind a real server."""
 
 import shutil
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 
 from fedsft_assets.federation.report import MODEL_FILE
 from fedsft_assets.store import Store
-from fedsft_assets.tracking import Tracking
+from fedsft_assets.tracking import EXPERIMENT, Tracking
 from fedsft_assets_tests.tracking.examples import REPORT
 from fedsft_assets_tests.tracking.server import TrackingServer
 
@@ -33,6 +34,26 @@ def server(empty_mlflow_database: Path, tmp_path: Path) -> Iterator[TrackingServ
     shutil.copyfile(empty_mlflow_database, folder / "mlflow.db")
     with TrackingServer(folder) as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def lasting_server(empty_mlflow_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingServer]:
+    folder = tmp_path_factory.mktemp("server")
+    shutil.copyfile(empty_mlflow_database, folder / "mlflow.db")
+    with TrackingServer(folder) as server:
+        server.start()
+        yield server
+
+
+@pytest.fixture
+def running_server(lasting_server: TrackingServer) -> Iterator[TrackingServer]:
+    """One that a test leaves running, without the experiment and the models of the test before."""
+    yield lasting_server
+    client = Tracking(lasting_server.url).client()
+    if experiment := client.get_experiment_by_name(EXPERIMENT):
+        client.rename_experiment(experiment.experiment_id, f"of another test {uuid.uuid4().hex}")
+    for model in client.search_registered_models():
+        client.delete_registered_model(model.name)
 
 
 @pytest.fixture

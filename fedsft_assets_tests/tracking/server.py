@@ -43,7 +43,7 @@ class TrackingServer:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
             )
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not _answers(self.port):
             log_file = self._folder / "server.log"
             assert self._process.poll() is None, f"the server has ended:\n{log_file.read_text()}"
@@ -78,7 +78,8 @@ class Proxy:
     """Passes connections on to a server, as `forward` says for each request.
 
     `forward` gets the first line of an HTTP request and returns "pass"; "drop": the server serves the request,
-    and the connection is closed in place of its answer; or "hold": nothing happens until the proxy is closed.
+    and the connection is closed in place of its answer; "late": the server gets it after `delay` seconds; or "hold":
+    nothing happens until the proxy is closed. `served` are the first lines of requests that the server has answered.
     """
 
     def __init__(self, port: int, forward: Callable[[str], str], delay: float = 0.0) -> None:
@@ -86,6 +87,7 @@ class Proxy:
         self._forward = forward
         self._delay = delay
         self.requests: list[str] = []
+        self.served: list[str] = []
         self.closed = threading.Event()
         self._listener = socket.create_server((HOST, 0))
         self.port: int = self._listener.getsockname()[1]
@@ -122,8 +124,10 @@ class Proxy:
                     if what == "hold":
                         self.closed.wait()
                         return
-                    self.closed.wait(self._delay)
+                    if what == "late":
+                        self.closed.wait(self._delay)
                     answer = self._ask(request)
+                    self.served.append(line)
                     if what == "drop":
                         return
                     client.sendall(answer)
