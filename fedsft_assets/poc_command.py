@@ -3,6 +3,7 @@
 import argparse
 import sys
 import time
+from collections.abc import Iterable
 
 from fedsft_assets.federation.poc import SERVER, Poc, PocStatus, PocSystem
 from fedsft_assets.federation.runtime import UnavailableError
@@ -30,14 +31,14 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def run(args: argparse.Namespace) -> None:
     """Do it and say how it is then; exits with a message if it cannot be done, and `status` with 3 if nothing runs."""
     settings = Settings()
-    system = poc_system(settings)
     begun = time.monotonic()
     try:
+        system = poc_system(settings, sites_of_jobs(settings) if args.action in ("prepare", "start") else [])
         match args.action:
             case "prepare":
-                system.prepare(sites_of_jobs(settings))
+                system.prepare()
             case "start":
-                start(settings)
+                start(system)
             case "stop":
                 count = system.stop()
                 print(f"ended {count} processes in {time.monotonic() - begun:.1f} s")
@@ -49,23 +50,21 @@ def run(args: argparse.Namespace) -> None:
         sys.exit(3)
 
 
-def start(settings: Settings) -> None:
-    """Start the POC for all sites of the job files and wait for these. Raises UnavailableError, SpecError."""
-    system, sites = poc_system(settings), sites_of_jobs(settings)
+def start(system: PocSystem) -> None:
+    """Start what does not run, and wait until all sites are connected. Raises UnavailableError."""
     with Poc(system, system.folder / "commands") as poc:
-        poc.prepare(sites)
+        poc.prepare(sorted(system.sites))
 
 
-def poc_system(settings: Settings) -> PocSystem:
+def poc_system(settings: Settings, sites: Iterable[str] = ()) -> PocSystem:
     """The POC of these settings' home."""
-    return PocSystem(settings.home / "poc", settings.poc, settings.environment())
+    return PocSystem(settings.home / "poc", settings.poc, settings.environment(), sites)
 
 
 def sites_of_jobs(settings: Settings) -> list[str]:
     """The names of all sites in the job files. Raises SpecError for a file that is wrong."""
-    return sorted(
-        {site for job in load_jobs(settings.jobs, list(load_datasets(settings.datasets))) for site in job.sites}
-    )
+    jobs = load_jobs(settings.jobs, list(load_datasets(settings.datasets)))
+    return sorted({site for job in jobs for site in job.sites})
 
 
 def describe(status: PocStatus) -> str:

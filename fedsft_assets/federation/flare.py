@@ -28,6 +28,8 @@ _RUNNING = "RUNNING"
 _UNKNOWN = "UNKNOWN"
 _POLL_SECONDS = 0.5
 _RETRY_SECONDS = 2.0
+_SITE_SECONDS = 10.0
+_SILENT = "No replies"  # what NVFlare's server says for a site that did not answer it
 _JOURNAL_SECONDS = 3.0
 _LOST_SECONDS = 10.0
 _T = TypeVar("_T")
@@ -80,17 +82,18 @@ class FlareJobs:
         return f"{admin.get('host')}:{admin.get('port')}"
 
     def prepare(self, sites: list[str]) -> None:
-        """Reach the server and wait until the sites are connected, all with the NVFlare version of this process.
+        """Reach the server and wait until the sites answer, all with the NVFlare version of this process.
 
         Raises UnavailableError that names the address, or the sites.
         """
         self._ask(lambda session: session.get_system_info(), self.timeouts.connect)
         waited_until = time.monotonic() + self.timeouts.sites
-        while missing := sorted(set(sites) - self._connected()):
+        while missing := sorted(set(sites) - (answering := self._answering(sites)).keys()):
             if time.monotonic() > waited_until or not self._may_come(missing):
                 raise UnavailableError(self._missing_sites(missing))
             time.sleep(_POLL_SECONDS)
-        self._check_versions(sites)
+        server = self._ask(lambda session: session.report_version("server"))["server"]["version"]
+        _check_versions({"server": server, **answering})
 
     def submit(self, job_folder: Path) -> str:
         """A lost answer is asked for again with the same token: the server never takes the job twice."""
@@ -189,19 +192,32 @@ class FlareJobs:
     def _missing_sites(self, missing: list[str]) -> str:
         connected = ", ".join(sorted(self._connected())) or "none"
         return (
-            f"{_sites(missing)} not connected to the server at {self.address} (connected: {connected});"
+            f"{_sites(missing)} not connected to the server at {self.address} (it lists: {connected});"
             " start the site, or take it out of the job file"
         )
 
-    def _check_versions(self, sites: Iterable[str]) -> None:
-        own = importlib.metadata.version("nvflare")
-        answers = self._ask(lambda session: session.report_version("all"))
-        wanted = {"server", *sites}
-        found = {name: answer.get("version") for name, answer in answers.items() if name in wanted}
-        other = {name: version for name, version in sorted(found.items()) if version and not _agree(version, own)}
-        if other:
-            listed = ", ".join(f"{name} has {version}" for name, version in other.items())
-            raise UnavailableError(f"NVFlare here is {own}, but {listed}; install the same version everywhere")
+    def _answering(self, sites: Iterable[str]) -> dict[str, str]:
+        """Those of the sites that answer now, with their versions of NVFlare; empty for one that does not tell.
+
+        A server goes on to list a site for minutes after it is gone.
+        """
+        from nvflare.fuel.flare_api.api_spec import InvalidTarget, NoConnection
+
+        def ask(session: Any) -> dict[str, str]:
+            versions = {}
+            session.set_timeout(_SITE_SECONDS)
+            try:
+                for site in sorted(connected):
+                    with contextlib.suppress(InvalidTarget, NoConnection):
+                        said = session.report_version("client", [site]).get(site, {"error": _SILENT})
+                        if said.get("error") != _SILENT:
+                            versions[site] = str(said.get("version") or "")
+            finally:
+                session.set_timeout(self.timeouts.command)
+            return versions
+
+        connected = self._connected() & set(sites)
+        return self._ask(ask)
 
     def _lines_of_running_job(self, job_id: str) -> list[str]:
         lines: list[str] = []
@@ -368,6 +384,13 @@ def _abort(session: Any, job_id: str) -> None:
     except InternalError as error:
         if "is not running" not in str(error):  # what a server says of a job that ended with the last server
             raise
+
+
+def _check_versions(versions: dict[str, str]) -> None:
+    own = importlib.metadata.version("nvflare")
+    other = [f"{name} has {found}" for name, found in sorted(versions.items()) if found and not _agree(found, own)]
+    if other:
+        raise UnavailableError(f"NVFlare here is {own}, but {', '.join(other)}; install the same version everywhere")
 
 
 def _agree(version: str, other: str) -> bool:

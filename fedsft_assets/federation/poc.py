@@ -31,8 +31,11 @@ from fedsft_assets.federation.tail import Tail
 HOST = "127.0.0.1"
 SERVER = "localhost"  # NVFlare binds the name it is provisioned with; this one is loopback, any other is all interfaces
 ADMIN = "admin@fedsft.local"
-# What a site's part of a job is made of and NVFlare does not let a site run unless it is told to.
-SITE_COMPONENTS = ("nvflare.app_common.executors.client_api_executor.ClientAPIExecutor",)
+# Of what a site's part of a job is made, those that NVFlare does not let a site run unless it is told to.
+SITE_COMPONENTS = (
+    "nvflare.app_common.executors.client_api_executor.ClientAPIExecutor",
+    "fedsft_assets.federation.installed_trainer.InstalledTrainer",
+)
 STATE_FOLDER = "fedsft"  # in which the server part of a job keeps its state, in the server's folder
 _PROJECT = "fedsft"
 _ORG = "fedsft"
@@ -121,11 +124,15 @@ class _State:
 class PocSystem:
     """The lifecycle of the POC in `folder`. Any process may hold one of these; all see the same POC.
 
-    `environment` is what its processes get beside that of this one.
+    `environment` is what its processes get beside that of this one. `sites` are there from the start, whichever
+    of them the first job needs: they share the cores.
     """
 
-    def __init__(self, folder: Path, settings: PocSettings, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, folder: Path, settings: PocSettings, environment: Mapping[str, str], sites: Iterable[str] = ()
+    ) -> None:
         self.folder = folder
+        self.sites = frozenset(sites)
         self._settings = settings
         self._environment = environment
 
@@ -142,7 +149,7 @@ class PocSystem:
         """What the processes of this POC carry in their environment."""
         return f"poc {self.folder}"
 
-    def prepare(self, sites: Iterable[str]) -> None:
+    def prepare(self, sites: Iterable[str] = ()) -> None:
         """Make the startup kits of the server, an admin and the sites that have none. Starts nothing.
 
         Raises UnavailableError.
@@ -222,7 +229,7 @@ class PocSystem:
                 f"{self.folder}: NVFlare starts no jobs in a folder with a space in its path; set FEDSFT_HOME"
             )
         state = self._read()
-        wanted = set(sites)
+        wanted = {*self.sites, *sites}
         if state is not None and not self._fits(state):
             if jobs := self._jobs():
                 raise UnavailableError(
@@ -251,7 +258,7 @@ class PocSystem:
             folder=str(self.folder),
             port=port or _free_port(),
             sites=sites,
-            settings=self._settings.model_dump(mode="json"),
+            settings={**self._settings.model_dump(mode="json"), "site_components": list(SITE_COMPONENTS)},
             nvflare=importlib.metadata.version("nvflare"),
             prepared=time.time(),
         )

@@ -6,12 +6,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import psutil
 import pytest
 
-from fedsft_assets.federation.flare import FlareJobs, Timeouts, _agree
+from fedsft_assets.federation.flare import FlareJobs, Timeouts, _check_versions
 from fedsft_assets.federation.poc import SERVER, PocSettings, PocSystem
 from fedsft_assets.federation.production import Production, ProductionSettings
 from fedsft_assets.federation.runtime import JobState, UnavailableError
@@ -131,8 +132,22 @@ def test_job_that_is_asked_for_twice_with_one_token_is_taken_once(jobs: FlareJob
 
 
 def test_sites_that_are_not_connected_are_named(connect: Callable[..., FlareJobs]) -> None:
-    with pytest.raises(UnavailableError, match=r"site-8, site-9 are not connected .*\(connected: site-1, site-2\)"):
+    with pytest.raises(UnavailableError, match=r"site-8, site-9 are not connected .*\(it lists: site-1, site-2\)"):
         connect(timeouts=_IMPATIENT).prepare([*SITES, "site-9", "site-8"])
+
+
+def test_site_that_is_gone_is_missed_before_the_server_misses_it(
+    system: PocSystem, connect: Callable[..., FlareJobs]
+) -> None:
+    pid = system.status().services["site-2"]
+    assert pid
+    psutil.Process(pid).kill()
+    try:
+        with pytest.raises(UnavailableError, match=r"site-2 is not connected .*\(it lists: site-1, site-2\)"):
+            connect(timeouts=_IMPATIENT).prepare(SITES)
+    finally:
+        system.start()
+    connect().prepare(SITES)
 
 
 def test_server_that_is_not_there_is_named_by_its_address(
@@ -198,9 +213,12 @@ def test_process_ends_when_its_connection_is_closed(system: PocSystem, tmp_path:
     assert not (tmp_path / "flare").exists()
 
 
-@pytest.mark.parametrize(("version", "agrees"), [("2.9.0", True), ("2.9.3", True), ("2.8.0", False), ("3.9.0", False)])
-def test_versions_agree_up_to_the_patch(version: str, agrees: bool) -> None:
-    assert _agree(version, "2.9.1") is agrees
+def test_other_version_of_nvflare_is_named_unless_it_is_a_patch_of_this_one() -> None:
+    own = version("nvflare")
+    patch = ".".join([*own.split(".")[:2], "99"])
+    _check_versions({"server": own, "site-1": patch, "site-2": ""})
+    with pytest.raises(UnavailableError, match=f"NVFlare here is {own}, but site-1 has 2.7.0; install the same"):
+        _check_versions({"server": own, "site-1": "2.7.0"})
 
 
 def _files(folder: Path) -> dict[str, int]:
