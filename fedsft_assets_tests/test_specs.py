@@ -11,7 +11,13 @@ from fedsft_assets.specs import (
     PRESETS,
     ConversationsSpec,
     DatasetSpec,
+    FedAvg,
+    FedOpt,
+    FedProx,
+    FiltersSpec,
     JobSpec,
+    PrivacySpec,
+    Scaffold,
     SitePlan,
     SpecError,
     TrainingSpec,
@@ -86,7 +92,6 @@ def test_unknown_dataset_is_named_with_those_that_there_are(write_job: WriteJob)
         ("rounds: 5", "", "rounds: Field required"),
         ("dataset: dolly", "data: dolly", "sites.site-2.dataset: Field required"),
         ("{dataset: dolly}", "dolly", "sites.site-2: Input should be a valid dictionary or instance of SiteSpec"),
-        ("rounds: 5", "rounds: 5\nalgorithm: fedprox", "algorithm: Input should be 'fedavg', found 'fedprox'"),
         (
             "rounds: 5",
             "rounds: 5\ntraining: {learning_rate: -1}",
@@ -110,6 +115,82 @@ def test_wrong_field_is_named_with_what_was_found_and_expected(
     error = _error(path)
     assert error.startswith(f"{path}: ")
     assert said in error
+
+
+@pytest.mark.parametrize(
+    ("said", "algorithm"),
+    [
+        ("", FedAvg()),
+        ("algorithm: fedavg", FedAvg()),
+        ("algorithm: fedprox", FedProx(name="fedprox", mu=0.01)),
+        ("algorithm: {name: fedprox, mu: 0.5}", FedProx(name="fedprox", mu=0.5)),
+        ("algorithm: fedopt", FedOpt(name="fedopt")),
+        (
+            "algorithm: {name: fedopt, optimizer: adam, learning_rate: 0.1, beta1: 0, epsilon: 1e-8}",
+            FedOpt(name="fedopt", optimizer="adam", learning_rate=0.1, beta1=0.0, beta2=0.99, epsilon=1e-8),
+        ),
+        ("algorithm: scaffold", Scaffold(name="scaffold")),
+    ],
+)
+def test_algorithm_is_said_by_its_name_or_with_its_fields(write_job: WriteJob, said: str, algorithm: object) -> None:
+    assert JobSpec.load(write_job(GOOD + said), NAMES).algorithm == algorithm
+
+
+def test_job_says_who_is_needed_how_long_to_wait_and_what_travels(write_job: WriteJob) -> None:
+    spec = JobSpec.load(write_job(GOOD), NAMES)
+    assert (spec.min_sites, spec.site_timeout, spec.wire, spec.filters) == (None, 1800.0, "fp32", FiltersSpec())
+    said = (
+        "min_sites: 1\nsite_timeout: 90\nwire: bf16-diff\n"
+        "filters: {exclude: ['^lm_head', 'bias$'], privacy: {clip: 1.0, noise_multiplier: 0.5}}\n"
+    )
+    spec = JobSpec.load(write_job(GOOD + said), NAMES)
+    assert (spec.min_sites, spec.site_timeout, spec.wire) == (1, 90.0, "bf16-diff")
+    assert spec.filters.exclude == ["^lm_head", "bias$"]
+    assert spec.filters.privacy == PrivacySpec(clip=1.0, noise_multiplier=0.5, delta=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("added", "field", "said"),
+    [
+        ("algorithm: fedsgd", "algorithm", "'fedsgd'"),
+        ("algorithm: 3", "algorithm", "found 3"),
+        ("algorithm: {mu: 0.1}", "algorithm", "'name'"),
+        ("algorithm: {name: fedavg, mu: 0.1}", "algorithm.fedavg.mu", "not permitted, found 0.1"),
+        ("algorithm: {name: fedprox, mu: 0}", "algorithm.fedprox.mu", "greater than 0, found 0"),
+        (
+            "algorithm: {name: fedopt, optimizer: sgd}",
+            "algorithm.fedopt.optimizer",
+            "'adam' or 'momentum', found 'sgd'",
+        ),
+        ("algorithm: {name: fedopt, beta1: 1}", "algorithm.fedopt.beta1", "less than 1, found 1"),
+        ("algorithm: {name: fedopt, beta2: -0.1}", "algorithm.fedopt.beta2", "greater than or equal to 0, found -0.1"),
+        ("algorithm: {name: fedopt, epsilon: 0}", "algorithm.fedopt.epsilon", "greater than 0, found 0"),
+        ("algorithm: {name: fedopt, learning_rate: 0}", "algorithm.fedopt.learning_rate", "greater than 0, found 0"),
+        ("algorithm: {name: scaffold, mu: 1}", "algorithm.scaffold.mu", "not permitted, found 1"),
+        ("min_sites: 0", "min_sites", "greater than or equal to 1, found 0"),
+        ("min_sites: 3", "the file", "min_sites: 3 of 2 sites cannot answer"),
+        ("site_timeout: 0", "site_timeout", "greater than 0, found 0"),
+        ("wire: fp16", "wire", "'fp32' or 'bf16-diff', found 'fp16'"),
+        ("filters: {exclude: ['lm_head(']}", "filters", "exclude: 'lm_head(' is not a regular expression: missing )"),
+        ("filters: {exclude: lm_head}", "filters.exclude", "valid list, found 'lm_head'"),
+        ("filters: {include: [x]}", "filters.include", "not permitted"),
+        ("filters: {privacy: {clip: 0, noise_multiplier: 1}}", "filters.privacy.clip", "greater than 0, found 0"),
+        ("filters: {privacy: {clip: 1}}", "filters.privacy.noise_multiplier", "Field required"),
+        (
+            "filters: {privacy: {clip: 1, noise_multiplier: 1, delta: 1}}",
+            "filters.privacy.delta",
+            "less than 1, found 1",
+        ),
+    ],
+)
+def test_what_cannot_be_done_is_named_with_file_and_field(
+    write_job: WriteJob, added: str, field: str, said: str
+) -> None:
+    path = write_job(GOOD + added)
+    error = _error(path)
+    assert error.startswith(f"{path}: {field}: ")
+    assert said in error
+    assert len(error.splitlines()) == 1
 
 
 def test_every_wrong_field_has_a_line_of_its_own(write_job: WriteJob) -> None:
