@@ -20,7 +20,7 @@ def start(plan_file: Path) -> float:
 
     watch = Watch()
     plan = SitePlan.model_validate_json(plan_file.read_text(encoding="utf-8"))
-    trainer = SiteTrainer(plan.model_copy(update={"max_local_steps": 1}), started_clock())
+    trainer = SiteTrainer(plan.model_copy(update={"max_local_steps": 1}), started_clock(), lambda *_: None)
     train_round(trainer.model, trainer.training, trainer.plan, 0, devices=trainer.devices)
     return watch.start_cpu_seconds
 
