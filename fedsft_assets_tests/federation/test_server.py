@@ -52,6 +52,7 @@ from fedsft_assets.federation.journal import (
 )
 from fedsft_assets.federation.metrics import Point, points_to_data
 from fedsft_assets.federation.server import FederatedSFT, NotEnoughSitesError, read_nemo_weights
+from fedsft_assets.specs import FedAvg, FedOpt
 
 Weights = dict[str, torch.Tensor]
 # What a site does with a task: a result, None for silence, or a return code of NVFlare's for a trainer that is gone.
@@ -392,18 +393,28 @@ def _die(*_: object) -> None:
     raise _Killed
 
 
-@pytest.mark.parametrize("wire", ["fp32", "bf16-diff"])
+@pytest.mark.parametrize(
+    ("wire", "algorithm"),
+    [
+        ("fp32", FedAvg()),
+        ("bf16-diff", FedAvg()),
+        ("fp32", FedOpt(name="fedopt")),
+        ("bf16-diff", FedOpt(name="fedopt", optimizer="adam", learning_rate=0.1)),
+    ],
+    ids=["fp32", "bf16-diff", "momentum", "adam"],
+)
 @pytest.mark.parametrize("moment", ["before it commits", "after it committed", "between rounds"])
 def test_killed_server_is_gone_on_from_bit_for_bit_without_doubled_points(
-    tmp_path: Path, wire: str, moment: str
+    tmp_path: Path, wire: str, algorithm: FedAvg | FedOpt, moment: str
 ) -> None:
     def sites() -> list[Site]:
         return [Site("site-1", tokens=17, wire=Wire(wire)), Site("site-2", tokens=4_321, wire=Wire(wire))]
 
-    whole = Server(tmp_path / "whole", sites(), wire=wire)
+    arguments = {"wire": wire, "algorithm": algorithm.model_dump()}
+    whole = Server(tmp_path / "whole", sites(), **arguments)
     whole.run()
 
-    killed = Server(tmp_path / "killed", sites(), wire=wire)
+    killed = Server(tmp_path / "killed", sites(), **arguments)
     _play(killed, 1)
     if moment == "before it commits":
         killed.state.commit = _die  # type: ignore[method-assign]
@@ -416,7 +427,7 @@ def test_killed_server_is_gone_on_from_bit_for_bit_without_doubled_points(
     with pytest.raises(_Killed):
         _play(killed, 3)
 
-    again = Server(tmp_path / "killed", sites(), wire=wire)
+    again = Server(tmp_path / "killed", sites(), **arguments)
     again.run()
     assert again.of(Started) == [Started(1 if moment == "before it commits" else 2)]
     assert whole.panics == again.panics == []
