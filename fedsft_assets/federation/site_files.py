@@ -19,6 +19,7 @@ from fedsft_assets.store import SPLITS, file_digest, publish_file, split_file
 SITE_HOME = "FEDSFT_SITE_HOME"
 _DATASETS, _BASE_MODELS = "datasets", "base_models"
 _TRAINER = "fedsft_assets.federation.installed_trainer.InstalledTrainer"
+_LOG_STREAMER = "nvflare.app_common.logging.job_log_streamer.JobLogStreamer"  # NVFlare adds it to every job
 # Whoever leads a study may run jobs that bring no code, see the logs of its own, and ask for versions. That is all.
 _POLICY = {
     "format_version": "1.0",
@@ -161,7 +162,7 @@ def _configure(args: argparse.Namespace) -> None:
     if not (args.kit / "startup" / "fed_client.json").is_file():
         raise SpecError(f"{args.kit}: has no startup/fed_client.json; expected the startup kit of a site")
     resources = json.loads((local / "resources.json.default").read_text(encoding="utf-8"))
-    resources["class_allow_list"] = [_TRAINER]
+    resources["class_allow_list"] = [_TRAINER] if args.keep_logs else [_TRAINER, _LOG_STREAMER]
     resources["allow_log_streaming"] = not args.keep_logs
     for component in resources["components"]:
         if component["id"] == "resource_manager":

@@ -168,7 +168,7 @@ def test_the_command_says_what_a_job_would_use(plan: SitePlan, home: Path, tmp_p
     assert "Traceback" not in done.stderr
 
 
-def test_a_configured_kit_allows_one_component_no_code_and_the_gpus_that_it_is_told(tmp_path: Path) -> None:
+def test_a_configured_kit_allows_one_trainer_no_code_and_the_gpus_that_it_is_told(tmp_path: Path) -> None:
     from fedsft_assets.federation.installed_trainer import InstalledTrainer
     from fedsft_assets_tests.provisioned import provision
 
@@ -184,6 +184,11 @@ def test_a_configured_kit_allows_one_component_no_code_and_the_gpus_that_it_is_t
     (lead,) = json.loads((kit / "local/authorization.json").read_text())["permissions"].values()
     assert lead["byoc"] == "none"
     assert not {"shell_commands", "operate"} & set(lead)
+
+    assert _fedsft_site(tmp_path, "configure", str(kit)).returncode == 0
+    resources = json.loads((kit / "local/resources.json").read_text())
+    assert [name.split(".")[-1] for name in resources["class_allow_list"]] == ["InstalledTrainer", "JobLogStreamer"]
+    assert resources["allow_log_streaming"] is True
 
     done = _fedsft_site(tmp_path, "configure", str(tmp_path))
     assert done.returncode == 1
