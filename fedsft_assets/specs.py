@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from fedsft_assets import __version__
 from fedsft_assets.store import file_digest
 
 COMBINED = "combined"
@@ -389,9 +390,11 @@ class SitePlan(_Spec):
     """All that a site's trainer is told, as one JSON file in its part of the job folder.
 
     Paths are valid at the site. `training_file` and `validation_file` are JSONL files of records. `digests`
-    holds the SHA-256 that both had when the job folder was built.
+    holds the SHA-256 that both had when the job folder was built, `package` is the version of this package that
+    built it.
     """
 
+    package: str = __version__
     job: str
     site: str
     rounds: int

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from fedsft_assets import __version__
 from fedsft_assets.federation.followers import Followers, Task, start_all
 from fedsft_assets.federation.metrics import Point, points_to_data
 from fedsft_assets.federation.phases import JOB_STARTED, PhaseClock
+from fedsft_assets.federation.site_files import with_own_files
 from fedsft_assets.federation.trainer_log import FAILURE_MARK
 from fedsft_assets.specs import SitePlan
 
@@ -52,9 +54,16 @@ def _work(plan: SitePlan) -> None:
         import nvflare.client as flare
 
         from fedsft_assets.federation.site_state import site_state_folder
-        from fedsft_assets.federation.site_trainer import SiteTrainer
+        from fedsft_assets.federation.site_trainer import ExchangeError, SiteTrainer
     if _leads():
         flare.init()  # first of all: NVFlare waits for it, and a large model takes its time
+    if plan.package != __version__:
+        raise ExchangeError(
+            f"{plan.site}: the job was built with fedsft-assets {plan.package}, this site has {__version__};"
+            " install the same version at both"
+        )
+    with clock.phase("load"):
+        plan = with_own_files(plan, os.environ)
     trainer = SiteTrainer(plan, clock, _tell, site_state_folder(Path.cwd().parent, plan.site))
     gc.freeze()  # what is loaded by now stays: collections need not look through it again
     followers = Followers() if plan.training.devices > 1 else None

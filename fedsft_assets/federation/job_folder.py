@@ -10,6 +10,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedsft_assets import __version__
 from fedsft_assets.specs import COMBINED, JobSpec, ModelPreset, SitePlan
 from fedsft_assets.store import Store, file_digest, folder_digest, publish_folder, split_file
 
@@ -91,6 +92,7 @@ def _site_plan(spec: JobSpec, site: str, preset: ModelPreset, store: Store) -> S
         if not path.is_file():
             raise FileNotFoundError(f"job {spec.name}, {site}: {path} does not exist; materialize its asset first")
     return SitePlan(
+        package=__version__,
         job=spec.name,
         site=site,
         rounds=spec.rounds,

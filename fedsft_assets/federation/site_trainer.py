@@ -57,7 +57,6 @@ class SiteTrainer:
         self.first_digest: str | None = None
         self._wire = Wire(plan.wire)
         with clock.phase("load"):
-            plan.verify_files()
             self.model = LanguageModel.load(plan.base_model)
             if plan.training.peft:
                 from fedsft_assets.model.adapters import add_adapters

@@ -37,6 +37,7 @@ from fedsft_assets.store import publish_folder
 
 _POLL_SECONDS = 0.3
 _TAIL_LINES, _LINES_TO_SEARCH = 40, 5000
+_RESTARTS = 2  # of a server that died without a word; NVFlare's does when it loses a site while a result arrives
 _SILENCE = 2.0  # of site_timeout: the server itself must have said something by then
 
 
@@ -84,23 +85,33 @@ class Supervision:
             yield Progress("the job has ended already; its result is here")
             return
         try:
-            job_id = yield from self._attach_or_submit()
-            try:
-                state = yield from self._follow(job_id)
-            except (_OrphanedError, GeneratorExit):
-                if not self._runtime.outlives:
-                    self._runtime.abort(job_id)
-                raise
-            except BaseException:
+            for restarts_left in reversed(range(_RESTARTS + 1)):
+                job_id = yield from self._attach_or_submit()
+                state = yield from self._followed(job_id)
+                if state.succeeded and not self._stopped:
+                    break
+                failure = self._failure(job_id, state)
+                if self._stopped or not restarts_left:
+                    raise failure
+                yield Progress(f"the server of the job died ({state.said}); it is started again")
                 self._runtime.abort(job_id)
-                raise
-            if not state.succeeded or self._stopped:
-                raise self._failure(job_id, state)
             self._fetch(job_id)
         except UnavailableError as error:
             raise JobFailedError(str(error), lost=True) from error
         finally:
             self._runtime.close()
+
+    def _followed(self, job_id: str) -> Generator[Event, None, JobState]:
+        """Follow the job, and leave nothing behind that should not live on."""
+        try:
+            return (yield from self._follow(job_id))
+        except (_OrphanedError, GeneratorExit):
+            if not self._runtime.outlives:
+                self._runtime.abort(job_id)
+            raise
+        except BaseException:
+            self._runtime.abort(job_id)
+            raise
 
     @property
     def job_id(self) -> str:
@@ -323,9 +334,13 @@ def main() -> None:
         print(encode(Failed(str(error), error.lost)), file=events, flush=True)
     except UnavailableError as error:
         print(encode(Failed(str(error))), file=events, flush=True)
+    except BrokenPipeError:
+        pass
+    except OSError as error:  # for one, no space left
+        print(encode(Failed(f"this machine: {error}", lost=True)), file=events, flush=True)
     except SystemExit as error:
         code = int(error.code or 0)
-    except (_OrphanedError, BrokenPipeError):
+    except _OrphanedError:
         pass
     finally:
         stop_marked(os.environ[MARK])

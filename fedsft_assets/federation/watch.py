@@ -7,9 +7,13 @@ from collections.abc import Collection
 from fedsft_assets.federation.journal import Missed
 
 
+_SECONDS_TO_START = 300.0  # NVFlare's own patience with a trainer that it starts
+
+
 class SiteWatch:
     """A site is waited for until it answers, fails, or says nothing for `timeout` seconds.
 
+    One that has said nothing yet in this job may still be starting, which may take five minutes whatever `timeout` is.
     Methods may be called from any thread.
     """
 
@@ -17,6 +21,7 @@ class SiteWatch:
         self._sites, self._timeout = sorted(sites), timeout
         self._lock = threading.Lock()
         self._heard = dict.fromkeys(self._sites, time.monotonic())
+        self._starting = set(self._sites)
         self._answered: set[str] = set(self._sites)
         self._lost: dict[str, str] = {}
         self._failures: dict[str, str] = {}
@@ -34,6 +39,7 @@ class SiteWatch:
         with self._lock:
             if site in self._heard:
                 self._heard[site] = time.monotonic()
+                self._starting.discard(site)
 
     def done(self, site: str) -> None:
         with self._lock:
@@ -55,14 +61,18 @@ class SiteWatch:
         """Whether there is a site to wait for, and so many may still answer in all."""
         with self._lock:
             open_sites = [site for site in self._sites if site not in self._answered and site not in self._lost]
-            hopeful = [site for site in open_sites if time.monotonic() - self._heard[site] < self._timeout]
+            hopeful = [site for site in open_sites if not self._is_silent(site)]
             return bool(hopeful) and len(self._answered) + len(hopeful) >= at_least
 
     def missed(self, site: str, round: int) -> Missed:
         """Why a site did not answer."""
         with self._lock:
-            silent = time.monotonic() - self._heard[site]
             reason = self._lost.get(site, "the round ended before it answered")
-            if site not in self._lost and silent >= self._timeout:
+            if site not in self._lost and self._is_silent(site):
+                silent = time.monotonic() - self._heard[site]
                 reason = f"it has said nothing for {silent:.0f} s (site_timeout is {self._timeout:g} s)"
             return Missed(site, round, reason, self._failures.get(site))
+
+    def _is_silent(self, site: str) -> bool:
+        patience = max(self._timeout, _SECONDS_TO_START) if site in self._starting else self._timeout
+        return time.monotonic() - self._heard[site] >= patience

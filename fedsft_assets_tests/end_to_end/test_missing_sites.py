@@ -1,0 +1,90 @@
+"""Rounds that go on without a site, and jobs that cannot."""
+
+import contextlib
+import signal
+from collections.abc import Callable
+
+import psutil
+import pytest
+
+from fedsft_assets.federation.journal import Missed, Progress
+from fedsft_assets.federation.launch import JobError, run_job
+from fedsft_assets.federation.processes import marked_processes
+from fedsft_assets.federation.report import JobReport
+from fedsft_assets.store import Store, split_file
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nvflare")]
+
+_SHORT = {"rounds": 4, "max_local_steps": 20, "max_evaluation_records": 8}
+
+
+def _trainer(store: Store, job: str, site: str) -> psutil.Process:
+    for process in marked_processes(str(store.flare(job))):
+        with contextlib.suppress(psutil.Error):
+            if "fedsft_assets.federation.client" in process.cmdline() and f"app_{site}" in process.cwd():
+                return process
+    raise AssertionError(f"no trainer of {site}")
+
+
+def _run_and_send(store: Store, job: str, site: str, sign: signal.Signals) -> tuple[list[Missed], JobReport]:
+    """Run the job; the trainer of a site gets a signal when it begins to train its second round."""
+    sent, missed, report = False, [], None
+    for event in run_job(
+        store.job_folder(job), store.flare(job), split_file(store.combined, "testing"), store.checkpoint(job)
+    ):
+        if isinstance(event, Progress) and not sent and f"{site} · val_loss " in event.text and "after 1 of" in event.text:
+            _trainer(store, job, site).send_signal(sign)
+            sent = True
+        if isinstance(event, Missed):
+            missed.append(event)
+        if isinstance(event, JobReport):
+            report = event
+    assert sent
+    assert report is not None
+    return missed, report
+
+
+def test_rounds_go_on_without_a_trainer_that_was_killed(store: Store, build: Callable[..., str]) -> None:
+    job = build("fedavg", min_sites=2, **_SHORT)
+    missed, report = _run_and_send(store, job, "site-2", signal.SIGKILL)
+    assert report.missed.keys() == {"site-2"}
+    assert report.missed["site-2"] == [2, 3, 4]
+    assert {one.site for one in missed} == {"site-2"}
+    assert "its trainer is gone" in missed[0].reason
+
+
+def test_rounds_go_on_without_a_trainer_that_hangs(store: Store, build: Callable[..., str]) -> None:
+    job = build("fedavg", min_sites=2, site_timeout=20, **_SHORT)
+    missed, report = _run_and_send(store, job, "site-3", signal.SIGSTOP)
+    assert report.missed.keys() == {"site-3"}
+    assert missed[0].reason.startswith("it has said nothing for ")
+    assert missed[0].reason.endswith("(site_timeout is 20 s)")
+    assert marked_processes(str(store.flare(job))) == []
+
+
+def test_too_few_sites_fail_the_job_with_each_reason(store: Store, build: Callable[..., str]) -> None:
+    job = build("fedavg", min_sites=3, site_timeout=20, **_SHORT)
+    with pytest.raises(JobError) as failure:
+        _run_and_send(store, job, "site-1", signal.SIGSTOP)
+    assert "has results of 2 of 3 sites; min_sites is 3" in str(failure.value)
+    assert "site-1: it has said nothing for " in str(failure.value)
+    assert failure.value.lost
+    assert marked_processes(str(store.flare(job))) == []
+
+
+def test_job_folder_that_was_changed_is_not_run(store: Store, build: Callable[..., str]) -> None:
+    job = build("fedavg", **_SHORT)
+    plan = store.job_folder(job) / "app_site-2" / "config" / "plan.json"
+    plan.write_text(plan.read_text().replace('"seed": 1234', '"seed": 1235'))
+    with pytest.raises(JobError, match=f"{plan}: has changed since the job folder was built; build it again"):
+        _run_and_send(store, job, "site-1", signal.SIGKILL)
+    assert not store.flare(job).exists()
+
+
+def test_site_of_another_version_says_so(
+    store: Store, build: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedsft_assets.federation.job_folder.__version__", "9.9.9")
+    job = build("alpaca", **_SHORT)
+    with pytest.raises(JobError, match=r"the job was built with fedsft-assets 9\.9\.9, this site has"):
+        _run_and_send(store, job, "site-1", signal.SIGKILL)
