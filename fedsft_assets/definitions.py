@@ -12,6 +12,7 @@ from fedsft_assets.assets.splits import combined_asset, processed_asset
 from fedsft_assets.automation import full_study, new_data_sensor, weekly_study
 from fedsft_assets.checks import data_checks
 from fedsft_assets.evaluation.prompts import load_prompts
+from fedsft_assets.poc_ops import poc_start_job, poc_stop_job
 from fedsft_assets.resources import resources
 from fedsft_assets.settings import Settings
 from fedsft_assets.specs import load_datasets, load_jobs
@@ -32,7 +33,7 @@ defs = dg.Definitions(
         inference_asset(jobs, load_prompts(settings.prompts)),
     ],
     asset_checks=data_checks(datasets),
-    jobs=[full_study],
+    jobs=[full_study, poc_start_job, poc_stop_job],
     schedules=[weekly_study],
     sensors=[new_data_sensor(datasets)],
     resources=resources(settings),
