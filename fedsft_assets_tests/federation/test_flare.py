@@ -139,9 +139,8 @@ def test_sites_that_are_not_connected_are_named(connect: Callable[..., FlareJobs
 def test_site_that_is_gone_is_missed_before_the_server_misses_it(
     system: PocSystem, connect: Callable[..., FlareJobs]
 ) -> None:
-    pid = system.status().services["site-2"]
-    assert pid
-    psutil.Process(pid).kill()
+    connect().prepare(SITES)
+    _kill(system.status().services["site-2"])
     try:
         with pytest.raises(UnavailableError, match=r"site-2 is not connected .*\(it lists: site-1, site-2\)"):
             connect(timeouts=_IMPATIENT).prepare(SITES)
@@ -191,8 +190,7 @@ def test_connection_comes_back_when_the_server_was_restarted(
     job_id = jobs.submit(write_job(tmp_path / "before", SITES, LINES[:1]))
     state = _ended(jobs, job_id)
     pid = system.status().services[SERVER]
-    assert pid
-    psutil.Process(pid).kill()
+    _kill(pid)
     system.start()
     assert system.status().services[SERVER] not in (None, pid)
     assert jobs.poll(job_id) == state
@@ -219,6 +217,13 @@ def test_other_version_of_nvflare_is_named_unless_it_is_a_patch_of_this_one() ->
     _check_versions({"server": own, "site-1": patch, "site-2": ""})
     with pytest.raises(UnavailableError, match=f"NVFlare here is {own}, but site-1 has 2.7.0; install the same"):
         _check_versions({"server": own, "site-1": "2.7.0"})
+
+
+def _kill(pid: int | None) -> None:
+    assert pid
+    process = psutil.Process(pid)
+    process.kill()
+    process.wait(60)
 
 
 def _files(folder: Path) -> dict[str, int]:
