@@ -1,14 +1,20 @@
-"""What re-runs the study without a person: a weekly schedule and a sensor on the source data, both off at first."""
+"""What happens without a person: a weekly schedule and a sensor on the source data, both off at first, re-run the
+study; another sensor brings MLflow what it did not take when a job ended.
+"""
 
 import json
+import time
 from collections.abc import Sequence
 
 import dagster as dg
 
 from fedsft_assets.assets.raw import SOURCE_VERSION
 from fedsft_assets.data.sources import source_version
-from fedsft_assets.resources import SourceResource
+from fedsft_assets.resources import MLflowResource, SourceResource, StoreResource
 from fedsft_assets.specs import DatasetSpec
+from fedsft_assets.tracking import Outbox
+
+_DELIVERY_SECONDS = 25  # after which a tick begins no further delivery; Dagster gives it 60
 
 full_study = dg.define_asset_job(
     "full_study",
@@ -47,6 +53,22 @@ def new_data_sensor(datasets: Sequence[DatasetSpec]) -> dg.SensorDefinition:
         return dg.SensorResult(run_requests=[request], cursor=json.dumps(now))
 
     return new_data
+
+
+@dg.sensor(
+    name="undelivered_tracking",
+    minimum_interval_seconds=60,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description="Brings MLflow what it did not take when a job ended. Looks at one folder when there is nothing.",
+)
+def undelivered_tracking(
+    context: dg.SensorEvaluationContext, store: StoreResource, mlflow: MLflowResource
+) -> dg.SkipReason:
+    outbox, begun = Outbox(store.files.outbox), time.monotonic()
+    if not outbox.entries():
+        return dg.SkipReason("nothing waits for the tracking server")
+    left = outbox.deliver(mlflow.tracking, context.log.info, stop=lambda: time.monotonic() - begun > _DELIVERY_SECONDS)
+    return dg.SkipReason("\n".join(f"{entry.job}: not delivered: {entry.reason}" for entry in left) or "all delivered")
 
 
 def _stale_and_missing(context: dg.SensorEvaluationContext, changed: Sequence[str]) -> list[dg.AssetKey]:

@@ -9,7 +9,7 @@ from fedsft_assets.assets.inference import inference_asset
 from fedsft_assets.assets.job_folder import job_folder_asset
 from fedsft_assets.assets.raw import raw_asset
 from fedsft_assets.assets.splits import combined_asset, processed_asset
-from fedsft_assets.automation import full_study, new_data_sensor, weekly_study
+from fedsft_assets.automation import full_study, new_data_sensor, undelivered_tracking, weekly_study
 from fedsft_assets.checks import data_checks
 from fedsft_assets.evaluation.prompts import load_prompts
 from fedsft_assets.poc_ops import poc_start_job, poc_stop_job
@@ -35,7 +35,7 @@ defs = dg.Definitions(
     asset_checks=data_checks(datasets),
     jobs=[full_study, poc_start_job, poc_stop_job],
     schedules=[weekly_study],
-    sensors=[new_data_sensor(datasets)],
+    sensors=[new_data_sensor(datasets), undelivered_tracking],
     resources=resources(settings),
     # Steps are forked from one process that has this module loaded: half a second each instead of several.
     executor=dg.multiprocess_executor.configured(

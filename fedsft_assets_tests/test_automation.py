@@ -1,16 +1,21 @@
 """What re-runs the study by itself: nothing until it is switched on, and then only what new data touches."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import dagster as dg
 import pytest
+from mlflow import MlflowClient
 
 from fedsft_assets.assets.raw import raw_asset
-from fedsft_assets.automation import weekly_study
+from fedsft_assets.automation import undelivered_tracking, weekly_study
 from fedsft_assets.definitions import defs
-from fedsft_assets.resources import SourceResource, resources
+from fedsft_assets.federation.metrics import Point
+from fedsft_assets.resources import MLflowResource, SourceResource, StoreResource, resources
 from fedsft_assets.settings import Settings
+from fedsft_assets.tracking import Outbox
+from fedsft_assets.tracking.record import Ending, Execution
 from fedsft_assets_tests.shipped import DATASETS
 
 SENSOR = defs.resolve_sensor_def("new_data")
@@ -158,3 +163,40 @@ def test_requested_assets_can_be_run(context: dg.SensorEvaluationContext) -> Non
     (request,) = data.run_requests or []
     assert request.asset_selection is not None
     assert {key.to_user_string() for key in request.asset_selection} == EVERYTHING
+
+
+def _deliver(instance: dg.DagsterInstance, home: Path, uri: str) -> str:
+    resources = {"store": StoreResource(home=str(home)), "mlflow": MLflowResource(uri=uri)}
+    with dg.build_sensor_context(instance=instance, resources=resources) as context:
+        skipped = undelivered_tracking(context)
+    assert isinstance(skipped, dg.SkipReason)
+    return skipped.skip_message or ""
+
+
+def test_nobody_is_asked_when_nothing_waits_for_the_tracking_server(
+    tmp_path: Path, instance: dg.DagsterInstance
+) -> None:
+    assert _deliver(instance, tmp_path, "no tracking server at all") == "nothing waits for the tracking server"
+
+
+def test_what_waits_for_the_tracking_server_is_delivered_without_a_person(
+    tmp_path: Path, empty_mlflow_database: Path, instance: dg.DagsterInstance
+) -> None:
+    store = Settings(home=tmp_path).store
+    shutil.copyfile(empty_mlflow_database, tmp_path / "mlflow.db")
+    execution = Execution("its id", "fedavg", ["site-1"], {"rounds": "3"}, {}, "a note", 1.7e9)
+    Outbox(store.outbox).put(execution, [Point("val_loss", 2.0, 0, 0, time=1.7e9)], Ending("KILLED", 1.7e9 + 5))
+
+    no_database = f"sqlite:///{tmp_path}"
+    assert _deliver(instance, tmp_path, no_database).startswith("fedavg: not delivered: ")
+    assert Outbox(store.outbox).entries() == ["its id"]
+    assert _deliver(instance, tmp_path, store.mlflow_uri) == "all delivered"
+    assert _deliver(instance, tmp_path, store.mlflow_uri) == "nothing waits for the tracking server"
+
+    client = MlflowClient(store.mlflow_uri)
+    runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    assert {run.info.run_name: run.info.status for run in runs} == {"fedavg": "KILLED", "fedavg site-1": "KILLED"}
+
+
+def test_delivery_runs_from_the_start() -> None:
+    assert undelivered_tracking.default_status == dg.DefaultSensorStatus.RUNNING

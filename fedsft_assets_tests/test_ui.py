@@ -1,14 +1,24 @@
 """The user interfaces: on this machine only, over one home, on ports that are free."""
 
+import json
+import os
 import shutil
 import socket
+import subprocess
+import sys
+import urllib.parse
+import urllib.request
 from pathlib import Path
 
+import psutil
 import pytest
 
 from fedsft_assets.settings import Settings
+from fedsft_assets.store import Store
 from fedsft_assets.tracking import EXPERIMENT, Tracking
+from fedsft_assets.tracking.tensorboard import EventFiles
 from fedsft_assets.ui import _free_port, study_servers, tensorboard_server
+from fedsft_assets_tests.tracking.examples import job_points, until
 
 
 @pytest.fixture
@@ -69,3 +79,45 @@ def test_tensorboard_serves_the_curves_of_this_home_on_loopback_only(settings: S
     assert options["--logdir"] == str(settings.home / "tensorboard")
     assert options["--host"] == "127.0.0.1"
     assert server.url == f"http://127.0.0.1:{options['--port']}/"
+
+
+@pytest.mark.slow
+def test_tensorboard_shows_each_execution_anew_and_ends_with_its_command(tmp_path: Path) -> None:
+    """As `make tensorboard` starts it, asked over HTTP. An execution takes the place of the one before."""
+    folder, points = Store(tmp_path).tensorboard("fedavg"), job_points()
+    EventFiles(folder).complete(job_points(rounds=5))
+    environment = {**os.environ, "FEDSFT_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "fedsft_assets.cli", "tensorboard"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as ui:
+        try:
+            assert ui.stdout is not None
+            url = ui.stdout.readline().split()[-1]
+            assert url.startswith("http://127.0.0.1:")
+            until(lambda: _curve(url, 6), "six values of the first execution")
+            EventFiles(folder).complete(points)
+            until(lambda: _curve(url, 3), "three values of the second execution, and no other")
+            assert [(step, value) for _, step, value in _curve(url, 3)] == [(0, 7.0), (64, 2.0), (128, 2.5)]
+            processes = psutil.Process(ui.pid).children(recursive=True)
+            sockets = [connection for process in processes for connection in process.net_connections()]
+            listening = {socket.laddr.ip for socket in sockets if socket.status == psutil.CONN_LISTEN}
+            assert listening
+            assert listening <= {"127.0.0.1", "::1"}
+        finally:
+            ui.terminate()
+    psutil.wait_procs(processes, timeout=30)
+    assert [process for process in processes if process.is_running()] == []
+
+
+def _curve(url: str, length: int) -> list[list[float]]:
+    """The job's val_loss as TensorBoard has it, if that is the only execution and so long; else nothing."""
+    try:
+        with urllib.request.urlopen(f"{url}data/plugin/scalars/tags", timeout=20) as answer:
+            runs = [run for run in json.load(answer) if not run.endswith(("site-1", "site-2"))]
+        if len(runs) != 1:
+            return []
+        query = urllib.parse.urlencode({"run": runs[0], "tag": "val_loss"})
+        with urllib.request.urlopen(f"{url}data/plugin/scalars/scalars?{query}", timeout=20) as answer:
+            curve: list[list[float]] = json.load(answer)
+            return curve if len(curve) == length else []
+    except OSError:
+        return []
