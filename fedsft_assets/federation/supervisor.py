@@ -64,7 +64,7 @@ class Supervision:
         self._job_folder, self._workspace, self._execution = job_folder, workspace, execution
         self._runtime_name = runtime_name
         self._journal = Journal(workspace.journal)  # this side's copy; earlier attempts have told what is in it
-        self._told = deque(workspace.journal.read_text(encoding="utf-8").splitlines())
+        self._told = self._lines_told()
         self._runtime: Runtime = make_runtime(
             runtime_name,
             Settings(),
@@ -128,6 +128,7 @@ class Supervision:
         if self._execution.rounds:
             yield Progress(f"goes on after round {self._execution.rounds} of {self.spec.rounds}")
         job_id = self._runtime.submit(self._submission())
+        self._told = self._lines_told()  # its server's journal begins with what the one before it has written
         self._save(job_id=job_id)
         yield Progress(f"FLARE job {job_id} in the {self._runtime_name}")
         return job_id
@@ -190,6 +191,9 @@ class Supervision:
         with publish_folder(self._workspace.result) as folder:
             self._runtime.fetch(job_id, folder)
         self._save(fetched=True)
+
+    def _lines_told(self) -> deque[str]:
+        return deque(self._workspace.journal.read_text(encoding="utf-8").splitlines())
 
     def _untold(self, lines: list[str]) -> list[str]:
         """Lines of the server's journal that are not in this side's copy, which is its beginning."""

@@ -65,6 +65,7 @@ class Jobs:
     def submit(self, job_folder: Path) -> str:
         self._do("submit")
         self.submissions.append(job_folder)
+        self._handed_out = 0  # the journal is that of the execution, whichever job writes it
         return f"job-{len(self.submissions)}"
 
     def poll(self, job_id: str) -> JobState:
@@ -289,12 +290,12 @@ def test_job_that_stopped_did_not_succeed_whatever_the_runtime_says(attempt: Att
 
 
 def test_job_without_a_last_word_is_lost_and_shows_the_end_of_the_servers_log(attempt: Attempt, jobs: Jobs) -> None:
-    jobs.steps = [(FAILED, [Started(0)])]
+    jobs.steps = [(FAILED, [Started(0)])]  # as are the next two
     jobs.logs["server"] = "".join(f"line {k}\n" for k in range(100)) + "MemoryError"
     error = _failure(attempt())
     assert error.lost
     assert str(error).startswith(
-        "FLARE job job-1 ended early: FINISHED:EXECUTION_EXCEPTION\nThe end of the server's log:\nline 61\n"
+        "FLARE job job-3 ended early: FINISHED:EXECUTION_EXCEPTION\nThe end of the server's log:\nline 61\n"
     )
     assert str(error).endswith("\nMemoryError")
 
@@ -302,10 +303,36 @@ def test_job_without_a_last_word_is_lost_and_shows_the_end_of_the_servers_log(at
 def test_last_word_of_an_earlier_attempt_is_not_that_of_the_next_one(attempt: Attempt, jobs: Jobs) -> None:
     jobs.steps = [(FAILED, [Started(0), Stopped("round 1: why")])]
     _failure(attempt())
-    jobs.steps = [(FAILED, []), (FAILED, [])]  # the new server does not even begin
+    jobs.steps = [(FAILED, []), (FAILED, [])]  # no new server even begins
     error = _failure(attempt())
     assert error.lost
-    assert str(error).startswith("FLARE job job-2 ended early")
+    assert " ended early: " in str(error)
+
+
+def test_server_that_dies_is_started_again_and_nothing_is_told_twice(
+    attempt: Attempt, jobs: Jobs, workspace: Workspace
+) -> None:
+    missed = Missed("site-2", 1, "it is not connected")
+    jobs.steps = [
+        (FAILED, [Started(0), VAL, Progress("busy"), missed, RoundDone(1)]),
+        (FAILED, []),  # the next attempt looks whether it has ended
+        (RUNNING, [Started(1)]),
+        (DONE, [LATER]),
+    ]
+    one = attempt()
+    events, error = _events(one)
+    assert error is None
+    assert events == [
+        Progress("FLARE job job-1 in the poc"),
+        *(VAL, Progress("busy"), missed),
+        Progress("the server of the job died (FINISHED:EXECUTION_EXCEPTION); it is started again"),
+        Progress("goes on after round 1 of 3"),
+        Progress("FLARE job job-2 in the poc"),
+        LATER,
+    ]
+    assert one.missed == [missed]
+    kept = [from_line(line) for line in workspace.journal.read_text().splitlines()]
+    assert kept == [Started(0), VAL, Progress("busy"), missed, RoundDone(1), Started(1), LATER]
 
 
 STOPPED = Stopped("round 2 has results of 0 of 2 sites; min_sites is 1", lost_sites=True)
