@@ -101,3 +101,31 @@ def test_libraries_write_under_home_only(tmp_path: Path) -> None:
     places = {name: Path(value) for name, value in environment.items() if value.startswith("/")}
     assert {"FEDSFT_HOME", "DAGSTER_HOME", "MPLCONFIGDIR", "HF_HOME", "XDG_CACHE_HOME"} <= places.keys()
     assert all(place.is_relative_to(tmp_path) for place in places.values())
+
+
+def test_runtimes_are_set_up_by_variables_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, value in {
+        "FEDSFT_RUNTIME": "poc",
+        "FEDSFT_POC__GPUS": "0, 1",
+        "FEDSFT_POC__THREADS": "2",
+        "FEDSFT_PRODUCTION__STARTUP_KIT": "kit",
+        "FEDSFT_PRODUCTION__STUDY": "cancer",
+        "FEDSFT_PRODUCTION__TIMEOUTS__ABORT": "20",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    settings = Settings()
+    assert settings.runtime == "poc"
+    assert (settings.poc.gpu_ids, settings.poc.threads) == ([0, 1], 2)
+    assert (settings.production.startup_kit, settings.production.study) == (tmp_path / "kit", "cancer")
+    assert settings.production.timeouts.abort == 20
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("FEDSFT_RUNTIME", "cloud"), ("FEDSFT_POC__GPUS", "all"), ("FEDSFT_PRODUCTION__TIMEOUTS__ABORT", "0")],
+)
+def test_wrong_value_for_a_runtime_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValidationError):
+        Settings()
