@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedsft_assets.federation.exchange import BEST_MODEL, LAST_MODEL
 from fedsft_assets.federation.job_folder import build_job_folder, read_plans
+from fedsft_assets.federation.journal import Progress
 from fedsft_assets.federation.launch import run_job
+from fedsft_assets.federation.record import Workspace
 from fedsft_assets.federation.report import MODEL_FILE, JobReport
-from fedsft_assets.federation.server import BEST_MODEL, LAST_MODEL
-from fedsft_assets.federation.trainer_log import Progress
 from fedsft_assets.specs import JobSpec
 from fedsft_assets.store import Store, split_file
 from fedsft_assets_tests.shipped import DATASETS
@@ -66,15 +67,15 @@ def test_adapters_of_two_sites_become_a_checkpoint(store: Store, tmp_path: Path)
         assert any(line.startswith(f"{site} · adapters of rank 4 · 24,576 of ") for line in said)
 
     # What travels: rank * (inputs + outputs) of each of 2 * 4 layers, and nothing of the base model.
-    run_dir = store.flare("lora") / "server" / "simulate_job"
-    best = torch.load(run_dir / BEST_MODEL, weights_only=True)
+    result = Workspace(store.flare("lora")).result
+    best = torch.load(result / BEST_MODEL, weights_only=True)
     assert all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in best)
     width = 192
     layers = 2 * (width + 3 * width) + 2 * (width + width) + 2 * 2 * (width + 4 * width)
     assert sum(tensor.numel() for tensor in best.values()) == 4 * layers == 24_576
     base = LanguageModel.load(store.base_model(TINY.name))
     whole = sum(tensor.numel() * 4 for tensor in base.weights().values())
-    assert (run_dir / LAST_MODEL).stat().st_size < whole / 20
+    assert (result / LAST_MODEL).stat().st_size < whole / 20
 
     checkpoint = store.checkpoint("lora")
     merged = LanguageModel.load(checkpoint / MODEL_FILE)

@@ -15,9 +15,9 @@ import pytest
 from fedsft_assets.execution import execute_job
 from fedsft_assets.federation.events import Event
 from fedsft_assets.federation.job_folder import read_plans
+from fedsft_assets.federation.journal import Progress
 from fedsft_assets.federation.launch import JobError, run_job
 from fedsft_assets.federation.processes import marked_processes
-from fedsft_assets.federation.trainer_log import Progress
 from fedsft_assets.store import Store, split_file
 from fedsft_assets.tracking import Tracking
 
@@ -28,6 +28,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nvflare")]
 _RUN = """
 import sys
 from pathlib import Path
+from fedsft_assets.federation.journal import Progress
 from fedsft_assets.federation.launch import run_job
 for event in run_job(*map(Path, sys.argv[1:])):
     print(event, flush=True)

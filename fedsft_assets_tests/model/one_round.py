@@ -37,7 +37,7 @@ def train(plan: SitePlan, tokens: list[Tokens], padded: bool) -> dict[str, objec
         moments = report.moments if plan.training.optimizer_state == "keep" else None
         losses += [point.loss for point in report.points]
         validation.append(mean_loss(model, tokens, plan.training, devices).loss)
-    return {"weights": devices.weights(), "losses": losses, "validation": validation}
+    return {"weights": dict(devices.weights()), "losses": losses, "validation": validation}
 
 
 def main(folder: Path) -> None:
