@@ -177,8 +177,8 @@ class PocSystem:
 
     def stop(self) -> int:
         """End every process of this POC, politely and then by force. Returns how many there were."""
-        if not self.folder.is_dir():
-            return 0
+        if not self.folder.is_dir():  # somebody removed it, which ends no process
+            return stop_marked(self.mark, grace=_GRACE_SECONDS)
         with self._locked():
             return self._stop()
 

@@ -255,6 +255,15 @@ def test_prepared_poc_has_kits_and_no_process(systems: Callable[..., PocSystem],
     assert marked_processes(system.mark) == []
 
 
+def test_poc_whose_folder_was_removed_can_be_stopped(systems: Callable[..., PocSystem], tmp_path: Path) -> None:
+    system = systems(tmp_path / "home")
+    system.start(["site-1"])
+    shutil.rmtree(tmp_path / "home")
+    assert system.status().said == "not prepared"
+    assert system.stop() >= 2
+    assert marked_processes(system.mark) == []
+
+
 def test_port_that_somebody_took_is_left_to_them(systems: Callable[..., PocSystem], tmp_path: Path) -> None:
     system = systems(tmp_path)
     system.prepare(["site-1"])
