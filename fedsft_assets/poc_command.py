@@ -3,12 +3,12 @@
 import argparse
 import sys
 import time
-from collections.abc import Iterable
 
 from fedsft_assets.federation.poc import SERVER, Poc, PocStatus, PocSystem
 from fedsft_assets.federation.runtime import UnavailableError
+from fedsft_assets.federation.runtimes import poc_system, sites_of_jobs
 from fedsft_assets.settings import Settings
-from fedsft_assets.specs import SpecError, load_datasets, load_jobs
+from fedsft_assets.specs import SpecError
 
 _HELP = {
     "prepare": "make the startup kits of a server, an admin and all sites of the job files; starts nothing",
@@ -54,17 +54,6 @@ def start(system: PocSystem) -> None:
     """Start what does not run, and wait until all sites are connected. Raises UnavailableError."""
     with Poc(system, system.folder / "commands") as poc:
         poc.prepare(sorted(system.sites))
-
-
-def poc_system(settings: Settings, sites: Iterable[str] = ()) -> PocSystem:
-    """The POC of these settings' home."""
-    return PocSystem(settings.home / "poc", settings.poc, settings.environment(), sites)
-
-
-def sites_of_jobs(settings: Settings) -> list[str]:
-    """The names of all sites in the job files. Raises SpecError for a file that is wrong."""
-    jobs = load_jobs(settings.jobs, list(load_datasets(settings.datasets)))
-    return sorted({site for job in jobs for site in job.sites})
 
 
 def describe(status: PocStatus) -> str:

@@ -3,7 +3,8 @@
 import dagster as dg
 
 from fedsft_assets.federation.poc import PocStatus
-from fedsft_assets.poc_command import describe, poc_system, sites_of_jobs, start
+from fedsft_assets.federation.runtimes import poc_system, sites_of_jobs
+from fedsft_assets.poc_command import describe, start
 from fedsft_assets.settings import Settings
 
 

@@ -6,7 +6,7 @@ import dagster as dg
 import pytest
 
 from fedsft_assets.federation.processes import marked_processes
-from fedsft_assets.poc_command import poc_system
+from fedsft_assets.federation.runtimes import poc_system
 from fedsft_assets.poc_ops import poc_start_job, poc_stop_job
 from fedsft_assets.settings import Settings
 

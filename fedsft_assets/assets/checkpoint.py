@@ -1,6 +1,6 @@
 """`checkpoint/<job>`: the trained archive that a job ends with, and its MLflow run."""
 
-from typing import Literal
+from enum import Enum
 
 import dagster as dg
 
@@ -20,10 +20,16 @@ GPU_TAGS = {
 NOT_YET = "(not yet: the tracking server does not answer; `fedsft track` delivers what waits)"
 
 
+class RuntimeName(Enum):
+    simulator = "simulator"
+    poc = "poc"
+    production = "production"
+
+
 class LaunchConfig(dg.Config):
     """How a job is run; what it does is in its job folder."""
 
-    runtime: Literal["simulator", "poc", "production"] | None = None  # None is FEDSFT_RUNTIME's
+    runtime: RuntimeName | None = None  # None is FEDSFT_RUNTIME's
     threads_per_trainer: int = 0  # 0 shares the cores among the trainers; for the simulator
 
 
@@ -55,7 +61,7 @@ def checkpoint_asset(spec: JobSpec) -> dg.AssetsDefinition:
                 mlflow.tracking,
                 tags={"dagster.run_id": context.run_id, "dagster.asset": context.asset_key.to_user_string()},
                 say=lambda text: context.log.info(f"{spec.name} · {text}"),
-                runtime=config.runtime or runtime.name,
+                runtime=config.runtime.value if config.runtime else runtime.name,
                 threads_per_trainer=config.threads_per_trainer,
                 environment=runtime.environment,
             )

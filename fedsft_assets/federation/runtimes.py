@@ -1,9 +1,12 @@
 """The choice of a runtime by its name."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
+from fedsft_assets.federation.poc import PocSystem
 from fedsft_assets.federation.runtime import Runtime
 from fedsft_assets.settings import Settings
+from fedsft_assets.specs import load_datasets, load_jobs
 
 
 def make_runtime(name: str, settings: Settings, folder: Path, threads_per_trainer: int) -> Runtime:
@@ -13,9 +16,10 @@ def make_runtime(name: str, settings: Settings, folder: Path, threads_per_traine
     give them. Raises UnavailableError for a federation without a startup kit.
     """
     if name == "poc":
-        from fedsft_assets.federation.poc import Poc, PocSystem
+        from fedsft_assets.federation.poc import Poc
 
-        return Poc(PocSystem(settings.home / "poc", settings.poc, settings.environment()), folder)
+        # For the sites of all jobs: a POC that one job's site starts alone would give it all cores.
+        return Poc(poc_system(settings, sites_of_jobs(settings)), folder)
     if name == "production":
         from fedsft_assets.federation.production import Production
 
@@ -23,3 +27,14 @@ def make_runtime(name: str, settings: Settings, folder: Path, threads_per_traine
     from fedsft_assets.federation.simulator import Simulator
 
     return Simulator(folder, threads_per_trainer)
+
+
+def poc_system(settings: Settings, sites: Iterable[str] = ()) -> PocSystem:
+    """The POC of these settings' home."""
+    return PocSystem(settings.home / "poc", settings.poc, settings.environment(), sites)
+
+
+def sites_of_jobs(settings: Settings) -> list[str]:
+    """The names of all sites in the job files. Raises SpecError for a file that is wrong."""
+    jobs = load_jobs(settings.jobs, list(load_datasets(settings.datasets)))
+    return sorted({site for job in jobs for site in job.sites})

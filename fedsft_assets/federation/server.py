@@ -264,14 +264,17 @@ class FederatedSFT(ModelController):
 
     def _settle(self, number: int, results: Mapping[str, FLModel], errors: list[Exception]) -> None:
         """Say which sites a round goes on without; raise why it cannot."""
+        last_score = number == self.num_rounds
+        what = "the last model's score" if last_score else f"round {number + 1}"
         if errors:
-            raise ValueError(f"round {number + 1}: {errors[0]}") from errors[0]
+            raise ValueError(f"{what}: {errors[0]}") from errors[0]
         missed = [self._watch.missed(site, number + 1) for site in self.sites if site not in results]
-        self.journal.add(missed)
-        if len(results) < self.min_sites:
+        few = len(results) < self.min_sites
+        if few or not last_score:
+            self.journal.add(missed)
+        if few:
             raise NotEnoughSitesError(
-                f"round {number + 1} has results of {len(results)} of {len(self.sites)} sites;"
-                f" min_sites is {self.min_sites}"
+                f"{what} has results of {len(results)} of {len(self.sites)} sites; min_sites is {self.min_sites}"
             )
 
     def _recipients(self, connected: set[str]) -> dict[Kind, list[str]]:

@@ -32,7 +32,7 @@ from fedsft_assets.federation.runtime import JobState, Runtime, UnavailableError
 from fedsft_assets.federation.runtimes import make_runtime
 from fedsft_assets.federation.trainer_log import TrainerFailure, first_failure
 from fedsft_assets.settings import Settings
-from fedsft_assets.specs import JobSpec, SitePlan
+from fedsft_assets.specs import JobSpec, SitePlan, SpecError
 from fedsft_assets.store import publish_folder
 
 _POLL_SECONDS = 0.3
@@ -336,7 +336,7 @@ def main() -> None:
         code = 0
     except JobFailedError as error:
         print(encode(Failed(str(error), error.lost)), file=events, flush=True)
-    except UnavailableError as error:
+    except (UnavailableError, SpecError) as error:
         print(encode(Failed(str(error))), file=events, flush=True)
     except BrokenPipeError:
         pass

@@ -6,7 +6,6 @@ from collections.abc import Collection
 
 from fedsft_assets.federation.journal import Missed
 
-
 _SECONDS_TO_START = 300.0  # NVFlare's own patience with a trainer that it starts
 
 

@@ -32,7 +32,12 @@ def _run_and_send(store: Store, job: str, site: str, sign: signal.Signals) -> tu
     for event in run_job(
         store.job_folder(job), store.flare(job), split_file(store.combined, "testing"), store.checkpoint(job)
     ):
-        if isinstance(event, Progress) and not sent and f"{site} · val_loss " in event.text and "after 1 of" in event.text:
+        if (
+            isinstance(event, Progress)
+            and not sent
+            and f"{site} · val_loss " in event.text
+            and "after 1 of" in event.text
+        ):
             _trainer(store, job, site).send_signal(sign)
             sent = True
         if isinstance(event, Missed):

@@ -613,7 +613,7 @@ def test_last_validation_goes_on_without_a_site_too(tmp_path: Path) -> None:
     sites[1].does(VALIDATE_TASK, 3, lambda _: ReturnCode.EXECUTION_EXCEPTION)
     server.run()
     assert server.panics == []
-    assert server.of(Missed) == [Missed("site-2", 4, "its trainer is gone (EXECUTION_EXCEPTION)")]
+    assert server.of(Missed) == []  # it has missed no round
     assert server.points("val_loss")[-1].round == 3
     assert (tmp_path / "job" / BEST_MODEL).exists()
 

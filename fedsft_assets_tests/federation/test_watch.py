@@ -29,7 +29,19 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def watch(clock: Clock) -> SiteWatch:  # noqa: ARG001 the watch looks at it when it is made
     watch = SiteWatch(SITES, TIMEOUT)
     watch.begin(SITES)
+    for site in SITES:
+        watch.heard(site)
     return watch
+
+
+def test_site_that_has_said_nothing_yet_may_take_minutes_to_start(clock: Clock) -> None:
+    watch = SiteWatch(SITES, TIMEOUT)
+    watch.begin(SITES)
+    clock.now += 299.0
+    assert watch.waits(3)
+    watch.heard("site-1")
+    clock.now += TIMEOUT
+    assert not watch.waits(1)
 
 
 def test_round_waits_until_every_site_has_answered(watch: SiteWatch) -> None:
