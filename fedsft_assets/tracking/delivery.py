@@ -38,17 +38,14 @@ class NotKeptError(RuntimeError):
 class Delivery:
     """What MLflow is to have of an execution, and what of it is known to be there.
 
-    `save` is called when the execution's record has changed. With `found_again` the execution is not new: what
-    MLflow has of it is asked for first. Every method may raise what MLflow raises, and is then simply called again.
+    `save` is called when the execution's record has changed. Every method may raise what MLflow raises; then `open`
+    comes first again.
     """
 
-    def __init__(
-        self, tracking: Tracking, execution: Execution, save: Callable[[Execution], object], found_again: bool
-    ) -> None:
+    def __init__(self, tracking: Tracking, execution: Execution, save: Callable[[Execution], object]) -> None:
         self._tracking = tracking
         self._execution = execution
         self._save = save
-        self._look_first = found_again
         self._experiment = ""
         self._known_points: set[Hashable] = set()
         self._wanted: defaultdict[str, dict[Hashable, Value]] = defaultdict(dict)
@@ -69,14 +66,13 @@ class Delivery:
                     self._wanted[role][value.identity] = self._unsent[role][value.identity] = value
 
     def open(self, running: bool) -> None:
-        """Make the MLflow runs with parameters and tags, or find them again: at first, and after every failure.
+        """Find the MLflow runs, or make them with parameters and tags: at first, and after every failure.
 
         `running` says that the job goes on.
         """
         client = self._tracking.client()
         self._experiment = self._tracking.experiment_id()
-        found = self._find(client) if self._look_first else {}
-        self._look_first = True
+        found = self._find(client)
         for role in (JOB, *self._execution.sites):
             candidates = found.get(role, {})
             run = candidates.get(self._execution.runs.get(role, "")) or next(iter(candidates.values()), None)

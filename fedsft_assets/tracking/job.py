@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -69,7 +70,7 @@ class TrackedJob:
         self._outbox = Outbox(store.outbox)
         self._record = store.tracking_record(job)
         self._record_lock = threading.Lock()
-        self._say = say
+        self._say = say = _never_raising(say)
         self._journal = journal
         self._logged: list[Point] = []
         last = _read(self._record)
@@ -83,7 +84,7 @@ class TrackedJob:
             self._execution = Execution(execution_id, job, sites, values, tags, note, round(time.time(), 3))
         self._execution.write(self._record)  # before anything is made under its id
         self._earlier = points = distinct(earlier) if goes_on else []
-        delivery = Delivery(tracking, self._execution, self._save, found_again=goes_on)
+        delivery = Delivery(tracking, self._execution, self._save)
         delivery.add(points)
         self._events = _EventThread(store.tensorboard(job), points, say)
         self._delivery = _DeliveryThread(tracking, self._outbox, self._execution, delivery, say)
@@ -126,10 +127,11 @@ class TrackedJob:
         }
         registration = Registration(model, str(archive), report.checkpoint_digest, report.test_loss, data)
         ending = Ending("FINISHED", round(time.time(), 3), results, tags, registration)
-        version = self._end(ending, artifacts, {"checkpoint.json": json.dumps(tags)}, self._tracking.patience)
+        entry = self._put(ending, artifacts, {"checkpoint.json": json.dumps(tags)})
         with self._record_lock:
             self._record.unlink(missing_ok=True)
-        return Registered(model, version, self.run_id)
+        self._deliver(entry, self._tracking.patience)
+        return Registered(model, self._delivery.version, self.run_id)
 
     def __enter__(self) -> Self:
         return self
@@ -140,29 +142,40 @@ class TrackedJob:
             return
         status: Status = "FAILED" if issubclass(kind, Exception) else "KILLED"
         try:
-            self._end(Ending(status, round(time.time(), 3)), [], {}, min(_ENDED_PATIENCE, self._tracking.patience))
+            entry = self._put(Ending(status, round(time.time(), 3)))
             self._execution.ended = True
             self._save(self._execution)
+            self._deliver(entry, min(_ENDED_PATIENCE, self._tracking.patience))
         except OSError as error:  # what ended the job is what its user must see
             self._say(f"tracking: {explained(error)}")
 
     def _save(self, execution: Execution) -> None:
         with self._record_lock:
-            if self._record.is_file():  # else the execution has ended, and a late answer says what nobody asks any more
+            if self._record.is_file():  # else the execution is finished, and what is left of it is in the outbox
                 execution.write(self._record)
 
-    def _end(self, ending: Ending, artifacts: list[Path], texts: dict[str, str], patience: float) -> str | None:
-        """Put everything into the outbox, and have it delivered from there at once if that can be."""
+    def _put(self, ending: Ending, artifacts: Sequence[Path] = (), texts: dict[str, str] | None = None) -> Entry:
+        """Have everything that belongs to the execution in the outbox, whatever happens from here on."""
         points = distinct([*self._earlier, *self._journal(), *self._logged])
         self._events.complete(points)
-        entry = self._outbox.put(self._execution, points, ending, artifacts, texts)
-        if self._delivery.deliver(entry, patience):
-            return self._delivery.version
-        self._say(
-            f"the tracking server has not taken everything ({self._delivery.trouble}); the rest waits in "
-            f"{entry.folder} and is delivered by `fedsft track` or with the next job"
-        )
-        return None
+        return self._outbox.put(self._execution, points, ending, artifacts, texts)
+
+    def _deliver(self, entry: Entry, patience: float) -> None:
+        if not self._delivery.deliver(entry, patience):
+            self._say(
+                f"the tracking server has not taken everything ({self._delivery.trouble}); the rest waits in "
+                f"{entry.folder} and is delivered by `fedsft track` or with the next job"
+            )
+
+
+def _never_raising(say: Callable[[str], object]) -> Callable[[str], object]:
+    """Saying something must end no thread."""
+
+    def tell(text: str) -> None:
+        with suppress(Exception):
+            say(text)
+
+    return tell
 
 
 def _read(path: Path) -> Execution | None:

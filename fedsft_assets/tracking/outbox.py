@@ -186,7 +186,7 @@ def deliver_entry(tracking: Tracking, entry: Entry) -> str | None:
 
     May be done again after any failure. Raises what MLflow raises.
     """
-    delivery = Delivery(tracking, entry.execution, entry.save, found_again=True)
+    delivery = Delivery(tracking, entry.execution, entry.save)
     delivery.add(entry.points)
     delivery.open(running=False)
     delivery.reconcile()

@@ -24,6 +24,7 @@ from fedsft_assets_tests.tracking.examples import (
     track,
     until,
 )
+from fedsft_assets_tests.tracking.server import HOST, unused_port
 
 
 def _cancel(tracking: Tracking, store: Store, points: list[Point], error: BaseException, **others: object) -> None:
@@ -197,6 +198,24 @@ def test_execution_whose_process_died_is_closed_when_another_begins(
     }
     assert {status for name, status in found.items() if not name.startswith("first")} == {"FINISHED"}
     assert [(f"first {name}", *rest) for name, *rest in expected(points[:5])] == stored(tracking)
+
+
+@pytest.mark.parametrize("delivered", [True, False])
+def test_process_that_dies_at_the_very_end_goes_on_in_the_same_mlflow_runs(
+    tracking: Tracking, store: Store, checkpoint: Path, delivered: bool
+) -> None:
+    """All is in MLflow, or in the outbox, but whoever runs the job does not know that it has ended."""
+    points = job_points()
+    first = tracking if delivered else Tracking(f"http://{HOST}:{unused_port()}", patience=0.1)
+    for server in (first, tracking):
+        with track(server, store, "first", earlier=points, journal=lambda: points) as job:
+            registered = finish(job, checkpoint)
+    assert (registered.version, registered.run_id) == ("1", runs(tracking)["fedavg"].info.run_id)
+    assert set(statuses(tracking).values()) == {"FINISHED"}
+    assert stored(tracking) == expected(points)
+    assert {name: curve(tracking, "fedavg", name) for name in RESULTS} == {k: [(0, v)] for k, v in RESULTS.items()}
+    assert len(tracking.client().search_model_versions("name = 'fedsft-tiny'")) == 1
+    assert list(store.outbox.iterdir()) == []
 
 
 def test_all_jobs_share_one_experiment(tracking: Tracking) -> None:
