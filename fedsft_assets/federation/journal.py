@@ -56,7 +56,12 @@ class Stopped:
     lost_sites: bool = False
 
 
-Entry = Point | Progress | Missed | RoundDone | Started | Stopped
+@dataclass(frozen=True)
+class Finished:
+    """All that the job was for is in its folder at the server."""
+
+
+Entry = Point | Progress | Missed | RoundDone | Started | Stopped | Finished
 _KINDS: dict[str, type[Any]] = {
     "point": Point,
     "progress": Progress,
@@ -64,6 +69,7 @@ _KINDS: dict[str, type[Any]] = {
     "round": RoundDone,
     "started": Started,
     "stopped": Stopped,
+    "finished": Finished,
 }
 _NAMES = {kind: name for name, kind in _KINDS.items()}
 
@@ -102,20 +108,27 @@ class Journal:
                 self._known.add(entry.identity)
 
     def add(self, entries: Iterable[Entry], durable: bool = True) -> None:
-        """Append what is new; with `durable`, wait until it is on the disk."""
+        """Append what is new; with `durable`, wait until it is on the disk. All is there, or OSError and nothing."""
         with self._lock:
+            fresh: set[tuple[Any, ...]] = set()
             lines = []
             for entry in entries:
                 if isinstance(entry, Point):
-                    if entry.identity in self._known:
+                    if entry.identity in self._known or entry.identity in fresh:
                         continue
-                    self._known.add(entry.identity)
+                    fresh.add(entry.identity)
                 lines.append(to_line(entry))
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("".join(lines))
-                file.flush()
-                if durable:
-                    os.fsync(file.fileno())
+            with self.path.open("ab") as file:
+                before = file.tell()
+                try:
+                    file.write("".join(lines).encode())
+                    file.flush()
+                    if durable:
+                        os.fsync(file.fileno())
+                except OSError:
+                    os.truncate(self.path, before)
+                    raise
+            self._known |= fresh
 
     def read(self, offset: int) -> tuple[str, int]:
         """Whole lines from a byte on, some 1 MB at most, and the byte that the next call goes on at.

@@ -4,6 +4,7 @@ It needs torch and NVFlare only. Nothing of the model is built here: weights are
 """
 
 import json
+import math
 import os
 import shutil
 import tarfile
@@ -12,7 +13,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ from fedsft_assets.federation.exchange import (
     Kind,
     Wire,
 )
-from fedsft_assets.federation.journal import JOURNAL_FILE, Journal, Progress, RoundDone, Started, Stopped
+from fedsft_assets.federation.journal import JOURNAL_FILE, Finished, Journal, Progress, RoundDone, Started, Stopped
 from fedsft_assets.federation.metrics import Point, points_from_data
 from fedsft_assets.federation.server_optimizer import ServerOptimizer
 from fedsft_assets.federation.server_state import ServerState
@@ -111,7 +112,7 @@ class FederatedSFT(ModelController):
         self.engine.register_app_command(JOURNAL_COMMAND, self._hand_out_journal)
 
     def run(self) -> None:
-        done = self.state.progress.finished
+        done, complete = self.state.progress.finished, False
         self.journal.add([Started(done)])
         try:
             self._begin()
@@ -120,14 +121,18 @@ class FederatedSFT(ModelController):
                     self.play_round(number)
                 results = self._ask(VALIDATE_TASK, self.num_rounds, lambda _site, _result: None)
                 self.score(results)
+                if not self.state.progress.best_round:
+                    raise ValueError("no round made a model with a finite loss; try a lower learning rate")
                 self.state.commit_progress()
+                complete = True
         except _AbortedError:
             self.info("The job is aborted.")
         except (ValueError, OSError, tarfile.TarError, NotEnoughSitesError) as error:
-            self.journal.add([Stopped(str(error), isinstance(error, NotEnoughSitesError))])
+            with suppress(OSError):  # on a full disk, NVFlare's log must do
+                self.journal.add([Stopped(str(error), isinstance(error, NotEnoughSitesError))])
             self.panic(str(error))
         finally:
-            self._hand_over()
+            self._hand_over(complete)
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         if event_type == "fed.analytix_log_stats":
@@ -203,7 +208,8 @@ class FederatedSFT(ModelController):
         whole = Point("val_loss", loss, progress.finished, sum(progress.samples.values()))
         self.journal.add([whole, *points])
         self.info(f"val_loss {loss:.4f} after {progress.finished} rounds")
-        if progress.finished > 0 and (progress.best_loss is None or loss < progress.best_loss):
+        better = progress.best_loss is None or loss < progress.best_loss
+        if progress.finished > 0 and math.isfinite(loss) and better:
             progress.best_loss, progress.best_round = loss, progress.finished
 
     def _begin(self) -> None:
@@ -368,15 +374,15 @@ class FederatedSFT(ModelController):
                 shutil.rmtree(other, ignore_errors=True)
         return own
 
-    def _hand_over(self) -> None:
+    def _hand_over(self, complete: bool) -> None:
         """Leave in the job's own folder what is to be fetched, and end the state of a job that is done."""
         run_dir, progress = Path(self.get_run_dir()), self.state.progress
+        if complete:
+            _link(self.state.model_file(progress.finished), run_dir / LAST_MODEL)
+            _link(self.state.model_file(progress.best_round), run_dir / BEST_MODEL)
+            self.journal.add([Finished()])
         _link(self.journal.path, run_dir / JOURNAL_FILE)
-        if progress.finished < self.num_rounds or not progress.best_round:
-            return
-        _link(self.state.model_file(progress.finished), run_dir / LAST_MODEL)
-        _link(self.state.model_file(progress.best_round), run_dir / BEST_MODEL)
-        if STATE_ROOT not in os.environ:
+        if complete and STATE_ROOT not in os.environ:
             shutil.rmtree(self.state.folder, ignore_errors=True)
 
     @contextmanager

@@ -22,7 +22,17 @@ from fedsft_assets.evaluation.losses import split_loss
 from fedsft_assets.federation.events import Event, Failed, encode
 from fedsft_assets.federation.exchange import BEST_MODEL, EXECUTION_KEY
 from fedsft_assets.federation.job_folder import read_plans, read_spec
-from fedsft_assets.federation.journal import Entry, Journal, Missed, Progress, RoundDone, Started, Stopped, from_line
+from fedsft_assets.federation.journal import (
+    Entry,
+    Finished,
+    Journal,
+    Missed,
+    Progress,
+    RoundDone,
+    Started,
+    Stopped,
+    from_line,
+)
 from fedsft_assets.federation.metrics import Point
 from fedsft_assets.federation.phases import longest_phases, round_to_ms
 from fedsft_assets.federation.processes import MARK, stop_marked
@@ -38,7 +48,7 @@ from fedsft_assets.store import publish_folder
 _POLL_SECONDS = 0.3
 _TAIL_LINES, _LINES_TO_SEARCH = 40, 5000
 _RESTARTS = 2  # of a server that died without a word; NVFlare's does when it loses a site while a result arrives
-_SILENCE = 2.0  # of site_timeout: the server itself must have said something by then
+_LONGEST_SILENCE = 900.0  # seconds; with a long site_timeout, twice that: the server must have spoken by then
 
 
 class JobFailedError(RuntimeError):
@@ -74,10 +84,11 @@ class Supervision:
         self.points: dict[tuple[object, ...], Point] = {}
         self.missed: list[Missed] = []
         self._stopped: Stopped | None = None
+        self._finished = False
         self.starts = 0  # of the server part
         for line in self._told:
             deque(self._take(from_line(line)), maxlen=0)
-        self._stopped = None
+        self._stopped, self._finished = None, False
 
     def run(self) -> Iterator[Event]:
         """Everything up to the fetched result. Raises JobFailedError or _OrphanedError."""
@@ -159,8 +170,11 @@ class Supervision:
                 heard = time.monotonic()
             if state.ended:
                 return state
+            if self._finished and not self._runtime.outlives:
+                self._runtime.abort(job_id)  # what is left is NVFlare's farewell, which takes seconds
+                return JobState(ended=True, succeeded=True, said="finished")
             silent = time.monotonic() - heard
-            if silent > _SILENCE * self.spec.site_timeout:
+            if silent > max(_LONGEST_SILENCE, 2 * self.spec.site_timeout):
                 raise JobFailedError(
                     f"FLARE job {job_id}: neither server nor sites said anything for {silent:.0f} s", lost=True
                 )
@@ -182,7 +196,9 @@ class Supervision:
             case Started(finished):
                 self.starts += 1
                 self.missed = [one for one in self.missed if one.round <= finished]
-                self._stopped = None
+                self._stopped, self._finished = None, False
+            case Finished():
+                self._finished = True
             case Stopped():
                 self._stopped = entry
 

@@ -12,6 +12,7 @@ import pytest
 
 from fedsft_assets.federation.journal import (
     Entry,
+    Finished,
     Journal,
     Missed,
     Progress,
@@ -34,6 +35,7 @@ ENTRIES: list[Entry] = [
     RoundDone(3),
     Started(2),
     Stopped("round 3 has results of 1 of 2 sites", lost_sites=True),
+    Finished(),
 ]
 BIG = 1 << 20  # bytes that are handed out at a time
 
@@ -206,4 +208,4 @@ def test_line_that_is_larger_than_a_part_is_handed_out_whole(path: Path) -> None
 def test_journal_is_json_lines_that_say_what_they_are(path: Path) -> None:
     Journal(path).add(ENTRIES)
     kinds = [json.loads(line)["entry"] for line in path.read_text().splitlines()]
-    assert kinds == [*["point"] * 3, "progress", *["missed"] * 2, "round", "started", "stopped"]
+    assert kinds == [*["point"] * 3, "progress", *["missed"] * 2, "round", "started", "stopped", "finished"]

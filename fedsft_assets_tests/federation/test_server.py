@@ -43,6 +43,7 @@ from fedsft_assets.federation.exchange import (
 from fedsft_assets.federation.journal import (
     JOURNAL_FILE,
     Entry,
+    Finished,
     Missed,
     Progress,
     RoundDone,
@@ -296,6 +297,7 @@ def test_whole_job_is_in_the_journal_in_its_order(tmp_path: Path) -> None:
         Point("train_loss", 8.0, 3, 96, None, 1, 200),
         RoundDone(3),
         Point("val_loss", 2.0, 3, 96),
+        Finished(),
     ]
     assert server.panics == []
 
@@ -578,6 +580,7 @@ def test_job_with_too_few_sites_ends_and_says_who_was_missing_and_that_sites_wer
     assert server.panics == [why]
     assert server.of(RoundDone) == [RoundDone(1)]
     assert not (tmp_path / "job" / LAST_MODEL).exists()
+    assert server.of(Finished) == []
     assert (tmp_path / "job" / JOURNAL_FILE).read_bytes() == server.journal.path.read_bytes()
     again = Server(tmp_path, [Site(f"site-{k}") for k in (1, 2, 3)])
     again.run()
