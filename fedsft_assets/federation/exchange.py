@@ -53,3 +53,7 @@ class Wire(StrEnum):
     FP32 = "fp32"
     BF16_DIFF = "bf16-diff"
     """Changes in bf16, added to weights in fp32; whoever has no weights yet gets all of them in fp32."""
+
+
+# Names the folder of the datasets and base models that jobs may use at a site, and of the base models at the server.
+SITE_HOME = "FEDSFT_SITE_HOME"

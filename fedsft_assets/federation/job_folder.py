@@ -6,6 +6,7 @@ on its path; the server finds the little that it runs inside the job folder, so 
 """
 
 import json
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,6 @@ SPEC_FILE = "job.json"
 _MANIFEST = "manifest.json"  # the SHA-256 of every other file
 _PLAN = "config/plan.json"
 _SECONDS_BETWEEN_REQUESTS = 0.5  # a site asks for its next task so often; NVFlare's 2 s are felt in every round
-_TRAINER = ["python3", "-u", "-m", "fedsft_assets.federation.client", "--plan", _PLAN]
 
 
 class JobFolderError(ValueError):
@@ -111,10 +111,9 @@ def _site_plan(spec: JobSpec, site: str, preset: ModelPreset, store: Store) -> S
 
 
 def _export(spec: JobSpec, base_model: Path | None, root: Path) -> None:
-    from nvflare.app_common.executors.client_api_executor import ClientAPIExecutor
-    from nvflare.client.config import ExchangeFormat
     from nvflare.job_config.api import FedJob
 
+    from fedsft_assets.federation.installed_trainer import InstalledTrainer
     from fedsft_assets.federation.server import FederatedSFT
 
     min_sites = spec.min_sites or len(spec.sites)
@@ -131,14 +130,10 @@ def _export(spec: JobSpec, base_model: Path | None, root: Path) -> None:
     job.to_server(server)
     job.to_server({"server": {"task_request_interval": _SECONDS_BETWEEN_REQUESTS}})
     for site in spec.sites:
-        trainer = ClientAPIExecutor(
-            execution_mode="external_process",
-            command=_TRAINER,
-            params_exchange_format=ExchangeFormat.PYTORCH,
-            server_expected_format=ExchangeFormat.PYTORCH,
-        )
-        job.to(trainer, site, tasks=["*"])
+        job.to(InstalledTrainer(), site, tasks=["*"])
     job.export_job(str(root))
+    for site in spec.sites:  # a site runs what is installed there, and may refuse jobs that bring code
+        shutil.rmtree(root / spec.name / f"app_{site}" / "custom")
 
 
 def _files(folder: Path) -> list[str]:

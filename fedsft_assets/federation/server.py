@@ -45,6 +45,7 @@ from fedsft_assets.federation.exchange import (
     POINTS_KEY,
     PROGRESS_RECORD,
     SAMPLES_KEY,
+    SITE_HOME,
     STATE_ROOT,
     TRAIN_TASK,
     VALIDATE_TASK,
@@ -216,7 +217,7 @@ class FederatedSFT(ModelController):
         if self.state.progress.finished:
             self._weights = self.state.weights()
         elif self.base_model:
-            self._weights = read_nemo_weights(Path(self.base_model))
+            self._weights = read_nemo_weights(own_base_model(Path(self.base_model), os.environ))
         if self.algorithm["name"] == "scaffold":
             self._control = self.state.algorithm()
 
@@ -404,6 +405,21 @@ class FederatedSFT(ModelController):
 
 class _AbortedError(Exception):
     """Whoever runs the job ended it."""
+
+
+def own_base_model(archive: Path, environment: Mapping[str, str]) -> Path:
+    """The archive where this server has it: of the same name under `FEDSFT_SITE_HOME`, if that is set.
+
+    Raises FileNotFoundError that says where to put it.
+    """
+    home = environment.get(SITE_HOME)
+    path = Path(home) / "base_models" / archive.name if home else archive
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"server: {path} is missing; copy the study's base model there, or set {SITE_HOME} at the server to the"
+            " folder that has base_models/"
+        )
+    return path
 
 
 def read_nemo_weights(archive: Path) -> dict[str, torch.Tensor]:

@@ -13,10 +13,10 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from fedsft_assets.federation.exchange import SITE_HOME
 from fedsft_assets.specs import DatasetSpec, SitePlan, SpecError, SplitSettings
 from fedsft_assets.store import SPLITS, file_digest, publish_file, split_file
 
-SITE_HOME = "FEDSFT_SITE_HOME"
 _DATASETS, _BASE_MODELS = "datasets", "base_models"
 _TRAINER = "fedsft_assets.federation.installed_trainer.InstalledTrainer"
 _LOG_STREAMER = "nvflare.app_common.logging.job_log_streamer.JobLogStreamer"  # NVFlare adds it to every job

@@ -28,6 +28,9 @@ def _report(job: str, kind: str, val_loss: list[float], best_round: int, test_lo
         checkpoint_digest=job,
         base_model_digest="b" * 64,
         validation_digest="v" * 64,
+        runtime="simulator",
+        job_id="simulate_job",
+        missed={},
     )
 
 

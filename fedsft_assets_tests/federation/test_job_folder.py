@@ -2,7 +2,6 @@
 
 import io
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -267,7 +266,8 @@ def test_site_runs_the_package_that_is_installed_there(store: Store, build: Buil
     build("alpaca")
     folder = store.job_folder("alpaca") / "app_site-1"
     config = (folder / "config" / "config_fed_client.json").read_text()
-    assert re.search(r'"python3",\s*"-u",\s*"-m",\s*"fedsft_assets.federation.client",\s*"--plan"', config)
+    (executor,) = json.loads(config)["executors"]
+    assert executor["executor"] == {"path": "fedsft_assets.federation.installed_trainer.InstalledTrainer", "args": {}}
     assert str(PROJECT) not in config
     assert not (folder / "custom").exists()
 

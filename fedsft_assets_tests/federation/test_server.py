@@ -52,7 +52,7 @@ from fedsft_assets.federation.journal import (
     from_line,
 )
 from fedsft_assets.federation.metrics import Point, points_to_data
-from fedsft_assets.federation.server import FederatedSFT, NotEnoughSitesError, read_nemo_weights
+from fedsft_assets.federation.server import FederatedSFT, NotEnoughSitesError, own_base_model, read_nemo_weights
 from fedsft_assets.specs import FedAvg, FedOpt
 
 Weights = dict[str, torch.Tensor]
@@ -219,6 +219,7 @@ def _base_model(monkeypatch: pytest.MonkeyPatch) -> None:
         "fedsft_assets.federation.server.read_nemo_weights",
         lambda path: _copy(BASE) if path == Path("base.nemo") else real(path),
     )
+    monkeypatch.setattr("fedsft_assets.federation.server.own_base_model", lambda path, _environment: path)
     monkeypatch.delenv(STATE_ROOT, raising=False)
 
 
@@ -927,3 +928,12 @@ def test_archive_cannot_run_code(archive: Archive, capsys: pytest.CaptureFixture
     with pytest.raises(Exception, match="Weights only load failed"):
         read_nemo_weights(archive({"a": _Harmful()}))
     assert capsys.readouterr().out == ""
+
+
+def test_base_model_of_a_server_with_a_folder_of_its_own_is_the_one_there(tmp_path: Path) -> None:
+    (tmp_path / "base_models").mkdir()
+    (tmp_path / "base_models" / "tiny.nemo").write_text("")
+    found = own_base_model(Path("/study/base_models/tiny.nemo"), {"FEDSFT_SITE_HOME": str(tmp_path)})
+    assert found == tmp_path / "base_models" / "tiny.nemo"
+    with pytest.raises(FileNotFoundError, match=r"server: /study/tiny\.nemo is missing; copy the study's base model"):
+        own_base_model(Path("/study/tiny.nemo"), {})
