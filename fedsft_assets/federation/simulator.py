@@ -9,7 +9,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -34,7 +33,6 @@ class Simulator:
         self._process: subprocess.Popen[bytes] | None = None
         self._journal = Tail(folder / JOURNAL_FILE)
         self._sites: list[str] = []
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
 
     def prepare(self, sites: list[str]) -> None:
         self._sites = sites
@@ -45,14 +43,10 @@ class Simulator:
         states = self._folder / "states"
         self._journal = Tail(states / execution / JOURNAL_FILE)
         shutil.rmtree(self._workspace, ignore_errors=True)
-        self.close()
-        # Processes that are ended leave theirs behind. Not in the workspace: sockets' names must be short.
-        self._temporary = tempfile.TemporaryDirectory(prefix="fedsft-", ignore_cleanup_errors=True)
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": str(self._threads),
             JOB_STARTED: str(time.time()),
-            "TMPDIR": self._temporary.name,
             STATE_ROOT: str(states),
             SITE_STATE_ROOT: str(self._folder / "site_states"),
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
@@ -86,8 +80,7 @@ class Simulator:
             os.link(self._workspace / "server" / job_id / name, into / name)
 
     def close(self) -> None:
-        if self._temporary:
-            self._temporary.cleanup()
+        pass
 
     @property
     def _workspace(self) -> Path:

@@ -24,7 +24,6 @@ from fedsft_assets.federation.exchange import BEST_MODEL, EXECUTION_KEY
 from fedsft_assets.federation.job_folder import read_plans, read_spec
 from fedsft_assets.federation.journal import (
     Entry,
-    Finished,
     Journal,
     Missed,
     Progress,
@@ -84,11 +83,10 @@ class Supervision:
         self.points: dict[tuple[object, ...], Point] = {}
         self.missed: list[Missed] = []
         self._stopped: Stopped | None = None
-        self._finished = False
         self.starts = 0  # of the server part
         for line in self._told:
             deque(self._take(from_line(line)), maxlen=0)
-        self._stopped, self._finished = None, False
+        self._stopped = None
 
     def run(self) -> Iterator[Event]:
         """Everything up to the fetched result. Raises JobFailedError or _OrphanedError."""
@@ -170,9 +168,6 @@ class Supervision:
                 heard = time.monotonic()
             if state.ended:
                 return state
-            if self._finished and not self._runtime.outlives:
-                self._runtime.abort(job_id)  # what is left is NVFlare's farewell, which takes seconds
-                return JobState(ended=True, succeeded=True, said="finished")
             silent = time.monotonic() - heard
             if silent > max(_LONGEST_SILENCE, 2 * self.spec.site_timeout):
                 raise JobFailedError(
@@ -196,9 +191,7 @@ class Supervision:
             case Started(finished):
                 self.starts += 1
                 self.missed = [one for one in self.missed if one.round <= finished]
-                self._stopped, self._finished = None, False
-            case Finished():
-                self._finished = True
+                self._stopped = None
             case Stopped():
                 self._stopped = entry
 
