@@ -16,9 +16,8 @@ from fedsft_assets.federation.processes import marked_processes
 from fedsft_assets.federation.report import JobReport
 from fedsft_assets.specs import JobSpec
 from fedsft_assets.store import Store, split_file
+from fedsft_assets_tests.prepared import TINY
 from fedsft_assets_tests.shipped import DATASETS
-
-from .conftest import TINY
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nvflare")]
 

@@ -20,8 +20,7 @@ from fedsft_assets.federation.launch import JobError, run_job
 from fedsft_assets.federation.processes import marked_processes
 from fedsft_assets.store import Store, split_file
 from fedsft_assets.tracking import Tracking
-
-from .conftest import TINY
+from fedsft_assets_tests.prepared import TINY
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nvflare")]
 

@@ -13,8 +13,7 @@ from fedsft_assets.federation.processes import marked_processes
 from fedsft_assets.federation.report import MODEL_FILE, JobReport
 from fedsft_assets.store import Store, split_file
 from fedsft_assets.tracking import CHAMPION, Tracking
-
-from .conftest import TINY
+from fedsft_assets_tests.prepared import TINY
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nvflare")]
 

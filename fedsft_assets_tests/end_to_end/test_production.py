@@ -21,10 +21,9 @@ from fedsft_assets.federation.site_files import SITE_HOME
 from fedsft_assets.specs import COMBINED
 from fedsft_assets.store import SPLITS, Store, split_file
 from fedsft_assets_tests.environments import environment_of, installing
+from fedsft_assets_tests.prepared import TINY
 from fedsft_assets_tests.provisioned import SERVER, SITES, Federation, provision, running
 from fedsft_assets_tests.shipped import DATASETS
-
-from .conftest import TINY
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nvflare")]
 
