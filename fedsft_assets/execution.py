@@ -17,7 +17,7 @@ from fedsft_assets.federation.metrics import Point
 from fedsft_assets.federation.record import Workspace
 from fedsft_assets.federation.report import REPORT_FILE, JobReport
 from fedsft_assets.specs import JobSpec, ModelPreset, SitePlan
-from fedsft_assets.store import Store, folder_digest, split_file
+from fedsft_assets.store import Store, split_file
 from fedsft_assets.tracking import Registered, TrackedJob, Tracking
 
 CHART_FILE = "val_loss.png"
@@ -53,11 +53,11 @@ def execute_job(
     folder, into = store.job_folder(job), store.checkpoint(job)
     spec, plans = read_spec(folder), read_plans(folder)
     data = SplitReport.read(store.combined).digest
-    versions = {"data_version.job_folder": folder_digest(folder), "data_version.combined": data}
     params = {"model": preset.name, **_params(spec, plans[0], runtime)}
     workspace = Workspace(store.flare(job))
     earlier = journal_points(workspace.journal)
     execution = begin_execution(folder, workspace.folder, runtime)
+    versions = {"data_version.job_folder": execution.subject["job_folder"], "data_version.combined": data}
     with TrackedJob(
         tracking,
         store,
@@ -80,6 +80,7 @@ def execute_job(
             runtime=runtime,
             threads=threads_per_trainer,
             environment=environment,
+            execution=execution,
         ):
             match event:
                 case Progress(text):

@@ -33,6 +33,9 @@ EXECUTION_KEY = "fedsft_execution"
 STATE_ROOT = "FEDSFT_SERVER_STATE"
 SITE_STATE_ROOT = "FEDSFT_SITE_STATE"  # the same at a site
 
+# Names the folder of the datasets and base models that jobs may use at a site, and of the base models at the server.
+SITE_HOME = "FEDSFT_SITE_HOME"
+
 # What the server part of a finished job leaves in its folder, beside the journal.
 LAST_MODEL = "last_global_model.pt"
 BEST_MODEL = "best_global_model.pt"
@@ -53,7 +56,3 @@ class Wire(StrEnum):
     FP32 = "fp32"
     BF16_DIFF = "bf16-diff"
     """Changes in bf16, added to weights in fp32; whoever has no weights yet gets all of them in fp32."""
-
-
-# Names the folder of the datasets and base models that jobs may use at a site, and of the base models at the server.
-SITE_HOME = "FEDSFT_SITE_HOME"

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from fedsft_assets.federation.exchange import JOURNAL_COMMAND
 from fedsft_assets.federation.journal import JOURNAL_FILE
 from fedsft_assets.federation.runtime import JobState, UnavailableError
+from fedsft_assets.federation.tail import Tail
 
 COMPLETED = "FINISHED:COMPLETED"
 _ENDED = "FINISHED"
@@ -246,15 +247,12 @@ class FlareJobs:
 
     def _lines_of_result(self, job_id: str) -> list[str]:
         result = self._result(job_id)
-        journal = result / JOURNAL_FILE if result else None
-        if journal is None or not journal.is_file():
+        if result is None:
             return []
-        with journal.open("rb") as file:
-            file.seek(self._offsets.get(job_id, 0))
-            text = file.read()
-        whole = text[: text.rfind(b"\n") + 1]
-        self._offsets[job_id] = self._offsets.get(job_id, 0) + len(whole)
-        return whole.decode("utf-8").splitlines()
+        journal = Tail(result / JOURNAL_FILE, self._offsets.get(job_id, 0))
+        lines = journal.new_lines()
+        self._offsets[job_id] = journal.offset
+        return lines
 
     def _result(self, job_id: str) -> Path | None:
         """The folder with the files of the job's server part, downloaded once; None if there is none."""

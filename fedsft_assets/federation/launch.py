@@ -54,14 +54,17 @@ def run_job(
     runtime: str = "simulator",
     threads: int = 0,
     environment: dict[str, str] | None = None,
+    execution: Execution | None = None,
 ) -> Iterator[Event]:
     """Run a job to its end, yielding what happens; the last event is the JobReport.
 
-    An execution that did not come to its end goes on after its last finished round; `Workspace.end` is for the
-    caller, when nothing is left to do. The checkpoint and its report are in `into`. Closing the iterator, or any
-    exception in the caller, stops the job. Raises JobError if the job fails, after all its processes have ended.
+    `execution` is what `begin_execution` gave, if the caller has begun one. An execution that did not come to its end
+    goes on after its last finished round; `Workspace.end` is for the caller, when nothing is left to do. The
+    checkpoint and its report are in `into`. Closing the iterator, or any exception in the caller, stops the job.
+    Raises JobError if the job fails, after all its processes have ended.
     """
-    begin_execution(job_folder, workspace, runtime)
+    if execution is None:
+        begin_execution(job_folder, workspace, runtime)
     mark = execution_mark(str(workspace))
     command = [
         *(sys.executable, "-m", "fedsft_assets.federation.supervisor"),

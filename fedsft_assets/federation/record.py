@@ -5,7 +5,6 @@ then every attempt to run the job takes it up again.
 """
 
 import json
-import os
 import shutil
 import uuid
 from dataclasses import asdict, dataclass, replace
@@ -76,10 +75,8 @@ class Workspace:
         return self.save(Execution(uuid.uuid4().hex, subject))
 
     def save(self, execution: Execution) -> Execution:
-        with publish_file(self.folder / _FILE) as path, path.open("w", encoding="utf-8") as file:
-            json.dump(asdict(execution), file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
+        with publish_file(self.folder / _FILE) as path:
+            path.write_text(json.dumps(asdict(execution), indent=2), encoding="utf-8")
         return execution
 
     def end(self) -> None:

@@ -36,7 +36,6 @@ from fedsft_assets.federation.averaging import TokenWeightedAverage, rounded
 from fedsft_assets.federation.exchange import (
     BEST_MODEL,
     CONTROL,
-    EXECUTION_KEY,
     FAILURE_KEY,
     FIRST_KEY,
     JOURNAL_COMMAND,
@@ -54,13 +53,12 @@ from fedsft_assets.federation.exchange import (
     Kind,
     Wire,
 )
+from fedsft_assets.federation.execution_folder import execution_folder
 from fedsft_assets.federation.journal import JOURNAL_FILE, Finished, Journal, Progress, RoundDone, Started, Stopped
 from fedsft_assets.federation.metrics import Point, points_from_data
 from fedsft_assets.federation.server_optimizer import ServerOptimizer
 from fedsft_assets.federation.server_state import ServerState
 from fedsft_assets.federation.watch import SiteWatch
-
-_SECONDS_TO_KEEP_STATE = 30 * 24 * 3600.0
 
 
 class NotEnoughSitesError(RuntimeError):
@@ -365,15 +363,9 @@ class FederatedSFT(ModelController):
     # Where things are.
 
     def _state_folder(self) -> Path:
-        """One for each execution; those that nobody came back to for a month are removed."""
-        workspace = self.engine.get_workspace()
-        meta = json.loads(Path(workspace.get_job_meta_path(self.fl_ctx.get_job_id())).read_text(encoding="utf-8"))
+        workspace, job_id = self.engine.get_workspace(), self.fl_ctx.get_job_id()
         root = Path(os.environ.get(STATE_ROOT) or Path(workspace.get_root_dir()) / "fedsft")
-        own = root / str(meta.get(EXECUTION_KEY) or self.fl_ctx.get_job_id())
-        for other in root.glob("*"):
-            if other != own and time.time() - other.stat().st_mtime > _SECONDS_TO_KEEP_STATE:
-                shutil.rmtree(other, ignore_errors=True)
-        return own
+        return execution_folder(Path(workspace.get_job_meta_path(job_id)), root, job_id)
 
     def _hand_over(self, complete: bool) -> None:
         """Leave in the job's own folder what is to be fetched, and end the state of a job that is done."""

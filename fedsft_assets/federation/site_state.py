@@ -3,18 +3,14 @@
 A trainer that is started again for the same execution of a job goes on with it.
 """
 
-import json
 import os
-import shutil
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fedsft_assets.federation.exchange import EXECUTION_KEY, SITE_STATE_ROOT
-
-_SECONDS_TO_KEEP = 30 * 24 * 3600.0
+from fedsft_assets.federation.exchange import SITE_STATE_ROOT
+from fedsft_assets.federation.execution_folder import execution_folder
 
 
 class SiteState:
@@ -45,9 +41,6 @@ class SiteState:
         kept: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
         return kept
 
-    def remove(self) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
-
     def _path(self, finished_rounds: int) -> Path:
         return self._folder / f"{self._rank}-{finished_rounds:06d}.pt"
 
@@ -55,13 +48,7 @@ class SiteState:
 def site_state_folder(run_dir: Path, site: str) -> Path:
     """Where a site keeps its state of the execution that the job in `run_dir` belongs to.
 
-    Under FEDSFT_SITE_STATE, else beside the jobs in the site's workspace. States of which nothing was heard for a
-    month are removed.
+    Under FEDSFT_SITE_STATE, else beside the jobs in the site's workspace.
     """
-    meta = json.loads((run_dir / "meta.json").read_text(encoding="utf-8"))
     root = Path(os.environ.get(SITE_STATE_ROOT) or run_dir.parent / "fedsft")
-    own = root / str(meta.get(EXECUTION_KEY) or run_dir.name) / site
-    for other in root.glob("*"):
-        if other != own.parent and time.time() - other.stat().st_mtime > _SECONDS_TO_KEEP:
-            shutil.rmtree(other, ignore_errors=True)
-    return own
+    return execution_folder(run_dir / "meta.json", root, run_dir.name) / site

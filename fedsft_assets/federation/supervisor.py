@@ -83,6 +83,7 @@ class Supervision:
         self.points: dict[tuple[object, ...], Point] = {}
         self.missed: list[Missed] = []
         self._stopped: Stopped | None = None
+        self._rounds = execution.rounds
         self.starts = 0  # of the server part
         for line in self._told:
             deque(self._take(from_line(line)), maxlen=0)
@@ -99,9 +100,8 @@ class Supervision:
                 state = yield from self._followed(job_id)
                 if state.succeeded and not self._stopped:
                     break
-                failure = self._failure(job_id, state)
                 if self._stopped or not restarts_left:
-                    raise failure
+                    raise self._failure(job_id, state)
                 yield Progress(f"the server of the job died ({state.said}); it is started again")
                 self._runtime.abort(job_id)
             self._fetch(job_id)
@@ -164,6 +164,8 @@ class Supervision:
             self._journal.add(entries)
             for entry in entries:
                 yield from self._take(entry)
+            if self._rounds != self._execution.rounds:
+                self._save(rounds=self._rounds)
             if lines:
                 heard = time.monotonic()
             if state.ended:
@@ -187,7 +189,7 @@ class Supervision:
                 self.missed.append(entry)
                 yield entry
             case RoundDone(round):
-                self._save(rounds=round)
+                self._rounds = round
             case Started(finished):
                 self.starts += 1
                 self.missed = [one for one in self.missed if one.round <= finished]

@@ -6,19 +6,19 @@ from pathlib import Path
 class Tail:
     """Hands out each whole line of a file once; the file may not be there yet."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._offset = 0
+    def __init__(self, path: Path, offset: int = 0) -> None:
+        """`offset` is the byte to begin at; it grows with what is handed out."""
+        self.path, self.offset = path, offset
 
     def new_lines(self) -> list[str]:
         """Lines since the last call, without their ends; an unfinished last line is left for the next call."""
         if not self.path.exists():
             return []
         with self.path.open("rb") as file:
-            file.seek(self._offset)
+            file.seek(self.offset)
             content = file.read()
         whole = content[: content.rfind(b"\n") + 1]
-        self._offset += len(whole)
+        self.offset += len(whole)
         return whole.decode(errors="replace").splitlines()
 
     def end(self, lines: int) -> str:
