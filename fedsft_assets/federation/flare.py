@@ -96,10 +96,21 @@ class FlareJobs:
         server = self._ask(lambda session: session.report_version("server"))["server"]["version"]
         _check_versions({"server": server, **answering})
 
-    def submit(self, job_folder: Path) -> str:
-        """A lost answer is asked for again with the same token: the server never takes the job twice."""
-        token = uuid.uuid4().hex
-        job_id = self._ask(lambda session: session.submit_job(str(job_folder), submit_token=token))
+    def submit(self, job_folder: Path, token: str | None = None) -> str:
+        """A token stands for one job, whichever way it was handed in first; without a token, it is a new job.
+
+        The server keeps tokens on its disk, apart for each study and user, over its own restarts and the end of
+        their jobs. Of a job that was removed since, `poll` says that it is unknown.
+        """
+        from nvflare.fuel.flare_api.api_spec import SubmitTokenConflict, SubmitTokenJobDeleted
+
+        token = token or uuid.uuid4().hex
+        try:
+            job_id = self._ask(lambda session: session.submit_job(str(job_folder), submit_token=token))
+        except SubmitTokenJobDeleted as error:
+            job_id = error.job_id
+        except SubmitTokenConflict as error:  # other bytes, as another version of this package may write them
+            job_id = error.existing_job_id
         return str(job_id)
 
     def poll(self, job_id: str) -> JobState:
@@ -279,7 +290,10 @@ class FlareJobs:
         """
         from nvflare.fuel.flare_api import api_spec
 
-        about_the_job = (api_spec.JobNotFound, api_spec.JobNotRunning, api_spec.JobNotDone)
+        about_the_job = (
+            *(api_spec.JobNotFound, api_spec.JobNotRunning, api_spec.JobNotDone),
+            *(api_spec.SubmitTokenConflict, api_spec.SubmitTokenJobDeleted),
+        )
         refused = (api_spec.AuthenticationError, api_spec.AuthorizationError, api_spec.InvalidJobDefinition)
         patience = seconds or self.timeouts.reconnect
         waited_until = time.monotonic() + patience

@@ -17,17 +17,25 @@ _FILE = "execution.json"
 
 @dataclass(frozen=True)
 class Execution:
-    """`subject` says what is executed; `job_id` is the FLARE job that was submitted last, `rounds` are finished.
+    """`subject` says what is executed, `rounds` are finished, `seconds` went into it in all attempts so far.
 
-    `fetched` means that the job has ended well and its files are in the workspace, `ended` that nothing is left to do.
+    `submissions` have been begun, of which `job_id` is the last one's FLARE job, once that is known. `fetched` means
+    that the job has ended well and its files are in the workspace, `ended` that nothing is left to do.
     """
 
     id: str
     subject: dict[str, str]
+    submissions: int = 0
     job_id: str | None = None
     rounds: int = 0
+    seconds: float = 0.0
     fetched: bool = False
     ended: bool = False
+
+    @property
+    def token(self) -> str:
+        """By which a server knows the last submission, however often it is handed in."""
+        return f"{self.id}-{self.submissions}"
 
 
 class Workspace:

@@ -20,8 +20,9 @@ class JobReport:
     `val_loss[k]` belongs to the global model after k rounds, scored on the combined validation split, and
     `samples[k]` says how many records all sites had trained on by then; k = 0 is the base model.
     `best_round` is the k whose model became the checkpoint. `tokens` are answer tokens trained on.
-    `seconds` count from the start of the job to the finished checkpoint, `phases` say where they went: each
-    phase's at the site where it took longest (see `phases.PhaseClock`), and `save` for the checkpoint and its test.
+    `seconds` count from the start of the job to the finished checkpoint, over all attempts but without what lay
+    between them; `phases` say where they went: each phase's at the site where it took longest (see
+    `phases.PhaseClock`), and `save` for the checkpoint and its test.
     Digests are of content. `missed` are the sites that a round (1-based) went on without, `runtime` and `job_id`
     where it ran. `epsilon` is what each site spent of its privacy, where the job has a filter for that.
     """

@@ -31,8 +31,12 @@ class Runtime(Protocol):
     def prepare(self, sites: list[str]) -> None:
         """Make ready what the job needs: started, reached, and with these sites connected."""
 
-    def submit(self, job_folder: Path) -> str:
-        """Hand in the job; returns its FLARE job id, by which any process can ask for it from now on."""
+    def submit(self, job_folder: Path, token: str) -> str:
+        """Hand in the job; returns its FLARE job id, by which any process can ask for it from now on.
+
+        Where a job outlives its submitter, a token that was used before gives the job of that time, however it is
+        with it now: another process that does not know whether the job was taken hands it in again.
+        """
 
     def poll(self, job_id: str) -> JobState:
         """Whether the job has ended, and how. A job that the runtime does not know has ended without success."""

@@ -38,7 +38,7 @@ class Simulator:
         self._sites = sites
         self._folder.mkdir(parents=True, exist_ok=True)
 
-    def submit(self, job_folder: Path) -> str:
+    def submit(self, job_folder: Path, token: str) -> str:  # noqa: ARG002 nobody but this process knows the job
         execution = json.loads((job_folder / "meta.json").read_text(encoding="utf-8"))[EXECUTION_KEY]
         states = self._folder / "states"
         self._journal = Tail(states / execution / JOURNAL_FILE)

@@ -45,6 +45,7 @@ from fedsft_assets.specs import JobSpec, SitePlan, SpecError
 from fedsft_assets.store import publish_folder
 
 _POLL_SECONDS = 0.3
+_SAVE_SECONDS = 5.0  # so much of the time that an attempt took is forgotten at most when it is killed
 _TAIL_LINES, _LINES_TO_SEARCH = 40, 5000
 _RESTARTS = 2  # of a server that died without a word; NVFlare's does when it loses a site while a result arrives
 _LONGEST_SILENCE = 900.0  # seconds; with a long site_timeout, twice that: the server must have spoken by then
@@ -71,6 +72,7 @@ class Supervision:
         assert execution, "run_job begins an execution before it starts a supervisor"
         self.spec, self.plans = read_spec(job_folder), read_plans(job_folder)
         self._job_folder, self._workspace, self._execution = job_folder, workspace, execution
+        self._begun, self._seconds_before = time.monotonic(), execution.seconds
         self._runtime_name = runtime_name
         self._journal = Journal(workspace.journal)  # this side's copy; earlier attempts have told what is in it
         self._told = self._lines_told()
@@ -126,20 +128,31 @@ class Supervision:
     def job_id(self) -> str:
         return self._execution.job_id or ""
 
+    @property
+    def seconds(self) -> float:
+        """That went into the execution up to now, in this attempt and all before."""
+        return self._seconds_before + time.monotonic() - self._begun
+
     def _attach_or_submit(self) -> Generator[Event, None, str]:
         self._runtime.prepare(list(self.spec.sites))
-        job_id = self._execution.job_id
-        if job_id and self._runtime.outlives:
+        if self._execution.submissions and self._runtime.outlives:
+            job_id = self._execution.job_id or self._submit()  # an earlier attempt was killed before it knew the id
             state = self._runtime.poll(job_id)
             if not state.ended or state.succeeded:
                 yield Progress(f"takes over FLARE job {job_id}")
                 return job_id
         if self._execution.rounds:
             yield Progress(f"goes on after round {self._execution.rounds} of {self.spec.rounds}")
-        job_id = self._runtime.submit(self._submission())
+        self._save(submissions=self._execution.submissions + 1, job_id=None)
+        job_id = self._submit()
+        yield Progress(f"FLARE job {job_id} in the {self._runtime_name}")
+        return job_id
+
+    def _submit(self) -> str:
+        """Hand in the last submission, for the first time or once more."""
+        job_id = self._runtime.submit(self._submission(), self._execution.token)
         self._told = self._lines_told()  # its server's journal begins with what the one before it has written
         self._save(job_id=job_id)
-        yield Progress(f"FLARE job {job_id} in the {self._runtime_name}")
         return job_id
 
     def _submission(self) -> Path:
@@ -164,7 +177,7 @@ class Supervision:
             self._journal.add(entries)
             for entry in entries:
                 yield from self._take(entry)
-            if self._rounds != self._execution.rounds:
+            if self._rounds != self._execution.rounds or self.seconds - self._execution.seconds > _SAVE_SECONDS:
                 self._save(rounds=self._rounds)
             if lines:
                 heard = time.monotonic()
@@ -215,7 +228,8 @@ class Supervision:
         return []
 
     def _save(self, **changes: object) -> None:
-        self._execution = self._workspace.save(replace(self._execution, **changes))  # type: ignore[arg-type]
+        execution = replace(self._execution, seconds=self.seconds, **changes)  # type: ignore[arg-type]
+        self._execution = self._workspace.save(execution)
 
     def _failure(self, job_id: str, state: JobState) -> JobFailedError:
         """What the user must see."""
@@ -254,14 +268,13 @@ def supervise(
     job_folder: Path, workspace: Workspace, testing_file: Path, into: Path, runtime: str, threads: int
 ) -> Iterator[Event]:
     """Bring the job to its end and write its checkpoint and report into the folder `into`. Raises JobFailedError."""
-    begun = time.monotonic()
     supervision = Supervision(job_folder, workspace, runtime, threads)
     yield from supervision.run()
     yield Progress("writing the checkpoint and scoring it on the combined testing split")
-    yield _finish(supervision, workspace.result / BEST_MODEL, testing_file, into, begun, runtime)
+    yield _finish(supervision, workspace.result / BEST_MODEL, testing_file, into, runtime)
 
 
-def _finish(done: Supervision, weights: Path, testing_file: Path, into: Path, begun: float, runtime: str) -> JobReport:
+def _finish(done: Supervision, weights: Path, testing_file: Path, into: Path, runtime: str) -> JobReport:
     saving = time.monotonic()
     import torch
 
@@ -295,7 +308,7 @@ def _finish(done: Supervision, weights: Path, testing_file: Path, into: Path, be
             val_loss=curve.val_loss,
             test_loss=test.loss,
             perplexity=test.perplexity,
-            seconds=time.monotonic() - begun,
+            seconds=done.seconds,
             phases={**phases, "save": round_to_ms(time.monotonic() - saving)},
             checkpoint_digest=content_digest(folder / MODEL_FILE),
             base_model_digest=content_digest(plan.base_model),

@@ -124,11 +124,21 @@ def test_job_that_the_server_does_not_know_has_ended_without_success(jobs: Flare
         jobs.fetch(job_id, tmp_path / "files")
 
 
-def test_job_that_is_asked_for_twice_with_one_token_is_taken_once(jobs: FlareJobs, tmp_path: Path) -> None:
+def test_token_stands_for_one_job_whoever_hands_it_in_and_whatever_became_of_it(
+    jobs: FlareJobs, connect: Callable[..., FlareJobs], tmp_path: Path
+) -> None:
     folder = write_job(tmp_path / "once", SITES, LINES[:1])
-    first, second = (jobs._ask(lambda s: s.submit_job(str(folder), submit_token="a-token")) for _ in range(2))
-    assert first == second
+    first = jobs.submit(folder, "a-token")
+    assert connect().submit(folder, "a-token") == first  # another process, while it runs
+    assert jobs.submit(folder, "another-token") != first
     _ended(jobs, first)
+    assert connect().submit(folder, "a-token") == first
+    meta = folder / "meta.json"
+    meta.write_text(json.dumps({**json.loads(meta.read_text()), "comment": "as another version writes it"}))
+    assert jobs.submit(folder, "a-token") == first
+    jobs._ask(lambda session: session.delete_job(first))
+    assert jobs.submit(folder, "a-token") == first
+    assert jobs.poll(first) == JobState(ended=True, succeeded=False, said="UNKNOWN")
 
 
 def test_sites_that_are_not_connected_are_named(connect: Callable[..., FlareJobs]) -> None:

@@ -24,8 +24,9 @@ def test_new_workspace_has_no_execution(workspace: Workspace) -> None:
 
 def test_execution_is_taken_up_again_with_all_that_is_known_of_it(workspace: Workspace) -> None:
     begun = workspace.take_up(SUBJECT)
-    assert (begun.job_id, begun.rounds, begun.fetched, begun.ended) == (None, 0, False, False)
-    known = workspace.save(replace(begun, job_id="7", rounds=3, fetched=True))
+    assert (begun.submissions, begun.job_id, begun.rounds, begun.seconds) == (0, None, 0, 0.0)
+    assert (begun.fetched, begun.ended) == (False, False)
+    known = workspace.save(replace(begun, submissions=2, job_id="7", rounds=3, seconds=4.5, fetched=True))
     workspace.journal.write_text("")
     assert Workspace(workspace.folder).take_up(dict(SUBJECT)) == known
     assert workspace.journal.exists()
@@ -62,6 +63,12 @@ def test_record_of_another_version_is_nothing_to_go_on_with(workspace: Workspace
 
 def test_every_execution_has_an_id_of_its_own(tmp_path: Path) -> None:
     assert len({Workspace(tmp_path / str(k)).take_up(SUBJECT).id for k in range(20)}) == 20
+
+
+def test_every_submission_of_every_execution_has_a_token_of_its_own(tmp_path: Path) -> None:
+    begun = [Workspace(tmp_path / str(k)).take_up(SUBJECT) for k in range(3)]
+    assert len({replace(one, submissions=k).token for one in begun for k in (1, 2, 3)}) == 9
+    assert begun[0].token == replace(begun[0], job_id="7", rounds=3).token
 
 
 def test_record_is_json_that_says_what_is_executed(workspace: Workspace) -> None:

@@ -45,6 +45,7 @@ class Jobs:
         self.logs: dict[str, str] = {}
         self.done: list[str] = []
         self.submissions: list[Path] = []
+        self.taken: dict[str, str] = {}  # the job of each token
         self.unavailable_at = ""
         self._state, self._lines = RUNNING, list[str]()
         self._handed_out = 0
@@ -62,11 +63,12 @@ class Jobs:
     def prepare(self, sites: list[str]) -> None:
         self._do(f"prepare {' '.join(sites)}")
 
-    def submit(self, job_folder: Path) -> str:
-        self._do("submit")
+    def submit(self, job_folder: Path, token: str) -> str:
+        job_id = self.taken.setdefault(token, f"job-{len(self.taken) + 1}")
         self.submissions.append(job_folder)
         self._handed_out = 0  # the journal is that of the execution, whichever job writes it
-        return f"job-{len(self.submissions)}"
+        self._do("submit")  # the job is taken, whatever becomes of the answer
+        return job_id
 
     def poll(self, job_id: str) -> JobState:
         self._do(f"poll {job_id}")
@@ -195,6 +197,41 @@ def test_job_id_is_kept_as_soon_as_the_job_is_submitted(attempt: Attempt, jobs: 
     assert jobs.done[-1] == "close"
 
 
+def test_job_whose_id_never_arrived_is_taken_over_and_not_submitted_twice(
+    attempt: Attempt, jobs: Jobs, workspace: Workspace
+) -> None:
+    jobs.unavailable_at = "submit"
+    assert _failure(attempt()).lost
+    execution = workspace.execution()
+    assert execution is not None
+    assert (execution.submissions, execution.job_id) == (1, None)
+    jobs.unavailable_at = ""
+    jobs.steps = [(RUNNING, [Started(0), VAL]), (DONE, [LATER])]
+    assert _events(attempt()) == ([Progress("takes over FLARE job job-1"), VAL, LATER], None)
+    assert list(jobs.taken.values()) == ["job-1"]
+
+
+def test_job_whose_id_never_arrived_and_that_died_is_submitted_again(
+    attempt: Attempt, jobs: Jobs, workspace: Workspace
+) -> None:
+    jobs.unavailable_at = "submit"
+    _failure(attempt())
+    jobs.unavailable_at = ""
+    jobs.steps = [(FAILED, []), (DONE, [Started(0), VAL])]
+    assert _events(attempt()) == ([Progress("FLARE job job-2 in the poc"), VAL], None)
+    execution = workspace.execution()
+    assert execution is not None
+    assert (execution.submissions, execution.job_id) == (2, "job-2")
+    assert jobs.taken == {f"{execution.id}-1": "job-1", f"{execution.id}-2": "job-2"}
+
+
+def test_job_that_dies_with_its_supervisor_is_not_asked_for(attempt: Attempt, jobs: Jobs) -> None:
+    jobs.outlives, jobs.unavailable_at = False, "submit"
+    _failure(attempt())
+    jobs.unavailable_at, jobs.steps = "", [(DONE, [Started(0)])]
+    assert _events(attempt()) == ([Progress("FLARE job job-2 in the poc")], None)
+
+
 def test_running_job_of_an_earlier_attempt_is_taken_over_and_nothing_is_told_twice(
     attempt: Attempt, jobs: Jobs
 ) -> None:
@@ -224,7 +261,7 @@ def _until(events: object, count: int) -> Generator[Event]:
 def test_job_that_ended_well_meanwhile_is_fetched(attempt: Attempt, jobs: Jobs, workspace: Workspace) -> None:
     execution = workspace.execution()
     assert execution is not None
-    workspace.save(replace(execution, job_id="job-9"))
+    workspace.save(replace(execution, submissions=1, job_id="job-9"))
     jobs.steps = [(DONE, [Started(0), VAL])]
     events, error = _events(attempt())
     assert (events, error) == ([Progress("takes over FLARE job job-9"), VAL], None)
@@ -238,7 +275,7 @@ def test_job_that_is_gone_is_submitted_again_and_goes_on(
     jobs.outlives = outlives
     execution = workspace.execution()
     assert execution is not None
-    workspace.save(replace(execution, job_id="job-9", rounds=2))
+    workspace.save(replace(execution, submissions=1, job_id="job-9", rounds=2))
     jobs.steps = [(FAILED, [])] if outlives else []
     jobs.steps += [(DONE, [Started(2), RoundDone(3), LATER])]
     events, error = _events(attempt())
@@ -256,6 +293,29 @@ def test_result_that_is_here_already_is_not_fetched_again(attempt: Attempt, jobs
     assert jobs.done == []
     assert list(again.points.values()) == [VAL, LATER]
     assert [one.round for one in again.missed] == [1]
+
+
+def test_seconds_are_those_of_all_attempts_also_of_one_that_was_killed(
+    attempt: Attempt, jobs: Jobs, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(supervisor.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(supervisor.time, "sleep", lambda _: now.__setitem__(0, now[0] + 2.0))
+    jobs.steps = [(RUNNING, [VAL]), *[(RUNNING, [])] * 4, (RUNNING, [LATER])]
+    events = attempt().run()
+    assert list(_until(events, 3))[-1] == LATER  # after 10 seconds; nobody asks it for anything any more
+    execution = workspace.execution()
+    assert execution is not None
+    assert 10.0 - supervisor._SAVE_SECONDS <= execution.seconds <= 10.0
+
+    now[0] = 5.0  # another machine, on another day
+    jobs.steps = [(RUNNING, []), (RUNNING, []), (DONE, [])]
+    again = attempt()
+    assert _events(again)[1] is None
+    assert again.seconds == execution.seconds + 2.0
+    ended = workspace.execution()
+    assert ended is not None
+    assert ended.seconds == again.seconds
 
 
 def test_point_that_comes_twice_is_told_once(attempt: Attempt, jobs: Jobs, workspace: Workspace) -> None:
