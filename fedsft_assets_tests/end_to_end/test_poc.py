@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,11 +14,14 @@ import pytest
 import torch
 
 from fedsft_assets.federation.exchange import BEST_MODEL, LAST_MODEL
-from fedsft_assets.federation.journal import JOURNAL_FILE
+from fedsft_assets.federation.journal import JOURNAL_FILE, Progress
+from fedsft_assets.federation.launch import begin_execution, run_job
 from fedsft_assets.federation.poc import Poc, PocSettings, PocSystem
-from fedsft_assets.federation.processes import marked_processes
+from fedsft_assets.federation.processes import MARK, marked_processes
+from fedsft_assets.federation.record import Workspace
+from fedsft_assets.federation.report import JobReport
 from fedsft_assets.settings import Settings
-from fedsft_assets.store import Store
+from fedsft_assets.store import Store, split_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nvflare")]
 
@@ -112,6 +116,52 @@ def test_job_that_is_aborted_while_it_trains_leaves_no_process(
         assert poc.poll(job_id).said == "FINISHED:ABORTED"
         assert poc.new_lines(job_id)
     assert len(marked_processes(system.mark)) == 1 + len(SITES)
+
+
+_SUPERVISOR_KILLED_BEFORE_IT_WRITES_THE_ID = """
+import os, signal
+from fedsft_assets.federation import supervisor
+from fedsft_assets.federation.record import Workspace
+save = Workspace.save
+def killed(workspace, execution):
+    if execution.job_id:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return save(workspace, execution)
+Workspace.save = killed
+supervisor.main()
+"""
+
+
+def test_job_whose_submitter_is_killed_before_it_knows_the_id_is_taken_over(
+    system: PocSystem, store: Store, build: Callable[..., str], tmp_path: Path
+) -> None:
+    job = build("alpaca", rounds=1, max_local_steps=2, max_evaluation_records=8)
+    folder, workspace, checkpoint = store.job_folder(job), Workspace(store.flare(job)), store.checkpoint(job)
+    testing_file = split_file(store.combined, "testing")
+    before = {path.name for path in (system.folder / "jobs").glob("*")}
+    execution = begin_execution(folder, workspace.folder, "poc")
+    options = {"job-folder": folder, "workspace": workspace.folder, "testing-file": testing_file, "into": checkpoint}
+    killed = subprocess.run(
+        [
+            *(sys.executable, "-c", _SUPERVISOR_KILLED_BEFORE_IT_WRITES_THE_ID, "--runtime", "poc"),
+            *(word for name, value in options.items() for word in (f"--{name}", str(value))),
+        ],
+        env={**os.environ, "FEDSFT_HOME": str(system.folder.parent), MARK: str(workspace.folder)},
+        stdout=subprocess.DEVNULL,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL
+    left = workspace.execution()
+    assert left is not None
+    assert (left.id, left.submissions, left.job_id) == (execution.id, 1, None)
+
+    home = {"FEDSFT_HOME": str(system.folder.parent)}
+    events = list(run_job(folder, workspace.folder, testing_file, checkpoint, "poc", environment=home))
+    report = events[-1]
+    assert isinstance(report, JobReport)
+    assert Progress(f"takes over FLARE job {report.job_id}") in events
+    assert {path.name for path in (system.folder / "jobs").glob("*")} - before == {report.job_id}
+    assert len(report.val_loss) == 2
 
 
 def test_commands_prepare_start_and_stop_the_poc_of_a_home(tmp_path: Path, empty_home: Path) -> None:
