@@ -133,7 +133,7 @@ supervisor.main()
 
 
 def test_job_whose_submitter_is_killed_before_it_knows_the_id_is_taken_over(
-    system: PocSystem, store: Store, build: Callable[..., str], tmp_path: Path
+    system: PocSystem, store: Store, build: Callable[..., str]
 ) -> None:
     job = build("alpaca", rounds=1, max_local_steps=2, max_evaluation_records=8)
     folder, workspace, checkpoint = store.job_folder(job), Workspace(store.flare(job)), store.checkpoint(job)
