@@ -71,7 +71,7 @@ def make_input(samples: Path, folder: Path, part: Part) -> None:
     from fedsft_assets.store import split_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    splits = _make_splits(samples, folder / "splits")
+    splits = make_splits(samples, folder / "splits")
     target = TrainingInput(folder, part, [], [], [])
     model = _make_model(part, target.archive)
     model.lm.save_pretrained(target.hugging_face)
@@ -94,7 +94,7 @@ def make_input(samples: Path, folder: Path, part: Part) -> None:
         _write_plan(part, target, splits)
 
 
-def _make_splits(samples: Path, folder: Path) -> dict[str, Path]:
+def make_splits(samples: Path, folder: Path) -> dict[str, Path]:
     from fedsft_assets.data.combine import combine
     from fedsft_assets.data.splits import split_dataset
     from fedsft_assets.specs import load_datasets

@@ -1,0 +1,155 @@
+"""Makes what all contenders of the overhead benchmark are given: records and their batches, and one base model twice.
+
+Our side gets a FEDSFT_HOME as the data assets leave it, tokens included; the others get the same records as tokens.
+"""
+
+import json
+import math
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.data import PROJECT
+from benchmarks.data_files import FOLDERS
+from benchmarks.overhead_input import HEADS, LAYERS, SEED, VOCABULARY, WIDTH, Input, Part, Rows, SiteInput
+from benchmarks.training_data import make_splits
+from fedsft_assets.data.records import Record, dump_records, read_records
+from fedsft_assets.federation.job_folder import build_job_folder
+from fedsft_assets.model.batches import Tokens
+from fedsft_assets.model.language_model import LanguageModel
+from fedsft_assets.model.optimizer import Schedule
+from fedsft_assets.model.prompt_template import DEFAULT_TEMPLATE, template
+from fedsft_assets.model.tokenizer import EOS
+from fedsft_assets.model.training import round_batches, split_tokens
+from fedsft_assets.specs import COMBINED, JobSpec, ModelPreset, SitePlan, SiteSpec
+from fedsft_assets.store import SPLITS, Store, split_file
+
+JOB = "fedavg"
+
+
+def make_input(samples: Path, given: Input, part: Part) -> None:
+    """Write the input with the three sites of the published study."""
+    spec = JobSpec.load(PROJECT / "jobs" / f"{JOB}.yaml", list(FOLDERS))
+    store = Store(given.home)
+    made = make_splits(samples, given.folder / "splits")
+    records = {name: read_records(split_file(folder, "training")) for name, folder in made.items()}
+    for name, folder in made.items():
+        store.splits(name).parent.mkdir(parents=True, exist_ok=True)
+        folder.rename(store.splits(name))
+    for site in spec.sites.values():  # whole batches alone, so that a step is as many records for each site
+        _write_records(store, site.dataset, whole_batches(records[site.dataset], part))
+    write_input(given, part, spec, records[COMBINED])
+
+
+def write_input(given: Input, part: Part, spec: JobSpec, texts: Sequence[Record]) -> None:
+    """Write what follows from the splits in the store: base model, job folder, tokens and batches."""
+    store = Store(given.home)
+    preset = ModelPreset(
+        name="overhead",
+        title="GPT-2 layout, 2 layers of width 128",
+        learning_rate=part.learning_rate,
+        batch_size=part.batch_size,
+        max_length=part.max_length,
+    )
+    model = _make_model(given, part, texts)
+    model.save(store.base_model(preset.name))
+    plans = build_job_folder(_job(spec, store, part), preset, store).plans
+    validation = _rows(_tokens(model, plans[0].validation_file, part)[: part.evaluation_records])
+    _tokens(model, split_file(store.combined, "testing"), part)
+    given.write(part, [_site(model, plan, part) for plan in plans], validation)
+
+
+def whole_batches(records: Sequence[Record], part: Part) -> list[Record]:
+    """As many of the records as whole batches take."""
+    return list(records[: len(records) - len(records) % part.batch_size])
+
+
+def _write_records(store: Store, dataset: str, records: list[Record]) -> None:
+    split_file(store.splits(dataset), "training").write_bytes(dump_records(records))
+
+
+def _job(spec: JobSpec, store: Store, part: Part) -> JobSpec:
+    """The job with the part's figures, and an optimizer that starts anew each round, as a tutorial's does."""
+    fewest = min(len(read_records(split_file(store.splits(name), "training"))) for name in spec.datasets)
+    return spec.override(
+        rounds=part.rounds,
+        local_epochs=math.ceil(part.steps * part.batch_size / fewest),
+        max_local_steps=part.steps,
+        max_evaluation_records=part.evaluation_records,
+        warmup_ratio=0.0,
+        weight_decay=0.0,
+        optimizer_state="reset",
+        precision="32",
+    )
+
+
+def _make_model(given: Input, part: Part, texts: Sequence[Record]) -> LanguageModel:
+    """The model as a Hugging Face folder, and as ours."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    tokenizer = _tokenizer(texts)
+    special = {f"{name}_token_id": tokenizer.eos_token_id for name in ("bos", "eos", "pad")}
+    no_dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_layer=LAYERS,
+        n_embd=WIDTH,
+        n_head=HEADS,
+        n_positions=part.max_length,
+        **special,
+        **no_dropout,
+    )
+    torch.manual_seed(SEED)
+    lm = GPT2LMHeadModel(config)
+    lm.save_pretrained(given.hugging_face)
+    return LanguageModel.wrap(lm, tokenizer, part.max_length)
+
+
+def _tokenizer(records: Sequence[Record]) -> Any:
+    """A byte-level BPE of the training records."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    style = template(DEFAULT_TEMPLATE)
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(
+        [style.prompt(one["input"]) + style.answer(one["output"]) for one in records],
+        vocab_size=VOCABULARY,
+        special_tokens=[EOS],
+        show_progress=False,
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token=EOS, bos_token=EOS, pad_token=EOS)
+
+
+def _site(model: LanguageModel, plan: SitePlan, part: Part) -> SiteInput:
+    tokens = _tokens(model, plan.training_file, part)
+    batches = [round_batches(tokens, plan, round) for round in range(part.rounds)]
+    schedule = Schedule(part.learning_rate, part.rounds * part.steps)
+    rates = [[schedule.at(round * part.steps + step) for step in range(part.steps)] for round in range(part.rounds)]
+    if part.shuffled:
+        batches = [_shuffled(one, f"{SEED}/{plan.site}/{round}") for round, one in enumerate(batches)]
+    return SiteInput(plan.site, _rows(tokens), batches, rates)
+
+
+def _shuffled(batches: Sequence[Sequence[int]], seed: str) -> list[list[int]]:
+    """The same records in as many batches of the same sizes, in an order that has nothing to do with their lengths."""
+    records = [index for batch in batches for index in batch]
+    random.Random(seed).shuffle(records)
+    rest = iter(records)
+    return [[next(rest) for _ in batch] for batch in batches]
+
+
+def _tokens(model: LanguageModel, split: Path, part: Part) -> list[Tokens]:
+    """A split's tokens, which are then kept beside it, as the data assets leave them."""
+    return split_tokens(model, split, part.max_length)
+
+
+def _rows(tokens: Sequence[Tokens]) -> Rows:
+    return Rows([one.ids for one in tokens], [one.prompt for one in tokens])
+
+
+if __name__ == "__main__":
+    make_input(Path(sys.argv[1]), Input(Path(sys.argv[2])), Part(**json.loads(sys.argv[3])))

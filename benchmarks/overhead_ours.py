@@ -1,0 +1,55 @@
+"""The overhead benchmark's work as our job, from the start of `run_job` to its report: exactly what a user gets."""
+
+import shutil
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+from benchmarks.overhead_input import Input
+from benchmarks.overhead_notes import Note, Scored, Trained, note
+from fedsft_assets.federation.launch import run_job
+from fedsft_assets.federation.metrics import Point
+from fedsft_assets.federation.report import JobReport
+from fedsft_assets.store import Store, split_file
+
+JOB = "fedavg"
+
+
+def run(given: Input) -> None:
+    """Run the job as if it had never run before; its checkpoint is in the store."""
+    store = Store(given.home)
+    for old in (store.flare(JOB), store.checkpoint(JOB)):
+        shutil.rmtree(old, ignore_errors=True)
+    *events, report = run_job(
+        store.job_folder(JOB), store.flare(JOB), split_file(store.combined, "testing"), store.checkpoint(JOB)
+    )
+    assert isinstance(report, JobReport), "run_job ends with a report or raises"
+    for one in notes([event for event in events if isinstance(event, Point)]):
+        note(one)
+
+
+def notes(points: list[Point]) -> list[Note]:
+    """What the sites' points say of their work: a round's training begins when its received model has been scored."""
+    scored = {(point.site, point.round): point for point in points if point.name == "val_loss" and point.site}
+    steps: defaultdict[tuple[str, int], list[Point]] = defaultdict(list)
+    for point in points:
+        if point.name == "train_loss" and point.site and point.step:
+            steps[point.site, point.round - 1].append(point)
+    return [
+        *(Scored(site, round, point.value, point.tokens or 0) for (site, round), point in scored.items() if site),
+        *(
+            Trained(
+                site,
+                round,
+                len(done),
+                sum(point.tokens or 0 for point in done),
+                scored[site, round].time,
+                max(point.time for point in done),
+            )
+            for (site, round), done in steps.items()
+        ),
+    ]
+
+
+if __name__ == "__main__":
+    run(Input(Path(sys.argv[1])))
