@@ -8,6 +8,7 @@ import math
 import random
 import sys
 from collections.abc import Sequence
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from fedsft_assets.model.prompt_template import DEFAULT_TEMPLATE, template
 from fedsft_assets.model.tokenizer import EOS
 from fedsft_assets.model.training import round_batches, split_tokens
 from fedsft_assets.specs import COMBINED, JobSpec, ModelPreset, SitePlan, SiteSpec
-from fedsft_assets.store import SPLITS, Store, split_file
+from fedsft_assets.store import Store, split_file
 
 JOB = "fedavg"
 
@@ -33,14 +34,23 @@ def make_input(samples: Path, given: Input, part: Part) -> None:
     """Write the input with the three sites of the published study."""
     spec = JobSpec.load(PROJECT / "jobs" / f"{JOB}.yaml", list(FOLDERS))
     store = Store(given.home)
-    made = make_splits(samples, given.folder / "splits")
-    records = {name: read_records(split_file(folder, "training")) for name, folder in made.items()}
-    for name, folder in made.items():
-        store.splits(name).parent.mkdir(parents=True, exist_ok=True)
-        folder.rename(store.splits(name))
+    records = _splits(samples, given, store)
     for site in spec.sites.values():  # whole batches alone, so that a step is as many records for each site
-        _write_records(store, site.dataset, whole_batches(records[site.dataset], part))
+        _write_records(store, site.dataset, _whole_batches(records[site.dataset], part))
     write_input(given, part, spec, records[COMBINED])
+
+
+def make_many(samples: Path, given: Input, part: Part, sites: int) -> None:
+    """Write an input with so many sites. Each has just the records of a round; real ones, used again when they end."""
+    store = Store(given.home)
+    records = _splits(samples, given, store)[COMBINED]
+    endless, names = cycle(records), [f"site_{number}" for number in range(1, sites + 1)]
+    for name in names:
+        store.splits(name).mkdir(parents=True)
+        _write_records(store, name, list(islice(endless, part.steps * part.batch_size)))
+    spec = JobSpec.load(PROJECT / "jobs" / f"{JOB}.yaml", list(FOLDERS))
+    of_each = {name.replace("_", "-"): SiteSpec(dataset=name) for name in names}
+    write_input(given, part, spec.model_copy(update={"sites": of_each}), records)
 
 
 def write_input(given: Input, part: Part, spec: JobSpec, texts: Sequence[Record]) -> None:
@@ -61,7 +71,15 @@ def write_input(given: Input, part: Part, spec: JobSpec, texts: Sequence[Record]
     given.write(part, [_site(model, plan, part) for plan in plans], validation)
 
 
-def whole_batches(records: Sequence[Record], part: Part) -> list[Record]:
+def _splits(samples: Path, given: Input, store: Store) -> dict[str, list[Record]]:
+    """Put the samples' splits into the store; their training records."""
+    for name, folder in make_splits(samples, given.folder / "splits").items():
+        store.splits(name).parent.mkdir(parents=True, exist_ok=True)
+        folder.rename(store.splits(name))
+    return {name: read_records(split_file(store.splits(name), "training")) for name in (*FOLDERS, COMBINED)}
+
+
+def _whole_batches(records: Sequence[Record], part: Part) -> list[Record]:
     """As many of the records as whole batches take."""
     return list(records[: len(records) - len(records) % part.batch_size])
 
@@ -152,4 +170,9 @@ def _rows(tokens: Sequence[Tokens]) -> Rows:
 
 
 if __name__ == "__main__":
-    make_input(Path(sys.argv[1]), Input(Path(sys.argv[2])), Part(**json.loads(sys.argv[3])))
+    given, part = Input(Path(sys.argv[2])), Part(**json.loads(sys.argv[3]))
+    given.folder.mkdir(parents=True)
+    if len(sys.argv) > 4:
+        make_many(Path(sys.argv[1]), given, part, int(sys.argv[4]))
+    else:
+        make_input(Path(sys.argv[1]), given, part)

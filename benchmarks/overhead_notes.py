@@ -13,7 +13,7 @@ NOTES = "OVERHEAD_NOTES"  # the file's path, in the environment of every process
 
 @dataclass(frozen=True)
 class Trained:
-    """A site's training in a round (0-based): `tokens` are the answer tokens of its steps, times are since the epoch."""
+    """A site's training in a round (0-based). `tokens` are answer tokens, times seconds since the epoch."""
 
     site: str
     round: int
