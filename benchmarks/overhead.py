@@ -97,9 +97,8 @@ class Benchmark:
     def _input(self, name: str, part: Part, sites: int | None = None) -> Input:
         """What contenders are given: the three sites of the published study, or so many that are generated."""
         folder = self._work / name
-        command = [sys.executable, "-m", "benchmarks.overhead_data", SAMPLES, folder, json.dumps(asdict(part))]
-        if sites is not None:
-            command.append(str(sites))
+        described = [str(SAMPLES), str(folder), json.dumps(asdict(part)), *([] if sites is None else [str(sites)])]
+        command = [sys.executable, "-m", "benchmarks.overhead_data", *described]
         done = subprocess.run(command, cwd=PROJECT, env=self._environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise BenchmarkError(f"the input of {name} could not be made:\n{done.stderr[-4000:]}")

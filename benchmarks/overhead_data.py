@@ -148,11 +148,11 @@ def _site(model: LanguageModel, plan: SitePlan, part: Part) -> SiteInput:
     schedule = Schedule(part.learning_rate, part.rounds * part.steps)
     rates = [[schedule.at(round * part.steps + step) for step in range(part.steps)] for round in range(part.rounds)]
     if part.shuffled:
-        batches = [_shuffled(one, f"{SEED}/{plan.site}/{round}") for round, one in enumerate(batches)]
+        batches = [shuffled_batches(one, f"{SEED}/{plan.site}/{round}") for round, one in enumerate(batches)]
     return SiteInput(plan.site, _rows(tokens), batches, rates)
 
 
-def _shuffled(batches: Sequence[Sequence[int]], seed: str) -> list[list[int]]:
+def shuffled_batches(batches: Sequence[Sequence[int]], seed: str) -> list[list[int]]:
     """The same records in as many batches of the same sizes, in an order that has nothing to do with their lengths."""
     records = [index for batch in batches for index in batch]
     random.Random(seed).shuffle(records)

@@ -48,7 +48,8 @@ class Cost:
 def cost(command: Sequence[str | Path], environment: Mapping[str, str], log: Path) -> Cost:
     """Run a command from the project's root to its end; what it prints goes to `log`.
 
-    Whatever it leaves running is counted too, and ended. Raises BenchmarkError if the command fails.
+    Whatever it leaves running is counted too, and ended. For a process with no other children: this one becomes the
+    parent of orphans, and waits for whatever child has ended. Raises BenchmarkError if the command fails.
     """
     _adopt_orphans()
     mark = uuid.uuid4().hex
