@@ -118,10 +118,14 @@ class Journal:
                         continue
                     fresh.add(entry.identity)
                 lines.append(to_line(entry))
-            with self.path.open("ab") as file:
-                before = file.tell()
+            content = "".join(lines).encode()
+            with self.path.open("r+b") as file:
+                before = file.seek(0, os.SEEK_END)
                 try:
-                    file.write("".join(lines).encode())
+                    file.write(bytes(len(content)))  # room first: a reader must see no line that is taken back
+                    file.flush()
+                    file.seek(before)
+                    file.write(content)
                     file.flush()
                     if durable:
                         os.fsync(file.fileno())

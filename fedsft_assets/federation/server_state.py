@@ -88,12 +88,20 @@ class ServerState:
 
 
 def _write(kept: Mapping[str, Any], path: Path) -> None:
+    """Raises OSError, after which what was written is gone: others need the room to say why."""
     fresh = path.with_suffix(".pt.new")
-    with fresh.open("wb") as file:
-        torch.save(dict(kept), file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(fresh, path)
+    try:
+        with fresh.open("wb") as file:
+            torch.save(dict(kept), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(fresh, path)
+    except (OSError, RuntimeError) as error:
+        fresh.unlink(missing_ok=True)
+        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch hides what the disk said
+        if isinstance(cause, OSError):
+            raise OSError(cause.errno, cause.strerror, str(path)) from error
+        raise
 
 
 def _read(path: Path) -> dict[str, Any]:

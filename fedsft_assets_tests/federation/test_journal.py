@@ -23,6 +23,8 @@ from fedsft_assets.federation.journal import (
     to_line,
 )
 from fedsft_assets.federation.metrics import Point
+from fedsft_assets.federation.tail import Tail
+from fedsft_assets_tests.small_disk import fill, small_disk, why_not
 
 POINT = Point("train_loss", 1e-9, 3, 480, "site-1", 7, 1234)
 ENTRIES: list[Entry] = [
@@ -101,6 +103,28 @@ def test_entries_are_on_the_disk_when_the_call_returns(path: Path, monkeypatch: 
     assert sizes == [path.stat().st_size]
 
 
+@pytest.mark.skipif(bool(why_not()), reason=str(why_not()))
+def test_on_a_full_disk_nobody_reads_a_line_that_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with small_disk(tmp_path / "disk", megabytes=1) as disk:
+        journal, reader = Journal(disk / "journal.jsonl"), Tail(disk / "journal.jsonl")
+        journal.add([RoundDone(1)])
+        fill(disk / "ballast")
+        seen: list[str] = []
+        truncate = os.truncate
+
+        def look_and_truncate(path: Path, size: int) -> None:
+            seen.extend(reader.new_lines())
+            truncate(path, size)
+
+        monkeypatch.setattr(os, "truncate", look_and_truncate)
+        with pytest.raises(OSError, match="No space left on device"):
+            journal.add([Progress("a line that fits"), Progress("a line that does not " * 10_000)])
+        assert seen == [to_line(RoundDone(1))[:-1]]
+        (disk / "ballast").unlink()
+        journal.add([RoundDone(2)])
+        assert reader.new_lines() == [to_line(RoundDone(2))[:-1]]
+
+
 def test_points_that_came_early_are_on_the_disk_once_they_come_with_a_result(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,7 +158,7 @@ def test_what_is_no_point_is_never_left_out(path: Path) -> None:
     assert _entries(path) == [Progress("again"), RoundDone(1)] * 2
 
 
-@pytest.mark.parametrize("left", [1, 20, len(to_line(POINT)) - 1])
+@pytest.mark.parametrize("left", [1, 20, pytest.param(len(to_line(POINT)) - 1, id="all but its end")])
 def test_torn_last_line_is_removed_and_its_point_is_taken_again(path: Path, left: int) -> None:
     Journal(path).add([RoundDone(2)])
     with path.open("a") as file:

@@ -11,6 +11,7 @@ import torch
 
 from fedsft_assets.federation.server_state import Progress, ServerState
 from fedsft_assets.settings import PROJECT
+from fedsft_assets_tests.small_disk import fill, small_disk, why_not
 
 
 @pytest.fixture
@@ -174,6 +175,22 @@ def test_server_that_is_killed_during_a_commit_leaves_the_older_state_or_the_new
     assert len(deadly) >= 8  # two files and the progress are written through and renamed, two old files removed
     assert finished == sorted(finished)
     assert set(finished) == {2, 3}
+
+
+@pytest.mark.skipif(bool(why_not()), reason=str(why_not()))
+def test_full_disk_is_named_and_leaves_the_last_round_and_room_to_say_so(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", megabytes=4) as disk:
+        state = ServerState(disk / "execution")
+        _play(state, 2)
+        before = _files(state.folder)
+        fill(disk / "ballast")
+        os.truncate(disk / "ballast", (disk / "ballast").stat().st_size - 200_000)
+        state.progress.finished = 3
+        with pytest.raises(OSError, match=r"^\[Errno 28\] No space left on device: '.*/model-000003\.pt'$"):
+            state.commit({"w": torch.zeros(100_000)}, {})
+        assert _files(state.folder) == before
+        (disk / "said").write_bytes(bytes(100_000))
+        assert ServerState(state.folder).progress.finished == 2
 
 
 def test_what_state_json_names_is_written_through_before_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
