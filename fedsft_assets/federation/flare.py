@@ -9,6 +9,7 @@ import io
 import json
 import os
 import shutil
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable
@@ -172,6 +173,9 @@ class FlareJobs:
         if result is None:
             raise UnavailableError(f"the server at {self.address} has no result of job {job_id}")
         shutil.copytree(result, into, copy_function=_link_or_copy, dirs_exist_ok=True)
+
+    def command(self, module: str) -> tuple[list[str], dict[str, str]]:
+        return [sys.executable, "-m", module], dict(os.environ)
 
     def close(self) -> None:
         self._drop_session()

@@ -9,6 +9,7 @@ import os
 import signal
 import time
 import uuid
+from collections.abc import Collection
 
 import psutil
 
@@ -38,15 +39,15 @@ def marked_processes(mark: str) -> list[psutil.Process]:
     return found
 
 
-def stop_marked(mark: str, grace: float = 5.0) -> int:
-    """End all processes that carry the mark: politely, and after `grace` seconds by force.
+def stop_marked(mark: str, grace: float = 5.0, spare: Collection[int] = ()) -> int:
+    """End all processes that carry the mark, but for these: politely, and after `grace` seconds by force.
 
     Looks again until none is left, since a dying parent may still start a child. Returns how many were
     found. Raises RuntimeError if some cannot be ended.
     """
     seen: set[int] = set()
     begun = time.monotonic()
-    while processes := marked_processes(mark):
+    while processes := [one for one in marked_processes(mark) if one.pid not in spare]:
         waited = time.monotonic() - begun
         if waited > grace + 30:
             raise RuntimeError(f"processes {[p.pid for p in processes]} of {mark} do not end")

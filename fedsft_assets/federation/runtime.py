@@ -53,5 +53,8 @@ class Runtime(Protocol):
     def fetch(self, job_id: str, into: Path) -> None:
         """Put the files of the server part of the ended job into the folder `into`."""
 
+    def command(self, module: str) -> tuple[list[str], dict[str, str]]:
+        """How a module of this package starts here as a process, and with what environment."""
+
     def close(self) -> None:
         """Let go of connections. The job is not touched."""

@@ -1,6 +1,7 @@
 """The runtime `simulator`: NVFlare's simulator over a job folder, in a process of its own.
 
-Started as a module, it is that process.
+Started as a module, it is that process. Where the machine can, processes of sites and trainers are forked from one that
+has imported what they need, so a job starts in seconds and a site costs little memory.
 """
 
 import argparse
@@ -13,13 +14,30 @@ import time
 from pathlib import Path
 
 from fedsft_assets.federation.exchange import BEST_MODEL, EXECUTION_KEY, LAST_MODEL, SITE_STATE_ROOT, STATE_ROOT
-from fedsft_assets.federation.journal import JOURNAL_FILE
+from fedsft_assets.federation.fork_server import ForkServer, can_fork
+from fedsft_assets.federation.job_folder import read_plans
+from fedsft_assets.federation.journal import JOURNAL_FILE, Finished, from_line
 from fedsft_assets.federation.phases import JOB_STARTED
 from fedsft_assets.federation.processes import MARK, stop_marked
 from fedsft_assets.federation.runtime import JobState
 from fedsft_assets.federation.tail import Tail
 
 _JOB_ID = "simulate_job"  # NVFlare's name for it
+# What is imported once for all: by the simulation, then by processes of sites and trainers.
+_SIMULATION = (
+    "fedsft_assets.federation.simulation",
+    "fedsft_assets.federation.server",
+    "nvflare.fuel.f3.drivers.aio_grpc_driver",
+    "nvflare.fuel.f3.drivers.aio_http_driver",
+)
+_SITES = (
+    "nvflare.private.fed.app.simulator.simulator_worker",
+    "nvflare.client.cell.api",
+    "nvflare.app_common.executors.client_api.external_process_backend",
+    "fedsft_assets.federation.installed_trainer",
+    "fedsft_assets.federation.site_trainer",
+    "fedsft_assets.federation.client",
+)
 
 
 class Simulator:
@@ -31,7 +49,8 @@ class Simulator:
         """Each trainer uses so many threads: trainers that take all cores slow each other down."""
         self._folder, self._threads = folder, threads_per_trainer
         self._process: subprocess.Popen[bytes] | None = None
-        self._journal = Tail(folder / JOURNAL_FILE)
+        self._forks: ForkServer | None = None
+        self._journal = self._ending = Tail(folder / JOURNAL_FILE)
         self._sites: list[str] = []
 
     def prepare(self, sites: list[str]) -> None:
@@ -39,19 +58,24 @@ class Simulator:
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def submit(self, job_folder: Path, token: str) -> str:  # noqa: ARG002 nobody but this process knows the job
+        environment = self._environment()
+        python = Path(sys.executable)
+        if can_fork():
+            self._forks = self._forks or ForkServer(
+                self._folder / "python", _SIMULATION, _SITES, read_plans(job_folder)[0].base_model
+            )
+            self._forks.start(environment)
+            environment |= self._forks.environment
+            python = self._forks.python
+        environment["PATH"] = f"{python.parent}{os.pathsep}{os.environ.get('PATH', '')}"
         execution = json.loads((job_folder / "meta.json").read_text(encoding="utf-8"))[EXECUTION_KEY]
-        states = self._folder / "states"
-        self._journal = Tail(states / execution / JOURNAL_FILE)
-        shutil.rmtree(self._workspace, ignore_errors=True)
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": str(self._threads),
-            JOB_STARTED: str(time.time()),
-            STATE_ROOT: str(states),
-            SITE_STATE_ROOT: str(self._folder / "site_states"),
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
-        }
-        command = [sys.executable, "-m", __name__, str(job_folder), str(self._workspace), *self._sites]
+        journal = self._states / execution / JOURNAL_FILE
+        self._journal = Tail(journal)
+        self._ending = Tail(journal, journal.stat().st_size if journal.exists() else 0)
+        for folder in (self._workspace, self._temporary):
+            shutil.rmtree(folder, ignore_errors=True)
+        self._temporary.mkdir()
+        command = [str(python), "-u", "-m", __name__, str(python), str(job_folder), str(self._workspace), *self._sites]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
@@ -61,8 +85,11 @@ class Simulator:
     def poll(self, job_id: str) -> JobState:  # noqa: ARG002 there is one job
         if self._process is None:
             return JobState(ended=True, succeeded=False, said="its simulator is gone")
+        if any(isinstance(from_line(line), Finished) for line in self._ending.new_lines()):
+            self._end()  # all is on the disk; by itself it would take its time
+            return JobState(ended=True, succeeded=True, said="finished")
         code = self._process.poll()
-        return JobState(ended=code is not None, succeeded=code == 0, said=f"exit code {code}")
+        return JobState(ended=code is not None, succeeded=False, said=f"exit code {code}")
 
     def new_lines(self, job_id: str) -> list[str]:  # noqa: ARG002
         return self._journal.new_lines()
@@ -71,20 +98,50 @@ class Simulator:
         return Tail(self._log if name == "server" else self._workspace / name / "log.txt").end(lines)
 
     def abort(self, job_id: str) -> None:  # noqa: ARG002
-        stop_marked(os.environ[MARK])
+        self._end()
+
+    def fetch(self, job_id: str, into: Path) -> None:
+        os.link(self._journal.path, into / JOURNAL_FILE)
+        for name in (BEST_MODEL, LAST_MODEL):
+            os.link(self._workspace / "server" / job_id / name, into / name)
+
+    def command(self, module: str) -> tuple[list[str], dict[str, str]]:
+        """Forked, after a job; an attempt that finds the job's result has no fork server."""
+        if self._forks:
+            return [str(self._forks.python), "-m", module], {**os.environ, **self._forks.environment}
+        return [sys.executable, "-m", module], dict(os.environ)
+
+    def close(self) -> None:
+        if self._forks:
+            self._forks.stop()
+
+    def _end(self) -> None:
+        """End the simulation with all its processes; the fork server stays, for what may come next."""
+        stop_marked(os.environ[MARK], spare=[self._forks.pid] if self._forks else [])
         if self._process:
             self._process.wait()
 
-    def fetch(self, job_id: str, into: Path) -> None:
-        for name in (JOURNAL_FILE, BEST_MODEL, LAST_MODEL):
-            os.link(self._workspace / "server" / job_id / name, into / name)
-
-    def close(self) -> None:
-        pass
+    def _environment(self) -> dict[str, str]:
+        return {
+            **os.environ,
+            "OMP_NUM_THREADS": str(self._threads),
+            "TMPDIR": str(self._temporary),
+            JOB_STARTED: str(time.time()),
+            STATE_ROOT: str(self._states),
+            SITE_STATE_ROOT: str(self._folder / "site_states"),
+        }
 
     @property
     def _workspace(self) -> Path:
         return self._folder / "nvflare"
+
+    @property
+    def _states(self) -> Path:
+        return self._folder / "states"
+
+    @property
+    def _temporary(self) -> Path:
+        return self._folder / "tmp"
 
     @property
     def _log(self) -> Path:
@@ -92,19 +149,29 @@ class Simulator:
 
 
 def main() -> None:
-    from nvflare.private.fed.app.simulator.simulator_runner import SimulatorRunner
+    from fedsft_assets.federation.simulation import Simulation
 
     parser = argparse.ArgumentParser(description="Run a job folder in NVFlare's simulator.")
+    parser.add_argument("python", help="that starts the processes of sites")
     parser.add_argument("job_folder")
     parser.add_argument("workspace")
     parser.add_argument("sites", nargs="+")
     args = parser.parse_args()
-    runner = SimulatorRunner(
-        args.job_folder, args.workspace, clients=",".join(args.sites), threads=len(args.sites), log_config="concise"
+    sites = args.sites
+    sys.executable = args.python  # NVFlare starts them with it
+    runner = Simulation(
+        args.job_folder,
+        args.workspace,
+        clients=",".join(sites),
+        threads=len(sites),
+        max_clients=len(sites),
+        log_config="concise",
     )
+    said: dict[str, int] = {}
+    runner.run_process(said)  # which `run` does in one more process
     # NVFlare leaves threads behind that keep an interpreter from ending.
     sys.stdout.flush()
-    os._exit(runner.run() or 0)
+    os._exit(said["run_status"])
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
-from fedsft_assets.evaluation.losses import split_loss
+from fedsft_assets.federation.checkpoint import CheckpointError, make_checkpoint
 from fedsft_assets.federation.events import Event, Failed, encode
 from fedsft_assets.federation.exchange import BEST_MODEL, EXECUTION_KEY
 from fedsft_assets.federation.job_folder import read_plans, read_spec
@@ -36,12 +36,12 @@ from fedsft_assets.federation.metrics import Point
 from fedsft_assets.federation.phases import longest_phases, round_to_ms
 from fedsft_assets.federation.processes import MARK, stop_marked
 from fedsft_assets.federation.record import Workspace
-from fedsft_assets.federation.report import MODEL_FILE, JobReport, global_curve
+from fedsft_assets.federation.report import JobReport, global_curve
 from fedsft_assets.federation.runtime import JobState, Runtime, UnavailableError
 from fedsft_assets.federation.runtimes import make_runtime
 from fedsft_assets.federation.trainer_log import TrainerFailure, first_failure
 from fedsft_assets.settings import Settings
-from fedsft_assets.specs import JobSpec, SitePlan, SpecError
+from fedsft_assets.specs import SpecError
 from fedsft_assets.store import publish_folder
 
 _POLL_SECONDS = 0.3
@@ -109,8 +109,48 @@ class Supervision:
             self._fetch(job_id)
         except UnavailableError as error:
             raise JobFailedError(str(error), lost=True) from error
-        finally:
-            self._runtime.close()
+
+    def finish(self, weights: Path, testing_file: Path, into: Path) -> JobReport:
+        """Write the checkpoint of these weights and its report. Raises JobFailedError."""
+        saving, spec, points = time.monotonic(), self.spec, list(self.points.values())
+        curve = global_curve(points, spec)
+        with publish_folder(into) as folder:
+            try:
+                made = make_checkpoint(
+                    *self._runtime.command("fedsft_assets.federation.checkpoint"),
+                    self._job_folder,
+                    weights,
+                    testing_file,
+                    folder,
+                )
+            except CheckpointError as error:
+                raise JobFailedError(str(error), error.lost) from error
+            report = JobReport(
+                job=spec.name,
+                kind=spec.kind,
+                rounds=spec.rounds,
+                best_round=curve.best_round,
+                tokens=curve.tokens,
+                samples=curve.samples,
+                val_loss=curve.val_loss,
+                test_loss=made.test_loss,
+                perplexity=made.perplexity,
+                seconds=self.seconds,
+                phases={**longest_phases(points), "save": round_to_ms(time.monotonic() - saving)},
+                checkpoint_digest=made.digest,
+                base_model_digest=made.base_model_digest,
+                validation_digest=self.plans[0].digests["validation_file"],
+                runtime=self._runtime_name,
+                job_id=self.job_id,
+                missed=_by_site(self.missed),
+                epsilon=_epsilon(self),
+            )
+            report.write(folder)
+        return report
+
+    def close(self) -> None:
+        """Let go of the runtime."""
+        self._runtime.close()
 
     def _followed(self, job_id: str) -> Generator[Event, None, JobState]:
         """Follow the job, and leave nothing behind that should not live on."""
@@ -269,57 +309,12 @@ def supervise(
 ) -> Iterator[Event]:
     """Bring the job to its end and write its checkpoint and report into the folder `into`. Raises JobFailedError."""
     supervision = Supervision(job_folder, workspace, runtime, threads)
-    yield from supervision.run()
-    yield Progress("writing the checkpoint and scoring it on the combined testing split")
-    yield _finish(supervision, workspace.result / BEST_MODEL, testing_file, into, runtime)
-
-
-def _finish(done: Supervision, weights: Path, testing_file: Path, into: Path, runtime: str) -> JobReport:
-    saving = time.monotonic()
-    import torch
-
-    from fedsft_assets.model.archive import content_digest
-    from fedsft_assets.model.language_model import LanguageModel
-
-    spec: JobSpec = done.spec
-    plan: SitePlan = done.plans[0]
-    curve, phases = global_curve(list(done.points.values()), spec), longest_phases(done.points.values())
-    model = LanguageModel.load(plan.base_model)
-    trained = torch.load(weights, map_location="cpu", weights_only=True, mmap=True)
-    with publish_folder(into) as folder:
-        if plan.training.peft:
-            from fedsft_assets.model.adapters import ADAPTER_FOLDER, add_adapters
-
-            adapters = add_adapters(model, plan.training.peft, plan.seed)
-            model.load_weights(trained)
-            adapters.save(folder / ADAPTER_FOLDER)
-            adapters.merge()
-        else:
-            model.load_weights(trained)
-        model.save(folder / MODEL_FILE)
-        test = split_loss(folder / MODEL_FILE, testing_file, plan)
-        report = JobReport(
-            job=spec.name,
-            kind=spec.kind,
-            rounds=spec.rounds,
-            best_round=curve.best_round,
-            tokens=curve.tokens,
-            samples=curve.samples,
-            val_loss=curve.val_loss,
-            test_loss=test.loss,
-            perplexity=test.perplexity,
-            seconds=done.seconds,
-            phases={**phases, "save": round_to_ms(time.monotonic() - saving)},
-            checkpoint_digest=content_digest(folder / MODEL_FILE),
-            base_model_digest=content_digest(plan.base_model),
-            validation_digest=plan.digests["validation_file"],
-            runtime=runtime,
-            job_id=done.job_id,
-            missed=_by_site(done.missed),
-            epsilon=_epsilon(done),
-        )
-        report.write(folder)
-    return report
+    try:
+        yield from supervision.run()
+        yield Progress("writing the checkpoint and scoring it on the combined testing split")
+        yield supervision.finish(workspace.result / BEST_MODEL, testing_file, into)
+    finally:
+        supervision.close()
 
 
 def _epsilon(done: Supervision) -> float | None:

@@ -245,6 +245,21 @@ def compute_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def import_architecture(path: Path) -> None:
+    """Import the code of the model that an archive describes, and nothing of the archive.
+
+    Raises ModelError that names the file.
+    """
+    hf = archive.read_config(path)["hf"]
+    with lean_imports():
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+        try:
+            MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.for_model(**hf))]
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ModelError(f"{path}: no causal LM: {error}") from error
+
+
 def empty_lm(hf: Mapping[str, Any]) -> Any:
     """The causal LM of a Hugging Face configuration, in fp32; its weights have no values yet."""
     hf = {key: _FASTER_ACTIVATIONS.get(value, value) if key in _ACTIVATIONS else value for key, value in hf.items()}

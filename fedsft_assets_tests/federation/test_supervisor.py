@@ -164,7 +164,7 @@ def test_job_is_submitted_followed_and_fetched(attempt: Attempt, jobs: Jobs, wor
     events, error = _events(one)
     assert error is None
     assert events == [Progress("FLARE job job-1 in the poc"), VAL, Progress("busy"), missed, LATER]
-    assert jobs.done == ["prepare site-1 site-2", "submit", *["poll job-1"] * 3, "fetch job-1", "close"]
+    assert jobs.done == ["prepare site-1 site-2", "submit", *["poll job-1"] * 3, "fetch job-1"]
     assert (workspace.result / "best_global_model.pt").read_text() == "a model"
     execution = workspace.execution()
     assert execution is not None
@@ -194,7 +194,6 @@ def test_job_id_is_kept_as_soon_as_the_job_is_submitted(attempt: Attempt, jobs: 
     execution = workspace.execution()
     assert execution is not None
     assert execution.job_id == "job-1"
-    assert jobs.done[-1] == "close"
 
 
 def test_job_whose_id_never_arrived_is_taken_over_and_not_submitted_twice(
@@ -265,7 +264,7 @@ def test_job_that_ended_well_meanwhile_is_fetched(attempt: Attempt, jobs: Jobs, 
     jobs.steps = [(DONE, [Started(0), VAL])]
     events, error = _events(attempt())
     assert (events, error) == ([Progress("takes over FLARE job job-9"), VAL], None)
-    assert jobs.done[-2:] == ["fetch job-9", "close"]
+    assert jobs.done[-1] == "fetch job-9"
 
 
 @pytest.mark.parametrize("outlives", [True, False], ids=["it failed meanwhile", "it died with its supervisor"])
@@ -442,7 +441,7 @@ def test_job_in_which_nothing_happens_any_more_is_ended(
     error = _failure(one)  # site_timeout is 1800 s; the server has twice as long
     assert error.lost
     assert str(error) == "FLARE job job-1: neither server nor sites said anything for 4000 s"
-    assert jobs.done[-2:] == ["abort job-1", "close"]
+    assert jobs.done[-1] == "abort job-1"
 
 
 # How a supervisor ends.
@@ -458,7 +457,6 @@ def test_supervisor_that_nobody_listens_to_ends_only_a_job_that_cannot_live_with
     list(_until(events, 2))
     events.close()  # type: ignore[attr-defined]
     assert ("abort job-1" in jobs.done) == (not outlives)
-    assert jobs.done[-1] == "close"
 
 
 @pytest.mark.parametrize("outlives", [True, False])
@@ -484,7 +482,7 @@ def test_supervisor_that_is_told_to_stop_ends_the_job(
     with pytest.raises(SystemExit) as stop:
         next(events)
     assert stop.value.code == 143
-    assert jobs.done[-2:] == ["abort job-1", "close"]
+    assert jobs.done[-1] == "abort job-1"
 
 
 def test_trainer_that_did_not_say_why_is_shown_with_the_end_of_its_sites_log() -> None:
