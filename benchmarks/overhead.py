@@ -30,6 +30,7 @@ from benchmarks.overhead_input import Input, Part
 
 STUDY, SITES = "study", "sites"
 _SITES = (3, 10, 30, 100)
+_FLOWER = PROJECT / ".venv" / "flower" / "bin" / "python"
 _SHORT = Part(rounds=2, steps=2, evaluation_records=8)  # for many sites
 
 Runs = dict[str, list[Run]]
@@ -205,9 +206,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="runs of each contender, interleaved (default 3)")
     parser.add_argument(
         "--flower-python",
-        default=sys.executable,
+        default=str(_FLOWER if _FLOWER.is_file() else sys.executable),
         metavar="PYTHON",
-        help="interpreter with flwr[simulation], torch and transformers (default: this one)",
+        help="interpreter with the extra `rivals` (default: that of .venv/flower if there is one, else this one)",
     )
     parser.add_argument(
         "--same-batches",

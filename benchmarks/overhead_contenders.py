@@ -96,7 +96,7 @@ class Contenders:
                 if name in (FLOWER, FLOWER_DEFAULT)
                 else ""
             )
-            self._python(python, "-c", f"import {module}, {_LATER.get(name, 'torch')}", hint=missing)
+            self._python(python, "-c", f"import {module}, {_LATER[name]}", hint=missing)
 
     def _command(self, name: str) -> list[str]:
         """Python, module and options after the input's folder."""
@@ -118,6 +118,9 @@ class Contenders:
 _LATER = {
     OURS: "fedsft_assets.federation.supervisor, fedsft_assets.federation.server, fedsft_assets.federation.site_trainer",
     NVFLARE: "benchmarks.overhead_nvflare_model, benchmarks.overhead_torch",
+    PLAIN: "transformers.models.gpt2.modeling_gpt2",
+    FLOWER: "transformers.models.gpt2.modeling_gpt2",
+    FLOWER_DEFAULT: "transformers.models.gpt2.modeling_gpt2",
 }
 
 
