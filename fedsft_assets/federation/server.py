@@ -259,7 +259,7 @@ class FederatedSFT(ModelController):
                 raise _AbortedError
             time.sleep(self._task_check_period)
         self.cancel_all_tasks()
-        while self.get_num_standing_tasks():
+        while self.get_num_standing_tasks() and not self.abort_signal.triggered:  # aborted, nobody ends them any more
             time.sleep(self._task_check_period)
         if self.abort_signal.triggered:
             raise _AbortedError
