@@ -46,6 +46,7 @@ _GRACE_SECONDS = 3.0
 _ABORT_SECONDS = 4.0
 _VALID_SECONDS = 180 * 24 * 3600  # NVFlare's certificates are good for twice as long
 _CLIENT_OUTCOME_SECONDS = "20"  # how long a server waits for the last word of a site that died; NVFlare's own is 900
+_DEAD_SITE_SECONDS = "5"  # how long a site whose part of a job is gone may come back; NVFlare's own is 60
 _SERVER_SETTINGS = {"heart_beat_timeout": 60, "admin_timeout": 30.0}
 # While a job waits for its turn or for GPUs. NVFlare's own: 10 s, then ever longer, and given up after ten times.
 _SCHEDULER = {"min_schedule_interval": 1.0, "max_schedule_interval": 5.0, "max_schedule_count": 10_000}
@@ -346,6 +347,7 @@ class PocSystem:
             # NVFlare would start the server part of jobs again that ended with the last server, and no other part.
             shutil.rmtree(self.folder / "snapshots", ignore_errors=True)
             environment["NVFLARE_CLIENT_OUTCOME_WAIT_TIMEOUT"] = _CLIENT_OUTCOME_SECONDS
+            environment["NVFLARE_DEAD_CLIENT_GRACE_PERIOD"] = _DEAD_SITE_SECONDS
         else:
             share = max(1, (os.cpu_count() or 1) // len(state.sites))
             environment["OMP_NUM_THREADS"] = str(self._settings.threads or share)
