@@ -1,24 +1,40 @@
 """A long run of random kills: `python -m fedsft_assets_tests.faults --kills 200 --seed 1`."""
 
 import argparse
+import shutil
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fedsft_assets.settings import Settings
-from fedsft_assets_tests.faults.campaign import run_campaign
+from fedsft_assets.store import Store
+from fedsft_assets_tests.faults.campaign import VARIANTS, Campaign, Outcome
 from fedsft_assets_tests.prepared import prepare_home
+
+_SHARE_OF_THE_POC = 0.3
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Kill processes of running jobs at random moments.")
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--runtime", choices=("simulator", "poc"), help="both if not given, side by side")
     args = parser.parse_args()
+    in_poc = round(args.kills * _SHARE_OF_THE_POC)
+    kills = {args.runtime: args.kills} if args.runtime else {"simulator": args.kills - in_poc, "poc": in_poc}
     home = Settings().home
     home.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=home, prefix="faults-") as folder:
-        outcome = run_campaign(prepare_home(Path(folder)), args.seed, args.kills, lambda text: print(text, flush=True))
+    with tempfile.TemporaryDirectory(dir=home, prefix="faults-") as folder, ThreadPoolExecutor() as threads:
+        prepared = prepare_home(Path(folder) / "prepared").home
+        running = []
+        for runtime, count in kills.items():
+            own = Store(shutil.copytree(prepared, Path(folder) / runtime))
+            campaign = Campaign(own, runtime, args.seed, lambda text: print(text, flush=True))
+            running.append(threads.submit(campaign.run, count, list(VARIANTS)))
+        outcome = Outcome()
+        for one in running:
+            outcome.add(one.result())
     for wrong in outcome.wrong:
         print(wrong)
     print(f"hit: {', '.join(f'{victim} {count}' for victim, count in sorted(outcome.victims.items()))}")

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -12,39 +11,40 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
-import torch
 
-from fedsft_assets.execution import journal_points
+from fedsft_assets.federation.job_folder import read_spec
+from fedsft_assets.federation.journal import JOURNAL_FILE, Finished, RoundDone, from_line
+from fedsft_assets.federation.metrics import Point
+from fedsft_assets.federation.poc import PocSettings, PocSystem
 from fedsft_assets.federation.processes import marked_processes
-from fedsft_assets.federation.record import Workspace
-from fedsft_assets.federation.report import JobReport
+from fedsft_assets.federation.record import Execution, Workspace
+from fedsft_assets.federation.report import REPORT_FILE
+from fedsft_assets.settings import Settings
 from fedsft_assets.store import Store
-from fedsft_assets.tracking import Tracking
+from fedsft_assets_tests.faults import comparison
+from fedsft_assets_tests.faults.kills import PLACES, SUPERVISOR, WORKER, Kill, When, random_kills
+from fedsft_assets_tests.faults.processes import find
 from fedsft_assets_tests.faults.worker import LOST
 from fedsft_assets_tests.prepared import build_job
 
-# Whom a kill may hit, by what stands in its command line; the worker is the process that executes the job.
-VICTIMS = {
-    "worker": "",
-    "supervisor": "fedsft_assets.federation.supervisor",
-    "server": "fedsft_assets.federation.simulator",
-    "trainer": "fedsft_assets.federation.client",
+# Jobs that take turns, by what is special about them: the shipped job, and what is changed of it.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "three sites": ("fedavg", {"rounds": 4}),
+    "bf16 differences": ("fedavg", {"rounds": 4, "wire": "bf16-diff"}),
+    "momentum at the server": (
+        "fedavg",
+        {"rounds": 4, "algorithm": {"name": "fedopt", "optimizer": "momentum", "learning_rate": 1.0, "beta1": 0.6}},
+    ),
+    "scaffold": ("fedavg", {"rounds": 4, "algorithm": "scaffold"}),
+    "one site": ("alpaca", {"rounds": 6}),
 }
-_JOBS = {"alpaca": {}, "fedavg": {"rounds": 4}, "dolly": {"wire": "bf16-diff"}}
-_SHORT = {"rounds": 6, "max_local_steps": 2, "max_evaluation_records": 8, "optimizer_state": "reset"}
+_SHORT = {"max_local_steps": 2, "max_evaluation_records": 8, "optimizer_state": "reset"}
+_KILLS_AN_EXECUTION = 10
 _LONGEST_ATTEMPT = 600.0
-_TOLERANCE = 1e-5
-
-
-@dataclass(frozen=True)
-class Fault:
-    """Kill the victim `seconds` after an attempt began, or once it has written so many more lines in its journal."""
-
-    victim: str
-    seconds: float | None
-    lines: int | None
+_LOOK_SECONDS = 0.01
 
 
 @dataclass
@@ -56,72 +56,204 @@ class Outcome:
     victims: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
 
+    def add(self, other: "Outcome") -> None:
+        self.injected += other.injected
+        self.recovered += other.recovered
+        self.victims += other.victims
+        self.wrong += other.wrong
 
-def random_faults(seed: int) -> Iterator[Fault]:
-    """An endless list: half of the kills come while an attempt starts, half while it trains."""
-    chance = random.Random(seed)
-    while True:
-        victim = chance.choice(list(VICTIMS))
-        if chance.random() < 0.5:
-            yield Fault(victim, chance.uniform(0.0, 12.0), None)
+
+class Campaign:
+    """Kills in the executions of one runtime, one execution after the other."""
+
+    def __init__(self, store: Store, runtime: str, seed: int, say: Callable[[str], object] = print) -> None:
+        self.outcome = Outcome()
+        self._store, self._runtime, self._say = store, runtime, say
+        self._kills = random_kills(PLACES[runtime], seed)
+        self._poc = PocSystem(store.home / "poc", PocSettings(), Settings(home=store.home).environment())
+
+    def run(self, kills: int, variants: list[str]) -> Outcome:
+        """Inject so many kills into executions of these variants in turn. Whatever happens, nothing is left running."""
+        try:
+            while self.outcome.injected < kills:
+                for variant in variants:
+                    if self.outcome.injected < kills:
+                        self._execute(variant, min(_KILLS_AN_EXECUTION, kills - self.outcome.injected))
+                        self._say(
+                            f"{self._runtime}: {self.outcome.injected} of {kills} injected,"
+                            f" {self.outcome.recovered} recovered"
+                        )
+        finally:
+            self._poc.stop()
+        if left := [process.pid for mark in self._marks for process in marked_processes(mark)]:
+            self.outcome.wrong.append(f"processes {left} are left")
+        return self.outcome
+
+    def _execute(self, variant: str, kills: int) -> None:
+        """One execution of the variant with kills, beside one without, which is made when it is not there yet."""
+        job, changes = VARIANTS[variant]
+        build_job(self._store, job, **{**_SHORT, **changes})
+        reference = self._store.home / "reference" / variant
+        if not reference.exists():
+            with _attempt(self._store, job, "simulator") as worker:
+                code = worker.wait(timeout=_LONGEST_ATTEMPT)
+            if code != 0:
+                raise RuntimeError(f"{variant} failed without any kill:\n{self._log(job)}")
+            shutil.copytree(self._store.flare(job), reference / "workspace")
+            shutil.copytree(self._store.checkpoint(job), reference / "checkpoint")
+        expected = comparison.Finished.read(reference / "workspace", reference / "checkpoint")
+        before = self.outcome.injected
+        self._attempts(variant, kills)
+        found = comparison.Finished.read(self._store.flare(job), self._store.checkpoint(job))
+        sites = list(read_spec(self._store.job_folder(job)).sites)
+        differs = comparison.differences(expected, found)
+        differs += comparison.differences_in_mlflow(self._store, job, sites)
+        if differs:
+            which = f"kills {before + 1} to {self.outcome.injected} in the {self._runtime}"
+            self.outcome.wrong.append(f"{variant}, {which}: {'; '.join(differs)}")
         else:
-            yield Fault(victim, None, chance.randint(1, 80))
+            self.outcome.recovered += self.outcome.injected - before
+
+    def _attempts(self, variant: str, kills: int) -> None:
+        """Attempts until one ends well; in each but the last, something is killed."""
+        job, _ = VARIANTS[variant]
+        injected, number = 0, 0
+        while True:
+            number += 1
+            planned = next(self._kills)[: kills - injected]
+            dead: list[str] = []
+            with _attempt(self._store, job, self._runtime) as worker:
+                view = _View(self._store, job, self._states)
+                for kill in planned:
+                    if not self._inject(kill, worker, view, self._store.flare(job)):
+                        break
+                    dead.append(kill.victim)
+                    self._say(f"  {self._runtime}, {variant}, attempt {number}: killed {kill}")
+                code = worker.wait(timeout=_LONGEST_ATTEMPT)
+            injected += len(dead)
+            self.outcome.injected += len(dead)
+            self.outcome.victims.update(dead)
+            if not {WORKER, SUPERVISOR} <= set(dead):  # else the next attempt ends what they left
+                _wait_until_gone(str(self._store.flare(job)))
+            if code == 0:
+                return
+            if code != (-signal.SIGKILL if WORKER in dead else LOST) or not dead:
+                raise RuntimeError(f"{variant}: an attempt after {planned} ended with {code}:\n{self._log(job)}")
+
+    def _inject(self, kill: Kill, worker: "subprocess.Popen[bytes]", view: "_View", workspace: Path) -> bool:
+        """Wait for the kill's moment and its victim; False if the attempt ended before."""
+        begun = time.monotonic()
+        due: float | None = None
+        while worker.poll() is None or (kill.when == When.NEXT and time.monotonic() < begun + kill.amount + 0.2):
+            if due is None and (after := view.due(kill)) is not None:
+                due = time.monotonic() + after
+            if due is not None and time.monotonic() >= due and self._hit(kill, worker, workspace):
+                return True
+            time.sleep(_LOOK_SECONDS)
+        return False
+
+    def _hit(self, kill: Kill, worker: "subprocess.Popen[bytes]", workspace: Path) -> bool:
+        if kill.victim == WORKER:
+            alive = worker.poll() is None
+            worker.kill()
+            return alive
+        found = find(self._runtime, [self._poc.mark, str(workspace)], kill.victim)
+        for process in found[int(kill.pick * len(found)) :]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+                return True
+        return False
+
+    @property
+    def _marks(self) -> list[str]:
+        return [self._poc.mark, *{str(self._store.flare(job)) for job, _ in VARIANTS.values()}]
+
+    @property
+    def _states(self) -> Path | None:
+        """Where the server of a POC keeps its state."""
+        return self._poc.folder / "states" if self._runtime == "poc" else None
+
+    def _log(self, job: str) -> str:
+        return _log(self._store, job).read_text(encoding="utf-8", errors="replace")
 
 
-def run_campaign(store: Store, seed: int, kills: int, say: Callable[[str], object] = print) -> Outcome:
-    """Inject so many kills into executions of several jobs, at most ten into each."""
-    faults, outcome = random_faults(seed), Outcome()
-    while outcome.injected < kills:
-        for job, overrides in _JOBS.items():
-            build_job(store, job, **{**_SHORT, **overrides})
-            if not (store.home / "reference" / job).exists():
-                _execute(store, job)
-                shutil.copytree(store.flare(job), store.home / "reference" / job)
-                shutil.copytree(store.checkpoint(job), store.home / "reference" / f"{job}.checkpoint")
-            before = outcome.injected
-            _execute_with_faults(store, job, faults, min(10, kills - outcome.injected), outcome, say)
-            if differs := _differences(store, job):
-                outcome.wrong.append(f"{job} after kills {before + 1} to {outcome.injected}: {'; '.join(differs)}")
-            else:
-                outcome.recovered += outcome.injected - before
-            say(f"{job}: {outcome.injected} of {kills} injected, {outcome.recovered} recovered")
-            if outcome.injected >= kills:
-                break
-    return outcome
+class _View:
+    """What can be seen of an attempt from outside: the files that it and its server write."""
+
+    def __init__(self, store: Store, job: str, states: Path | None) -> None:
+        self._begun = time.monotonic()
+        self._workspace = Workspace(store.flare(job))
+        self._states = states or self._workspace.runtime / "states"
+        self._report = store.checkpoint(job) / REPORT_FILE
+        self._reported = _changed(self._report)
+        execution = self._execution()
+        self._submissions = execution.submissions if execution else 0
+        self._lines = len(self._server_lines())
+
+    def due(self, kill: Kill) -> float | None:
+        """Seconds until the kill is due, or None while its moment has not come."""
+        match kill.when:
+            case When.NEXT:
+                return kill.amount
+            case When.START:
+                return max(0.0, self._begun + kill.amount - time.monotonic())
+            case When.LINES:
+                return 0.0 if len(self._server_lines()) - self._lines >= kill.amount else None
+        return kill.amount if self._has_come(kill.when) else None
+
+    def _has_come(self, when: When) -> bool:
+        match when:
+            case When.SUBMISSION:
+                execution = self._execution()
+                return execution is not None and execution.submissions > self._submissions
+            case When.RESULT:
+                return any((self._state() / "results").rglob("*"))
+            case When.ROUND:
+                return self._a_round_ends()
+            case When.CHECKPOINT:
+                lines = self._server_lines()
+                execution = self._execution()
+                return bool(execution and execution.fetched) or _is(Finished, lines[-1:])
+            case _:
+                return _changed(self._report) != self._reported
+
+    def _a_round_ends(self) -> bool:
+        """All results of a round beyond the first are scored, and the model that they make is not on the disk."""
+        for line in reversed(self._server_lines()[self._lines :]):
+            entry = from_line(line)
+            if isinstance(entry, RoundDone):
+                return False
+            if isinstance(entry, Point) and entry.name == "val_loss" and entry.site is None:
+                return True
+        return False
+
+    def _execution(self) -> Execution | None:
+        return self._workspace.execution()
+
+    def _state(self) -> Path:
+        execution = self._execution()
+        return self._states / (execution.id if execution else "none")
+
+    def _server_lines(self) -> list[str]:
+        """Whole lines of the server's journal."""
+        path = self._state() / JOURNAL_FILE
+        try:
+            return path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+        except FileNotFoundError:
+            return []
 
 
-def _execute(store: Store, job: str) -> None:
-    with _attempt(store, job) as worker:
-        code = worker.wait(timeout=_LONGEST_ATTEMPT)
-    if code != 0:
-        raise RuntimeError(f"{job} failed without any kill:\n{_log(store, job).read_text(encoding='utf-8')}")
+def _is(kind: type, lines: list[str]) -> bool:
+    return any(isinstance(from_line(line), kind) for line in lines)
 
 
-def _execute_with_faults(
-    store: Store, job: str, faults: Iterator[Fault], kills: int, outcome: Outcome, say: Callable[[str], object]
-) -> None:
-    """Attempts until one ends well; each but the last has something killed in it."""
-    injected = 0
-    while True:
-        fault = next(faults) if injected < kills else None
-        with _attempt(store, job) as worker:
-            if fault and _inject(store, job, worker, fault):
-                injected += 1
-                outcome.injected += 1
-                outcome.victims[fault.victim] += 1
-                say(f"  {job}: killed the {fault.victim} ({fault})")
-            code = worker.wait(timeout=_LONGEST_ATTEMPT)
-        _wait_until_gone(str(store.flare(job)))
-        if code == 0:
-            return
-        if code not in (LOST, -signal.SIGKILL):
-            said = _log(store, job).read_text(encoding="utf-8")
-            raise RuntimeError(f"{job}: the attempt after {fault} ended with exit code {code}:\n{said}")
+def _changed(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.exists() else 0
 
 
 @contextlib.contextmanager
-def _attempt(store: Store, job: str) -> Iterator["subprocess.Popen[bytes]"]:
-    command = [sys.executable, "-m", "fedsft_assets_tests.faults.worker", str(store.home), job]
+def _attempt(store: Store, job: str, runtime: str) -> Iterator["subprocess.Popen[bytes]"]:
+    command = [sys.executable, "-m", "fedsft_assets_tests.faults.worker", str(store.home), job, runtime]
     log = _log(store, job)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
@@ -134,80 +266,13 @@ def _attempt(store: Store, job: str) -> Iterator["subprocess.Popen[bytes]"]:
             worker.wait()
 
 
-def _inject(store: Store, job: str, worker: "subprocess.Popen[bytes]", fault: Fault) -> bool:
-    """Wait for the fault's moment and kill; False if the attempt ended before, or the victim was not there."""
-    journal = Workspace(store.flare(job)).journal
-    begun, first = time.monotonic(), _lines(journal)
-    while worker.poll() is None:
-        late = fault.seconds is not None and time.monotonic() - begun >= fault.seconds
-        if late or (fault.lines is not None and _lines(journal) - first >= fault.lines):
-            return _kill(store, job, worker, fault.victim)
-        time.sleep(0.05)
-    return False
-
-
-def _kill(store: Store, job: str, worker: "subprocess.Popen[bytes]", victim: str) -> bool:
-    if victim == "worker":
-        worker.kill()
-        return True
-    for process in marked_processes(str(store.flare(job))):
-        with contextlib.suppress(psutil.Error):
-            if VICTIMS[victim] in process.cmdline():
-                process.kill()
-                return True
-    return False
-
-
-def _differences(store: Store, job: str) -> list[str]:
-    """How an execution differs from the one without kills: weights, curves, and what MLflow has of them."""
-    reference = store.home / "reference" / job
-    one, other = (
-        torch.load(folder / "result" / "last_global_model.pt", weights_only=True)
-        for folder in (reference, store.flare(job))
-    )
-    differs = []
-    far = max((one[name] - other[name]).abs().max().item() for name in one)
-    if far > _TOLERANCE:
-        differs.append(f"weights differ by up to {far:.3g}")
-    expected = JobReport.read(store.home / "reference" / f"{job}.checkpoint")
-    found = JobReport.read(store.checkpoint(job))
-    for name in ("samples", "tokens", "best_round", "missed"):
-        if getattr(expected, name) != getattr(found, name):
-            differs.append(f"{name}: {getattr(found, name)} instead of {getattr(expected, name)}")
-    points = [point for point in journal_points(Workspace(store.flare(job)).journal) if "seconds/" not in point.name]
-    expected_points = [p for p in journal_points(Workspace(reference).journal) if "seconds/" not in p.name]
-    if doubled := [identity for identity, count in Counter(p.identity for p in points).items() if count > 1]:
-        differs.append(f"points are there twice: {doubled[:3]}")
-    if {p.identity for p in points} != {p.identity for p in expected_points}:
-        differs.append("other points than without kills")
-    return differs + _differences_in_mlflow(store, job)
-
-
-def _differences_in_mlflow(store: Store, job: str) -> list[str]:
-    """What is missing from the job's last MLflow run, or there more than once."""
-    client = Tracking(store.mlflow_uri, store.mlflow_artifacts).client()
-    runs = client.search_runs([e.experiment_id for e in client.search_experiments()], f"attributes.run_name = '{job}'")
-    last = max(runs, key=lambda run: run.info.start_time)
-    differs = [] if last.info.status == "FINISHED" else [f"the MLflow run is {last.info.status}"]
-    wanted = [p for p in journal_points(Workspace(store.flare(job)).journal) if p.site is None]
-    for name in {p.name for p in wanted}:
-        history = Counter(m.step for m in client.get_metric_history(last.info.run_id, name))
-        if history != Counter(p.samples for p in wanted if p.name == name):
-            differs.append(f"MLflow has other points of {name}")
-    return differs
-
-
 def _wait_until_gone(mark: str) -> None:
     """What a killed worker leaves ends by itself."""
     deadline = time.monotonic() + 60
     while (left := marked_processes(mark)) and time.monotonic() < deadline:
-        time.sleep(0.2)
+        time.sleep(0.1)
     if left:
         raise RuntimeError(f"processes {[process.pid for process in left]} were left behind")
-
-
-def _lines(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
 def _log(store: Store, job: str) -> Path:

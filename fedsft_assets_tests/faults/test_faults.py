@@ -1,16 +1,26 @@
-"""Kills at random moments: of who executes the job, the supervisor, the server, a trainer."""
+"""Kills at random moments: of who executes the job, the supervisor, the server, a site, a trainer."""
 
 from pathlib import Path
 
 import pytest
 
-from fedsft_assets_tests.faults.campaign import run_campaign
+from fedsft_assets_tests.faults.campaign import Campaign
 from fedsft_assets_tests.prepared import prepare_home
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.slow
+
 @pytest.mark.xdist_group("faults")
-def test_nothing_is_lost_whatever_is_killed(tmp_path: Path) -> None:
-    outcome = run_campaign(prepare_home(tmp_path / "home"), seed=20, kills=4)
+def test_nothing_is_lost_whatever_is_killed_in_the_simulator(tmp_path: Path) -> None:
+    campaign = Campaign(prepare_home(tmp_path / "home"), "simulator", seed=20)
+    outcome = campaign.run(20, ["three sites", "bf16 differences"])
     assert outcome.wrong == []
-    assert outcome.recovered == outcome.injected == 4
+    assert outcome.recovered == outcome.injected == 20
+
+
+@pytest.mark.xdist_group("nvflare")
+def test_nothing_is_lost_whatever_is_killed_in_a_poc(tmp_path: Path) -> None:
+    campaign = Campaign(prepare_home(tmp_path / "home"), "poc", seed=20)
+    outcome = campaign.run(12, ["three sites"])
+    assert outcome.wrong == []
+    assert outcome.recovered == outcome.injected == 12

@@ -1,10 +1,12 @@
-"""The process that executes a job, in place of a Dagster worker: `python -m … <home> <job>`."""
+"""The process that executes a job, in place of a Dagster worker: `python -m … <home> <job> <runtime>`."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 from fedsft_assets.execution import execute_job
 from fedsft_assets.federation.launch import JobError
+from fedsft_assets.settings import Settings
 from fedsft_assets.store import Store
 from fedsft_assets.tracking import Tracking
 from fedsft_assets_tests.prepared import TINY
@@ -13,9 +15,11 @@ LOST = 3  # the exit code of an attempt that another one may go on with
 
 
 def main() -> None:
-    store, job = Store(Path(sys.argv[1])), sys.argv[2]
+    store, job, runtime = Store(Path(sys.argv[1])), sys.argv[2], sys.argv[3]
+    tracking, own = Tracking(store.mlflow_uri, store.mlflow_artifacts), Settings(home=store.home).environment()
     try:
-        execute_job(job, store, TINY, Tracking(store.mlflow_uri, store.mlflow_artifacts), {}, say=print)
+        say = partial(print, flush=True)
+        execute_job(job, store, TINY, tracking, {}, say=say, runtime=runtime, environment=own)
     except JobError as error:
         print(error, flush=True)
         sys.exit(LOST if error.lost else 1)
