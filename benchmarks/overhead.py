@@ -107,9 +107,9 @@ class Benchmark:
 
 
 def study_table(runs: Runs) -> None:
-    """The medians of each contender, and of its wall seconds the least and the most."""
+    """The medians of each contender, of its wall seconds the least and the most, and the most that others disturbed."""
     say(
-        f"\n{STUDY:16}{'wall s':>8}{'from':>7}{'to':>7}{'CPU s':>8}{'RSS GB':>8}{'PSS GB':>8}{'processes':>11}"
+        f"\n{STUDY:16}{'wall s':>8}{'from':>7}{'to':>7}{'CPU s':>8}{'others':>8}{'RSS GB':>8}{'PSS GB':>8}{'processes':>11}"
         f"{'start to first step s':>23}{'last step to end s':>20}{'last loss':>11}"
     )
     for name, tries in runs.items():
@@ -117,6 +117,7 @@ def study_table(runs: Runs) -> None:
         say(
             f"{name:16}{median(seconds):8.1f}{min(seconds):7.1f}{max(seconds):7.1f}"
             f"{_median(tries, lambda run: run.cost.cpu_seconds):8.1f}"
+            f"{max(run.cost.other_cpu_seconds for run in tries):8.1f}"
             f"{_median(tries, lambda run: run.cost.rss_gb):8.2f}{_median(tries, lambda run: run.cost.pss_gb):8.2f}"
             f"{max(run.cost.processes for run in tries):11}"
             f"{_median(tries, lambda run: run.seconds_before):23.1f}"
@@ -147,7 +148,7 @@ def study_targets(runs: Runs) -> list[Target]:
 def sites_table(runs: dict[int, list[Run]]) -> None:
     """What a site costs where so many take part, the fixed part shared among them, and what each more costs."""
     say(
-        f"\n{SITES:>6}{'wall s':>9}{'CPU s':>9}{'PSS GB':>9}{'processes':>11}{'s per site':>12}{'MB per site':>13}"
+        f"\n{SITES:>6}{'wall s':>9}{'CPU s':>9}{'others':>8}{'PSS GB':>9}{'processes':>11}{'s per site':>12}{'MB per site':>13}"
         f"{'s per site more':>17}{'MB per site more':>18}"
     )
     fewest = min(runs)
@@ -156,7 +157,8 @@ def sites_table(runs: dict[int, list[Run]]) -> None:
         seconds, gb = _seconds_and_gb(tries)
         more = sites - fewest
         say(
-            f"{sites:6}{seconds:9.1f}{_median(tries, lambda run: run.cost.cpu_seconds):9.1f}{gb:9.2f}"
+            f"{sites:6}{seconds:9.1f}{_median(tries, lambda run: run.cost.cpu_seconds):9.1f}"
+            f"{max(run.cost.other_cpu_seconds for run in tries):8.1f}{gb:9.2f}"
             f"{max(run.cost.processes for run in tries):11}{seconds / sites:12.2f}{gb * 1000 / sites:13.1f}"
             + (f"{(seconds - first[0]) / more:17.2f}{(gb - first[1]) * 1000 / more:18.1f}" if more else "")
         )

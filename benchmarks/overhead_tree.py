@@ -31,6 +31,7 @@ class Cost:
     """`begun` and `ended` are seconds since the epoch, memory is in GB: the sum over all processes at its peak.
 
     RSS counts a page for each process that has it, PSS once. `processes` is the largest number at one time.
+    `other_cpu_seconds` are those of everything else on the machine meanwhile: figures are good where it did little.
     """
 
     begun: float
@@ -39,6 +40,7 @@ class Cost:
     rss_gb: float
     pss_gb: float
     processes: int
+    other_cpu_seconds: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -53,7 +55,7 @@ def cost(command: Sequence[str | Path], environment: Mapping[str, str], log: Pat
     """
     _adopt_orphans()
     mark = uuid.uuid4().hex
-    before = _cpu_seconds_of_children()
+    before, all_before = _cpu_seconds_of_children(), _cpu_seconds_of_all()
     begun = time.time()
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -79,7 +81,8 @@ def cost(command: Sequence[str | Path], environment: Mapping[str, str], log: Pat
         said = log.read_text(encoding="utf-8", errors="replace")[-4000:]
         raise BenchmarkError(f"{' '.join(map(str, command))} ended with {code}:\n{said}")
     cpu_seconds = _cpu_seconds_of_children() - before
-    return Cost(begun, ended, cpu_seconds, tree.rss / 1e9, tree.pss / 1e9, tree.processes)
+    others = max(0.0, _cpu_seconds_of_all() - all_before - cpu_seconds)
+    return Cost(begun, ended, cpu_seconds, tree.rss / 1e9, tree.pss / 1e9, tree.processes, others)
 
 
 class _Tree:
@@ -186,6 +189,14 @@ def _kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:
         pass
+
+
+def _cpu_seconds_of_all() -> float:
+    """Of the whole machine since its start, in and out of the kernel. See proc(5) on /proc/stat."""
+    user, nice, system, _idle, _waiting, irq, soft_irq, *_ = map(
+        int, (_PROC / "stat").read_text().splitlines()[0].split()[1:]
+    )
+    return (user + nice + system + irq + soft_irq) / os.sysconf("SC_CLK_TCK")
 
 
 def _cpu_seconds_of_children() -> float:

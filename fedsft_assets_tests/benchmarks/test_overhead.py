@@ -21,7 +21,7 @@ from benchmarks.overhead_tree import Cost
 from fedsft_assets.federation.metrics import Point
 from fedsft_assets.settings import PROJECT
 
-_COST = Cost(begun=1000.0, ended=1060.0, cpu_seconds=100.0, rss_gb=2.0, pss_gb=1.5, processes=4)
+_COST = Cost(begun=1000.0, ended=1060.0, cpu_seconds=100.0, rss_gb=2.0, pss_gb=1.5, processes=4, other_cpu_seconds=7.0)
 # Two sites, one round of two steps: site-1 trains on 3 and site-2 on 5 answer tokens, and all score on 2.
 _NOTES: list[Note] = [
     Scored("site-1", 0, 7.65, 2),
@@ -131,7 +131,7 @@ def test_targets_compare_medians_with_the_better_peer(capsys):
     ]
     study_table(runs)
     [ours] = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("ours")]
-    assert ours == ["ours", "60.0", "48.0", "300.0", "100.0", "2.00", "1.50", "4", "10.0", "5.0", "6.4000"]
+    assert ours == ["ours", "60.0", "48.0", "300.0", "100.0", "7.0", "2.00", "1.50", "4", "10.0", "5.0", "6.4000"]
 
 
 def test_targets_are_those_that_the_contenders_allow():
@@ -148,7 +148,7 @@ def test_a_sites_share_is_compared_where_it_is_largest(capsys):
     ]
     sites_table(runs)
     assert capsys.readouterr().out.splitlines()[-1].split() == [
-        *("100", "500.0", "100.0", "12.00", "4"),
+        *("100", "500.0", "100.0", "7.0", "12.00", "4"),
         *("5.00", "120.0", "4.85", "114.4"),
     ]
 
