@@ -109,8 +109,8 @@ class Benchmark:
 def study_table(runs: Runs) -> None:
     """The medians of each contender, of its wall seconds the least and the most, and the most that others disturbed."""
     say(
-        f"\n{STUDY:16}{'wall s':>8}{'from':>7}{'to':>7}{'CPU s':>8}{'others':>8}{'RSS GB':>8}{'PSS GB':>8}{'processes':>11}"
-        f"{'start to first step s':>23}{'last step to end s':>20}{'last loss':>11}"
+        f"\n{STUDY:16}{'wall s':>8}{'from':>7}{'to':>7}{'CPU s':>8}{'others':>8}{'RSS GB':>8}{'PSS GB':>8}"
+        f"{'processes':>11}{'start to first step s':>23}{'last step to end s':>20}{'last loss':>11}"
     )
     for name, tries in runs.items():
         seconds = [run.cost.seconds for run in tries]
@@ -148,8 +148,8 @@ def study_targets(runs: Runs) -> list[Target]:
 def sites_table(runs: dict[int, list[Run]]) -> None:
     """What a site costs where so many take part, the fixed part shared among them, and what each more costs."""
     say(
-        f"\n{SITES:>6}{'wall s':>9}{'CPU s':>9}{'others':>8}{'PSS GB':>9}{'processes':>11}{'s per site':>12}{'MB per site':>13}"
-        f"{'s per site more':>17}{'MB per site more':>18}"
+        f"\n{SITES:>6}{'wall s':>9}{'CPU s':>9}{'others':>8}{'PSS GB':>9}{'processes':>11}"
+        f"{'s per site':>12}{'MB per site':>13}{'s per site more':>17}{'MB per site more':>18}"
     )
     fewest = min(runs)
     first = _seconds_and_gb(runs[fewest])
