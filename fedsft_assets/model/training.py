@@ -136,7 +136,7 @@ def train_round(
             loss = _add_gradients(devices, tokens, indices, training, targets)
             if not math.isfinite(loss):
                 raise TrainingError(
-                    f"{plan.job}, {plan.site}: the loss is {loss} in round {round}, step {step} of {len(batches)},"
+                    f"{plan.job}, {plan.site}: the loss is {loss} in round {round + 1}, step {step} of {len(batches)},"
                     f" at learning rate {rate:.3g}; try a lower one or precision 32"
                 )
             if correction:

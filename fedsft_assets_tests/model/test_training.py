@@ -100,7 +100,7 @@ def test_a_loss_that_is_not_finite_stops_with_site_round_and_step(model, tokens,
     weights = model.weights()
     weights["lm.transformer.wte.weight"].fill_(math.nan)
     model.load_weights(weights)
-    with pytest.raises(TrainingError, match="site-2: the loss is nan in round 1, step 1 of 5"):
+    with pytest.raises(TrainingError, match="site-2: the loss is nan in round 2, step 1 of 5"):
         train_round(model, tokens, make_plan(site="site-2"), 1)
 
 
