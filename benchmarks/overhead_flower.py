@@ -8,7 +8,6 @@ import os
 import tempfile
 from pathlib import Path
 
-import torch
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
@@ -16,7 +15,6 @@ from flwr.simulation import run_simulation
 
 from benchmarks.overhead_flower_client import INPUT, app
 from benchmarks.overhead_input import Input
-from benchmarks.overhead_torch import Loop
 
 
 def run(given: Input, into: Path, cpus: float | None) -> None:
@@ -25,6 +23,10 @@ def run(given: Input, into: Path, cpus: float | None) -> None:
 
     @server.main()
     def main(grid: Grid, _context: Context) -> None:
+        import torch
+
+        from benchmarks.overhead_torch import Loop
+
         sites = len(given.sites)
         strategy = FedAvg(min_train_nodes=sites, min_evaluate_nodes=sites, min_available_nodes=sites)
         initial = ArrayRecord(Loop(given).weights())
