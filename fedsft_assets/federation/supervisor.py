@@ -109,6 +109,9 @@ class Supervision:
             self._fetch(job_id)
         except UnavailableError as error:
             raise JobFailedError(str(error), lost=True) from error
+        except SystemExit:
+            self._end_submitted()
+            raise
 
     def finish(self, weights: Path, testing_file: Path, into: Path) -> JobReport:
         """Write the checkpoint of these weights and its report. Raises JobFailedError."""
@@ -194,6 +197,11 @@ class Supervision:
         self._told = self._lines_told()  # its server's journal begins with what the one before it has written
         self._save(job_id=job_id)
         return job_id
+
+    def _end_submitted(self) -> None:
+        """Abort what was handed in by now, also if the stop came before its id did, or before it was taken over."""
+        if self._execution.submissions and self._runtime.outlives:
+            self._runtime.abort(self._execution.job_id or self._submit())
 
     def _submission(self) -> Path:
         """The job folder, with the execution that it is for in its meta.json."""

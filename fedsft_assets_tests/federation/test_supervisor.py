@@ -485,6 +485,36 @@ def test_supervisor_that_is_told_to_stop_ends_the_job(
     assert jobs.done[-1] == "abort job-1"
 
 
+def test_supervisor_that_is_told_to_stop_while_it_submits_ends_the_job_too(
+    attempt: Attempt, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit, answers = jobs.submit, iter([False, True])
+
+    def interrupted(job_folder: Path, token: str) -> str:
+        job_id = submit(job_folder, token)
+        return job_id if next(answers) else supervisor._stop(signal.SIGTERM, None)  # type: ignore[func-returns-value, return-value]
+
+    monkeypatch.setattr(jobs, "submit", interrupted)
+    with pytest.raises(SystemExit):
+        next(attempt().run())
+    assert list(jobs.taken.values()) == ["job-1"]
+    assert jobs.done[-1] == "abort job-1"
+
+
+def test_supervisor_that_is_told_to_stop_before_it_takes_over_ends_the_job_too(
+    attempt: Attempt, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs.steps = [(RUNNING, [Started(0), VAL])]
+    events = attempt().run()
+    list(_until(events, 2))
+    events.close()  # type: ignore[attr-defined]
+    again = attempt()
+    monkeypatch.setattr(jobs, "prepare", lambda _: supervisor._stop(signal.SIGTERM, None))
+    with pytest.raises(SystemExit):
+        next(again.run())
+    assert jobs.done[-1] == "abort job-1"
+
+
 def test_trainer_that_did_not_say_why_is_shown_with_the_end_of_its_sites_log() -> None:
     log = "".join(f"line {k}\n" for k in range(100)) + "ModuleNotFoundError: No module named 'nemo'\n"
     exited = TrainerFailure("the trainer process ended with exit code 1", said_why=False)
