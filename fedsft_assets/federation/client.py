@@ -22,6 +22,7 @@ from fedsft_assets.federation.metrics import Point, points_to_data
 from fedsft_assets.federation.phases import JOB_STARTED, PhaseClock
 from fedsft_assets.federation.site_files import with_own_files
 from fedsft_assets.federation.trainer_log import FAILURE_MARK
+from fedsft_assets.federation.turns import turn
 from fedsft_assets.specs import SitePlan
 
 if TYPE_CHECKING:
@@ -86,7 +87,8 @@ def _lead(trainer: "SiteTrainer", followers: Followers | None) -> None:
         evaluates = flare.is_evaluate()
         if followers:
             followers.tell(Task("evaluate" if evaluates else "train", received.current_round))
-        result = trainer.evaluate(received) if evaluates else trainer.train(received)
+        with turn(lambda: _tell(f"{trainer.plan.site} · waits for its turn on this machine", [])):
+            result = trainer.evaluate(received) if evaluates else trainer.train(received)
         with trainer.clock.phase("transfer"):
             flare.send(result)
     if followers:

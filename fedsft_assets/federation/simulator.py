@@ -21,8 +21,10 @@ from fedsft_assets.federation.phases import JOB_STARTED
 from fedsft_assets.federation.processes import MARK, stop_marked
 from fedsft_assets.federation.runtime import JobState
 from fedsft_assets.federation.tail import Tail
+from fedsft_assets.federation.turns import TURNS, make_turns
 
 _JOB_ID = "simulate_job"  # NVFlare's name for it
+_MOST_WITHOUT_TURNS = 3  # sites for each trainer that the cores are for; few share them, so that none is ever idle
 # What is imported once for all: by the simulation, then by processes of sites and trainers.
 _SIMULATION = (
     "fedsft_assets.federation.simulation",
@@ -75,6 +77,10 @@ class Simulator:
         for folder in (self._workspace, self._temporary):
             shutil.rmtree(folder, ignore_errors=True)
         self._temporary.mkdir()
+        at_once = max(1, (os.cpu_count() or 1) // self._threads)
+        if len(self._sites) > _MOST_WITHOUT_TURNS * at_once:
+            make_turns(self._turns, at_once)
+            environment[TURNS] = str(self._turns)
         command = [str(python), "-u", "-m", __name__, str(python), str(job_folder), str(self._workspace), *self._sites]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -123,6 +129,7 @@ class Simulator:
 
     def _environment(self) -> dict[str, str]:
         return {
+            "MALLOC_ARENA_MAX": "2",  # NVFlare's many threads would each hold memory of their own
             **os.environ,
             "OMP_NUM_THREADS": str(self._threads),
             "TMPDIR": str(self._temporary),
@@ -138,6 +145,10 @@ class Simulator:
     @property
     def _states(self) -> Path:
         return self._folder / "states"
+
+    @property
+    def _turns(self) -> Path:
+        return self._folder / "turns"
 
     @property
     def _temporary(self) -> Path:
