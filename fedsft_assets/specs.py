@@ -17,6 +17,7 @@ from fedsft_assets import __version__
 from fedsft_assets.store import file_digest
 
 COMBINED = "combined"
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # one that `fedsft-site` takes
 SAMPLE = "sample"
 HUB = "hub"
 
@@ -44,9 +45,13 @@ S = TypeVar("S", bound=BaseModel)
 
 
 class SiteSpec(_Spec):
-    """One federated client and the dataset that it trains on."""
+    """One federated client and the dataset that it trains on.
+
+    With `private`, the study has no copy of the dataset: it is what the site has under that name.
+    """
 
     dataset: str
+    private: bool = False
 
 
 class PeftSpec(_Spec):
@@ -303,7 +308,12 @@ class JobSpec(_Spec):
 
     @property
     def datasets(self) -> list[str]:
-        return [site.dataset for site in self.sites.values()]
+        """What sites train on, as far as the study has it."""
+        return [site.dataset for site in self.sites.values() if not site.private]
+
+    @property
+    def private_sites(self) -> list[str]:
+        return [name for name, site in self.sites.items() if site.private]
 
     @classmethod
     def load(cls, path: Path, datasets: list[str]) -> Self:
@@ -318,7 +328,13 @@ class JobSpec(_Spec):
             raise SpecError(f"{path}: name: {spec.name!r} is not the file's name; remove it or write {path.stem!r}")
         known = [*datasets, COMBINED]
         for site, site_spec in spec.sites.items():
-            if site_spec.dataset not in known:
+            if site_spec.private:
+                if not _PLAIN_NAME.fullmatch(site_spec.dataset) or site_spec.dataset == COMBINED:
+                    raise SpecError(
+                        f"{path}: sites.{site}.dataset: {site_spec.dataset!r} is no name of a private dataset;"
+                        " expected letters, digits, '_' and '-'"
+                    )
+            elif site_spec.dataset not in known:
                 raise SpecError(
                     f"{path}: sites.{site}.dataset: {site_spec.dataset!r} is not a dataset; one of {', '.join(known)}"
                 )
@@ -390,8 +406,8 @@ class SitePlan(_Spec):
     """All that a site's trainer is told, as one JSON file in its part of the job folder.
 
     Paths are valid at the site. `training_file` and `validation_file` are JSONL files of records. `digests`
-    holds the SHA-256 that both had when the job folder was built, `package` is the version of this package that
-    built it.
+    holds the SHA-256 that they had when the job folder was built, of what the study has a copy of; `package` is the
+    version of this package that built it.
     """
 
     package: str = __version__
@@ -413,11 +429,11 @@ class SitePlan(_Spec):
 
     def verify_files(self) -> None:
         """Raises SpecError if a file is missing or is not the one that the job folder was built for."""
-        for field, digest in self.digests.items():
+        for field in ("training_file", "validation_file"):
             path: Path = getattr(self, field)
             if not path.is_file():
                 raise SpecError(f"{self.site}: {field}: {path} is missing; build the data and the job folder again")
-            if file_digest(path) != digest:
+            if field in self.digests and file_digest(path) != self.digests[field]:
                 raise SpecError(f"{self.site}: {field}: {path} has changed since; build the job folder again")
 
 

@@ -83,6 +83,19 @@ def test_unknown_dataset_is_named_with_those_that_there_are(write_job: WriteJob)
     )
 
 
+def test_private_dataset_is_no_dataset_of_the_study(write_job: WriteJob) -> None:
+    spec = JobSpec.load(write_job(GOOD.replace("{dataset: dolly}", "{dataset: patients, private: true}")), NAMES)
+    assert spec.sites["site-2"].dataset == "patients"
+    assert spec.private_sites == ["site-2"]
+    assert "patients" not in spec.datasets
+
+
+@pytest.mark.parametrize("name", ["../patients", "a b", "combined", ""])
+def test_private_dataset_has_a_name_that_a_site_can_have(write_job: WriteJob, name: str) -> None:
+    path = write_job(GOOD.replace("{dataset: dolly}", f"{{dataset: {name!r}, private: true}}"))
+    assert _error(path).startswith(f"{path}: sites.site-2.dataset: {name!r} is no name of a private dataset")
+
+
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [

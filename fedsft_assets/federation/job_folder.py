@@ -41,7 +41,7 @@ def build_job_folder(spec: JobSpec, preset: ModelPreset, store: Store) -> JobFol
     target = store.job_folder(spec.name)
     with tempfile.TemporaryDirectory(dir=_parent(target)) as exported:
         # With adapters, no weights of the base model travel: the server needs none.
-        _export(spec, None if spec.training.peft else store.base_model(preset.name), Path(exported))
+        export_job(spec, None if spec.training.peft else store.base_model(preset.name), Path(exported))
         with publish_folder(target) as folder:
             Path(exported, spec.name).rename(folder)
             for plan in plans:
@@ -88,7 +88,8 @@ def _site_plan(spec: JobSpec, site: str, preset: ModelPreset, store: Store) -> S
         "training_file": split_file(store.splits(spec.sites[site].dataset), "training"),
         "validation_file": split_file(store.splits(COMBINED), "validation"),
     }
-    for path in files.values():
+    shared = {field: path for field, path in files.items() if field != "training_file" or not spec.sites[site].private}
+    for path in shared.values():
         if not path.is_file():
             raise FileNotFoundError(f"job {spec.name}, {site}: {path} does not exist; materialize its asset first")
     return SitePlan(
@@ -105,12 +106,13 @@ def _site_plan(spec: JobSpec, site: str, preset: ModelPreset, store: Store) -> S
         wire=spec.wire,
         filters=spec.filters,
         base_model=store.base_model(preset.name),
-        digests={field: file_digest(path) for field, path in files.items()},
+        digests={field: file_digest(path) for field, path in shared.items()},
         **files,
     )
 
 
-def _export(spec: JobSpec, base_model: Path | None, root: Path) -> None:
+def export_job(spec: JobSpec, base_model: Path | None, root: Path) -> None:
+    """Write the part of a job folder that NVFlare defines, as `root/<job>`."""
     from nvflare.job_config.api import FedJob
 
     from fedsft_assets.federation.installed_trainer import InstalledTrainer

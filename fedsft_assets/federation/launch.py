@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedsft_assets.federation.events import Event, Failed, decode
-from fedsft_assets.federation.job_folder import JobFolderError, read_plans, verify_job_folder
+from fedsft_assets.federation.job_folder import JobFolderError, read_plans, read_spec, verify_job_folder
 from fedsft_assets.federation.processes import MARK, execution_mark, stop_marked
 from fedsft_assets.federation.record import Execution, Workspace
 from fedsft_assets.federation.report import JobReport
@@ -36,6 +36,7 @@ def begin_execution(job_folder: Path, workspace: Path, runtime: str) -> Executio
     stop_marked(str(workspace))  # what an earlier attempt left, whose parents were all killed
     try:
         verify_job_folder(job_folder)
+        _require_data(job_folder, runtime)
         subject = {
             "runtime": runtime,
             "job_folder": folder_digest(job_folder),
@@ -44,6 +45,17 @@ def begin_execution(job_folder: Path, workspace: Path, runtime: str) -> Executio
     except (JobFolderError, FileNotFoundError) as error:
         raise JobError(str(error)) from error
     return Workspace(workspace).take_up(subject)
+
+
+def _require_data(job_folder: Path, runtime: str) -> None:
+    """Raises JobError for sites whose data nobody has who takes part in that runtime."""
+    private = read_spec(job_folder).private_sites
+    absent = [plan.site for plan in read_plans(job_folder) if plan.site in private and not plan.training_file.is_file()]
+    if absent and runtime != "production":
+        raise JobError(
+            f"{job_folder}: the data of {', '.join(absent)} is private and not on this machine; run the job where it is,"
+            " in the runtime 'production'"
+        )
 
 
 def run_job(

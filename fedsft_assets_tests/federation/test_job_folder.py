@@ -22,7 +22,7 @@ from fedsft_assets.federation.job_folder import (
 )
 from fedsft_assets.federation.server import FederatedSFT
 from fedsft_assets.settings import PROJECT
-from fedsft_assets.specs import COMBINED, PRESETS, FedProx, JobSpec, PeftSpec
+from fedsft_assets.specs import COMBINED, PRESETS, FedProx, JobSpec, PeftSpec, SiteSpec
 from fedsft_assets.store import SPLITS, Store, file_digest, folder_digest, split_file
 from fedsft_assets_tests.shipped import DATASETS
 
@@ -64,6 +64,16 @@ def test_folder_has_a_part_for_the_server_and_for_each_site(store: Store, build:
         assert f"app_{site}/config/plan.json" in report.files
     assert report.digest == folder_digest(folder)
     assert [path.name for path in folder.parent.iterdir()] == ["fedavg"]
+
+
+def test_private_data_needs_no_copy_and_has_no_digest(store: Store) -> None:
+    spec = JobSpec.load(PROJECT / "jobs" / "fedavg.yaml", list(DATASETS))
+    sites = {**spec.sites, "site-2": SiteSpec(dataset="patients", private=True)}
+    build_job_folder(spec.model_copy(update={"sites": sites}), TINY, store)
+    plans = {plan.site: plan for plan in read_plans(store.job_folder("fedavg"))}
+    assert plans["site-2"].training_file == split_file(store.processed("patients"), "training")
+    assert plans["site-2"].digests.keys() == {"validation_file"}
+    assert plans["site-1"].digests.keys() == {"training_file", "validation_file"}
 
 
 def test_meta_says_where_each_part_goes_and_that_all_sites_are_needed(store: Store, build: Build) -> None:

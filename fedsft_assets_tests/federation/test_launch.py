@@ -43,6 +43,19 @@ def _build(store: Store, rounds: int = 1) -> None:
     build_job_folder(spec, PRESETS["tiny"], store)
 
 
+def test_private_data_that_is_elsewhere_is_asked_for_in_production_only(store: Store) -> None:
+    spec = JobSpec(name="quick", description="", rounds=1, sites={"site-1": SiteSpec(dataset="patients", private=True)})
+    build_job_folder(spec, PRESETS["tiny"], store)
+    folder, workspace = store.job_folder("quick"), store.flare("quick")
+    with pytest.raises(JobError) as error:
+        begin_execution(folder, workspace, "simulator")
+    assert str(error.value) == (
+        f"{folder}: the data of site-1 is private and not on this machine; run the job where it is,"
+        " in the runtime 'production'"
+    )
+    assert begin_execution(folder, workspace, "production").subject["runtime"] == "production"
+
+
 Supervise = Callable[..., "list[Event]"]
 
 
