@@ -24,8 +24,8 @@ from benchmarks.overhead_contenders import (
     PLAIN,
     Contenders,
     Run,
-    require_equal_work,
 )
+from benchmarks.overhead_equal import require_equal_work
 from benchmarks.overhead_input import Input, Part
 
 STUDY, SITES = "study", "sites"

@@ -1,10 +1,9 @@
-"""Who takes part in the overhead benchmark, how each is started, and how alike their work must be."""
+"""Who takes part in the overhead benchmark, and how each is started."""
 
 import subprocess
 import sys
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.data import PROJECT, BenchmarkError
@@ -14,12 +13,36 @@ from benchmarks.overhead_tree import Cost, cost
 
 OURS, PLAIN, NVFLARE = "ours", "plain", "nvflare"
 FLOWER, FLOWER_DEFAULT = "flower", "flower-default"
-CONTENDERS = (OURS, PLAIN, FLOWER, FLOWER_DEFAULT, NVFLARE)
 PEERS = (FLOWER, FLOWER_DEFAULT, NVFLARE)
 
-_AT_FIRST = 1e-3  # of a loss, relative where it is above 1: the base model's is the same for all
-_SAME_BATCHES = 1e-2  # after rounds over the same batches
-_OTHER_BATCHES = 5e-2  # after rounds over the same records in other batches
+
+@dataclass(frozen=True)
+class _Contender:
+    """A module that is given the input's folder, where to write the final model, and options.
+
+    Its processes import `later` too. `flower` has it run by the interpreter that has Flower.
+    """
+
+    module: str
+    later: str
+    options: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    flower: bool = False
+
+
+_GPT2 = "transformers.models.gpt2.modeling_gpt2"
+_CONTENDERS = {
+    OURS: _Contender(
+        "benchmarks.overhead_ours",
+        "fedsft_assets.federation.supervisor, fedsft_assets.federation.server, fedsft_assets.federation.site_trainer",
+    ),
+    PLAIN: _Contender("benchmarks.overhead_plain", _GPT2),
+    FLOWER: _Contender("benchmarks.overhead_flower", _GPT2, options=("--cpus", "1"), flower=True),
+    FLOWER_DEFAULT: _Contender("benchmarks.overhead_flower", _GPT2, flower=True),
+    # By default each of its trainers takes all cores, and they get in each other's way.
+    NVFLARE: _Contender("benchmarks.overhead_nvflare", _GPT2, environment={"OMP_NUM_THREADS": "1"}),
+}
+CONTENDERS = tuple(_CONTENDERS)
 
 
 @dataclass(frozen=True)
@@ -66,110 +89,29 @@ class Contenders:
 
     def run(self, name: str) -> Run:
         """One run; raises BenchmarkError if it fails."""
-        notes = self._work / f"{name}.notes"
-        notes.unlink(missing_ok=True)
-        into = self._work / f"{name}.pt"
-        into.unlink(missing_ok=True)
-        python, *arguments = self._command(name)
-        threads = {"OMP_NUM_THREADS": "1"} if name == NVFLARE else {}
+        contender, model, notes = _CONTENDERS[name], self._work / f"{name}.pt", self._work / f"{name}.notes"
+        model.unlink(missing_ok=True)
+        notes.write_text("")
         took = cost(
-            [
-                python,
-                "-m",
-                *arguments[:1],
-                str(self._given.folder),
-                *([] if name == OURS else [str(into)]),
-                *arguments[1:],
-            ],
-            {**self._environment, **threads, NOTES: str(notes)},
+            [self._python(contender), "-m", contender.module, self._given.folder, model, *contender.options],
+            {**self._environment, **contender.environment, NOTES: str(notes)},
             self._work / f"{name}.log",
         )
-        return Run(took, read_notes(notes))
+        if not model.is_file() or not (done := Run(took, read_notes(notes))).trained:
+            raise BenchmarkError(f"{name}: trained nothing, or left no model; see {self._work / name}.log (--keep)")
+        return done
 
     def warm_up(self, names: Iterable[str]) -> None:
         """Nobody is to be the first to compile a module, or to read a library from disk."""
-        self._python(sys.executable, "-m", "compileall", "-q", "fedsft_assets", "benchmarks")
-        for name in names:
-            python, module, *_ = self._command(name)
-            missing = (
-                "; Flower needs an environment of its own: see --flower-python"
-                if name in (FLOWER, FLOWER_DEFAULT)
-                else ""
-            )
-            self._python(python, "-c", f"import {module}, {_LATER[name]}", hint=missing)
+        self._prepare(sys.executable, "-m", "compileall", "-q", "fedsft_assets", "benchmarks")
+        for contender in (_CONTENDERS[name] for name in names):
+            hint = "Flower needs an environment of its own; see --flower-python" if contender.flower else ""
+            self._prepare(self._python(contender), "-c", f"import {contender.module}, {contender.later}", hint=hint)
 
-    def _command(self, name: str) -> list[str]:
-        """Python, module and options after the input's folder."""
-        return {
-            OURS: [sys.executable, "benchmarks.overhead_ours"],
-            PLAIN: [sys.executable, "benchmarks.overhead_plain"],
-            NVFLARE: [sys.executable, "benchmarks.overhead_nvflare"],
-            FLOWER: [self._flower_python, "benchmarks.overhead_flower", "--cpus", "1"],
-            FLOWER_DEFAULT: [self._flower_python, "benchmarks.overhead_flower"],
-        }[name]
+    def _python(self, contender: _Contender) -> str:
+        return self._flower_python if contender.flower else sys.executable
 
-    def _python(self, *command: str, hint: str = "") -> None:
+    def _prepare(self, *command: str, hint: str = "") -> None:
         done = subprocess.run(command, cwd=PROJECT, env=self._environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise BenchmarkError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}{hint}")
-
-
-# What a contender's other processes import.
-_LATER = {
-    OURS: "fedsft_assets.federation.supervisor, fedsft_assets.federation.server, fedsft_assets.federation.site_trainer",
-    NVFLARE: "benchmarks.overhead_nvflare_model, benchmarks.overhead_torch",
-    PLAIN: "transformers.models.gpt2.modeling_gpt2",
-    FLOWER: "transformers.models.gpt2.modeling_gpt2",
-    FLOWER_DEFAULT: "transformers.models.gpt2.modeling_gpt2",
-}
-
-
-def require_equal_work(given: Input, runs: Mapping[str, Sequence[Run]]) -> None:
-    """Every run trained what the input says and scored every model, with about equal losses.
-
-    Raises BenchmarkError that names the first difference.
-    """
-    part = given.part
-    steps = {
-        (site.site, round): (len(batches), sum(site.rows.answers(index) for batch in batches for index in batch))
-        for site in map(given.site, given.sites)
-        for round, batches in enumerate(site.batches)
-    }
-    validation = given.validation()
-    answers = sum(map(validation.answers, range(len(validation.ids))))
-    scores = {(site, round): answers for site in given.sites for round in range(part.rounds + 1)}
-    reference = PLAIN if PLAIN in runs else next(iter(runs))
-    losses = {(one.site, one.round): one.loss for one in runs[reference][0].scored}
-    for name, tries in runs.items():
-        same = not part.shuffled or OURS not in (name, reference) or name == reference
-        for run in tries:
-            _require(name, "training", steps, {(one.site, one.round): (one.steps, one.tokens) for one in run.trained})
-            _require(name, "validation", scores, {(one.site, one.round): one.tokens for one in run.scored})
-            _require_once(name, run)
-            for one in run.scored:
-                tolerance = _AT_FIRST if one.round == 0 else _SAME_BATCHES if same else _OTHER_BATCHES
-                expected = losses[one.site, one.round]
-                # Written so that a loss that is not a number is unequal too.
-                if not abs(one.loss - expected) <= tolerance * max(1.0, abs(expected)):
-                    raise BenchmarkError(
-                        f"{name}, {one.site}: the model after {one.round} rounds has loss {one.loss:.6f},"
-                        f" that of {reference} {expected:.6f}"
-                    )
-
-
-def _require(
-    name: str, what: str, expected: Mapping[tuple[str, int], object], found: Mapping[tuple[str, int], object]
-) -> None:
-    for site, round in sorted(expected.keys() | found.keys()):
-        if expected.get((site, round)) != found.get((site, round)):
-            raise BenchmarkError(
-                f"{name}, {site}, round {round}: did {found.get((site, round))} of {what},"
-                f" where {expected.get((site, round))} are to be done"
-            )
-
-
-def _require_once(name: str, run: Run) -> None:
-    done = Counter((type(one).__name__, one.site, one.round) for one in run.notes)
-    for (what, site, round), times in done.items():
-        if times > 1:
-            raise BenchmarkError(f"{name}, {site}, round {round}: {what} {times} times")

@@ -9,14 +9,14 @@ from benchmarks.overhead_input import Input
 from benchmarks.overhead_notes import Note, Scored, Trained, note
 from fedsft_assets.federation.launch import run_job
 from fedsft_assets.federation.metrics import Point
-from fedsft_assets.federation.report import JobReport
+from fedsft_assets.federation.report import MODEL_FILE, JobReport
 from fedsft_assets.store import Store, split_file
 
 JOB = "fedavg"
 
 
-def run(given: Input) -> None:
-    """Run the job as if it had never run before; its checkpoint is in the store."""
+def run(given: Input, model: Path) -> None:
+    """Run the job as if it had never run before; `model` becomes a link to its checkpoint."""
     store = Store(given.home)
     for old in (store.flare(JOB), store.checkpoint(JOB)):
         shutil.rmtree(old, ignore_errors=True)
@@ -24,6 +24,7 @@ def run(given: Input) -> None:
         store.job_folder(JOB), store.flare(JOB), split_file(store.combined, "testing"), store.checkpoint(JOB)
     )
     assert isinstance(report, JobReport), "run_job ends with a report or raises"
+    model.symlink_to(store.checkpoint(JOB) / MODEL_FILE)
     for one in notes([event for event in events if isinstance(event, Point)]):
         note(one)
 
@@ -52,4 +53,4 @@ def notes(points: list[Point]) -> list[Note]:
 
 
 if __name__ == "__main__":
-    run(Input(Path(sys.argv[1])))
+    run(Input(Path(sys.argv[1])), Path(sys.argv[2]))

@@ -12,8 +12,9 @@ import pytest
 
 from benchmarks.data import BenchmarkError
 from benchmarks.overhead import sites_table, sites_targets, study_table, study_targets
-from benchmarks.overhead_contenders import Run, require_equal_work
+from benchmarks.overhead_contenders import Run
 from benchmarks.overhead_data import shuffled_batches
+from benchmarks.overhead_equal import require_equal_work
 from benchmarks.overhead_input import Input, Part, Rows, SiteInput
 from benchmarks.overhead_notes import Note, Scored, Trained, note, read_notes
 from benchmarks.overhead_ours import notes
