@@ -19,7 +19,7 @@ from fedsft_assets.federation.job_folder import read_plans
 from fedsft_assets.federation.journal import JOURNAL_FILE, Finished, from_line
 from fedsft_assets.federation.phases import JOB_STARTED
 from fedsft_assets.federation.processes import MARK, stop_marked
-from fedsft_assets.federation.runtime import JobState
+from fedsft_assets.federation.runtime import JobState, UnavailableError
 from fedsft_assets.federation.tail import Tail
 from fedsft_assets.federation.turns import TURNS, make_turns
 
@@ -56,6 +56,12 @@ class Simulator:
         self._sites: list[str] = []
 
     def prepare(self, sites: list[str]) -> None:
+        """Raises UnavailableError for a folder that NVFlare cannot work in."""
+        if len(str(self._folder).split()) > 1:
+            raise UnavailableError(
+                f"{self._folder}: has a space in it, which NVFlare's simulator cannot work with; set FEDSFT_HOME to a"
+                " folder without one"
+            )
         self._sites = sites
         self._folder.mkdir(parents=True, exist_ok=True)
 
@@ -120,6 +126,7 @@ class Simulator:
     def close(self) -> None:
         if self._forks:
             self._forks.stop()
+        shutil.rmtree(self._temporary, ignore_errors=True)
 
     def _end(self) -> None:
         """End the simulation with all its processes; the fork server stays, for what may come next."""
