@@ -84,6 +84,7 @@ def _result(executed: ExecutedJob) -> dg.MaterializeResult:
             "seconds": round(report.seconds, 1),
             "runtime": report.runtime,
             "FLARE job": report.job_id,
+            "FLARE job status": report.status,
             **({"rounds that sites missed": dg.MetadataValue.json(report.missed)} if report.missed else {}),
             **({"privacy spent (epsilon)": round(report.epsilon, 3)} if report.epsilon else {}),
             "path": dg.MetadataValue.path(executed.folder / MODEL_FILE),

@@ -19,8 +19,8 @@ _FILE = "execution.json"
 class Execution:
     """`subject` says what is executed, `rounds` are finished, `seconds` went into it in all attempts so far.
 
-    `submissions` have been begun, of which `job_id` is the last one's FLARE job, once that is known. `fetched` means
-    that the job has ended well and its files are in the workspace, `ended` that nothing is left to do.
+    `submissions` have been begun, of which `job_id` is the last one's FLARE job, once that is known. `status` is the
+    runtime's word for a job that has ended well, when its files are in the workspace; `ended`: nothing is left to do.
     """
 
     id: str
@@ -29,7 +29,7 @@ class Execution:
     job_id: str | None = None
     rounds: int = 0
     seconds: float = 0.0
-    fetched: bool = False
+    status: str | None = None
     ended: bool = False
 
     @property

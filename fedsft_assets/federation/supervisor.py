@@ -93,7 +93,7 @@ class Supervision:
 
     def run(self) -> Iterator[Event]:
         """Everything up to the fetched result. Raises JobFailedError or _OrphanedError."""
-        if self._execution.fetched:
+        if self._execution.status:
             yield Progress("the job has ended already; its result is here")
             return
         try:
@@ -106,7 +106,7 @@ class Supervision:
                     raise self._failure(job_id, state)
                 yield Progress(f"the server of the job died ({state.said}); it is started again")
                 self._runtime.abort(job_id)
-            self._fetch(job_id)
+            self._fetch(job_id, state)
         except UnavailableError as error:
             raise JobFailedError(str(error), lost=True) from error
         except SystemExit:
@@ -145,6 +145,7 @@ class Supervision:
                 validation_digest=self.plans[0].digests["validation_file"],
                 runtime=self._runtime_name,
                 job_id=self.job_id,
+                status=self._execution.status or "",
                 missed=_by_site(self.missed),
                 epsilon=_epsilon(self),
             )
@@ -258,11 +259,11 @@ class Supervision:
             case Stopped():
                 self._stopped = entry
 
-    def _fetch(self, job_id: str) -> None:
+    def _fetch(self, job_id: str, state: JobState) -> None:
         shutil.rmtree(self._workspace.result, ignore_errors=True)
         with publish_folder(self._workspace.result) as folder:
             self._runtime.fetch(job_id, folder)
-        self._save(fetched=True)
+        self._save(status=state.said)
 
     def _lines_told(self) -> deque[str]:
         return deque(self._workspace.journal.read_text(encoding="utf-8").splitlines())

@@ -30,6 +30,7 @@ def _report(job: str, kind: str, val_loss: list[float], best_round: int, test_lo
         validation_digest="v" * 64,
         runtime="simulator",
         job_id="simulate_job",
+        status="finished",
         missed={},
     )
 

@@ -68,6 +68,7 @@ class Campaign:
 
     def __init__(self, store: Store, runtime: str, seed: int, say: Callable[[str], object] = print) -> None:
         self.outcome = Outcome()
+        self._stopped = False
         self._store, self._runtime, self._say = store, runtime, say
         self._kills = random_kills(PLACES[runtime], seed)
         self._poc = PocSystem(store.home / "poc", PocSettings(), Settings(home=store.home).environment())
@@ -96,7 +97,7 @@ class Campaign:
         reference = self._store.home / "reference" / variant
         if not reference.exists():
             with _attempt(self._store, job, "simulator") as worker:
-                code = worker.wait(timeout=_LONGEST_ATTEMPT)
+                code = self._ended(worker)
             if code != 0:
                 raise RuntimeError(f"{variant} failed without any kill:\n{self._log(job)}")
             shutil.copytree(self._store.flare(job), reference / "workspace")
@@ -129,7 +130,7 @@ class Campaign:
                         break
                     dead.append(kill.victim)
                     self._say(f"  {self._runtime}, {variant}, attempt {number}: killed {kill}")
-                code = worker.wait(timeout=_LONGEST_ATTEMPT)
+                code = self._ended(worker)
             injected += len(dead)
             self.outcome.injected += len(dead)
             self.outcome.victims.update(dead)
@@ -140,6 +141,21 @@ class Campaign:
             if code != (-signal.SIGKILL if WORKER in dead else LOST) or not dead:
                 raise RuntimeError(f"{variant}: an attempt after {planned} ended with {code}:\n{self._log(job)}")
 
+    def stop(self) -> None:
+        """Have `run` end soon, from another thread."""
+        self._stopped = True
+
+    def _ended(self, worker: "subprocess.Popen[bytes]") -> int:
+        """Its exit code, when it has one."""
+        deadline = time.monotonic() + _LONGEST_ATTEMPT
+        while (code := worker.poll()) is None:
+            if self._stopped:
+                raise KeyboardInterrupt
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"an attempt takes more than {_LONGEST_ATTEMPT:.0f} s")
+            time.sleep(_LOOK_SECONDS)
+        return code
+
     def _inject(self, kill: Kill, worker: "subprocess.Popen[bytes]", view: "_View", workspace: Path) -> bool:
         """Wait for the kill's moment and its victim; False if the attempt ended before."""
         begun = time.monotonic()
@@ -147,6 +163,8 @@ class Campaign:
         while worker.poll() is None or (kill.when == When.NEXT and time.monotonic() < begun + kill.amount + 0.2):
             if due is None and (after := view.due(kill)) is not None:
                 due = time.monotonic() + after
+            if self._stopped:
+                raise KeyboardInterrupt
             if due is not None and time.monotonic() >= due and self._hit(kill, worker, workspace):
                 return True
             time.sleep(_LOOK_SECONDS)
@@ -186,9 +204,8 @@ class _View:
         self._states = states or self._workspace.runtime / "states"
         self._report = store.checkpoint(job) / REPORT_FILE
         self._reported = _changed(self._report)
-        execution = self._execution()
-        self._submissions = execution.submissions if execution else 0
-        self._lines = len(self._server_lines())
+        self._earlier = self._execution()  # which this attempt may go on with, or not
+        self._earlier_lines = self._server_lines()
 
     def due(self, kill: Kill) -> float | None:
         """Seconds until the kill is due, or None while its moment has not come."""
@@ -198,34 +215,44 @@ class _View:
             case When.START:
                 return max(0.0, self._begun + kill.amount - time.monotonic())
             case When.LINES:
-                return 0.0 if len(self._server_lines()) - self._lines >= kill.amount else None
+                return 0.0 if len(self._new_lines()) >= kill.amount else None
         return kill.amount if self._has_come(kill.when) else None
 
     def _has_come(self, when: When) -> bool:
         match when:
             case When.SUBMISSION:
                 execution = self._execution()
-                return execution is not None and execution.submissions > self._submissions
+                known = self._earlier.submissions if self._goes_on() and self._earlier else 0
+                return execution is not None and execution.submissions > known
             case When.RESULT:
                 return any((self._state() / "results").rglob("*"))
             case When.ROUND:
                 return self._a_round_ends()
             case When.CHECKPOINT:
-                lines = self._server_lines()
                 execution = self._execution()
-                return bool(execution and execution.fetched) or _is(Finished, lines[-1:])
+                fetched = execution is not None and bool(execution.status) and not execution.ended
+                return fetched or any(isinstance(from_line(line), Finished) for line in self._new_lines()[-1:])
             case _:
                 return _changed(self._report) != self._reported
 
     def _a_round_ends(self) -> bool:
         """All results of a round beyond the first are scored, and the model that they make is not on the disk."""
-        for line in reversed(self._server_lines()[self._lines :]):
+        for line in reversed(self._new_lines()):
             entry = from_line(line)
             if isinstance(entry, RoundDone):
                 return False
             if isinstance(entry, Point) and entry.name == "val_loss" and entry.site is None:
                 return True
         return False
+
+    def _goes_on(self) -> bool:
+        """Whether the execution is that of the attempt before."""
+        execution = self._execution()
+        return execution is not None and self._earlier is not None and execution.id == self._earlier.id
+
+    def _new_lines(self) -> list[str]:
+        """What this attempt's server has written down."""
+        return self._server_lines()[len(self._earlier_lines) if self._goes_on() else 0 :]
 
     def _execution(self) -> Execution | None:
         return self._workspace.execution()
@@ -241,10 +268,6 @@ class _View:
             return path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
         except FileNotFoundError:
             return []
-
-
-def _is(kind: type, lines: list[str]) -> bool:
-    return any(isinstance(from_line(line), kind) for line in lines)
 
 
 def _changed(path: Path) -> int:

@@ -25,8 +25,8 @@ def test_new_workspace_has_no_execution(workspace: Workspace) -> None:
 def test_execution_is_taken_up_again_with_all_that_is_known_of_it(workspace: Workspace) -> None:
     begun = workspace.take_up(SUBJECT)
     assert (begun.submissions, begun.job_id, begun.rounds, begun.seconds) == (0, None, 0, 0.0)
-    assert (begun.fetched, begun.ended) == (False, False)
-    known = workspace.save(replace(begun, submissions=2, job_id="7", rounds=3, seconds=4.5, fetched=True))
+    assert (begun.status, begun.ended) == (None, False)
+    known = workspace.save(replace(begun, submissions=2, job_id="7", rounds=3, seconds=4.5, status="finished"))
     workspace.journal.write_text("")
     assert Workspace(workspace.folder).take_up(dict(SUBJECT)) == known
     assert workspace.journal.exists()

@@ -37,6 +37,7 @@ REPORT = JobReport(
     validation_digest="v",
     runtime="poc",
     job_id="7",
+    status="FINISHED:COMPLETED",
     missed={"site-1": [2]},
 )
 

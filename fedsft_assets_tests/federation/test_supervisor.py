@@ -168,7 +168,8 @@ def test_job_is_submitted_followed_and_fetched(attempt: Attempt, jobs: Jobs, wor
     assert (workspace.result / "best_global_model.pt").read_text() == "a model"
     execution = workspace.execution()
     assert execution is not None
-    assert (execution.job_id, execution.rounds, execution.fetched, execution.ended) == ("job-1", 1, True, False)
+    assert (execution.job_id, execution.rounds, execution.ended) == ("job-1", 1, False)
+    assert execution.status == DONE.said
     assert list(one.points.values()) == [VAL, LATER]
     assert one.missed == [missed]
 

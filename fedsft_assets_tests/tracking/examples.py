@@ -34,6 +34,7 @@ REPORT = JobReport(
     validation_digest="v" * 64,
     runtime="simulator",
     job_id="job",
+    status="finished",
     missed={},
 )
 RESULTS = {
