@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from fedsft_assets.federation.exchange import Wire
 
-_SLICE = 1 << 20  # numbers that are summed at a time: what stays in a core's cache
+_SLICE = 1 << 16  # numbers that are summed at a time: what stays in a core's cache
 
 
 @dataclass(frozen=True)
@@ -56,23 +56,35 @@ class TokenWeightedAverage:
         self._sites[site] = _Contribution(dict(tensors), tokens)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Each tensor's mean in float32; afterwards nothing is left.
-
-        Raises ValueError that names the site and the tensor of a number that is not finite.
-        """
-        sites, self._sites = self._sites, {}
-        total = sum(one.tokens for one in sites.values())
-        for name in dict.fromkeys(name for one in sites.values() for name in one.tensors):
-            parts = {
-                site: (_loaded(sites[site].tensors.pop(name)), sites[site].tokens)
-                for site in sorted(sites)
-                if name in sites[site].tensors
-            }
-            mean = _mean(list(parts.values()), total)
-            if not math.isfinite(mean.sum().item()):
-                odd = [site for site, (tensor, _) in parts.items() if not torch.isfinite(tensor).all()]
-                raise ValueError(f"{', '.join(odd) or 'all sites'}: {name} has numbers that are not finite")
+        """Each tensor's mean in float32; afterwards nothing is left. Raises what `mean` raises."""
+        for name in dict.fromkeys(name for one in self._sites.values() for name in one.tensors):
+            mean = self.mean(name)
+            assert mean is not None
             yield name, mean
+        self.clear()
+
+    def mean(self, name: str) -> torch.Tensor | None:
+        """One tensor's mean in float32, which is let go of; None for a tensor that no site has sent.
+
+        Raises ValueError that names the sites whose tensor has a number that is not finite.
+        """
+        total = sum(one.tokens for one in self._sites.values())
+        parts = {
+            site: (_loaded(self._sites[site].tensors.pop(name)), self._sites[site].tokens)
+            for site in sorted(self._sites)
+            if name in self._sites[site].tensors
+        }
+        if not parts:
+            return None
+        mean = _mean(list(parts.values()), total)
+        if not math.isfinite(mean.sum().item()):
+            odd = [site for site, (tensor, _) in parts.items() if not torch.isfinite(tensor).all()]
+            raise ValueError(f"{', '.join(odd) or 'all sites'}: {name} has numbers that are not finite")
+        return mean
+
+    def clear(self) -> None:
+        """Let go of everything."""
+        self._sites = {}
 
 
 def _mean(parts: list[tuple[torch.Tensor, int]], total: int) -> torch.Tensor:
@@ -82,7 +94,7 @@ def _mean(parts: list[tuple[torch.Tensor, int]], total: int) -> torch.Tensor:
         piece = slice(first, first + _SLICE)
         summed = torch.zeros(mean[piece].numel(), dtype=torch.float64)
         for tensor, tokens in flat:
-            summed.add_(tensor[piece].to(torch.float64), alpha=tokens)
+            summed.add_(tensor[piece], alpha=tokens)
         mean[piece] = summed.div_(total)
     return mean.reshape(parts[0][0].shape)
 
@@ -93,7 +105,7 @@ def _loaded(tensor: Any) -> torch.Tensor:
 
 
 def _shape(tensor: Any) -> tuple[int, ...]:
-    if isinstance(tensor, torch.Tensor):
+    if hasattr(tensor, "shape"):
         return tuple(tensor.shape)
     with safe_open(tensor.file_path, framework="pt") as file:  # without reading the tensor
         return tuple(file.get_slice(tensor.key).get_shape())

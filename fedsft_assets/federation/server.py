@@ -8,7 +8,6 @@ import math
 import os
 import shutil
 import tarfile
-import tempfile
 import threading
 import time
 from collections import defaultdict
@@ -27,11 +26,9 @@ from nvflare.apis.fl_constant import FLContextKey, FLMetaKey, ReservedKey, Retur
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
-from nvflare.app_common.utils.tensor_disk_offload_context import cleanup_tensor_disk_offload, setup_tensor_disk_offload
 from nvflare.app_common.workflows.model_controller import ModelController
-from nvflare.app_opt.pt.decomposers import TensorDecomposer
-from nvflare.fuel.utils import fobs
 
+from fedsft_assets.federation import tensor_stream
 from fedsft_assets.federation.averaging import TokenWeightedAverage, rounded
 from fedsft_assets.federation.exchange import (
     BEST_MODEL,
@@ -106,7 +103,7 @@ class FederatedSFT(ModelController):
 
     def start_controller(self, fl_ctx: FLContext) -> None:
         super().start_controller(fl_ctx)
-        fobs.register(TensorDecomposer)  # without it, NVFlare cannot send tensors
+        tensor_stream.use()  # without it, NVFlare cannot send tensors
         self.open(self._state_folder())
         self.engine.register_app_command(JOURNAL_COMMAND, self._hand_out_journal)
 
@@ -195,7 +192,7 @@ class FederatedSFT(ModelController):
         for site, result in results.items():
             progress.samples[site] = progress.samples.get(site, 0) + result.meta[SAMPLES_KEY]
         progress.finished = number + 1
-        self.state.commit(self._weights, self._optimizer.kept() if self._optimizer else self._control)
+        self.state.commit_round(self._optimizer.kept() if self._optimizer else self._control)
         self._holders = set(results)
         self.journal.add([RoundDone(number + 1)])
 
@@ -307,18 +304,28 @@ class FederatedSFT(ModelController):
         average.add(site, result.params, tokens, whole=kind == Kind.FULL)
 
     def _apply(self, average: TokenWeightedAverage) -> None:
-        """Make the next global model of the averaged results, tensor by tensor."""
+        """Make the next global model of the averaged results and write it, one tensor after the other."""
         self._change = {}
+        number = self.state.progress.finished + 1
         if not self._weights:
-            self._weights = dict(average.tensors())
+            first = dict(average.tensors())
+            self._weights = self.state.write_weights(number, first, first.__getitem__)
             return
         if self.algorithm["name"] == "fedopt" and self._optimizer is None:
             self._optimizer = ServerOptimizer(self.algorithm, self._weights, self.state.algorithm())
-        for name, mean in average.tensors():
+
+        def moved(name: str) -> torch.Tensor:
+            weight, mean = self._weights[name], average.mean(name)
+            self._weights[name] = torch.empty(0)  # in the first round, its memory is needed for the next one's
+            if mean is None:
+                return weight
             change = rounded(self._optimizer.change(name, mean) if self._optimizer else mean, self._wire)
-            self._weights[name].add_(change)
             if self._wire == Wire.BF16_DIFF:
-                self._change[name] = change
+                self._change[name] = tensor_stream.addend(change, name, number)
+            return weight.add(change).to(weight.dtype)
+
+        self._weights = self.state.write_weights(number, dict(self._weights), moved)
+        average.clear()
 
     def _turn(self, control: TokenWeightedAverage) -> None:
         """Move the direction of all sites by what those that answered changed of theirs."""
@@ -383,16 +390,8 @@ class FederatedSFT(ModelController):
         """Results wait on the disk, beside the state, until they are averaged."""
         results = self.state.folder / "results"
         shutil.rmtree(results, ignore_errors=True)  # of a server that was killed
-        results.mkdir()
-        before, tempfile.tempdir = tempfile.tempdir, str(results)
-        context = setup_tensor_disk_offload(self.engine, enabled=True, job_id="results")
-        try:
-            if not context.applied:
-                raise OSError("NVFlare cannot keep results on the disk here; the server would hold all of them at once")
+        with tensor_stream.stored_in(results):
             yield
-        finally:
-            cleanup_tensor_disk_offload(self.engine, context)
-            tempfile.tempdir = before
 
 
 class _AbortedError(Exception):

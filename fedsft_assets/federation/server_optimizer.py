@@ -9,13 +9,15 @@ import torch
 
 
 class ServerOptimizer:
-    """Steps from the global weights along the mean change; `settings` are the fields of `specs.FedOpt`."""
+    """Steps along the mean change, wherever the weights are; `settings` are the fields of `specs.FedOpt`."""
 
     def __init__(self, settings: dict[str, Any], weights: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
         """`state` is what `kept` gave after the last finished round, or empty."""
-        self._weights = {name: tensor for name, tensor in weights.items() if tensor.is_floating_point()}
+        self._steps = {
+            name: torch.empty(0, dtype=tensor.dtype) for name, tensor in weights.items() if tensor.is_floating_point()
+        }
         rate = settings["learning_rate"]
-        parameters = [{"params": list(self._weights.values())}]
+        parameters = [{"params": list(self._steps.values())}]
         self._optimizer: torch.optim.Optimizer
         if settings["optimizer"] == "adam":
             betas = (settings["beta1"], settings["beta2"])
@@ -27,16 +29,13 @@ class ServerOptimizer:
             self._optimizer.load_state_dict({"state": state, "param_groups": groups})
 
     def change(self, name: str, mean: torch.Tensor) -> torch.Tensor:
-        """The change of one tensor of the global model that follows from the mean change; weights stay as they are."""
-        weight = self._weights.get(name)
-        if weight is None:
+        """The change of one tensor of the global model that follows from the mean change."""
+        step = self._steps.get(name)
+        if step is None:
             return mean
-        before = weight.clone()
-        weight.grad = mean.neg()
+        step.data, step.grad = torch.zeros_like(mean), mean.neg()
         self._optimizer.step()
-        weight.grad = None
-        change = weight - before
-        weight.copy_(before)
+        change, step.data, step.grad = step.data, torch.empty(0, dtype=step.dtype), None
         return change
 
     def kept(self) -> dict[str, Any]:

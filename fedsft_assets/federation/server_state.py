@@ -6,12 +6,16 @@ process that dies leaves the state of the last finished round.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
+
+from fedsft_assets.model.tensor_file import TensorInfo
+from fedsft_assets.model.tensor_writer import write_tensors
 
 _STATE_FILE = "state.json"
 Tensors = dict[str, torch.Tensor]
@@ -47,8 +51,8 @@ class ServerState:
         self._remove_others()
 
     def weights(self) -> Tensors:
-        """The global model after the last finished round."""
-        return _read(self.model_file(self.progress.finished))
+        """The global model after the last finished round, whose memory is that of its file."""
+        return _read(self.model_file(self.progress.finished), mmap=True)
 
     def algorithm(self) -> dict[str, Any]:
         """What the algorithm kept after the last finished round."""
@@ -61,7 +65,25 @@ class ServerState:
 
     def commit(self, weights: Mapping[str, torch.Tensor], algorithm: Mapping[str, Any]) -> None:
         """Make the progress as it stands, and these weights after it, what a later process begins with."""
-        _write(weights, self.model_file(self.progress.finished))
+        self.write_weights(self.progress.finished, weights, weights.__getitem__)
+        self.commit_round(algorithm)
+
+    def write_weights(
+        self, round: int, like: Mapping[str, torch.Tensor], made: Callable[[str], torch.Tensor]
+    ) -> Tensors:
+        """Write the global model after so many rounds, asking for one tensor after the other; none of it is held.
+
+        `like` says names, types and shapes. What is written counts from `commit_round` on. Returns the model, whose
+        memory is that of the file.
+        """
+        infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in like.items()}
+        path = self.model_file(round)
+        with _whole(path) as file:
+            write_tensors(file, infos, made)
+        return _read(path, mmap=True)
+
+    def commit_round(self, algorithm: Mapping[str, Any]) -> None:
+        """Make the progress as it stands what a later process begins with; its weights are written."""
         if algorithm:
             _write(algorithm, self._algorithm_file(self.progress.finished))
         self.commit_progress()
@@ -88,15 +110,24 @@ class ServerState:
 
 
 def _write(kept: Mapping[str, Any], path: Path) -> None:
-    """Raises OSError, after which what was written is gone: others need the room to say why."""
+    with _whole(path) as file:
+        torch.save(dict(kept), file)
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[BinaryIO]:
+    """A file that has its name only when all of it is on the disk.
+
+    Raises OSError, after which what was written is gone: others need the room to say why.
+    """
     fresh = path.with_suffix(".pt.new")
     try:
         with fresh.open("wb") as file:
-            torch.save(dict(kept), file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(fresh, path)
-    except (OSError, RuntimeError) as error:
+    except BaseException as error:
         fresh.unlink(missing_ok=True)
         cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch hides what the disk said
         if isinstance(cause, OSError):
@@ -104,6 +135,6 @@ def _write(kept: Mapping[str, Any], path: Path) -> None:
         raise
 
 
-def _read(path: Path) -> dict[str, Any]:
-    kept: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+def _read(path: Path, mmap: bool = False) -> dict[str, Any]:
+    kept: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     return kept

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+from fedsft_assets.federation import allocator
 from fedsft_assets.federation.exchange import BEST_MODEL, EXECUTION_KEY, LAST_MODEL, SITE_STATE_ROOT, STATE_ROOT
 from fedsft_assets.federation.fork_server import ForkServer, can_fork
 from fedsft_assets.federation.job_folder import read_plans
@@ -138,6 +139,7 @@ class Simulator:
         return {
             "MALLOC_ARENA_MAX": "2",  # NVFlare's many threads would each hold memory of their own
             **os.environ,
+            **allocator.ENVIRONMENT,
             "OMP_NUM_THREADS": str(self._threads),
             "TMPDIR": str(self._temporary),
             JOB_STARTED: str(time.time()),

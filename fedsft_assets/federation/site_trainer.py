@@ -8,22 +8,14 @@ import torch
 from nvflare.apis.fl_constant import FLMetaKey
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 
+from fedsft_assets.federation import tensor_stream
 from fedsft_assets.federation.averaging import rounded
-from fedsft_assets.federation.exchange import (
-    CONTROL,
-    FIRST_KEY,
-    KIND_KEY,
-    POINTS_KEY,
-    SAMPLES_KEY,
-    VERSION,
-    VERSION_KEY,
-    Kind,
-    Wire,
-)
+from fedsft_assets.federation.exchange import CONTROL, FIRST_KEY, KIND_KEY, POINTS_KEY, SAMPLES_KEY, Kind, Wire
 from fedsft_assets.federation.filters import ChangeFilter
 from fedsft_assets.federation.followers import Task
 from fedsft_assets.federation.metrics import Point, points_to_data
 from fedsft_assets.federation.phases import PhaseClock
+from fedsft_assets.federation.site_exchange import SiteExchange, Weight
 from fedsft_assets.federation.site_state import SiteState
 from fedsft_assets.model.archive import content_digest
 from fedsft_assets.model.batches import truncated
@@ -40,10 +32,6 @@ Tensors = dict[str, torch.Tensor]
 Tell = Callable[[str, list[Point]], None]
 
 _SECONDS_BETWEEN_LINES = 5.0
-
-
-class ExchangeError(RuntimeError):
-    """What came from the server is not what this site can work with."""
 
 
 class SiteTrainer:
@@ -70,14 +58,14 @@ class SiteTrainer:
             self.training = split_tokens(self.model, plan.training_file, length)
             self.validation = split_tokens(self.model, plan.validation_file, length, plan.max_evaluation_records)
         # With adapters, the server has no first model: all sites begin with the same ones of their own.
-        self.first = dict(self.devices.weights()) if plan.training.peft else {}
+        first = dict(self.devices.weights()) if plan.training.peft else {}
         self.moments: Moments | None = None
         self._filter = ChangeFilter(plan.filters)
+        self.exchange = SiteExchange(plan.site, Wire(plan.wire), self._filter, first)
+        tensor_stream.add_to(self.exchange)
         self._state = SiteState(state, self.devices.rank) if state else None
         self._finished = 0  # rounds whose moments and directions are here
         self._control: Tensors = {}  # this site's usual direction, where the algorithm wants it
-        self._control_everywhere: Tensors = {}
-        self._given: Tensors = {}  # the global model that this site has, in fp32
         self._unsaid: list[Point] = []
         self._last_line, self._tokens_since = time.monotonic(), 0
         self._say(f"{self.devices.device} · precision {resolve_precision(plan.training.precision)} · {self._batches}")
@@ -133,7 +121,7 @@ class SiteTrainer:
         points = [self._step_point(step) for step in report.points]
         points.append(self._validate("val_loss_local", finished, self._samples(finished)))
         return FLModel(
-            params={**self._changes(kind), **control},
+            params={**self.exchange.changes(self._weights(), kind), **control},
             params_type=ParamsType.FULL,
             metrics={**evaluation.metrics, "train_loss": report.loss},
             meta={
@@ -156,52 +144,21 @@ class SiteTrainer:
     def _take(self, received: FLModel) -> None:
         """Load the global model: as it came, or by the change to the one that is here."""
         if self.devices.rank == 0 and received.params:
-            version, kind = received.meta.get(VERSION_KEY), received.meta.get(KIND_KEY)
-            if version != VERSION:
-                raise ExchangeError(
-                    f"{self.plan.site}: the server's part of the job speaks version {version!r}, this site's package"
-                    f" {VERSION!r}; install the version of fedsft-assets that the job was built with"
-                )
-            sent = dict(received.params)
-            received.params = {}
-            self._control_everywhere = {
-                name.removeprefix(CONTROL): sent.pop(name) for name in list(sent) if name.startswith(CONTROL)
-            }
-            if kind == Kind.CHANGE:
-                if not self._given:
-                    raise ExchangeError(f"{self.plan.site}: was sent a change, but has no model to add it to")
-                for name, change in sent.items():
-                    self._given[name].add_(change)
-            else:
-                self._given = sent
-        self.devices.load_weights({**self.first, **self._given})
+            self.exchange.take(received)
+        self.devices.load_weights(self.exchange.weights())
 
-    def _changes(self, kind: Kind) -> Tensors:
-        """What this site sends of its weights: how far they went from those that it was given, or all of them.
-
-        The given weights are kept only where the next ones come as a change to them; else their memory is used.
-        """
-        keeps = self._wire == Wire.BF16_DIFF
-        changes = {}
-        for name, trained in self.devices.weights():
-            start = self.first[name] if name not in self._given else self._given[name]
-            if not keeps:
-                self._given.pop(name, None)
-            if self._filter.keeps(name):
-                changes[name] = trained.sub_(start)
-                if kind == Kind.CHANGE and not self._filter.needs_all:
-                    changes[name] = rounded(changes[name], self._wire)
-        changes = self._filter.privatized(changes)
-        if kind == Kind.FULL:
-            return {name: change.add_(self.first[name]) for name, change in changes.items()}
-        return {name: rounded(change, self._wire) for name, change in changes.items()}
+    def _weights(self) -> dict[str, Weight]:
+        """What gives copies of the weights. Of several devices these must be gathered at once."""
+        if self.devices.count > 1:
+            return {name: _copies_of(tensor) for name, tensor in self.devices.weights()}
+        return {name: _copies_of(weight.detach()) for name, weight in self.model.distinct_parameters().items()}
 
     def _correction(self) -> Correction | None:
         match self.plan.algorithm:
             case FedProx(mu=mu):
                 return Proximal(mu)
             case Scaffold():
-                return ControlVariates(self._control_everywhere, self._control)
+                return ControlVariates(self.exchange.control, self._control)
         return None
 
     def _control_changes(self, correction: Correction | None) -> Tensors:
@@ -269,3 +226,8 @@ class SiteTrainer:
         self._last_line, self._tokens_since = time.monotonic(), 0
         if self.devices.rank == 0:
             self._tell(f"{self.plan.site} · {text}", points or [])
+
+
+def _copies_of(weight: torch.Tensor) -> Weight:
+    dtype = torch.float32 if weight.is_floating_point() else weight.dtype
+    return lambda first, last: weight.reshape(-1)[first:last].to("cpu", dtype, copy=True)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import tarfile
 import time
 from collections.abc import Callable, Iterable
@@ -21,6 +20,7 @@ from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.signal import Signal
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 
+from fedsft_assets.federation import tensor_stream
 from fedsft_assets.federation.averaging import TokenWeightedAverage
 from fedsft_assets.federation.exchange import (
     BEST_MODEL,
@@ -420,10 +420,10 @@ def test_killed_server_is_gone_on_from_bit_for_bit_without_doubled_points(
     killed = Server(tmp_path / "killed", sites(), **arguments)
     _play(killed, 1)
     if moment == "before it commits":
-        killed.state.commit = _die  # type: ignore[method-assign]
+        killed.state.commit_round = _die  # type: ignore[method-assign]
     elif moment == "after it committed":
-        commit = killed.state.commit
-        killed.state.commit = lambda *kept: _die(commit(*kept))  # type: ignore[method-assign]
+        commit = killed.state.commit_round
+        killed.state.commit_round = lambda *kept: _die(commit(*kept))  # type: ignore[method-assign]
     else:
         _play(killed, 2)
         killed.play_round = _die  # type: ignore[method-assign]
@@ -452,17 +452,11 @@ def test_job_whose_rounds_are_all_done_is_only_scored(tmp_path: Path) -> None:
 
 
 def test_results_that_a_killed_server_kept_on_the_disk_are_removed(tmp_path: Path) -> None:
-    with Server(tmp_path, [Site("site-1")])._offloaded():
-        (part,) = _offload_folders(tmp_path)
-        shutil.copytree(part, tmp_path / "left")
-    shutil.copytree(tmp_path / "left", part)  # a killed server removes nothing
-    with Server(tmp_path, [Site("site-1")])._offloaded():
-        (other,) = _offload_folders(tmp_path)
-        assert other != part
-
-
-def _offload_folders(folder: Path) -> list[Path]:
-    return list((folder / "state").rglob("nvflare_tensor_offload_*"))
+    left = tmp_path / "state" / "results" / "of a killed server"
+    server = Server(tmp_path, [Site("site-1")])
+    left.mkdir(parents=True)
+    with server._offloaded():
+        assert not left.exists()
 
 
 # Who gets what.
@@ -842,13 +836,14 @@ def test_states_that_nobody_came_back_to_for_a_month_are_removed(placed: Server,
 def test_results_wait_on_the_disk_beside_the_state_and_only_while_the_job_runs(tmp_path: Path) -> None:
     site = Site("site-1")
     server = Server(tmp_path, [site], num_rounds=1)
-    seen: list[dict[str, Any]] = []
-    site.does(TRAIN_TASK, 0, lambda received: (seen.append(dict(server.fobs_context)), site.train(received))[1])
+    seen: list[Path | None] = []
+    site.does(TRAIN_TASK, 0, lambda received: (seen.append(tensor_stream._folder), site.train(received))[1])
     server.run()
-    (where,) = [value for value in seen[0].values() if isinstance(value, str)]
-    assert Path(where).is_relative_to(tmp_path / "state")
-    assert not Path(where).exists()
-    assert not any(server.fobs_context.values())
+    (where,) = seen
+    assert where
+    assert where.is_relative_to(tmp_path / "state")
+    assert not where.exists()
+    assert tensor_stream._folder is None
 
 
 def test_result_of_a_task_that_is_over_is_not_taken(tmp_path: Path) -> None:

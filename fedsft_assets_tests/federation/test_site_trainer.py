@@ -22,7 +22,9 @@ from fedsft_assets.federation.exchange import (
 from fedsft_assets.federation.metrics import Point, points_from_data
 from fedsft_assets.federation.phases import PhaseClock
 from fedsft_assets.federation.server import FederatedSFT
-from fedsft_assets.federation.site_trainer import ExchangeError, SiteTrainer
+from fedsft_assets.federation.site_exchange import ExchangeError
+from fedsft_assets.federation.site_trainer import SiteTrainer
+from fedsft_assets.federation.tensor_stream import made
 from fedsft_assets.model.base import create_base_model
 from fedsft_assets.model.language_model import LanguageModel
 from fedsft_assets.model.training import mean_loss
@@ -64,6 +66,15 @@ class Heard(list[tuple[str, list[Point]]]):
         return [point for _, points in self for point in points]
 
 
+class _Trainer(SiteTrainer):
+    """Whose results are as they arrive at the server."""
+
+    def train(self, received: FLModel) -> FLModel:
+        result = super().train(received)
+        result.params = {name: made(tensor) for name, tensor in result.params.items()}
+        return result
+
+
 MakeTrainer = Callable[..., SiteTrainer]
 
 
@@ -93,7 +104,7 @@ def make_trainer(files: Path, heard: Heard) -> MakeTrainer:
             digests={},
             **plan,
         )
-        return SiteTrainer(given, PhaseClock(), heard, state)
+        return _Trainer(given, PhaseClock(), heard, state)
 
     return make
 
@@ -148,7 +159,7 @@ def test_site_trains_from_what_it_is_given_not_from_what_it_had(make_trainer: Ma
 def test_in_fp32_a_site_keeps_no_copy_of_what_it_was_given(make_trainer: MakeTrainer, base: Weights) -> None:
     trainer = make_trainer()
     trainer.train(_sent(base))
-    assert trainer._given == {}
+    assert trainer.exchange.given == {}
 
 
 def test_bf16_change_is_the_rounded_one_of_fp32(make_trainer: MakeTrainer, base: Weights) -> None:
@@ -158,10 +169,11 @@ def test_bf16_change_is_the_rounded_one_of_fp32(make_trainer: MakeTrainer, base:
 
 
 def test_with_bf16_changes_every_site_has_the_servers_model_bit_for_bit(
-    make_trainer: MakeTrainer, base: Weights
+    make_trainer: MakeTrainer, base: Weights, tmp_path: Path
 ) -> None:
     trainers = [make_trainer(site, wire="bf16-diff") for site in ("site-1", "site-2")]
     server = FederatedSFT(sites=["site-1", "site-2"], num_rounds=3, base_model="base.nemo", wire="bf16-diff")
+    server.open(tmp_path / "state")
     server._weights = _copy(base)
     kinds = [[Kind.FULL, Kind.FULL], [Kind.CHANGE, Kind.CHANGE], [Kind.CHANGE, Kind.FULL], [Kind.CHANGE] * 2]
     for number, by_site in enumerate(kinds):
@@ -175,7 +187,7 @@ def test_with_bf16_changes_every_site_has_the_servers_model_bit_for_bit(
                 result = trainer.train(task)
                 assert all(change.dtype == torch.bfloat16 for change in result.params.values())
                 average.add(trainer.plan.site, result.params, result.meta[FLMetaKey.NUM_STEPS_CURRENT_ROUND])
-            assert _same(trainer._given, before)
+            assert _same(trainer.exchange.given, before)
         assert _same(dict(trainers[0].devices.weights()), dict(trainers[1].devices.weights())) == (number == 3)
         if number < 3:
             server._apply(average)
@@ -190,7 +202,7 @@ def test_without_a_model_of_the_servers_a_site_begins_with_its_own_adapters_and_
     first, other = (trainer.train(_sent({})) for trainer in trainers)
     assert first.meta[KIND_KEY] == other.meta[KIND_KEY] == "full"
     assert first.meta[FIRST_KEY] == other.meta[FIRST_KEY]
-    assert _same(trainers[0].first, trainers[1].first)
+    assert _same(trainers[0].exchange.first, trainers[1].exchange.first)
     trained = dict(trainers[0].devices.weights())
     assert first.params.keys() == trained.keys()
     for name, tensor in first.params.items():

@@ -1,0 +1,205 @@
+"""Tensors as a stream of pieces: what arrives is what was sent, in memory, on the disk, and added to what is there."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from nvflare.app_opt.pt import tensor_downloader
+from nvflare.fuel.f3.streaming.download_service import ProduceRC
+
+from fedsft_assets.federation import tensor_stream
+from fedsft_assets.federation.averaging import rounded
+from fedsft_assets.federation.exchange import KIND_KEY, VERSION, VERSION_KEY, Kind, Wire
+from fedsft_assets.federation.filters import ChangeFilter
+from fedsft_assets.federation.site_exchange import ExchangeError, SiteExchange
+from fedsft_assets.federation.tensor_stream import StoredTensor, StreamedTensors, addend, made, made_when_sent
+from fedsft_assets.specs import FiltersSpec
+
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture(autouse=True)
+def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(tensor_stream, "_PIECE", 64)
+    monkeypatch.setattr(tensor_stream, "_VIEW", 48)
+    yield
+    tensor_stream.add_to(None)
+
+
+@pytest.fixture
+def pieces(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """NVFlare's fetching of one piece after the other, without a network; the pieces that went over it."""
+    seen: list[Any] = []
+
+    def fetch(from_fqcn: Any, ref_id: str, consumer: Any, **_: Any) -> None:
+        state = None
+        while True:
+            status, data, following = from_fqcn.produce(state, "the receiver")
+            if status == ProduceRC.EOF:
+                return consumer.download_completed(ref_id)
+            seen.extend(data)
+            arrived = [bytes(piece) for piece in data]
+            state = consumer.consume(ref_id, following, arrived)
+            if len(seen) == fetch.most:  # type: ignore[attr-defined]
+                return consumer.download_failed(ref_id, "the server is gone")
+
+    fetch.most = None  # type: ignore[attr-defined]
+    monkeypatch.setattr(tensor_downloader, "download_object", fetch)
+    seen.append(fetch)
+    return seen
+
+
+def _sent(tensors: Tensors) -> tuple[str | None, Any]:
+    decomposer = StreamedTensors()
+    return decomposer.download(decomposer.to_downloadable(tensors, 1, {}), "ref")
+
+
+def _tensors() -> Tensors:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "T0": torch.randn(50, 8, generator=generator),
+        "T1": torch.randn(7, generator=generator).to(torch.bfloat16),
+        "T2": torch.tensor(3.5),
+        "T3": torch.tensor([16_777_217, -3]),
+        "T4": torch.empty(0, 3),
+        "T5": torch.randn(8, 6, generator=generator).T,
+        "T6": torch.tensor([True, False, True]),
+        "T7": torch.randn(33, 3, generator=generator).to(torch.bfloat16),
+    }
+
+
+def _same(one: Tensors, other: Tensors) -> bool:
+    return one.keys() == other.keys() and all(
+        tensor.dtype == other[name].dtype and torch.equal(tensor, other[name]) for name, tensor in one.items()
+    )
+
+
+@pytest.mark.usefixtures("pieces")
+def test_tensors_of_all_kinds_arrive_as_they_were_sent() -> None:
+    error, arrived = _sent(_tensors())
+    assert error is None
+    assert _same(arrived, _tensors())
+
+
+def test_no_piece_is_larger_than_one_is_to_be_and_large_tensors_are_not_copied(pieces: list[Any]) -> None:
+    tensors = _tensors()
+    _sent(tensors)
+    _, _contents, *sent = pieces
+    assert max(map(len, sent)) == 64
+    assert sum(map(len, sent)) == sum(tensor.nbytes for tensor in tensors.values())
+    tensors["T0"].fill_(7.0)
+    assert bytes(sent[0]) == torch.full((16,), 7.0).numpy().tobytes()
+
+
+@pytest.mark.usefixtures("pieces")
+def test_tensors_on_the_disk_are_those_that_were_sent_and_gone_with_the_last(tmp_path: Path) -> None:
+    with tensor_stream.stored_in(tmp_path / "results"):
+        _, arrived = _sent(_tensors())
+        stored = {name: arrived.make_lazy_ref(name) for name in arrived}
+        assert all(isinstance(tensor, StoredTensor) for tensor in stored.values())
+        assert stored["T0"].shape == (50, 8)
+        assert _same({name: tensor.materialize() for name, tensor in stored.items()}, _tensors())
+        assert len(list((tmp_path / "results").iterdir())) == 1
+        del arrived, stored
+        assert list((tmp_path / "results").iterdir()) == []
+    assert not (tmp_path / "results").exists()
+
+
+def test_what_arrived_in_part_is_an_error_and_leaves_nothing(tmp_path: Path, pieces: list[Any]) -> None:
+    pieces[0].most = 5
+    with tensor_stream.stored_in(tmp_path / "results"):
+        error, _ = _sent(_tensors())
+        assert error == "the server is gone"
+        assert list((tmp_path / "results").iterdir()) == []
+
+
+@pytest.mark.usefixtures("pieces")
+def test_tensor_that_is_made_when_it_is_sent_is_made_in_pieces() -> None:
+    asked: list[tuple[int, int]] = []
+    numbers = torch.arange(100, dtype=torch.float32)
+
+    def make(first: int, last: int) -> torch.Tensor:
+        asked.append((first, last))
+        return numbers[first:last] * 2
+
+    tensor = made_when_sent((25, 4), torch.float32, make)
+    assert asked == []
+    assert torch.equal(made(tensor), (numbers * 2).reshape(25, 4))
+    asked.clear()
+    _, arrived = _sent({"T0": torch.ones(3), "T1": tensor})
+    assert torch.equal(arrived["T1"], (numbers * 2).reshape(25, 4))
+    assert max(last - first for first, last in asked) <= 16
+
+
+# A site that adds a change to its model while it arrives.
+
+
+class _Task:
+    """What NVFlare hands over, as far as an exchange looks at it."""
+
+    def __init__(self, params: Tensors, kind: Kind, current_round: int) -> None:
+        self.params, self.current_round = params, current_round
+        self.meta = {KIND_KEY: str(kind), VERSION_KEY: VERSION}
+
+
+@pytest.fixture
+def site(pieces: list[Any]) -> SiteExchange:  # noqa: ARG001
+    exchange = SiteExchange("site-1", Wire.BF16_DIFF, ChangeFilter(FiltersSpec()), {})
+    exchange.take(_Task(_model(), Kind.FULL, 3))  # type: ignore[arg-type]
+    tensor_stream.add_to(exchange)
+    return exchange
+
+
+def _model() -> Tensors:
+    return {"w": torch.arange(90, dtype=torch.float32).reshape(9, 10), "b": torch.ones(5)}
+
+
+def _change(version: int) -> Tensors:
+    generator = torch.Generator().manual_seed(version)
+    sizes = {"w": (9, 10), "b": (5,)}
+    changes = {name: rounded(torch.randn(size, generator=generator), Wire.BF16_DIFF) for name, size in sizes.items()}
+    return {name: addend(change, name, version) for name, change in changes.items()}
+
+
+def test_change_is_added_as_it_arrives_and_only_once(site: SiteExchange) -> None:
+    expected = {name: tensor + _change(4)[name] for name, tensor in _model().items()}
+    for _ in range(2):  # NVFlare may deliver a task again
+        _, arrived = _sent(_change(4))
+        assert all(tensor.is_meta for tensor in arrived.values())
+        site.take(_Task(dict(arrived), Kind.CHANGE, 4))  # type: ignore[arg-type]
+        assert _same(site.given, expected)
+
+
+def test_change_to_another_model_than_the_sites_is_an_error(site: SiteExchange) -> None:
+    with pytest.raises(
+        ExchangeError, match=r"site-1: has the model after 3 rounds, and was sent the change .* round 5$"
+    ):
+        _sent(_change(5))
+    assert _same(site.given, _model())
+
+
+def test_model_with_a_part_of_a_change_needs_to_be_sent_whole(site: SiteExchange, pieces: list[Any]) -> None:
+    pieces[0].most = 3
+    _sent(_change(4))
+    pieces[0].most = None
+    with pytest.raises(ExchangeError, match="has the model after 3 rounds in part"):
+        _sent(_change(4))
+    site.take(_Task(_model(), Kind.FULL, 4))  # type: ignore[arg-type]
+    _sent(_change(5))
+    assert _same(site.given, {name: tensor + _change(5)[name] for name, tensor in _model().items()})
+
+
+@pytest.mark.usefixtures("pieces")
+def test_in_fp32_the_given_model_is_let_go_of_and_the_change_still_right() -> None:
+    exchange = SiteExchange("site-1", Wire.FP32, ChangeFilter(FiltersSpec()), {})
+    exchange.take(_Task(_model(), Kind.FULL, 0))  # type: ignore[arg-type]
+    trained = {name: tensor * 3 for name, tensor in _model().items()}
+    changes = exchange.changes({name: _copies_of(tensor.reshape(-1)) for name, tensor in trained.items()}, Kind.CHANGE)
+    assert exchange.given == {}
+    assert _same({name: made(change) for name, change in changes.items()}, {n: t * 2 for n, t in _model().items()})
+
+
+def _copies_of(flat: torch.Tensor) -> Callable[[int, int], torch.Tensor]:
+    return lambda first, last: flat[first:last].clone()
