@@ -2,6 +2,7 @@
 
 import argparse
 import shutil
+import signal
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -21,20 +22,29 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--runtime", choices=("simulator", "poc"), help="both if not given, side by side")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     in_poc = round(args.kills * _SHARE_OF_THE_POC)
     kills = {args.runtime: args.kills} if args.runtime else {"simulator": args.kills - in_poc, "poc": in_poc}
     home = Settings().home
     home.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=home, prefix="faults-") as folder, ThreadPoolExecutor() as threads:
         prepared = prepare_home(Path(folder) / "prepared").home
-        running = []
-        for runtime, count in kills.items():
+        campaigns = []
+        for runtime in kills:
             own = Store(shutil.copytree(prepared, Path(folder) / runtime))
-            campaign = Campaign(own, runtime, args.seed, lambda text: print(text, flush=True))
-            running.append(threads.submit(campaign.run, count, list(VARIANTS)))
+            campaigns.append(Campaign(own, runtime, args.seed, lambda text: print(text, flush=True)))
+        running = [
+            threads.submit(campaign.run, count, list(VARIANTS))
+            for campaign, count in zip(campaigns, kills.values(), strict=True)
+        ]
         outcome = Outcome()
-        for one in running:
-            outcome.add(one.result())
+        try:
+            for one in running:
+                outcome.add(one.result())
+        except BaseException:
+            for campaign in campaigns:
+                campaign.stop()
+            raise
     for wrong in outcome.wrong:
         print(wrong)
     print(f"hit: {', '.join(f'{victim} {count}' for victim, count in sorted(outcome.victims.items()))}")

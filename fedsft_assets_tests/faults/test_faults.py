@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.xdist_group("faults")
 def test_nothing_is_lost_whatever_is_killed_in_the_simulator(tmp_path: Path) -> None:
-    campaign = Campaign(prepare_home(tmp_path / "home"), "simulator", seed=20)
+    campaign = Campaign(prepare_home(tmp_path / "home"), "simulator", seed=12)
     outcome = campaign.run(20, ["three sites", "bf16 differences"])
     assert outcome.wrong == []
     assert outcome.recovered == outcome.injected == 20
@@ -20,7 +20,7 @@ def test_nothing_is_lost_whatever_is_killed_in_the_simulator(tmp_path: Path) -> 
 
 @pytest.mark.xdist_group("nvflare")
 def test_nothing_is_lost_whatever_is_killed_in_a_poc(tmp_path: Path) -> None:
-    campaign = Campaign(prepare_home(tmp_path / "home"), "poc", seed=20)
+    campaign = Campaign(prepare_home(tmp_path / "home"), "poc", seed=17)
     outcome = campaign.run(12, ["three sites"])
     assert outcome.wrong == []
     assert outcome.recovered == outcome.injected == 12
