@@ -96,16 +96,16 @@ class _Ours:
     """The wire of a site around weights that nobody holds: they are made of the given ones when they are asked for."""
 
     def __init__(self, wire: str) -> None:
-        from fedsft_assets.federation import tensor_stream
         from fedsft_assets.federation.exchange import Wire
         from fedsft_assets.federation.filters import ChangeFilter
         from fedsft_assets.federation.site_exchange import SiteExchange
+        from fedsft_assets.federation.tensor_stream import add_to, send_tensors_as_streams
         from fedsft_assets.specs import FiltersSpec
 
         self.site = ""
         self.exchange = SiteExchange("a site", Wire(wire), ChangeFilter(FiltersSpec()), {})
-        tensor_stream.use()
-        tensor_stream.add_to(self.exchange)
+        send_tensors_as_streams()
+        add_to(self.exchange)
 
     def answer(self, received: Any, evaluates: bool) -> Any:
         from nvflare.apis.fl_constant import FLMetaKey

@@ -54,12 +54,12 @@ def _work(plan: SitePlan) -> None:
     with clock.phase("import"):
         import nvflare.client as flare
 
-        from fedsft_assets.federation import tensor_stream
         from fedsft_assets.federation.site_exchange import ExchangeError
         from fedsft_assets.federation.site_state import site_state_folder
         from fedsft_assets.federation.site_trainer import SiteTrainer
+        from fedsft_assets.federation.tensor_stream import send_tensors_as_streams
     if _leads():
-        tensor_stream.use()
+        send_tensors_as_streams()
         flare.init()  # first of all: NVFlare waits for it, and a large model takes its time
     if plan.package != __version__:
         raise ExchangeError(

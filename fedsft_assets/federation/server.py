@@ -28,7 +28,6 @@ from nvflare.apis.shareable import Shareable
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 from nvflare.app_common.workflows.model_controller import ModelController
 
-from fedsft_assets.federation import tensor_stream
 from fedsft_assets.federation.averaging import TokenWeightedAverage, rounded
 from fedsft_assets.federation.exchange import (
     BEST_MODEL,
@@ -55,6 +54,7 @@ from fedsft_assets.federation.journal import JOURNAL_FILE, Finished, Journal, Pr
 from fedsft_assets.federation.metrics import Point, points_from_data
 from fedsft_assets.federation.server_optimizer import ServerOptimizer
 from fedsft_assets.federation.server_state import ServerState
+from fedsft_assets.federation.tensor_stream import addend, send_tensors_as_streams, tensors_stored_in
 from fedsft_assets.federation.watch import SiteWatch
 
 
@@ -103,7 +103,7 @@ class FederatedSFT(ModelController):
 
     def start_controller(self, fl_ctx: FLContext) -> None:
         super().start_controller(fl_ctx)
-        tensor_stream.use()  # without it, NVFlare cannot send tensors
+        send_tensors_as_streams()  # without it, NVFlare cannot send tensors
         self.open(self._state_folder())
         self.engine.register_app_command(JOURNAL_COMMAND, self._hand_out_journal)
 
@@ -321,7 +321,7 @@ class FederatedSFT(ModelController):
                 return weight
             change = rounded(self._optimizer.change(name, mean) if self._optimizer else mean, self._wire)
             if self._wire == Wire.BF16_DIFF:
-                self._change[name] = tensor_stream.addend(change, name, number)
+                self._change[name] = addend(change, name, number)
             return weight.add(change).to(weight.dtype)
 
         self._weights = self.state.write_weights(number, dict(self._weights), moved)
@@ -390,7 +390,7 @@ class FederatedSFT(ModelController):
         """Results wait on the disk, beside the state, until they are averaged."""
         results = self.state.folder / "results"
         shutil.rmtree(results, ignore_errors=True)  # of a server that was killed
-        with tensor_stream.stored_in(results):
+        with tensors_stored_in(results):
             yield
 
 

@@ -8,7 +8,6 @@ import torch
 from nvflare.apis.fl_constant import FLMetaKey
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 
-from fedsft_assets.federation import tensor_stream
 from fedsft_assets.federation.averaging import rounded
 from fedsft_assets.federation.exchange import CONTROL, FIRST_KEY, KIND_KEY, POINTS_KEY, SAMPLES_KEY, Kind, Wire
 from fedsft_assets.federation.filters import ChangeFilter
@@ -17,6 +16,7 @@ from fedsft_assets.federation.metrics import Point, points_to_data
 from fedsft_assets.federation.phases import PhaseClock
 from fedsft_assets.federation.site_exchange import SiteExchange, Weight
 from fedsft_assets.federation.site_state import SiteState
+from fedsft_assets.federation.tensor_stream import add_to
 from fedsft_assets.model.archive import content_digest
 from fedsft_assets.model.batches import truncated
 from fedsft_assets.model.corrections import ControlVariates, Correction, Proximal
@@ -62,7 +62,7 @@ class SiteTrainer:
         self.moments: Moments | None = None
         self._filter = ChangeFilter(plan.filters)
         self.exchange = SiteExchange(plan.site, Wire(plan.wire), self._filter, first)
-        tensor_stream.add_to(self.exchange)
+        add_to(self.exchange)
         self._state = SiteState(state, self.devices.rank) if state else None
         self._finished = 0  # rounds whose moments and directions are here
         self._control: Tensors = {}  # this site's usual direction, where the algorithm wants it

@@ -28,6 +28,7 @@ from nvflare.app_opt.pt import tensor_downloader
 from nvflare.app_opt.pt.decomposers import TensorDecomposer
 from nvflare.fuel.f3.streaming.download_service import Consumer, Downloadable, ProduceRC
 from nvflare.fuel.utils import fobs
+from nvflare.fuel.utils.fobs import dots
 
 from fedsft_assets.federation.allocator import keep_freed_memory
 
@@ -40,7 +41,7 @@ _folder: Path | None = None  # where tensors go that arrive; in memory if it is 
 
 
 @contextmanager
-def stored_in(folder: Path) -> Iterator[None]:
+def tensors_stored_in(folder: Path) -> Iterator[None]:
     """Tensors that arrive meanwhile lie in files there, as StoredTensor; these are gone when nobody has one any more.
 
     NVFlare has the like, but in its simulator it does not reach the connection that results come by.
@@ -55,9 +56,15 @@ def stored_in(folder: Path) -> Iterator[None]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def use() -> None:
-    """Have this process send and receive tensors in this way; to be called before NVFlare has one of its own."""
+def send_tensors_as_streams() -> None:
+    """Have this process send and receive tensors in this way; to be called before NVFlare has one of its own.
+
+    Raises RuntimeError if it has one.
+    """
     fobs.register(StreamedTensors)
+    found = type(fobs.get_dot_handler(dots.TENSOR_DOWNLOAD)).__name__
+    if found != StreamedTensors.__name__:  # by name: a job folder may bring this module a second time
+        raise RuntimeError(f"tensors are sent by NVFlare's {found} in this process, which the other end does not read")
     keep_freed_memory()
 
 

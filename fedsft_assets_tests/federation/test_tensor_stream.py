@@ -95,7 +95,7 @@ def test_no_piece_is_larger_than_one_is_to_be_and_large_tensors_are_not_copied(p
 
 @pytest.mark.usefixtures("pieces")
 def test_tensors_on_the_disk_are_those_that_were_sent_and_gone_with_the_last(tmp_path: Path) -> None:
-    with tensor_stream.stored_in(tmp_path / "results"):
+    with tensor_stream.tensors_stored_in(tmp_path / "results"):
         _, arrived = _sent(_tensors())
         stored = {name: arrived.make_lazy_ref(name) for name in arrived}
         assert all(isinstance(tensor, StoredTensor) for tensor in stored.values())
@@ -109,7 +109,7 @@ def test_tensors_on_the_disk_are_those_that_were_sent_and_gone_with_the_last(tmp
 
 def test_what_arrived_in_part_is_an_error_and_leaves_nothing(tmp_path: Path, pieces: list[Any]) -> None:
     pieces[0].most = 5
-    with tensor_stream.stored_in(tmp_path / "results"):
+    with tensor_stream.tensors_stored_in(tmp_path / "results"):
         error, _ = _sent(_tensors())
         assert error == "the server is gone"
         assert list((tmp_path / "results").iterdir()) == []
