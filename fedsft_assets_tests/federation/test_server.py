@@ -726,6 +726,20 @@ def test_aborted_job_stops_without_a_reason_and_can_be_gone_on_with(tmp_path: Pa
     assert Server(tmp_path, sites).state.progress.finished == 1
 
 
+def test_aborted_job_does_not_wait_for_tasks_that_nobody_ends_any_more(tmp_path: Path) -> None:
+    sites = [Site("site-1"), Site("site-2")]
+    server = Server(tmp_path, sites)
+
+    def abort(_: FLModel) -> None:
+        server.abort_signal.trigger(True)
+        server.cancel_all_tasks = lambda **_: None  # type: ignore[method-assign]
+
+    sites[1].does(TRAIN_TASK, 0, abort)
+    server.run()
+    assert server.get_num_standing_tasks() > 0
+    assert (server.of(Stopped), server.panics) == ([], [])
+
+
 # While sites work.
 
 
