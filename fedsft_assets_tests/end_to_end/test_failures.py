@@ -94,6 +94,14 @@ def test_crashed_trainer_shows_its_own_traceback(store: Store, build: Callable[.
     assert {run.info.status for run in runs} == {"FAILED"}
 
 
+def test_loss_that_is_no_number_ends_the_job_and_says_where(store: Store, build: Callable[..., str]) -> None:
+    job = build("fedavg", learning_rate=1e30, rounds=50, max_local_steps=5, max_evaluation_records=8)
+    with pytest.raises(JobError, match=r"site-\d: the loss is (nan|inf) in round 1, step 2 of 5, at") as failure:
+        list(_events(job, store))
+    assert not failure.value.lost
+    assert marked_processes(str(store.flare(job))) == []
+
+
 def test_closing_the_events_stops_the_job(store: Store, build: Callable[..., str]) -> None:
     job = build("fedavg", rounds=50)
     events = _events(job, store)

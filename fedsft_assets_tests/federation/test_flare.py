@@ -221,6 +221,22 @@ def test_process_ends_when_its_connection_is_closed(system: PocSystem, tmp_path:
     assert not (tmp_path / "flare").exists()
 
 
+def test_site_with_another_version_of_nvflare_is_named(
+    system: PocSystem, connect: Callable[..., FlareJobs], tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import nvflare\nnvflare.__version__ = '2.7.0'\n")
+    other = {**Settings(home=system.folder.parent).environment(), "PYTHONPATH": str(tmp_path)}
+    try:
+        _kill(system.status().services["site-2"])
+        PocSystem(system.folder, PocSettings(), other).start()
+        with pytest.raises(UnavailableError, match=r"NVFlare here is .*, but site-2 has 2\.7\.0; install the same"):
+            connect().prepare(SITES)
+    finally:
+        _kill(system.status().services["site-2"])
+        system.start()
+    connect().prepare(SITES)
+
+
 def test_other_version_of_nvflare_is_named_unless_it_is_a_patch_of_this_one() -> None:
     own = version("nvflare")
     patch = ".".join([*own.split(".")[:2], "99"])
