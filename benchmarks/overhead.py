@@ -84,7 +84,7 @@ class Benchmark:
         runs: dict[int, list[Run]] = {sites: [] for sites in self._args.sites}
         given = {sites: self._input(f"{SITES}-{sites}", part, sites) for sites in runs}
         self._contenders(next(iter(given.values()))).warm_up([OURS])
-        for _ in range(self._args.repeats):
+        for _ in range(self._args.sites_repeats):
             for sites, tries in runs.items():
                 tries.append(self._contenders(given[sites]).run(OURS))
         sites_table(runs)
@@ -218,13 +218,14 @@ def _arguments() -> argparse.Namespace:
         help="the others take our batches too, in which records have similar lengths, where a data loader shuffles",
     )
     parser.add_argument("--sites", type=int, nargs="+", default=_SITES, help="numbers of sites (default 3 10 30 100)")
+    parser.add_argument("--sites-repeats", type=int, default=1, help="runs of each number of sites (default 1)")
     parser.add_argument("--quick", action="store_true", help="a few small steps: shows that it runs, not what it costs")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="work in this folder and leave all files there")
     args = parser.parse_args()
     args.part = args.part or [STUDY, SITES]
     args.contender = args.contender or [name for name in CONTENDERS if name != FLOWER_DEFAULT]
-    if args.repeats < 1 or min(args.sites) < 1:
-        parser.error("--repeats and --sites must be at least 1")
+    if min(args.repeats, args.sites_repeats, *args.sites) < 1:
+        parser.error("--repeats, --sites-repeats and --sites must be at least 1")
     return args
 
 
