@@ -212,7 +212,8 @@ class FederatedSFT(ModelController):
         if self.state.progress.finished:
             self._weights = self.state.weights()
         elif self.base_model:
-            self._weights = read_nemo_weights(own_base_model(Path(self.base_model), os.environ))
+            weights = read_nemo_weights(own_base_model(Path(self.base_model), os.environ))
+            self._weights = self.state.write_weights(0, weights, weights.pop)  # there they take no memory
         if self.algorithm["name"] == "scaffold":
             self._control = self.state.algorithm()
 
@@ -316,7 +317,6 @@ class FederatedSFT(ModelController):
 
         def moved(name: str) -> torch.Tensor:
             weight, mean = self._weights[name], average.mean(name)
-            self._weights[name] = torch.empty(0)  # in the first round, its memory is needed for the next one's
             if mean is None:
                 return weight
             change = rounded(self._optimizer.change(name, mean) if self._optimizer else mean, self._wire)

@@ -78,7 +78,7 @@ class ServerState:
         """
         infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in like.items()}
         path = self.model_file(round)
-        with _whole(path) as file:
+        with _whole(path, lasting=round > 0) as file:  # the base model is read again where no round is finished
             write_tensors(file, infos, made)
         return _read(path, mmap=True)
 
@@ -115,7 +115,7 @@ def _write(kept: Mapping[str, Any], path: Path) -> None:
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[BinaryIO]:
+def _whole(path: Path, lasting: bool = True) -> Iterator[BinaryIO]:
     """A file that has its name only when all of it is on the disk.
 
     Raises OSError, after which what was written is gone: others need the room to say why.
@@ -125,7 +125,8 @@ def _whole(path: Path) -> Iterator[BinaryIO]:
         with fresh.open("wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if lasting:
+                os.fsync(file.fileno())
         os.replace(fresh, path)
     except BaseException as error:
         fresh.unlink(missing_ok=True)
