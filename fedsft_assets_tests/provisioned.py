@@ -17,9 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from fedsft_assets.federation.processes import MARK, marked_processes, stop_marked
+from fedsft_assets.federation.processes import MARK, stop_marked
 
 SITES = ("site-1", "site-2", "site-3")
 STUDY_USER = "study@example.org"
@@ -157,24 +155,14 @@ class Federation:
         """End all processes of a participant."""
         stop_marked(self.mark_of(name))
 
-    def processes(self) -> list[psutil.Process]:
-        """All that live, of the server and all sites."""
-        return [process for name in self.names for process in marked_processes(self.mark_of(name))]
+    @property
+    def marks(self) -> list[str]:
+        """Of all participants."""
+        return [self.mark_of(name) for name in self.names]
 
     @property
     def names(self) -> list[str]:
         return [SERVER, *self.kits.sites]
-
-    def listening(self) -> set[tuple[str, int]]:
-        """Addresses and ports that any process of the federation listens at now."""
-        found = set()
-        for process in self.processes():
-            try:
-                connections = process.net_connections("inet")
-            except psutil.Error:
-                continue  # ended meanwhile
-            found |= {(c.laddr.ip, c.laddr.port) for c in connections if c.status == psutil.CONN_LISTEN}
-        return found
 
     def end_of_logs(self, lines: int = 40) -> str:
         """The last lines that each participant printed."""

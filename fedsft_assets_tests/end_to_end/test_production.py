@@ -18,12 +18,14 @@ from fedsft_assets.federation.production import Production, ProductionSettings
 from fedsft_assets.federation.report import MODEL_FILE, JobReport
 from fedsft_assets.federation.runtime import UnavailableError
 from fedsft_assets.federation.site_files import SITE_HOME
+from fedsft_assets.model.base import create_base_model
 from fedsft_assets.specs import COMBINED
 from fedsft_assets.store import SPLITS, Store, split_file
 from fedsft_assets_tests.environments import environment_of, installing
 from fedsft_assets_tests.prepared import TINY
 from fedsft_assets_tests.provisioned import SERVER, SITES, Federation, provision, running
 from fedsft_assets_tests.shipped import DATASETS
+from fedsft_assets_tests.sockets import scanned
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nvflare")]
 
@@ -69,13 +71,11 @@ def test_a_job_ends_with_its_files_while_all_listen_on_loopback_alone(
 ) -> None:
     settings = ProductionSettings(startup_kit=federation.kits.admin)
     lines: list[str] = []
-    addresses: set[tuple[str, int]] = set()
-    with Production(settings, tmp_path / "own") as runtime:
+    with Production(settings, tmp_path / "own") as runtime, scanned(*federation.marks) as scan:
         runtime.prepare(list(SITES))
         job_id = runtime.submit(store.job_folder(job))
         while not (state := runtime.poll(job_id)).ended:
             lines += runtime.new_lines(job_id)
-            addresses |= federation.listening()
             time.sleep(0.3)
         lines += runtime.new_lines(job_id)
         assert state.succeeded, (state, federation.end_of_logs())
@@ -85,9 +85,9 @@ def test_a_job_ends_with_its_files_while_all_listen_on_loopback_alone(
     points = [json.loads(line) for line in lines]
     losses = {(point["round"], point.get("site")) for point in points if point.get("name") == "val_loss"}
     assert losses == {(number, site) for number in range(SMALL["rounds"] + 1) for site in (None, *SITES)}
+    assert scan.beyond_loopback == []
     # The server's port, and one or two of the job's process at the server and at each site.
-    assert len(addresses) > 1 + len(SITES)
-    assert {address for address, _ in addresses} == {"127.0.0.1"}
+    assert len({one.port for one in scan.sockets}) > 1 + len(SITES)
 
 
 def _run(federation: Federation, store: Store, job: str) -> Event:
@@ -106,7 +106,10 @@ def _run(federation: Federation, store: Store, job: str) -> Event:
 def test_the_study_gets_a_checkpoint_from_sites_whose_data_it_cannot_see(
     federation: Federation, store: Store, job: str
 ) -> None:
-    report = _run(federation, store, job)
+    with scanned(*federation.marks, str(store.flare(job))) as scan:
+        report = _run(federation, store, job)
+    assert scan.beyond_loopback == []
+    assert {"fedsft_assets.federation.supervisor", "fedsft_assets.federation.client"} <= scan.programs
     assert isinstance(report, JobReport)
     assert len(report.val_loss) == SMALL["rounds"] + 1
     assert report.last_val_loss < report.base_val_loss
@@ -125,6 +128,23 @@ def test_a_site_without_the_data_of_a_job_says_what_is_missing(federation: Feder
     assert f"site-2: training_file: {missing} is missing; split the site's data with 'fedsft-site split" in str(
         raised.value
     )
+
+
+def test_a_site_whose_base_model_has_another_shape_says_in_which_tensors(
+    federation: Federation, store: Store, job: str
+) -> None:
+    own = federation.folder / f"homes/site-2/base_models/{TINY.name}.nemo"
+    aside = own.with_suffix(".aside")
+    own.rename(aside)
+    try:
+        create_base_model(TINY, own, seed=1234, texts=["so few words make a smaller vocabulary"] * 9)
+        with pytest.raises(JobError) as raised:
+            _run(federation, store, job)
+    finally:
+        aside.replace(own)
+    assert "the trainer of site-2 failed" in str(raised.value)
+    assert "lm.transformer.wte.weight" in str(raised.value)
+    assert not raised.value.lost
 
 
 def test_a_site_that_is_not_connected_is_named(federation: Federation, tmp_path: Path) -> None:
