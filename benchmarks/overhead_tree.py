@@ -24,6 +24,7 @@ _MOST_OF_A_CORE = 0.05  # that sampling may take, or else it is done less often
 _SECONDS_TO_END = 20.0  # for what the command leaves running
 _SET_CHILD_SUBREAPER = 36  # prctl(2)
 _PROC = Path("/proc")
+_TICKS = os.sysconf("SC_CLK_TCK")  # a second
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ def cost(command: Sequence[str | Path], environment: Mapping[str, str], log: Pat
     if code:
         said = log.read_text(encoding="utf-8", errors="replace")[-4000:]
         raise BenchmarkError(f"{' '.join(map(str, command))} ended with {code}:\n{said}")
-    cpu_seconds = _cpu_seconds_of_children() - before
+    # Neither counts all: who ignores its children's ends keeps their seconds to itself, and samples miss the last ones.
+    cpu_seconds = max(_cpu_seconds_of_children() - before, tree.cpu_seconds)
     others = max(0.0, _cpu_seconds_of_all() - all_before - cpu_seconds)
     return Cost(begun, ended, cpu_seconds, tree.rss / 1e9, tree.pss / 1e9, tree.processes, others)
 
@@ -93,6 +95,12 @@ class _Tree:
         self.rss, self.pss, self.processes = 0, 0, 0
         self._root, self._needle = root, f"{_MARK}={mark}".encode()
         self._belongs: dict[tuple[int, str], bool] = {}  # by process id and start time
+        self._ticks: dict[tuple[int, str], int] = {}  # of CPU, of each process that belongs, as last seen
+
+    @property
+    def cpu_seconds(self) -> float:
+        """Of all processes, as far as they were seen."""
+        return sum(self._ticks.values()) / _TICKS
 
     def watch(self) -> None:
         """Take samples until told to stop."""
@@ -128,12 +136,13 @@ class _Tree:
             state = _state(pid)
             if state is None:
                 continue
-            started, parent = state
+            started, parent, ticks = state
             known = self._belongs.get((pid, started))
             own = self._is_own(pid, parent, found) if known is None else known
             belongs[pid, started] = own
             if own:
                 found.append(pid)
+                self._ticks[pid, started] = ticks
         self._belongs = belongs
         return found
 
@@ -146,14 +155,14 @@ class _Tree:
             return False
 
 
-def _state(pid: int) -> tuple[str, int] | None:
-    """When a process started and its parent's id, or None if it has ended. See proc(5) on stat."""
+def _state(pid: int) -> tuple[str, int, int] | None:
+    """When a process started, its parent's id and its ticks of CPU, or None if it has ended. See proc(5) on stat."""
     try:
         said = (_PROC / str(pid) / "stat").read_text(errors="replace")
     except OSError:
         return None
     fields = said[said.rindex(")") + 2 :].split()
-    return None if fields[0] in "ZX" else (fields[19], int(fields[1]))
+    return None if fields[0] in "ZX" else (fields[19], int(fields[1]), int(fields[11]) + int(fields[12]))
 
 
 def _size(pid: int) -> tuple[int, int] | None:
@@ -196,7 +205,7 @@ def _cpu_seconds_of_all() -> float:
     user, nice, system, _idle, _waiting, irq, soft_irq, *_ = map(
         int, (_PROC / "stat").read_text().splitlines()[0].split()[1:]
     )
-    return (user + nice + system + irq + soft_irq) / os.sysconf("SC_CLK_TCK")
+    return (user + nice + system + irq + soft_irq) / _TICKS
 
 
 def _cpu_seconds_of_children() -> float:
