@@ -20,7 +20,8 @@ class Execution:
     """`subject` says what is executed, `rounds` are finished, `seconds` went into it in all attempts so far.
 
     `submissions` have been begun, of which `job_id` is the last one's FLARE job, once that is known. `status` is the
-    runtime's word for a job that has ended well, when its files are in the workspace; `ended`: nothing is left to do.
+    runtime's word for a job that has ended well, when its files are in the workspace; `checkpoint` the digest of the
+    archive that was made of them; `ended`: nothing is left to do.
     """
 
     id: str
@@ -30,6 +31,7 @@ class Execution:
     rounds: int = 0
     seconds: float = 0.0
     status: str | None = None
+    checkpoint: str | None = None
     ended: bool = False
 
     @property

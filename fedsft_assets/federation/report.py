@@ -24,7 +24,8 @@ class JobReport:
     between them; `phases` say where they went: each phase's at the site where it took longest (see
     `phases.PhaseClock`), and `save` for the checkpoint and its test.
     Digests are of content. `missed` are the sites that a round (1-based) went on without, `runtime` and `job_id`
-    where it ran, `status` that runtime's last word for it. `epsilon` is what each site spent of its privacy, where the job has a filter for that.
+    where it ran, `status` that runtime's last word for it. `epsilon` is what each site spent of its privacy, where
+    the job has a filter for that.
     """
 
     job: str

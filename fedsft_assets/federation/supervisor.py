@@ -36,13 +36,13 @@ from fedsft_assets.federation.metrics import Point
 from fedsft_assets.federation.phases import longest_phases, round_to_ms
 from fedsft_assets.federation.processes import MARK, stop_marked
 from fedsft_assets.federation.record import Workspace
-from fedsft_assets.federation.report import JobReport, global_curve
+from fedsft_assets.federation.report import MODEL_FILE, JobReport, global_curve
 from fedsft_assets.federation.runtime import JobState, Runtime, UnavailableError
 from fedsft_assets.federation.runtimes import make_runtime
 from fedsft_assets.federation.trainer_log import TrainerFailure, first_failure
 from fedsft_assets.settings import Settings
 from fedsft_assets.specs import SpecError
-from fedsft_assets.store import publish_folder
+from fedsft_assets.store import file_digest, publish_folder
 
 _POLL_SECONDS = 0.3
 _SAVE_SECONDS = 5.0  # so much of the time that an attempt took is forgotten at most when it is killed
@@ -113,6 +113,17 @@ class Supervision:
             self._end_submitted()
             raise
 
+    def finished(self, into: Path) -> JobReport | None:
+        """What an earlier attempt told, or was about to, if its checkpoint is there: told again, it is the same."""
+        archive = into / MODEL_FILE
+        if (
+            not self._execution.checkpoint
+            or not archive.is_file()
+            or file_digest(archive) != self._execution.checkpoint
+        ):
+            return None
+        return JobReport.read(into)
+
     def finish(self, weights: Path, testing_file: Path, into: Path) -> JobReport:
         """Write the checkpoint of these weights and its report. Raises JobFailedError."""
         saving, spec, points = time.monotonic(), self.spec, list(self.points.values())
@@ -150,6 +161,7 @@ class Supervision:
                 epsilon=_epsilon(self),
             )
             report.write(folder)
+        self._save(checkpoint=file_digest(into / MODEL_FILE))
         return report
 
     def close(self) -> None:
@@ -320,6 +332,10 @@ def supervise(
     supervision = Supervision(job_folder, workspace, runtime, threads)
     try:
         yield from supervision.run()
+        if report := supervision.finished(into):
+            yield Progress("its checkpoint is here too")
+            yield report
+            return
         yield Progress("writing the checkpoint and scoring it on the combined testing split")
         yield supervision.finish(workspace.result / BEST_MODEL, testing_file, into)
     finally:

@@ -24,10 +24,13 @@ from fedsft_assets.federation.journal import (
 )
 from fedsft_assets.federation.metrics import Point
 from fedsft_assets.federation.record import Workspace
+from fedsft_assets.federation.report import MODEL_FILE
 from fedsft_assets.federation.runtime import JobState, UnavailableError
 from fedsft_assets.federation.supervisor import JobFailedError, Supervision, explain
 from fedsft_assets.federation.trainer_log import FAILURE_MARK, TrainerFailure
 from fedsft_assets.specs import PRESETS, JobSpec, SitePlan, SiteSpec, TrainingSpec
+from fedsft_assets.store import file_digest
+from fedsft_assets_tests.federation.test_report import REPORT
 
 RUNNING, DONE = JobState(False, False, "RUNNING"), JobState(True, True, "FINISHED:COMPLETED")
 FAILED = JobState(True, False, "FINISHED:EXECUTION_EXCEPTION")
@@ -316,6 +319,24 @@ def test_seconds_are_those_of_all_attempts_also_of_one_that_was_killed(
     ended = workspace.execution()
     assert ended is not None
     assert ended.seconds == again.seconds
+
+
+def test_checkpoint_that_an_earlier_attempt_made_is_told_as_it_was_unless_it_is_another_one_now(
+    attempt: Attempt, workspace: Workspace, tmp_path: Path
+) -> None:
+    into = tmp_path / "checkpoint"
+    into.mkdir()
+    (into / MODEL_FILE).write_text("an archive")
+    REPORT.write(into)
+    assert attempt().finished(into) is None
+    execution = workspace.execution()
+    assert execution is not None
+    workspace.save(replace(execution, checkpoint=file_digest(into / MODEL_FILE)))
+    assert attempt().finished(into) == REPORT
+    (into / MODEL_FILE).write_text("another archive")
+    assert attempt().finished(into) is None
+    (into / MODEL_FILE).unlink()
+    assert attempt().finished(into) is None
 
 
 def test_point_that_comes_twice_is_told_once(attempt: Attempt, jobs: Jobs, workspace: Workspace) -> None:
