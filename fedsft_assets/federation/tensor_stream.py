@@ -9,6 +9,7 @@ not look at.
 
 from __future__ import annotations
 
+import gc
 import json
 import mmap
 import shutil
@@ -252,6 +253,7 @@ class _Arriving(_Receiving):
         self._sum = _sum if self._version is not None else None
         if self._sum and self._version is not None:
             self._wanted = self._sum.begin(self._version)
+        gc.collect()  # NVFlare's last message goes round in circles; its tensors would be here beside the new ones
         held = [index for index, (*_, added) in enumerate(contents.tensors) if not (self._sum and added)]
         starts = [0, *accumulate(_aligned(contents.ends[index] - contents.starts[index]) for index in held)]
         block = _block(starts[-1])
