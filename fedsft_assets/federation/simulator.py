@@ -142,6 +142,7 @@ class Simulator:
             **allocator.ENVIRONMENT,
             "OMP_NUM_THREADS": str(self._threads),
             "TMPDIR": str(self._temporary),
+            "NVFLARE_DEAD_CLIENT_GRACE_PERIOD": "1",  # nobody comes back here; NVFlare's own is 60 seconds
             JOB_STARTED: str(time.time()),
             STATE_ROOT: str(self._states),
             SITE_STATE_ROOT: str(self._folder / "site_states"),

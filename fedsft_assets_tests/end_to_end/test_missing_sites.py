@@ -18,16 +18,22 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nvflare")]
 _SHORT = {"rounds": 4, "max_local_steps": 20, "max_evaluation_records": 8}
 
 
-def _trainer(store: Store, job: str, site: str) -> psutil.Process:
+_TRAINER, _SITE = "fedsft_assets.federation.client", "nvflare.private.fed.app.simulator.simulator_worker"
+
+
+def _process(store: Store, job: str, site: str, module: str) -> psutil.Process:
     for process in marked_processes(str(store.flare(job))):
         with contextlib.suppress(psutil.Error):
-            if "fedsft_assets.federation.client" in process.cmdline() and f"app_{site}" in process.cwd():
+            words = process.cmdline()
+            if module in words and (site in words or f"app_{site}" in process.cwd()):
                 return process
-    raise AssertionError(f"no trainer of {site}")
+    raise AssertionError(f"no {module} of {site}")
 
 
-def _run_and_send(store: Store, job: str, site: str, sign: signal.Signals) -> tuple[list[Missed], JobReport]:
-    """Run the job; the trainer of a site gets a signal when it begins to train its second round."""
+def _run_and_send(
+    store: Store, job: str, site: str, sign: signal.Signals, module: str = _TRAINER
+) -> tuple[list[Missed], JobReport]:
+    """Run the job; a process of a site gets a signal when its trainer begins to train its second round."""
     sent, missed, report = False, [], None
     for event in run_job(
         store.job_folder(job), store.flare(job), split_file(store.combined, "testing"), store.checkpoint(job)
@@ -38,7 +44,7 @@ def _run_and_send(store: Store, job: str, site: str, sign: signal.Signals) -> tu
             and f"{site} · val_loss " in event.text
             and "after 1 of" in event.text
         ):
-            _trainer(store, job, site).send_signal(sign)
+            _process(store, job, site, module).send_signal(sign)
             sent = True
         if isinstance(event, Missed):
             missed.append(event)
@@ -56,6 +62,14 @@ def test_rounds_go_on_without_a_trainer_that_was_killed(store: Store, build: Cal
     assert report.missed["site-2"] == [2, 3, 4]
     assert {one.site for one in missed} == {"site-2"}
     assert "its trainer is gone" in missed[0].reason
+
+
+def test_rounds_go_on_without_a_site_whose_own_process_was_killed(store: Store, build: Callable[..., str]) -> None:
+    job = build("fedavg", min_sites=2, **_SHORT)
+    missed, report = _run_and_send(store, job, "site-2", signal.SIGKILL, _SITE)
+    assert report.missed == {"site-2": [2, 3, 4]}
+    assert missed[0].reason == "the server has lost it"
+    assert marked_processes(str(store.flare(job))) == []
 
 
 def test_rounds_go_on_without_a_trainer_that_hangs(store: Store, build: Callable[..., str]) -> None:
