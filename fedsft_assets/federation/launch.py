@@ -53,8 +53,8 @@ def _require_data(job_folder: Path, runtime: str) -> None:
     absent = [plan.site for plan in read_plans(job_folder) if plan.site in private and not plan.training_file.is_file()]
     if absent and runtime != "production":
         raise JobError(
-            f"{job_folder}: the data of {', '.join(absent)} is private and not on this machine; run the job where it is,"
-            " in the runtime 'production'"
+            f"{job_folder}: the data of {', '.join(absent)} is private and not on this machine; run the job where it"
+            " is, in the runtime 'production'"
         )
 
 
