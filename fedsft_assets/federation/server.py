@@ -134,7 +134,7 @@ class FederatedSFT(ModelController):
         if event_type == "fed.analytix_log_stats":
             self._take_progress(fl_ctx.get_prop(FLContextKey.EVENT_DATA))
         elif event_type == EventType.CLIENT_DISCONNECTED:
-            self._watch.lost(fl_ctx.get_prop(FLContextKey.DISCONNECTED_CLIENT_NAME), "the server has lost it")
+            self._watch.gone(fl_ctx.get_prop(FLContextKey.DISCONNECTED_CLIENT_NAME))
 
     def _accept_train_result(
         self,

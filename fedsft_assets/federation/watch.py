@@ -6,6 +6,7 @@ from collections.abc import Collection
 
 from fedsft_assets.federation.journal import Missed
 
+_GONE = "the server has lost it"
 _SECONDS_TO_START = 300.0  # NVFlare's own patience with a trainer that it starts
 
 
@@ -23,6 +24,7 @@ class SiteWatch:
         self._starting = set(self._sites)
         self._answered: set[str] = set(self._sites)
         self._lost: dict[str, str] = {}
+        self._gone: set[str] = set()  # NVFlare may list them as connected for long
         self._failures: dict[str, str] = {}
 
     def begin(self, connected: Collection[str]) -> None:
@@ -32,6 +34,7 @@ class SiteWatch:
                 self._heard[site] = time.monotonic()
             self._answered = set()
             self._lost = {site: "it is not connected" for site in self._sites if site not in connected}
+            self._lost.update(dict.fromkeys(self._gone, _GONE))
             self._lost.update(dict.fromkeys(self._failures, "its trainer failed"))
 
     def heard(self, site: str) -> None:
@@ -39,10 +42,19 @@ class SiteWatch:
             if site in self._heard:
                 self._heard[site] = time.monotonic()
                 self._starting.discard(site)
+            if site in self._gone:
+                self._gone.remove(site)
+                self._lost.pop(site, None)
 
     def done(self, site: str) -> None:
         with self._lock:
             self._answered.add(site)
+
+    def gone(self, site: str) -> None:
+        """The server has lost it: no round waits for it until it is heard of again."""
+        with self._lock:
+            self._gone.add(site)
+        self.lost(site, _GONE)
 
     def lost(self, site: str, reason: str) -> None:
         """It cannot do its task any more. The first reason is the one to tell."""

@@ -116,6 +116,25 @@ def test_site_that_comes_back_is_waited_for_in_the_next_round(watch: SiteWatch, 
     assert watch.waits(3)
 
 
+def test_site_that_is_gone_is_not_waited_for_in_any_round_until_it_is_heard_of(watch: SiteWatch) -> None:
+    for number in (1, 2):
+        watch.gone("site-3")
+        for site in SITES[:2]:
+            watch.done(site)
+        assert not watch.waits(2)
+        assert watch.missed("site-3", number) == Missed("site-3", number, "the server has lost it")
+        watch.begin(SITES)
+    for site in SITES[:2]:
+        watch.done(site)
+    assert not watch.waits(2)
+    watch.heard("site-3")
+    assert watch.waits(2)
+    watch.begin(SITES)
+    for site in SITES[:2]:
+        watch.done(site)
+    assert watch.waits(2)
+
+
 def test_site_whose_trainer_failed_says_why_and_is_not_waited_for_again(watch: SiteWatch) -> None:
     watch.failed("site-2", "Traceback: é")
     assert watch.missed("site-2", 1) == Missed("site-2", 1, "its trainer failed", "Traceback: é")
