@@ -18,6 +18,7 @@ from fedsft_assets.specs import JobSpec
 from fedsft_assets.store import Store, split_file
 from fedsft_assets_tests.prepared import TINY
 from fedsft_assets_tests.shipped import DATASETS
+from fedsft_assets_tests.sockets import Scan
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nvflare")]
 
@@ -70,24 +71,22 @@ def test_two_devices_give_the_losses_of_one_and_leave_no_process(store: Store, t
 
 
 def test_a_killed_device_ends_the_job_and_none_listened_to_the_network(store: Store, tmp_path: Path) -> None:
-    addresses: set[str] = set()
+    scan = Scan()
     killed: list[psutil.Process] = []
 
     def kill_one() -> None:
         for event in _start(store, tmp_path, 2, "ddp", 500):
             if isinstance(event, Progress) and "step" in event.text and not killed:
                 trainers = _trainers(store)
-                for trainer in trainers:
-                    listening = (c for c in trainer.net_connections("inet") if c.status == psutil.CONN_LISTEN)
-                    addresses.update(connection.laddr.ip for connection in listening)
+                scan.look(trainers)
                 killed.extend(trainer for trainer in trainers if trainer.environ().get("RANK") == "1")
                 killed[0].kill()
 
     with pytest.raises(JobError, match=r"the trainer of site-1 failed:\n.*killed by signal 9 \(SIGKILL\)"):
         kill_one()
     assert len(killed) == 1
-    assert addresses
-    assert addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    assert scan.sockets
+    assert scan.beyond_loopback == []
     assert marked_processes(str(store.flare("wide"))) == []
 
 

@@ -14,6 +14,7 @@ from fedsft_assets.federation.report import MODEL_FILE, JobReport
 from fedsft_assets.store import Store, split_file
 from fedsft_assets.tracking import CHAMPION, Tracking
 from fedsft_assets_tests.prepared import TINY
+from fedsft_assets_tests.sockets import scanned
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nvflare")]
 
@@ -49,9 +50,13 @@ def test_federated_job_ends_with_a_checkpoint_that_is_tracked_and_registered(
     store: Store, build: Callable[..., str]
 ) -> None:
     job = build("fedavg", rounds=ROUNDS, max_local_steps=6)
-    executed, said = _execute(job, store)
+    with scanned(str(store.flare(job))) as scan:
+        executed, said = _execute(job, store)
     report = executed.report
 
+    assert scan.beyond_loopback == []
+    assert scan.sockets  # the server's, at least
+    assert scan.programs >= {"fedsft_assets.federation.supervisor", "fedsft_assets.federation.simulator"}
     assert report == JobReport.read(store.checkpoint(job))
     assert report.kind == "federated"
     assert len(report.val_loss) == len(report.samples) == ROUNDS + 1

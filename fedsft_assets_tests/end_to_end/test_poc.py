@@ -22,10 +22,19 @@ from fedsft_assets.federation.record import Workspace
 from fedsft_assets.federation.report import JobReport
 from fedsft_assets.settings import Settings
 from fedsft_assets.store import Store, split_file
+from fedsft_assets_tests.sockets import scanned
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nvflare")]
 
 SITES = ["site-1", "site-2", "site-3"]
+# Of the server, a site, their parts of a job, and a trainer.
+PROGRAMS = {
+    "nvflare.private.fed.app.server.server_train",
+    "nvflare.private.fed.app.client.client_train",
+    "nvflare.private.fed.app.server.runner_process",
+    "nvflare.private.fed.app.client.worker_process",
+    "fedsft_assets.federation.client",
+}
 
 
 @pytest.fixture(scope="module")
@@ -48,30 +57,17 @@ def _trainers(system: PocSystem, job_id: str) -> list[psutil.Process]:
     return [p for p in system.job_processes(job_id) if "fedsft_assets.federation.client" in p.cmdline()]
 
 
-def _listening_beyond_loopback(system: PocSystem) -> set[tuple[str, str]]:
-    found = set()
-    for process in marked_processes(system.mark):
-        try:
-            program, connections = " ".join(process.cmdline()[:4]), process.net_connections("inet")
-        except psutil.Error:
-            continue  # ended meanwhile
-        found |= {(program, c.laddr.ip) for c in connections if c.status == psutil.CONN_LISTEN}
-    return {(program, address) for program, address in found if address not in ("127.0.0.1", "::1")}
-
-
 def test_federated_job_trains_in_a_poc_and_its_files_come_back(
     system: PocSystem, store: Store, build: Callable[..., str], tmp_path: Path, empty_home: Path
 ) -> None:
     job = build("fedavg", rounds=2, max_local_steps=2, max_evaluation_records=8)
     lines: list[str] = []
     seen_trainers: dict[int, dict[str, str]] = {}
-    beyond: set[tuple[str, str]] = set()
-    with Poc(system, tmp_path / "flare") as poc:
+    with Poc(system, tmp_path / "flare") as poc, scanned(system.mark) as scan:
         poc.prepare(SITES)
         job_id = poc.submit(store.job_folder(job))
         while not (state := poc.poll(job_id)).ended:
             lines += poc.new_lines(job_id)
-            beyond |= _listening_beyond_loopback(system)
             for trainer in _trainers(system, job_id):
                 try:
                     seen_trainers[trainer.pid] = trainer.environ()
@@ -83,7 +79,8 @@ def test_federated_job_trains_in_a_poc_and_its_files_come_back(
         assert state.succeeded, f"{state.said}\n{poc.end_of_log(job_id, 'server', 40)}"
         poc.fetch(job_id, tmp_path / "files")
         assert "round 2" in poc.end_of_log(job_id, "site-2", 200)
-    assert beyond == set()
+    assert scan.beyond_loopback == []
+    assert scan.programs >= PROGRAMS
     assert live > 0
     assert lines == (tmp_path / "files" / JOURNAL_FILE).read_text(encoding="utf-8").splitlines()
     entries = [json.loads(line) for line in lines]
@@ -156,7 +153,10 @@ def test_job_whose_submitter_is_killed_before_it_knows_the_id_is_taken_over(
     assert (left.id, left.submissions, left.job_id) == (execution.id, 1, None)
 
     home = {"FEDSFT_HOME": str(system.folder.parent)}
-    events = list(run_job(folder, workspace.folder, testing_file, checkpoint, "poc", environment=home))
+    with scanned(system.mark, str(workspace.folder)) as scan:
+        events = list(run_job(folder, workspace.folder, testing_file, checkpoint, "poc", environment=home))
+    assert scan.beyond_loopback == []
+    assert "fedsft_assets.federation.supervisor" in scan.programs
     report = events[-1]
     assert isinstance(report, JobReport)
     assert Progress(f"takes over FLARE job {report.job_id}") in events

@@ -19,12 +19,12 @@ from fedsft_assets.federation.processes import MARK, marked_processes
 from fedsft_assets.federation.runtime import UnavailableError
 from fedsft_assets.settings import Settings
 
+from ..sockets import Scan
 from .small_jobs import write_job
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nvflare")]
 
 SITES = ["site-1", "site-2"]
-LOOPBACK = {"127.0.0.1", "::1"}
 
 
 def _system(home: Path, settings: PocSettings | None = None) -> PocSystem:
@@ -70,19 +70,6 @@ def poc(system: PocSystem, tmp_path: Path) -> Iterator[Poc]:
         yield poc
 
 
-def _listening(system: PocSystem) -> set[tuple[str, str]]:
-    """Which program listens where, of all processes of the POC."""
-    found = set()
-    for process in marked_processes(system.mark):
-        try:
-            connections = process.net_connections("inet")
-            name = next((word for word in process.cmdline() if word.startswith(("nvflare.", "fedsft"))), process.name())
-        except psutil.Error:
-            continue
-        found |= {(name.rpartition(".")[2], c.laddr.ip) for c in connections if c.status == psutil.CONN_LISTEN}
-    return found
-
-
 def _kill(pid: int | None) -> None:
     assert pid
     process = psutil.Process(pid)
@@ -103,9 +90,11 @@ def test_all_that_runs_listens_on_loopback_and_is_gone_when_the_job_is_aborted(
 ) -> None:
     job_id = _start_long_job(poc, tmp_path / "long")
     assert system.status().jobs == [job_id]
-    listening = _listening(system)
-    assert {"server_train", "client_train"} <= {program for program, _ in listening}
-    assert {address for _, address in listening} <= LOOPBACK
+    scan = Scan()
+    scan.look(marked_processes(system.mark))
+    listening = {one.program.rpartition(".")[2] for one in scan.sockets}
+    assert {"server_train", "runner_process", "worker_process"} <= listening
+    assert scan.beyond_loopback == []
     assert len(system.job_processes(job_id)) == 1 + len(SITES)
     poc.abort(job_id)
     assert system.job_processes(job_id) == []
