@@ -93,7 +93,7 @@ def test_all_that_runs_listens_on_loopback_and_is_gone_when_the_job_is_aborted(
     scan = Scan()
     scan.look(marked_processes(system.mark))
     listening = {one.program.rpartition(".")[2] for one in scan.sockets}
-    assert {"server_train", "runner_process", "worker_process"} <= listening
+    assert {"server_train", "client_train"} <= listening
     assert scan.beyond_loopback == []
     assert len(system.job_processes(job_id)) == 1 + len(SITES)
     poc.abort(job_id)
