@@ -20,7 +20,7 @@ MODEL ?= tiny
 # Fields of a job in place of those in jobs/*.yaml, for example OVERRIDES="--rounds 3 --max-local-steps 12".
 OVERRIDES ?=
 
-.PHONY: setup demo study test faults lint ui tensorboard clean
+.PHONY: setup demo study test faults rivals lint ui tensorboard clean
 
 setup: $(READY)
 
@@ -52,6 +52,11 @@ N ?= 200
 SEED ?= 1
 faults: setup
 	$(BIN)/python -m fedsft_assets_tests.faults --kills $(N) --seed $(SEED)
+
+# What benchmarks.overhead compares with, in an environment of its own: its packages want others than this project.
+rivals: setup
+	$(PYTHON) -m venv $(VENV)/flower
+	$(VENV)/flower/bin/python -m pip install --quiet '.[rivals]'
 
 lint: setup
 	$(BIN)/ruff check .

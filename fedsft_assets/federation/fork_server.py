@@ -8,6 +8,7 @@ Linux only: elsewhere a fork of a process that has loaded so much is not safe.
 import argparse
 import gc
 import importlib
+import json
 import os
 import runpy
 import selectors
@@ -49,8 +50,8 @@ class ForkServer:
         model's architecture.
         """
         self._folder = folder
-        architecture = ("--base-model", str(base_model)) if base_model else ()
-        self._imports = [*(f"--first={name}" for name in first), *architecture, *modules]
+        archive = str(base_model) if base_model else None
+        self._imports = {"first": [*first], "modules": [*modules], "base_model": archive}
         self._process: subprocess.Popen[bytes] | None = None
         self.environment: dict[str, str] = {}
         """What a process needs to reach the server by `python`."""
@@ -76,10 +77,13 @@ class ForkServer:
         listener.bind(f"\0{name}")
         listener.listen(1024)
         self.environment = {ADDRESS: name}
-        options = ["--listener", str(listener.fileno()), "--parent", str(os.getpid())]
+        # In a file: who looks for a trainer's command line must not find the server's.
+        imports = self._folder / "imports.json"
+        imports.write_text(json.dumps(self._imports), encoding="utf-8")
+        options = ["--listener", str(listener.fileno()), "--parent", str(os.getpid()), "--imports", str(imports)]
         with listener, (self._folder / "fork_server.log").open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-u", "-m", __name__, *options, *self._imports],
+                [sys.executable, "-u", "-m", __name__, *options],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -229,7 +233,7 @@ def _request(connection: socket.socket) -> _Fork:
     return _Fork(connection, rest[: int(count)], environment, folder, streams)
 
 
-def _import(modules: Sequence[str], base_model: Path | None = None) -> None:
+def _import(modules: Sequence[str], base_model: str | None = None) -> None:
     """Import modules, and the code of the base model's architecture."""
     gc.disable()
     for name in modules:
@@ -239,7 +243,7 @@ def _import(modules: Sequence[str], base_model: Path | None = None) -> None:
         from fedsft_assets.model.language_model import import_architecture
 
         try:
-            import_architecture(base_model)
+            import_architecture(Path(base_model))
         except ModelError as error:
             print(error)  # whoever loads it will say so too
     gc.freeze()  # forks share what they do not change, and a collection changes what it looks at
@@ -249,17 +253,16 @@ def _import(modules: Sequence[str], base_model: Path | None = None) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Import modules, and fork processes that need them.")
     parser.add_argument("--listener", type=int, required=True, help="the descriptor of a listening socket")
-    parser.add_argument("--base-model", type=Path, help="an archive whose architecture is imported too")
     parser.add_argument("--parent", type=int, required=True, help="the process without which this one ends")
-    parser.add_argument("--first", action="append", default=[], help="a module to import before anything is forked")
-    parser.add_argument("modules", nargs="*", help="what is imported next")
+    parser.add_argument("--imports", type=Path, required=True, help="a JSON file with what is to be imported")
     args = parser.parse_args()
+    imports = json.loads(args.imports.read_text(encoding="utf-8"))
     server = _Server(socket.socket(fileno=args.listener), args.parent)
     try:
-        _import(args.first)
+        _import(imports["first"])
         fork = server.serve_waiting()
         if fork is None:
-            _import(args.modules, args.base_model)
+            _import(imports["modules"], imports["base_model"])
             fork = server.serve()
     finally:
         server.end_all()
