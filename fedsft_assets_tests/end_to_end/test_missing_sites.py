@@ -21,13 +21,16 @@ _SHORT = {"rounds": 4, "max_local_steps": 20, "max_evaluation_records": 8}
 _TRAINER, _SITE = "fedsft_assets.federation.client", "nvflare.private.fed.app.simulator.simulator_worker"
 
 
-def _process(store: Store, job: str, site: str, module: str) -> psutil.Process:
+def _processes(store: Store, job: str, site: str, module: str) -> list[psutil.Process]:
+    """The process that runs a module for a site, by its command line, and the fork that it stands for."""
+    found = []
     for process in marked_processes(str(store.flare(job))):
         with contextlib.suppress(psutil.Error):
             words = process.cmdline()
-            if module in words and (site in words or f"app_{site}" in process.cwd()):
-                return process
-    raise AssertionError(f"no {module} of {site}")
+            if (module in words and site in words) or (module == _TRAINER and f"app_{site}" in process.cwd()):
+                found.append(process)
+    assert found, f"no {module} of {site}"
+    return found
 
 
 def _run_and_send(
@@ -44,7 +47,9 @@ def _run_and_send(
             and f"{site} · val_loss " in event.text
             and "after 1 of" in event.text
         ):
-            _process(store, job, site, module).send_signal(sign)
+            for process in _processes(store, job, site, module):
+                with contextlib.suppress(psutil.NoSuchProcess):  # it has ended with the one before
+                    process.send_signal(sign)
             sent = True
         if isinstance(event, Missed):
             missed.append(event)
