@@ -152,15 +152,17 @@ class _Server:
         return None
 
     def serve_waiting(self, seconds: float = 0.0) -> _Fork | None:
-        """The same for what happens within so many seconds, once."""
-        for key, _ in self._selector.select(seconds):
-            if key.fileobj is self._listener:
-                if fork := self._accept():
-                    return fork
-            elif key.fileobj is self._woken:
-                self._woken.recv(4096)
-            else:
-                self._end(key.data)  # who asked for it is gone
+        """The same until nothing happens for so many seconds."""
+        while happened := self._selector.select(seconds):
+            for key, _ in happened:
+                if key.fileobj is self._listener:
+                    if fork := self._accept():
+                        return fork
+                elif key.fileobj is self._woken:
+                    self._woken.recv(4096)
+                else:
+                    self._end(key.data)  # who asked for it is gone
+            self._bury()
         self._bury()
         return None
 
@@ -233,11 +235,16 @@ def _request(connection: socket.socket) -> _Fork:
     return _Fork(connection, rest[: int(count)], environment, folder, streams)
 
 
-def _import(modules: Sequence[str], base_model: str | None = None) -> None:
-    """Import modules, and the code of the base model's architecture."""
-    gc.disable()
+def _import_and_serve(
+    server: _Server, first: Sequence[str], modules: Sequence[str], base_model: str | None
+) -> _Fork | None:
+    """Import everything, and fork in between for whoever waits once `first` is imported, as `_Server.serve` does."""
+    for name in first:
+        _import(name)
     for name in modules:
-        importlib.import_module(name)
+        if fork := server.serve_waiting():
+            return fork
+        _import(name)
     if base_model:
         from fedsft_assets.model.errors import ModelError
         from fedsft_assets.model.language_model import import_architecture
@@ -246,6 +253,13 @@ def _import(modules: Sequence[str], base_model: str | None = None) -> None:
             import_architecture(Path(base_model))
         except ModelError as error:
             print(error)  # whoever loads it will say so too
+        gc.freeze()
+    return None
+
+
+def _import(module: str) -> None:
+    gc.disable()
+    importlib.import_module(module)
     gc.freeze()  # forks share what they do not change, and a collection changes what it looks at
     gc.enable()
 
@@ -259,11 +273,7 @@ def main() -> None:
     imports = json.loads(args.imports.read_text(encoding="utf-8"))
     server = _Server(socket.socket(fileno=args.listener), args.parent)
     try:
-        _import(imports["first"])
-        fork = server.serve_waiting()
-        if fork is None:
-            _import(imports["modules"], imports["base_model"])
-            fork = server.serve()
+        fork = _import_and_serve(server, **imports) or server.serve()
     finally:
         server.end_all()
     if fork:

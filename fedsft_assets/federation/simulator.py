@@ -26,7 +26,7 @@ from fedsft_assets.federation.turns import TURNS, make_turns
 
 _JOB_ID = "simulate_job"  # NVFlare's name for it
 _MOST_WITHOUT_TURNS = 3  # sites for each trainer that the cores are for; few share them, so that none is ever idle
-# What is imported once for all: by the simulation, then by processes of sites and trainers.
+# What is imported once for all, in this order: for the simulation, for processes of sites, for trainers.
 _SIMULATION = (
     "fedsft_assets.federation.simulation",
     "fedsft_assets.federation.server",
@@ -38,6 +38,8 @@ _SITES = (
     "nvflare.client.cell.api",
     "nvflare.app_common.executors.client_api.external_process_backend",
     "fedsft_assets.federation.installed_trainer",
+    "torch._dynamo",  # a third of what follows, by itself so that sites need not wait for all of it
+    "fedsft_assets.model.attention",
     "fedsft_assets.federation.site_trainer",
     "fedsft_assets.federation.client",
 )
