@@ -38,8 +38,10 @@ def main() -> None:
     parser.add_argument("--plan", type=Path, required=True, help="the site's plan.json")
     try:
         _work(SitePlan.model_validate_json(parser.parse_args().plan.read_text(encoding="utf-8")))
-    except Exception:
+    except Exception as error:
         said = traceback.format_exc()
+        if _is_end_of_job(error):  # no failure of this trainer, and so no reason not to try the job again
+            sys.exit(f"NVFlare has ended the job: {error}")
         if "RANK" in os.environ:
             time.sleep(_SECONDS_TO_BE_ENDED)
         print(f"{FAILURE_MARK}{json.dumps(said)}", flush=True)
@@ -96,6 +98,13 @@ def _lead(trainer: "SiteTrainer", followers: Followers | None) -> None:
             flare.send(result)
     if followers:
         followers.tell(None)
+
+
+def _is_end_of_job(error: Exception) -> bool:
+    """Whether NVFlare broke off, because of something elsewhere, what this trainer was doing with it."""
+    from nvflare.client.cell.attach_session import TrainerSessionError
+
+    return isinstance(error, TrainerSessionError)
 
 
 def _leads() -> bool:
