@@ -9,6 +9,8 @@ from pathlib import Path
 from benchmarks.data import PROJECT
 from benchmarks.transfer_model import Shape
 
+_SCRIPT = "from benchmarks.transfer_site import main\n\nmain()\n"
+
 
 @dataclass(frozen=True)
 class Exchange:
@@ -75,7 +77,7 @@ def stock_job(exchange: Exchange, diaries: Path, root: Path) -> Path:
         "dtype": "bfloat16" if exchange.bf16 else "float32",
     }
     script = root / "train.py"
-    script.write_text("from benchmarks.transfer_site import main\n\nmain()\n", encoding="utf-8")
+    script.write_text(_SCRIPT, encoding="utf-8")
     recipe = FedAvgRecipe(
         name="transfer",
         model={"class_path": "benchmarks.transfer_model.Weights", "args": settings},
@@ -87,6 +89,9 @@ def stock_job(exchange: Exchange, diaries: Path, root: Path) -> Path:
         server_expected_format=ExchangeFormat.PYTORCH,
     )
     recipe.export(str(root))
+    for app in (root / "transfer").glob("app*"):  # NVFlare leaves it elsewhere if it lies below a folder of sys.path
+        (app / "custom").mkdir(exist_ok=True)
+        (app / "custom" / script.name).write_text(_SCRIPT, encoding="utf-8")
     return root / "transfer"
 
 
