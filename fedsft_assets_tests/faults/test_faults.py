@@ -13,9 +13,9 @@ pytestmark = pytest.mark.slow
 @pytest.mark.xdist_group("faults")
 def test_nothing_is_lost_whatever_is_killed_in_the_simulator(tmp_path: Path) -> None:
     campaign = Campaign(prepare_home(tmp_path / "home"), "simulator", seed=12)
-    outcome = campaign.run(20, ["three sites", "bf16 differences"])
+    outcome = campaign.run(18, ["three sites", "bf16 differences"])
     assert outcome.wrong == []
-    assert outcome.recovered == outcome.injected == 20
+    assert outcome.recovered == outcome.injected == 18
 
 
 @pytest.mark.xdist_group("nvflare")
