@@ -155,7 +155,7 @@ def test_what_runs_at_a_site_or_server_imports_no_tracking() -> None:
 
 
 def test_server_part_needs_only_torch_and_nvflare() -> None:
-    """A job folder carries it, so a server needs no installation of this package; numpy and safetensors are NVFlare's."""
+    """A job folder carries it, so a server needs no installation of this package; NVFlare brings numpy."""
     todo, done, imports = ["fedsft_assets.federation.server"], set(), set()
     while todo:
         module = todo.pop()
