@@ -104,9 +104,8 @@ class ForkServer:
 
 @dataclass
 class _Fork:
-    """A process that is to be, or is, forked for whoever is at the other end of the connection."""
+    """A process that is to be, or is, forked for whoever asks."""
 
-    connection: socket.socket
     arguments: list[str]
     environment: dict[str, str]
     folder: str
@@ -232,7 +231,7 @@ def _request(connection: socket.socket) -> _Fork:
     content = connection.recv(LENGTH.unpack(head)[0], socket.MSG_WAITALL)
     folder, count, *rest = content.decode("utf-8", "surrogateescape").split("\0")
     environment = dict(pair.split("=", 1) for pair in rest[int(count) :])
-    return _Fork(connection, rest[: int(count)], environment, folder, streams)
+    return _Fork(rest[: int(count)], environment, folder, streams)
 
 
 def _import_and_serve(

@@ -139,7 +139,6 @@ class Simulator:
 
     def _environment(self) -> dict[str, str]:
         return {
-            "MALLOC_ARENA_MAX": "2",  # NVFlare's many threads would each hold memory of their own
             **os.environ,
             **allocator.ENVIRONMENT,
             "OMP_NUM_THREADS": str(self._threads),
