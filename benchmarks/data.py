@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -225,6 +225,23 @@ def _circumstances(reference_python: str) -> str:
     if done.returncode:
         raise BenchmarkError(f"{reference_python}: has no pandas to run the reference with:\n{done.stderr}")
     return f"reference with pandas {done.stdout.strip()}, {os.cpu_count()} CPUs, load average {os.getloadavg()[0]:.1f}"
+
+
+def require_samples() -> None:
+    """Exit if the real samples that a benchmark trains on are not there."""
+    if not SAMPLES.is_dir():
+        sys.exit(f"{SAMPLES}: is missing; the benchmark trains on the real samples there")
+
+
+def print_targets(name: str, keep: Path | None, measured: Callable[[Path], Sequence[Target]]) -> None:
+    """Measure in a folder to work in, and print the targets last; exit with the message of a BenchmarkError."""
+    try:
+        with work_folder(keep) as work:
+            targets = measured(work)
+    except BenchmarkError as error:
+        sys.exit(f"benchmarks.{name}: {error}")
+    for target in targets:
+        say(str(target))
 
 
 @contextmanager

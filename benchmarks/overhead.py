@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 
-from benchmarks.data import PROJECT, SAMPLES, BenchmarkError, Target, say, work_folder
+from benchmarks.data import PROJECT, SAMPLES, BenchmarkError, Target, print_targets, require_samples, say
 from benchmarks.overhead_contenders import (
     CONTENDERS,
     FLOWER_DEFAULT,
@@ -39,15 +39,8 @@ Runs = dict[str, list[Run]]
 def main() -> None:
     """Measure the parts, print a table for each and then the targets."""
     args = _arguments()
-    if not SAMPLES.is_dir():
-        sys.exit(f"{SAMPLES}: is missing; the benchmark trains on the real samples there")
-    try:
-        with work_folder(args.keep) as work:
-            targets = Benchmark(args, work).run()
-    except BenchmarkError as error:
-        sys.exit(f"benchmarks.overhead: {error}")
-    for target in targets:
-        say(str(target))
+    require_samples()
+    print_targets("overhead", args.keep, lambda work: Benchmark(args, work).run())
 
 
 class Benchmark:

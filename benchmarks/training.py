@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 
-from benchmarks.data import PROJECT, SAMPLES, BenchmarkError, Target, say, work_folder
+from benchmarks.data import PROJECT, SAMPLES, BenchmarkError, Target, print_targets, require_samples, say
 from benchmarks.training_flops import Share
 from benchmarks.training_parts import CONTENDERS, PARTS, RIVALS, SAME_BATCHES, Part
 from benchmarks.training_watch import Trained
@@ -30,15 +30,8 @@ Runs = dict[str, list[Trained]]
 def main() -> None:
     """Measure the parts, print a table for each and then the targets."""
     args = _arguments()
-    if not SAMPLES.is_dir():
-        sys.exit(f"{SAMPLES}: is missing; the benchmark trains on the real samples there")
-    try:
-        with work_folder(args.keep) as work:
-            targets = _Benchmark(args, work).run()
-    except BenchmarkError as error:
-        sys.exit(f"benchmarks.training: {error}")
-    for target in targets:
-        say(str(target))
+    require_samples()
+    print_targets("training", args.keep, lambda work: _Benchmark(args, work).run())
 
 
 class _Benchmark:

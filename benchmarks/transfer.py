@@ -31,7 +31,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
-from benchmarks.data import BenchmarkError, Target, say, work_folder
+from benchmarks.data import BenchmarkError, Target, print_targets, say
 from benchmarks.transfer_job import Exchange, environment, our_job, stock_job
 from benchmarks.transfer_model import Shape, write_archive
 from benchmarks.transfer_watch import MemoryWatch, Peaks
@@ -88,13 +88,7 @@ class DoesNotFitError(BenchmarkError):
 def main() -> None:
     """Measure, print a table and then the targets."""
     args = _arguments()
-    try:
-        with work_folder(args.keep) as work:
-            targets = _Benchmark(args, work).run()
-    except BenchmarkError as error:
-        sys.exit(f"benchmarks.transfer: {error}")
-    for target in targets:
-        say(str(target))
+    print_targets("transfer", args.keep, lambda work: _Benchmark(args, work).run())
 
 
 class _Benchmark:
