@@ -5,6 +5,7 @@ changed in place, as a script of NVFlare's client API may do at its best. Both n
 """
 
 import argparse
+import gc
 import json
 import os
 import time
@@ -77,6 +78,7 @@ def main() -> None:
         del received
         begun = time.time()
         flare.send(result)
+        del result
         diary.note("up", begun)
         diary.round += 1
 
@@ -106,6 +108,7 @@ class _Ours:
         self.exchange = SiteExchange("a site", Wire(wire), ChangeFilter(FiltersSpec()), {})
         send_tensors_as_streams()
         add_to(self.exchange)
+        gc.freeze()  # as our trainer does
 
     def answer(self, received: Any, evaluates: bool) -> Any:
         from nvflare.apis.fl_constant import FLMetaKey

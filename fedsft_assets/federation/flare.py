@@ -91,8 +91,9 @@ class FlareJobs:
         self._ask(lambda session: session.get_system_info(), self.timeouts.connect)
         waited_until = time.monotonic() + self.timeouts.sites
         while missing := sorted(set(sites) - (answering := self._answering(sites)).keys()):
-            if time.monotonic() > waited_until or not self._may_come(missing):
-                raise UnavailableError(self._missing_sites(missing))
+            late = missing if time.monotonic() > waited_until else self._ended(missing)
+            if late:
+                raise UnavailableError(self._missing_sites(late))
             time.sleep(_POLL_SECONDS)
         server = self._ask(lambda session: session.report_version("server"))["server"]["version"]
         _check_versions({"server": server, **answering})
@@ -201,9 +202,9 @@ class FlareJobs:
         """The sites that the server can reach now."""
         return {client.name for client in self._ask(lambda session: session.get_connected_client_list())}
 
-    def _may_come(self, missing: list[str]) -> bool:  # noqa: ARG002
-        """Whether there is any use in waiting for sites that are not connected."""
-        return True
+    def _ended(self, missing: list[str]) -> list[str]:  # noqa: ARG002
+        """Those sites for which there is no use in waiting."""
+        return []
 
     def _missing_sites(self, missing: list[str]) -> str:
         connected = ", ".join(sorted(self._connected())) or "none"

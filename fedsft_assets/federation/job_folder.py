@@ -18,7 +18,8 @@ from fedsft_assets.store import Store, file_digest, folder_digest, publish_folde
 SPEC_FILE = "job.json"
 _MANIFEST = "manifest.json"  # the SHA-256 of every other file
 _PLAN = "config/plan.json"
-_SECONDS_BETWEEN_REQUESTS = 0.5  # a site asks for its next task so often; NVFlare's 2 s are felt in every round
+# So often sites ask for their next task, all together. NVFlare's own 2 s are felt in every round of a few.
+_REQUESTS_PER_SECOND, _MOST_SECONDS_BETWEEN_REQUESTS = 20, 2.0
 
 
 class JobFolderError(ValueError):
@@ -130,7 +131,8 @@ def export_job(spec: JobSpec, base_model: Path | None, root: Path) -> None:
         algorithm=spec.algorithm.model_dump(),
     )
     job.to_server(server)
-    job.to_server({"server": {"task_request_interval": _SECONDS_BETWEEN_REQUESTS}})
+    interval = min(_MOST_SECONDS_BETWEEN_REQUESTS, len(spec.sites) / _REQUESTS_PER_SECOND)
+    job.to_server({"server": {"task_request_interval": interval}})
     for site in spec.sites:
         job.to(InstalledTrainer(), site, tasks=["*"])
     job.export_job(str(root))

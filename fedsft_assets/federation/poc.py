@@ -448,8 +448,8 @@ class Poc(FlareJobs):
         clients = self._ask(lambda session: session.get_connected_client_list())
         return {c.name for c in clients if c.last_connect_time >= self._system.started(c.name)}
 
-    def _may_come(self, missing: list[str]) -> bool:
-        return all(self._system.started(site) < float("inf") for site in missing)
+    def _ended(self, missing: list[str]) -> list[str]:
+        return [site for site in missing if self._system.started(site) == float("inf")]
 
     def _missing_sites(self, missing: list[str]) -> str:
         return "\n".join([super()._missing_sites(missing), *map(self._system.end_of_console, missing)])

@@ -10,14 +10,16 @@ not look at.
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import mmap
 import shutil
-import tempfile
+import sys
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
 from pathlib import Path
@@ -35,25 +37,28 @@ from fedsft_assets.federation.allocator import keep_freed_memory
 
 _PIECE = 10 << 20  # bytes
 _VIEW = _PIECE  # from so many bytes on, NVFlare sends a piece as it lies in memory
+_MOST_MADE = 3 * _PIECE  # bytes of pieces that were made to be sent, and may still be here afterwards
 _AT = "at"
+_ONLY_HERE = 2  # references to an object, while `sys.getrefcount` looks, that one name stands for
 
 _sum: Sum | None = None
-_folder: Path | None = None  # where tensors go that arrive; in memory if it is None
+_files: _Files | None = None  # where tensors go that arrive; in memory if it is None
+_memory: mmap.mmap | None = None  # in which the last ones lay
 
 
 @contextmanager
 def tensors_stored_in(folder: Path) -> Iterator[None]:
-    """Tensors that arrive meanwhile lie in files there, as StoredTensor; these are gone when nobody has one any more.
+    """Tensors that arrive meanwhile lie in files there, as StoredTensor; a file is for one message at a time.
 
     NVFlare has the like, but in its simulator it does not reach the connection that results come by.
     """
-    global _folder  # noqa: PLW0603 one for the process, as NVFlare's decomposers are
+    global _files  # noqa: PLW0603 one for the process, as NVFlare's decomposers are
     folder.mkdir()
-    before, _folder = _folder, folder
+    before, _files = _files, _Files(folder)
     try:
         yield
     finally:
-        _folder = before
+        _files = before
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -123,7 +128,7 @@ class StreamedTensors(TensorDecomposer):
 
     def download(self, from_fqcn: str, ref_id: str, *, fobs_ctx: Any = None, **settings: Any) -> Any:  # noqa: ARG002
         """Fetch the tensors of a message; returns an error, or None, and the tensors by NVFlare's names for them."""
-        receiving: _Arriving | _Stored = _Stored(Path(tempfile.mkdtemp(dir=_folder))) if _folder else _Arriving()
+        receiving = _Stored(_files.take()) if _files else _Arriving()
         tensor_downloader.download_object(from_fqcn=from_fqcn, ref_id=ref_id, consumer=receiving, **settings)
         return receiving.error, receiving.tensors
 
@@ -149,6 +154,7 @@ class _Sending(Downloadable):
     def __init__(self, items: Mapping[str, torch.Tensor]) -> None:
         self.base_obj: dict[str, torch.Tensor] | None = dict(items)
         super().__init__(self.base_obj)
+        self._makes, self._made = any(tensor.is_meta for tensor in items.values()), 0
         self._contents = _Contents(
             [
                 (name, str(tensor.dtype), list(tensor.shape), getattr(tensor, "added_to", None))
@@ -163,6 +169,10 @@ class _Sending(Downloadable):
         if position >= self._contents.total:
             return ProduceRC.EOF, None, {}
         piece = self._piece(position)
+        self._made += len(piece)
+        if self._makes and self._made > _MOST_MADE:
+            self._made = 0
+            gc.collect()  # NVFlare's messages go round in circles, and the pieces that were sent with them
         return ProduceRC.OK, [piece], {_AT: position + len(piece)}
 
     def release(self) -> None:
@@ -238,7 +248,7 @@ class _Receiving(Consumer):
 class _Arriving(_Receiving):
     """Into memory: each tensor is filled as its bytes come, or added to what is there.
 
-    All of them lie in one block, which goes back to the system with the last one.
+    All of them lie in one block.
     """
 
     def __init__(self) -> None:
@@ -285,13 +295,15 @@ class _Arriving(_Receiving):
 
 
 def _block(size: int) -> torch.Tensor:
-    """So many bytes from the system itself, apart from what the allocator keeps."""
+    """So many bytes from the system itself, those of the last block if nobody has a tensor in it any more."""
+    global _memory  # noqa: PLW0603
     if size == 0:
         return torch.empty(0, dtype=torch.uint8)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+    if _memory is None or len(_memory) < size or sys.getrefcount(_memory) > _ONLY_HERE:
+        _memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            _memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(_memory, dtype=torch.uint8, count=size)
 
 
 def _aligned(size: int) -> int:
@@ -301,8 +313,8 @@ def _aligned(size: int) -> int:
 class StoredTensor:
     """A tensor that lies in a file; `materialize` gives it without taking memory for it."""
 
-    def __init__(self, path: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...], held: object) -> None:
-        self._path, self._offset, self._held = path, offset, held
+    def __init__(self, file: _File, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        self._file, self._offset = file, offset
         self.dtype, self.shape = dtype, shape
 
     def materialize(self) -> torch.Tensor:
@@ -310,7 +322,8 @@ class StoredTensor:
         size = prod(self.shape) * self.dtype.itemsize
         if size == 0:
             return torch.empty(self.shape, dtype=self.dtype)
-        content = np.memmap(self._path, dtype=np.uint8, mode="c", offset=self._offset, shape=(size,))
+        content = np.memmap(self._file.path, dtype=np.uint8, mode="c", offset=self._offset, shape=(size,))
+        content.file = self._file  # type: ignore[attr-defined]  # nobody writes into it as long as the tensor is there
         return torch.from_numpy(content).view(self.dtype).reshape(self.shape)
 
 
@@ -322,37 +335,56 @@ class _StoredTensors(dict[str, StoredTensor]):
 
 
 class _Stored(_Receiving):
-    """Into a file of its own, which is gone with the last tensor that lies in it."""
+    """Into a file."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, file: _File) -> None:
         super().__init__()
         self.tensors = _StoredTensors()
-        self._held: _Held | None = _Held(folder)
-        self._path = folder / "tensors"
-        self._file = self._path.open("wb", buffering=0)
+        self._file: _File | None = file
+        file.path.touch()
+        self._opened = file.path.open("r+b", buffering=0)
 
     def take(self, contents: _Contents, position: int, piece: bytes) -> None:  # noqa: ARG002
         rest = memoryview(piece)
         while rest:
-            rest = rest[self._file.write(rest) :]
+            rest = rest[self._opened.write(rest) :]
 
     def finish(self, contents: _Contents) -> None:
-        self._file.close()
+        assert self._file
         for (name, dtype, shape, _), start in zip(contents.tensors, contents.starts, strict=True):
-            self.tensors[name] = StoredTensor(self._path, start, _dtype(dtype), tuple(shape), self._held)
-        self._held = None
+            self.tensors[name] = StoredTensor(self._file, start, _dtype(dtype), tuple(shape))
+        self._let_go()
 
     def download_failed(self, ref_id: str, reason: str) -> None:
         super().download_failed(ref_id, reason)
-        self._file.close()
-        self._held = None
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self._opened.close()
+        self._file = None
 
 
-class _Held:
-    """Removes a folder when nobody holds it any more."""
+class _Files:
+    """Files of a folder, each written over and over: the memory that stands for its content is then there already."""
 
     def __init__(self, folder: Path) -> None:
-        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        self._folder, self._count = folder, itertools.count()
+        self._free: list[Path] = []
+
+    def take(self) -> _File:
+        """One that nobody has, by its name; it is free again when nobody has what is returned."""
+        try:
+            path = self._free.pop()
+        except IndexError:
+            path = self._folder / f"{next(self._count)}"
+        file = _File(path)
+        weakref.finalize(file, self._free.append, path)
+        return file
+
+
+@dataclass(eq=False)
+class _File:
+    path: Path
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,12 +1,16 @@
 """Importing transformers without what training and generation never use."""
 
+import functools
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 # Metrics of its Trainer and losses of object detection: a second of a trainer's start.
 _NOT_NEEDED = ("scipy", "sklearn")
+# It reads the source of all models, and does so twice, because transformers keeps fewer of its results than there are.
+_TOO_LITTLE_KEPT = "create_import_structure_from_path"
 
 
 @contextmanager
@@ -20,10 +24,22 @@ def lean_imports() -> Iterator[None]:
         sys.modules[name] = None  # type: ignore[assignment]  # how Python remembers a package that is not there
     collecting = gc.isenabled()
     gc.disable()
+    functools.lru_cache = _lru_cache
     try:
         yield
     finally:
+        functools.lru_cache = _standard_lru_cache
         for name in hidden:
             del sys.modules[name]
         if collecting:
             gc.enable()
+
+
+_standard_lru_cache = functools.lru_cache
+
+
+def _lru_cache(maxsize: Callable[..., Any] | int | None = 128, typed: bool = False) -> Any:
+    """The standard library's, with room for all results of the one function."""
+    if callable(maxsize) and maxsize.__name__ == _TOO_LITTLE_KEPT:
+        return _standard_lru_cache(maxsize=None)(maxsize)
+    return _standard_lru_cache(maxsize, typed)

@@ -210,7 +210,7 @@ def test_site_that_cannot_start_is_named_with_what_it_printed(
     resources.write_text(resources.read_text(encoding="utf-8").replace('"num_of_gpus": 0', '"num_of_gpus": 99'))
     with Poc(system, tmp_path / "flare") as poc, pytest.raises(UnavailableError) as failed:
         poc.prepare(["site-1", "site-2"])
-    assert "site-2 is not connected" in str(failed.value)
+    assert str(failed.value).startswith("site-2 is not connected")
     assert "num_of_gpus specified (99) exceeds available GPUs" in str(failed.value)
 
 
@@ -247,9 +247,10 @@ def test_prepared_poc_has_kits_and_no_process(systems: Callable[..., PocSystem],
 def test_poc_whose_folder_was_removed_can_be_stopped(systems: Callable[..., PocSystem], tmp_path: Path) -> None:
     system = systems(tmp_path / "home")
     system.start(["site-1"])
-    shutil.rmtree(tmp_path / "home")
+    assert len(marked_processes(system.mark)) >= 2
+    shutil.rmtree(tmp_path / "home")  # which some of them may not survive
     assert system.status().said == "not prepared"
-    assert system.stop() >= 2
+    system.stop()
     assert marked_processes(system.mark) == []
 
 

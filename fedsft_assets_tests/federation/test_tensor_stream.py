@@ -94,7 +94,7 @@ def test_no_piece_is_larger_than_one_is_to_be_and_large_tensors_are_not_copied(p
 
 
 @pytest.mark.usefixtures("pieces")
-def test_tensors_on_the_disk_are_those_that_were_sent_and_gone_with_the_last(tmp_path: Path) -> None:
+def test_tensors_on_the_disk_are_those_that_were_sent_and_gone_with_the_block(tmp_path: Path) -> None:
     with tensor_stream.tensors_stored_in(tmp_path / "results"):
         _, arrived = _sent(_tensors())
         stored = {name: arrived.make_lazy_ref(name) for name in arrived}
@@ -102,17 +102,51 @@ def test_tensors_on_the_disk_are_those_that_were_sent_and_gone_with_the_last(tmp
         assert stored["T0"].shape == (50, 8)
         assert _same({name: tensor.materialize() for name, tensor in stored.items()}, _tensors())
         assert len(list((tmp_path / "results").iterdir())) == 1
-        del arrived, stored
-        assert list((tmp_path / "results").iterdir()) == []
     assert not (tmp_path / "results").exists()
 
 
-def test_what_arrived_in_part_is_an_error_and_leaves_nothing(tmp_path: Path, pieces: list[Any]) -> None:
+@pytest.mark.usefixtures("pieces")
+def test_file_is_written_over_when_nobody_has_a_tensor_of_it(tmp_path: Path) -> None:
+    changed = {name: tensor + tensor for name, tensor in _tensors().items()}
+    with tensor_stream.tensors_stored_in(tmp_path / "results"):
+        _, first = _sent(_tensors())
+        kept = first["T0"].materialize()
+        del first
+        _, second = _sent(changed)
+        assert torch.equal(kept, _tensors()["T0"])
+        assert len(list((tmp_path / "results").iterdir())) == 2
+        del kept
+        _, third = _sent(_tensors())
+        assert _same({name: tensor.materialize() for name, tensor in third.items()}, _tensors())
+        assert _same({name: tensor.materialize() for name, tensor in second.items()}, changed)
+        assert len(list((tmp_path / "results").iterdir())) == 2
+
+
+@pytest.mark.usefixtures("pieces")
+def test_memory_is_used_again_when_nobody_has_a_tensor_in_it() -> None:
+    _, first = _sent(_tensors())
+    kept, address = first.pop("T7"), first["T0"].data_ptr()
+    del first
+    _, second = _sent({"T0": torch.zeros(50, 8)})
+    assert second["T0"].data_ptr() != address
+    assert torch.equal(kept, _tensors()["T7"])
+    address = second["T0"].data_ptr()
+    del second
+    _, third = _sent({"T0": torch.ones(40, 8)})
+    assert third["T0"].data_ptr() == address
+    assert torch.equal(third["T0"], torch.ones(40, 8))
+
+
+def test_what_arrived_in_part_is_an_error_and_its_file_is_used_again(tmp_path: Path, pieces: list[Any]) -> None:
     pieces[0].most = 5
     with tensor_stream.tensors_stored_in(tmp_path / "results"):
         error, _ = _sent(_tensors())
         assert error == "the server is gone"
-        assert list((tmp_path / "results").iterdir()) == []
+        pieces[0].most = None
+        error, arrived = _sent(_tensors())
+        assert error is None
+        assert _same({name: tensor.materialize() for name, tensor in arrived.items()}, _tensors())
+        assert len(list((tmp_path / "results").iterdir())) == 1
 
 
 @pytest.mark.usefixtures("pieces")
