@@ -368,7 +368,7 @@ class _Files:
     """Files of a folder, each written over and over: the memory that stands for its content is then there already."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._count = folder, itertools.count()
+        self.folder, self._count = folder, itertools.count()
         self._free: list[Path] = []
 
     def take(self) -> _File:
@@ -376,7 +376,7 @@ class _Files:
         try:
             path = self._free.pop()
         except IndexError:
-            path = self._folder / f"{next(self._count)}"
+            path = self.folder / f"{next(self._count)}"
         file = _File(path)
         weakref.finalize(file, self._free.append, path)
         return file

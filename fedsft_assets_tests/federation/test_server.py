@@ -850,14 +850,13 @@ def test_states_that_nobody_came_back_to_for_a_month_are_removed(placed: Server,
 def test_results_wait_on_the_disk_beside_the_state_and_only_while_the_job_runs(tmp_path: Path) -> None:
     site = Site("site-1")
     server = Server(tmp_path, [site], num_rounds=1)
-    seen: list[Path | None] = []
-    site.does(TRAIN_TASK, 0, lambda received: (seen.append(tensor_stream._folder), site.train(received))[1])
+    seen: list[Any] = []
+    site.does(TRAIN_TASK, 0, lambda received: (seen.append(tensor_stream._files), site.train(received))[1])
     server.run()
-    (where,) = seen
-    assert where
-    assert where.is_relative_to(tmp_path / "state")
-    assert not where.exists()
-    assert tensor_stream._folder is None
+    (files,) = seen
+    assert files.folder.is_relative_to(tmp_path / "state")
+    assert not files.folder.exists()
+    assert tensor_stream._files is None
 
 
 def test_result_of_a_task_that_is_over_is_not_taken(tmp_path: Path) -> None:
