@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fedsft_assets.federation.exchange import JOURNAL_COMMAND
 from fedsft_assets.federation.journal import JOURNAL_FILE
-from fedsft_assets.federation.runtime import JobState, UnavailableError
+from fedsft_assets.federation.runtime import JobState, ResultLostError, UnavailableError
 from fedsft_assets.federation.tail import Tail
 
 COMPLETED = "FINISHED:COMPLETED"
@@ -169,10 +169,9 @@ class FlareJobs:
             time.sleep(_POLL_SECONDS)
 
     def fetch(self, job_id: str, into: Path) -> None:
-        """Raises UnavailableError if the server has no result of the job."""
         result = self._result(job_id)
         if result is None:
-            raise UnavailableError(f"the server at {self.address} has no result of job {job_id}")
+            raise ResultLostError(f"the server at {self.address} has no result of job {job_id}")
         shutil.copytree(result, into, copy_function=_link_or_copy, dirs_exist_ok=True)
 
     def command(self, module: str) -> tuple[list[str], dict[str, str]]:

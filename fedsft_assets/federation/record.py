@@ -7,7 +7,7 @@ then every attempt to run the job takes it up again.
 import json
 import shutil
 import uuid
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from fedsft_assets.store import publish_file
@@ -21,7 +21,8 @@ class Execution:
 
     `submissions` have been begun, of which `job_id` is the last one's FLARE job, once that is known. `status` is the
     runtime's word for a job that has ended well, when its files are in the workspace; `checkpoint` the digest of the
-    archive that was made of them; `ended`: nothing is left to do.
+    archive that was made of them; `ended`: nothing is left to do. `superseded` are FLARE jobs of executions before it,
+    of other job folders, that may still run.
     """
 
     id: str
@@ -33,6 +34,13 @@ class Execution:
     status: str | None = None
     checkpoint: str | None = None
     ended: bool = False
+    superseded: list[str] = field(default_factory=list)
+
+    @property
+    def unfinished_jobs(self) -> list[str]:
+        """FLARE jobs that may still run."""
+        own = [self.job_id] if self.job_id and not self.status else []
+        return [*self.superseded, *own]
 
     @property
     def token(self) -> str:
@@ -81,8 +89,10 @@ class Workspace:
         last = self.execution()
         if last and not last.ended and last.subject == subject:
             return last
+        same_place = last and not last.ended and last.subject.get("runtime") == subject.get("runtime")
+        superseded = last.unfinished_jobs if last and same_place else []
         shutil.rmtree(self.folder, ignore_errors=True)
-        return self.save(Execution(uuid.uuid4().hex, subject))
+        return self.save(Execution(uuid.uuid4().hex, subject, superseded=superseded))
 
     def save(self, execution: Execution) -> Execution:
         with publish_file(self.folder / _FILE) as path:

@@ -13,6 +13,10 @@ class UnavailableError(RuntimeError):
     """The runtime cannot take or find a job: unreachable, not started, sites missing. The message says what to do."""
 
 
+class ResultLostError(UnavailableError):
+    """The runtime has a job that has ended well, but not what it made: all of it has to be done again."""
+
+
 @dataclass(frozen=True)
 class JobState:
     """`said` is the runtime's own word for it: a FLARE status, or an exit code."""
@@ -51,7 +55,7 @@ class Runtime(Protocol):
         """End the job; returns when nothing of it runs any more. No error if it has ended already."""
 
     def fetch(self, job_id: str, into: Path) -> None:
-        """Put the files of the server part of the ended job into the folder `into`."""
+        """Put the files of the server part of the ended job into the folder `into`. Raises ResultLostError too."""
 
     def command(self, module: str) -> tuple[list[str], dict[str, str]]:
         """How a module of this package starts here as a process, and with what environment."""

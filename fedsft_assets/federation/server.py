@@ -3,6 +3,7 @@
 It needs torch and NVFlare only. Nothing of the model is built here: weights are tensors with names.
 """
 
+import gc
 import json
 import math
 import os
@@ -307,6 +308,7 @@ class FederatedSFT(ModelController):
     def _apply(self, average: TokenWeightedAverage) -> None:
         """Make the next global model of the averaged results and write it, one tensor after the other."""
         self._change = {}
+        gc.collect()  # NVFlare's last task goes round in circles, and holds the change that it was sent with
         number = self.state.progress.finished + 1
         if not self._weights:
             first = dict(average.tensors())

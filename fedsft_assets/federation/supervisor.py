@@ -37,7 +37,7 @@ from fedsft_assets.federation.phases import longest_phases, round_to_ms
 from fedsft_assets.federation.processes import MARK, stop_marked
 from fedsft_assets.federation.record import Workspace
 from fedsft_assets.federation.report import MODEL_FILE, JobReport, global_curve
-from fedsft_assets.federation.runtime import JobState, Runtime, UnavailableError
+from fedsft_assets.federation.runtime import JobState, ResultLostError, Runtime, UnavailableError
 from fedsft_assets.federation.runtimes import make_runtime
 from fedsft_assets.federation.trainer_log import TrainerFailure, first_failure
 from fedsft_assets.settings import Settings
@@ -107,6 +107,9 @@ class Supervision:
                 yield Progress(f"the server of the job died ({state.said}); it is started again")
                 self._runtime.abort(job_id)
             self._fetch(job_id, state)
+        except ResultLostError as error:
+            self._save(submissions=self._execution.submissions + 1, job_id=None, rounds=0)
+            raise JobFailedError(f"{error}; another attempt runs it anew", lost=True) from error
         except UnavailableError as error:
             raise JobFailedError(str(error), lost=True) from error
         except SystemExit:
@@ -191,6 +194,7 @@ class Supervision:
 
     def _attach_or_submit(self) -> Generator[Event, None, str]:
         self._runtime.prepare(list(self.spec.sites))
+        yield from self._end_superseded()
         if self._execution.submissions and self._runtime.outlives:
             job_id = self._execution.job_id or self._submit()  # an earlier attempt was killed before it knew the id
             state = self._runtime.poll(job_id)
@@ -203,6 +207,14 @@ class Supervision:
         job_id = self._submit()
         yield Progress(f"FLARE job {job_id} in the {self._runtime_name}")
         return job_id
+
+    def _end_superseded(self) -> Iterator[Event]:
+        """Sites are for the job folder as it is now."""
+        for job_id in self._execution.superseded if self._runtime.outlives else []:
+            if not self._runtime.poll(job_id).ended:
+                yield Progress(f"ends FLARE job {job_id}, which was of another job folder")
+                self._runtime.abort(job_id)
+        self._save(superseded=[])
 
     def _submit(self) -> str:
         """Hand in the last submission, for the first time or once more."""

@@ -15,7 +15,7 @@ import pytest
 from fedsft_assets.federation.flare import FlareJobs, Timeouts, _check_versions
 from fedsft_assets.federation.poc import SERVER, PocSettings, PocSystem
 from fedsft_assets.federation.production import Production, ProductionSettings
-from fedsft_assets.federation.runtime import JobState, UnavailableError
+from fedsft_assets.federation.runtime import JobState, ResultLostError, UnavailableError
 from fedsft_assets.settings import Settings
 
 from .small_jobs import write_job
@@ -120,7 +120,7 @@ def test_job_that_the_server_does_not_know_has_ended_without_success(jobs: Flare
     assert jobs.new_lines(job_id) == []
     assert jobs.end_of_log(job_id, "server", lines=5) == ""
     jobs.abort(job_id)
-    with pytest.raises(UnavailableError, match=f"no result of job {job_id}"):
+    with pytest.raises(ResultLostError, match=f"no result of job {job_id}"):
         jobs.fetch(job_id, tmp_path / "files")
 
 

@@ -25,7 +25,7 @@ from fedsft_assets.federation.journal import (
 from fedsft_assets.federation.metrics import Point
 from fedsft_assets.federation.record import Workspace
 from fedsft_assets.federation.report import MODEL_FILE
-from fedsft_assets.federation.runtime import JobState, UnavailableError
+from fedsft_assets.federation.runtime import JobState, ResultLostError, UnavailableError
 from fedsft_assets.federation.supervisor import JobFailedError, Supervision, explain
 from fedsft_assets.federation.trainer_log import FAILURE_MARK, TrainerFailure
 from fedsft_assets.specs import PRESETS, JobSpec, SitePlan, SiteSpec, TrainingSpec
@@ -50,6 +50,7 @@ class Jobs:
         self.submissions: list[Path] = []
         self.taken: dict[str, str] = {}  # the job of each token
         self.unavailable_at = ""
+        self.without_result: set[str] = set()
         self._state, self._lines = RUNNING, list[str]()
         self._handed_out = 0
 
@@ -92,6 +93,8 @@ class Jobs:
 
     def fetch(self, job_id: str, into: Path) -> None:
         self._do(f"fetch {job_id}")
+        if job_id in self.without_result:
+            raise ResultLostError(f"no result of {job_id}")
         (into / "best_global_model.pt").write_text("a model")
 
     def close(self) -> None:
@@ -269,6 +272,39 @@ def test_job_that_ended_well_meanwhile_is_fetched(attempt: Attempt, jobs: Jobs, 
     events, error = _events(attempt())
     assert (events, error) == ([Progress("takes over FLARE job job-9"), VAL], None)
     assert jobs.done[-1] == "fetch job-9"
+
+
+def test_running_job_of_another_job_folder_is_ended_first(attempt: Attempt, jobs: Jobs, workspace: Workspace) -> None:
+    execution = workspace.execution()
+    assert execution is not None
+    workspace.save(replace(execution, submissions=1, job_id="job-9"))
+    assert workspace.take_up({"runtime": "poc", "job_folder": "changed"}).superseded == ["job-9"]
+    assert workspace.take_up({"runtime": "poc", "job_folder": "changed again"}).superseded == ["job-9"]
+    jobs.steps = [(RUNNING, []), (DONE, [Started(0), VAL])]
+    events, error = _events(attempt())
+    assert error is None
+    assert events == [
+        Progress("ends FLARE job job-9, which was of another job folder"),
+        Progress("FLARE job job-1 in the poc"),
+        VAL,
+    ]
+    assert jobs.done[1:4] == ["poll job-9", "abort job-9", "submit"]
+    ended = workspace.execution()
+    assert ended is not None
+    assert ended.superseded == []
+    workspace.end()
+    assert workspace.take_up({"runtime": "poc"}).superseded == []
+
+
+def test_job_whose_result_the_server_has_lost_is_run_anew_by_the_next_attempt(attempt: Attempt, jobs: Jobs) -> None:
+    jobs.without_result, jobs.steps = {"job-1"}, [(DONE, [Started(0), RoundDone(3), VAL])]
+    error = _failure(attempt())
+    assert (str(error), error.lost) == ("no result of job-1; another attempt runs it anew", True)
+    jobs.steps = [(RUNNING, []), (DONE, [Started(0), RoundDone(3), LATER])]
+    events, none = _events(attempt())
+    assert none is None
+    assert events[-1] == LATER
+    assert jobs.done[-1] == "fetch job-2"
 
 
 @pytest.mark.parametrize("outlives", [True, False], ids=["it failed meanwhile", "it died with its supervisor"])
