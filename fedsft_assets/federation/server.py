@@ -307,8 +307,9 @@ class FederatedSFT(ModelController):
 
     def _apply(self, average: TokenWeightedAverage) -> None:
         """Make the next global model of the averaged results and write it, one tensor after the other."""
-        self._change = {}
-        gc.collect()  # NVFlare's last task goes round in circles, and holds the change that it was sent with
+        if self._change:
+            self._change = {}
+            gc.collect()  # NVFlare's last task goes round in circles, and holds the change that it was sent with
         number = self.state.progress.finished + 1
         if not self._weights:
             first = dict(average.tensors())

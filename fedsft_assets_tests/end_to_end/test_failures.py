@@ -129,10 +129,13 @@ def test_next_attempt_ends_what_a_killed_launcher_and_supervisor_left(store: Sto
     job = build("alpaca", rounds=2)
     mark = str(store.flare(job))
     orphan = subprocess.Popen(
-        [sys.executable, "-c", "import time; time.sleep(600)"],
+        [sys.executable, "-c", "import time; print('here', flush=True); time.sleep(600)"],
         env={**os.environ, "FEDSFT_JOB_MARK": mark},
         start_new_session=True,
+        stdout=subprocess.PIPE,
     )
+    assert orphan.stdout
+    orphan.stdout.readline()  # nobody sees the mark of a process that is still being made
     try:
         *_, report = _events(job, store)
         assert orphan.wait(timeout=1) == -signal.SIGTERM
