@@ -78,7 +78,6 @@ def main() -> None:
         del received
         begun = time.time()
         flare.send(result)
-        del result
         diary.note("up", begun)
         diary.round += 1
 

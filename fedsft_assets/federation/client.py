@@ -96,7 +96,6 @@ def _lead(trainer: "SiteTrainer", followers: Followers | None) -> None:
             result = trainer.evaluate(received) if evaluates else trainer.train(received)
         with trainer.clock.phase("transfer"):
             flare.send(result)
-        del received, result  # neither is to be there beside the next model
     if followers:
         followers.tell(None)
 

@@ -39,6 +39,8 @@ class Execution:
     @property
     def unfinished_jobs(self) -> list[str]:
         """FLARE jobs that may still run."""
+        if self.ended:
+            return []
         own = [self.job_id] if self.job_id and not self.status else []
         return [*self.superseded, *own]
 
@@ -89,8 +91,7 @@ class Workspace:
         last = self.execution()
         if last and not last.ended and last.subject == subject:
             return last
-        same_place = last and not last.ended and last.subject.get("runtime") == subject.get("runtime")
-        superseded = last.unfinished_jobs if last and same_place else []
+        superseded = last.unfinished_jobs if last and last.subject.get("runtime") == subject.get("runtime") else []
         shutil.rmtree(self.folder, ignore_errors=True)
         return self.save(Execution(uuid.uuid4().hex, subject, superseded=superseded))
 

@@ -154,7 +154,7 @@ class _Sending(Downloadable):
     def __init__(self, items: Mapping[str, torch.Tensor]) -> None:
         self.base_obj: dict[str, torch.Tensor] | None = dict(items)
         super().__init__(self.base_obj)
-        self._makes, self._made = any(tensor.is_meta for tensor in items.values()), 0
+        self._made = 0  # bytes since the last collection
         self._contents = _Contents(
             [
                 (name, str(tensor.dtype), list(tensor.shape), getattr(tensor, "added_to", None))
@@ -169,10 +169,6 @@ class _Sending(Downloadable):
         if position >= self._contents.total:
             return ProduceRC.EOF, None, {}
         piece = self._piece(position)
-        self._made += len(piece)
-        if self._makes and self._made > _MOST_MADE:
-            self._made = 0
-            gc.collect()  # NVFlare's messages go round in circles, and the pieces that were sent with them
         return ProduceRC.OK, [piece], {_AT: position + len(piece)}
 
     def release(self) -> None:
@@ -200,6 +196,10 @@ class _Sending(Downloadable):
         begin, itemsize = position - self._contents.starts[index], tensor.itemsize
         if not tensor.is_meta:
             return _view(tensor)[begin : begin + size]
+        self._made += size
+        if self._made > _MOST_MADE:
+            self._made = 0
+            gc.collect()  # NVFlare's messages go round in circles, and the pieces that were sent with them
         first, last = begin // itemsize, -(-(begin + size) // itemsize)
         content = _view(tensor.make(first, last))  # type: ignore[attr-defined]
         return content[begin - first * itemsize :][:size]

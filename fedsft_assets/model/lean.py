@@ -11,6 +11,7 @@ from typing import Any
 _NOT_NEEDED = ("scipy", "sklearn")
 # It reads the source of all models, and does so twice, because transformers keeps fewer of its results than there are.
 _TOO_LITTLE_KEPT = "create_import_structure_from_path"
+_standard_lru_cache = functools.lru_cache
 
 
 @contextmanager
@@ -33,9 +34,6 @@ def lean_imports() -> Iterator[None]:
             del sys.modules[name]
         if collecting:
             gc.enable()
-
-
-_standard_lru_cache = functools.lru_cache
 
 
 def _lru_cache(maxsize: Callable[..., Any] | int | None = 128, typed: bool = False) -> Any:
