@@ -27,7 +27,9 @@ class Server:
 
 def serve(settings: Settings, servers: Sequence[Server]) -> None:
     """Start the servers, say where they are, and stop them when this process is told to stop or one of them ends."""
-    signal.signal(signal.SIGTERM, _stop)
+    # SIGINT too: the background of a script ignores it, and Dagster's processes would then ignore SIGTERM as well.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     mark = f"ui of {settings.home} by {os.getpid()}"
     # MLflow's job workers are for judging answers of agents; nobody asks them anything here.
     environment = {**os.environ, MARK: mark, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}

@@ -1,5 +1,6 @@
 """What tests of several parts start from."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,11 @@ from fedsft_assets.tracking import Tracking
 from fedsft_assets_tests.shipped import DATASETS
 
 _REAL_SAMPLES = PROJECT.parent / "shared/data/real_samples"
+
+
+def pytest_configure() -> None:
+    """Hear SIGINT also in the background of a script, where Dagster's processes would otherwise ignore SIGTERM too."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

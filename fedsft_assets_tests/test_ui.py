@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -79,6 +80,25 @@ def test_tensorboard_serves_the_curves_of_this_home_on_loopback_only(settings: S
     assert options["--logdir"] == str(settings.home / "tensorboard")
     assert options["--host"] == "127.0.0.1"
     assert server.url == f"http://127.0.0.1:{options['--port']}/"
+
+
+def test_servers_hear_signals_also_in_the_background_of_a_script(tmp_path: Path) -> None:
+    """There SIGINT is ignored, and Dagster gives SIGTERM the handler that SIGINT had."""
+    heard = tmp_path / "heard"
+    server = f"import signal; print(signal.getsignal(signal.SIGINT), file=open({str(heard)!r}, 'w'))"
+    serving = f"""
+import sys
+from fedsft_assets.settings import Settings
+from fedsft_assets.ui import Server, serve
+serve(Settings(), [Server("a server", "nowhere", [sys.executable, "-c", {server!r}])])
+"""
+    subprocess.run(
+        [sys.executable, "-c", serving],
+        env={**os.environ, "FEDSFT_HOME": str(tmp_path)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # noqa: PLW1509 no threads here
+        check=True,
+    )
+    assert "default_int_handler" in heard.read_text()
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import dagster as dg
 from fedsft_assets.assets.failures import explained
 from fedsft_assets.assets.metadata import curve, image
 from fedsft_assets.execution import ExecutedJob, execute_job
-from fedsft_assets.federation.launch import JobError
+from fedsft_assets.federation.events import JobError
 from fedsft_assets.federation.report import MODEL_FILE
 from fedsft_assets.resources import MLflowResource, ModelResource, RuntimeResource, StoreResource
 from fedsft_assets.specs import JobSpec

@@ -1,10 +1,11 @@
-"""How the C library's allocator is to treat the memory of messages, in processes that send and receive models.
+"""What becomes of the memory of messages, in processes that send and receive models.
 
-Memory that a message was in is used again by the next one. Left alone, glibc gives it back to the system, which must
+Memory that a message was in is used again by the next one. Left alone, the C library's allocator, glibc's, gives it back to the system, which must
 clear it anew for each message: that costs more than all copying. And each of its many arenas keeps some for itself.
 """
 
 import ctypes
+import gc
 
 _ARENAS, _OWN_PAGES, _KEPT = 1, 32 << 20, 64 << 20  # larger blocks have pages of their own; the heap keeps so much
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of malloc.h
@@ -24,3 +25,8 @@ def keep_freed_memory() -> None:
         mallopt(_M_ARENA_MAX, _ARENAS)
         mallopt(_M_MMAP_THRESHOLD, _OWN_PAGES)
         mallopt(_M_TRIM_THRESHOLD, _KEPT)
+
+
+def collect_messages() -> None:
+    """Let go of what was in messages that are over: NVFlare's go round in circles, so that Python counts them as used."""
+    gc.collect()

@@ -12,16 +12,9 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from fedsft_assets.federation.events import JobError
 from fedsft_assets.federation.job_folder import read_plans
 from fedsft_assets.federation.report import MODEL_FILE
-
-
-class CheckpointError(RuntimeError):
-    """The checkpoint could not be made. `lost`: the process that was at it died, and another attempt may go on."""
-
-    def __init__(self, message: str, lost: bool) -> None:
-        super().__init__(message)
-        self.lost = lost
 
 
 @dataclass(frozen=True)
@@ -39,14 +32,14 @@ def make_checkpoint(
 ) -> Checkpoint:
     """Write the checkpoint's files into the folder `into`, by a process that `command` starts.
 
-    Raises CheckpointError, or OSError for what this machine lacks, such as space on the disk.
+    Raises JobError, or OSError for what this machine lacks, such as space on the disk.
     """
     arguments = [str(path) for path in (job_folder, weights, testing_file, into)]
     done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, check=False)
     if done.returncode == os.EX_IOERR:
         raise OSError(done.stderr.strip().splitlines()[-1])
     if done.returncode:
-        raise CheckpointError(
+        raise JobError(
             f"the checkpoint could not be made (exit code {done.returncode}):\n{done.stderr[-4000:].strip()}",
             lost=done.returncode < 0,
         )

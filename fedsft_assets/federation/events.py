@@ -8,9 +8,20 @@ from fedsft_assets.federation.metrics import Point
 from fedsft_assets.federation.report import JobReport
 
 
+class JobError(RuntimeError):
+    """The job failed; the message is for the user: it says why, with the trainer's traceback where there is one.
+
+    `lost`: something died or was cut off, and another attempt goes on after the last finished round.
+    """
+
+    def __init__(self, message: str, lost: bool = False) -> None:
+        super().__init__(message)
+        self.lost = lost
+
+
 @dataclass(frozen=True)
 class Failed:
-    """The job failed; `lost` means that something died or was cut off, so that another attempt may go on with it."""
+    """A JobError as the supervisor says it."""
 
     reason: str
     lost: bool = False

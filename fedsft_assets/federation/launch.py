@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedsft_assets.federation.events import Event, Failed, decode
+from fedsft_assets.federation.events import Event, Failed, JobError, decode
 from fedsft_assets.federation.job_folder import JobFolderError, read_plans, read_spec, verify_job_folder
 from fedsft_assets.federation.processes import MARK, execution_mark, stop_marked
 from fedsft_assets.federation.record import Execution, Workspace
@@ -14,17 +14,6 @@ from fedsft_assets.federation.report import JobReport
 from fedsft_assets.store import file_digest, folder_digest
 
 _SECONDS_TO_ABORT = 14.0  # a FLARE job takes half as long to end
-
-
-class JobError(RuntimeError):
-    """The job failed; the message says why, with the trainer's traceback where there is one.
-
-    `lost`: something died or was cut off, and another attempt goes on after the last finished round.
-    """
-
-    def __init__(self, message: str, lost: bool = False) -> None:
-        super().__init__(message)
-        self.lost = lost
 
 
 def begin_execution(job_folder: Path, workspace: Path, runtime: str) -> Execution:

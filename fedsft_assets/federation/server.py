@@ -3,7 +3,6 @@
 It needs torch and NVFlare only. Nothing of the model is built here: weights are tensors with names.
 """
 
-import gc
 import json
 import math
 import os
@@ -29,6 +28,7 @@ from nvflare.apis.shareable import Shareable
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 from nvflare.app_common.workflows.model_controller import ModelController
 
+from fedsft_assets.federation.allocator import collect_messages
 from fedsft_assets.federation.averaging import TokenWeightedAverage, rounded
 from fedsft_assets.federation.exchange import (
     BEST_MODEL,
@@ -309,7 +309,7 @@ class FederatedSFT(ModelController):
         """Make the next global model of the averaged results and write it, one tensor after the other."""
         if self._change:
             self._change = {}
-            gc.collect()  # NVFlare's last task goes round in circles, and holds the change that it was sent with
+            collect_messages()  # the last task holds the change that it was sent with
         number = self.state.progress.finished + 1
         if not self._weights:
             first = dict(average.tensors())

@@ -18,8 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
-from fedsft_assets.federation.checkpoint import CheckpointError, make_checkpoint
-from fedsft_assets.federation.events import Event, Failed, encode
+from fedsft_assets.federation.checkpoint import make_checkpoint
+from fedsft_assets.federation.events import Event, Failed, JobError, encode
 from fedsft_assets.federation.exchange import BEST_MODEL, EXECUTION_KEY
 from fedsft_assets.federation.job_folder import read_plans, read_spec
 from fedsft_assets.federation.journal import (
@@ -49,14 +49,6 @@ _SAVE_SECONDS = 5.0  # so much of the time that an attempt took is forgotten at 
 _TAIL_LINES, _LINES_TO_SEARCH = 40, 5000
 _RESTARTS = 2  # of a server that died without a word; NVFlare's does when it loses a site while a result arrives
 _LONGEST_SILENCE = 900.0  # seconds; with a long site_timeout, twice that: the server must have spoken by then
-
-
-class JobFailedError(RuntimeError):
-    """The job ended without a result; the message is for the user. `lost`: another attempt may go on with it."""
-
-    def __init__(self, message: str, lost: bool = False) -> None:
-        super().__init__(message)
-        self.lost = lost
 
 
 class _OrphanedError(Exception):
@@ -92,7 +84,7 @@ class Supervision:
         self._stopped = None
 
     def run(self) -> Iterator[Event]:
-        """Everything up to the fetched result. Raises JobFailedError or _OrphanedError."""
+        """Everything up to the fetched result. Raises JobError or _OrphanedError."""
         if self._execution.status:
             yield Progress("the job has ended already; its result is here")
             return
@@ -109,9 +101,9 @@ class Supervision:
             self._fetch(job_id, state)
         except ResultLostError as error:
             self._save(submissions=self._execution.submissions + 1, job_id=None, rounds=0)
-            raise JobFailedError(f"{error}; another attempt runs it anew", lost=True) from error
+            raise JobError(f"{error}; another attempt runs it anew", lost=True) from error
         except UnavailableError as error:
-            raise JobFailedError(str(error), lost=True) from error
+            raise JobError(str(error), lost=True) from error
         except SystemExit:
             self._end_submitted()
             raise
@@ -128,20 +120,17 @@ class Supervision:
         return JobReport.read(into)
 
     def finish(self, weights: Path, testing_file: Path, into: Path) -> JobReport:
-        """Write the checkpoint of these weights and its report. Raises JobFailedError."""
+        """Write the checkpoint of these weights and its report. Raises JobError."""
         saving, spec, points = time.monotonic(), self.spec, list(self.points.values())
         curve = global_curve(points, spec)
         with publish_folder(into) as folder:
-            try:
-                made = make_checkpoint(
-                    *self._runtime.command("fedsft_assets.federation.checkpoint"),
-                    self._job_folder,
-                    weights,
-                    testing_file,
-                    folder,
-                )
-            except CheckpointError as error:
-                raise JobFailedError(str(error), error.lost) from error
+            made = make_checkpoint(
+                *self._runtime.command("fedsft_assets.federation.checkpoint"),
+                self._job_folder,
+                weights,
+                testing_file,
+                folder,
+            )
             report = JobReport(
                 job=spec.name,
                 kind=spec.kind,
@@ -210,11 +199,12 @@ class Supervision:
 
     def _end_superseded(self) -> Iterator[Event]:
         """Sites are for the job folder as it is now."""
-        for job_id in self._execution.superseded if self._runtime.outlives else []:
-            if not self._runtime.poll(job_id).ended:
+        for job_id in self._execution.superseded:
+            if self._runtime.outlives and not self._runtime.poll(job_id).ended:
                 yield Progress(f"ends FLARE job {job_id}, which was of another job folder")
                 self._runtime.abort(job_id)
-        self._save(superseded=[])
+        if self._execution.superseded:
+            self._save(superseded=[])
 
     def _submit(self) -> str:
         """Hand in the last submission, for the first time or once more."""
@@ -258,7 +248,7 @@ class Supervision:
                 return state
             silent = time.monotonic() - heard
             if silent > max(_LONGEST_SILENCE, 2 * self.spec.site_timeout):
-                raise JobFailedError(
+                raise JobError(
                     f"FLARE job {job_id}: neither server nor sites said anything for {silent:.0f} s", lost=True
                 )
             time.sleep(_POLL_SECONDS)
@@ -304,20 +294,20 @@ class Supervision:
         execution = replace(self._execution, seconds=self.seconds, **changes)  # type: ignore[arg-type]
         self._execution = self._workspace.save(execution)
 
-    def _failure(self, job_id: str, state: JobState) -> JobFailedError:
+    def _failure(self, job_id: str, state: JobState) -> JobError:
         """What the user must see."""
         if self._stopped and not self._stopped.lost_sites:
-            return JobFailedError(self._stopped.reason)
+            return JobError(self._stopped.reason)
         if not self._stopped:
             end = self._runtime.end_of_log(job_id, "server", _TAIL_LINES)
-            return JobFailedError(
+            return JobError(
                 f"FLARE job {job_id} ended early: {state.said}\nThe end of the server's log:\n{end}", True
             )
         last = max((one.round for one in self.missed), default=0)
         missed = [one for one in self.missed if one.round == last]
         reasons = [self._why(job_id, one) for one in missed]
         said = "\n".join(text for text, _ in reasons)
-        return JobFailedError(f"{self._stopped.reason}\n{said}", lost=not any(own for _, own in reasons))
+        return JobError(f"{self._stopped.reason}\n{said}", lost=not any(own for _, own in reasons))
 
     def _why(self, job_id: str, missed: Missed) -> tuple[str, bool]:
         """Why a site is missing: its trainer's own traceback, or what its site's log says; and which of both."""
@@ -340,7 +330,7 @@ def explain(site: str, failure: TrainerFailure, log: str) -> str:
 def supervise(
     job_folder: Path, workspace: Workspace, testing_file: Path, into: Path, runtime: str, threads: int
 ) -> Iterator[Event]:
-    """Bring the job to its end and write its checkpoint and report into the folder `into`. Raises JobFailedError."""
+    """Bring the job to its end and write its checkpoint and report into the folder `into`. Raises JobError."""
     supervision = Supervision(job_folder, workspace, runtime, threads)
     try:
         yield from supervision.run()
@@ -390,7 +380,7 @@ def main() -> None:
         for event in supervise(args.job_folder, workspace, args.testing_file, args.into, args.runtime, args.threads):
             print(encode(event), file=events, flush=True)
         code = 0
-    except JobFailedError as error:
+    except JobError as error:
         print(encode(Failed(str(error), error.lost)), file=events, flush=True)
     except (UnavailableError, SpecError) as error:
         print(encode(Failed(str(error))), file=events, flush=True)

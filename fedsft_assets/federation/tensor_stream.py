@@ -9,17 +9,11 @@ not look at.
 
 from __future__ import annotations
 
-import gc
-import itertools
 import json
-import mmap
 import shutil
-import sys
-import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
 from pathlib import Path
@@ -33,17 +27,16 @@ from nvflare.fuel.f3.streaming.download_service import Consumer, Downloadable, P
 from nvflare.fuel.utils import fobs
 from nvflare.fuel.utils.fobs import dots
 
-from fedsft_assets.federation.allocator import keep_freed_memory
+from fedsft_assets.federation.allocator import collect_messages, keep_freed_memory
+from fedsft_assets.federation.tensor_storage import ReusedFile, ReusedFiles, StoredTensor, memory_block
 
 _PIECE = 10 << 20  # bytes
 _VIEW = _PIECE  # from so many bytes on, NVFlare sends a piece as it lies in memory
 _MOST_MADE = 3 * _PIECE  # bytes of pieces that were made to be sent, and may still be here afterwards
 _AT = "at"
-_ONLY_HERE = 2  # references to an object, while `sys.getrefcount` looks, that one name stands for
 
 _sum: Sum | None = None
-_files: _Files | None = None  # where tensors go that arrive; in memory if it is None
-_memory: mmap.mmap | None = None  # in which the last ones lay
+_files: ReusedFiles | None = None  # where tensors go that arrive; in memory if it is None
 
 
 @contextmanager
@@ -54,7 +47,7 @@ def tensors_stored_in(folder: Path) -> Iterator[None]:
     """
     global _files  # noqa: PLW0603 one for the process, as NVFlare's decomposers are
     folder.mkdir()
-    before, _files = _files, _Files(folder)
+    before, _files = _files, ReusedFiles(folder)
     try:
         yield
     finally:
@@ -199,7 +192,7 @@ class _Sending(Downloadable):
         self._made += size
         if self._made > _MOST_MADE:
             self._made = 0
-            gc.collect()  # NVFlare's messages go round in circles, and the pieces that were sent with them
+            collect_messages()  # and the pieces that were sent with them
         first, last = begin // itemsize, -(-(begin + size) // itemsize)
         content = _view(tensor.make(first, last))  # type: ignore[attr-defined]
         return content[begin - first * itemsize :][:size]
@@ -263,10 +256,10 @@ class _Arriving(_Receiving):
         self._sum = _sum if self._version is not None else None
         if self._sum and self._version is not None:
             self._wanted = self._sum.begin(self._version)
-        gc.collect()  # NVFlare's last message goes round in circles; its tensors would be here beside the new ones
+        collect_messages()  # the last one's tensors would be here beside the new ones
         held = [index for index, (*_, added) in enumerate(contents.tensors) if not (self._sum and added)]
         starts = [0, *accumulate(_aligned(contents.ends[index] - contents.starts[index]) for index in held)]
-        block = _block(starts[-1])
+        block = memory_block(starts[-1])
         for index, start in zip(held, starts, strict=False):
             name, dtype, shape, _ = contents.tensors[index]
             size = contents.ends[index] - contents.starts[index]
@@ -294,37 +287,8 @@ class _Arriving(_Receiving):
             self._sum.end(self._version)
 
 
-def _block(size: int) -> torch.Tensor:
-    """So many bytes from the system itself, those of the last block if nobody has a tensor in it any more."""
-    global _memory  # noqa: PLW0603
-    if size == 0:
-        return torch.empty(0, dtype=torch.uint8)
-    if _memory is None or len(_memory) < size or sys.getrefcount(_memory) > _ONLY_HERE:
-        _memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            _memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(_memory, dtype=torch.uint8, count=size)
-
-
 def _aligned(size: int) -> int:
     return -(-size // 64) * 64
-
-
-class StoredTensor:
-    """A tensor that lies in a file; `materialize` gives it without taking memory for it."""
-
-    def __init__(self, file: _File, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-        self._file, self._offset = file, offset
-        self.dtype, self.shape = dtype, shape
-
-    def materialize(self) -> torch.Tensor:
-        """The tensor, whose pages are those of the file; what is changed in it stays with the caller."""
-        size = prod(self.shape) * self.dtype.itemsize
-        if size == 0:
-            return torch.empty(self.shape, dtype=self.dtype)
-        content = np.memmap(self._file.path, dtype=np.uint8, mode="c", offset=self._offset, shape=(size,))
-        content.file = self._file  # type: ignore[attr-defined]  # nobody writes into it as long as the tensor is there
-        return torch.from_numpy(content).view(self.dtype).reshape(self.shape)
 
 
 class _StoredTensors(dict[str, StoredTensor]):
@@ -337,10 +301,10 @@ class _StoredTensors(dict[str, StoredTensor]):
 class _Stored(_Receiving):
     """Into a file."""
 
-    def __init__(self, file: _File) -> None:
+    def __init__(self, file: ReusedFile) -> None:
         super().__init__()
         self.tensors = _StoredTensors()
-        self._file: _File | None = file
+        self._file: ReusedFile | None = file
         file.path.touch()
         self._opened = file.path.open("r+b", buffering=0)
 
@@ -362,29 +326,6 @@ class _Stored(_Receiving):
     def _let_go(self) -> None:
         self._opened.close()
         self._file = None
-
-
-class _Files:
-    """Files of a folder, each written over and over: the memory that stands for its content is then there already."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self._count = folder, itertools.count()
-        self._free: list[Path] = []
-
-    def take(self) -> _File:
-        """One that nobody has, by its name; it is free again when nobody has what is returned."""
-        try:
-            path = self._free.pop()
-        except IndexError:
-            path = self.folder / f"{next(self._count)}"
-        file = _File(path)
-        weakref.finalize(file, self._free.append, path)
-        return file
-
-
-@dataclass(eq=False)
-class _File:
-    path: Path
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:

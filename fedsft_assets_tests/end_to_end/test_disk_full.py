@@ -10,7 +10,8 @@ import pytest
 
 from fedsft_assets.federation.events import Event
 from fedsft_assets.federation.journal import Progress
-from fedsft_assets.federation.launch import JobError, begin_execution, run_job
+from fedsft_assets.federation.events import JobError
+from fedsft_assets.federation.launch import begin_execution, run_job
 from fedsft_assets.federation.processes import marked_processes
 from fedsft_assets.federation.record import Workspace
 from fedsft_assets.federation.report import JobReport

@@ -13,7 +13,8 @@ import pytest
 
 from fedsft_assets.federation.events import Event
 from fedsft_assets.federation.exchange import LAST_MODEL
-from fedsft_assets.federation.launch import JobError, run_job
+from fedsft_assets.federation.events import JobError
+from fedsft_assets.federation.launch import run_job
 from fedsft_assets.federation.production import Production, ProductionSettings
 from fedsft_assets.federation.report import MODEL_FILE, JobReport
 from fedsft_assets.federation.runtime import UnavailableError

@@ -22,7 +22,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--runtime", choices=("simulator", "poc"), help="both if not given, side by side")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     in_poc = round(args.kills * _SHARE_OF_THE_POC)
     kills = {args.runtime: args.kills} if args.runtime else {"simulator": args.kills - in_poc, "poc": in_poc}
     home = Settings().home

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fedsft_assets.federation import supervisor
-from fedsft_assets.federation.events import Event
+from fedsft_assets.federation.events import Event, JobError
 from fedsft_assets.federation.exchange import EXECUTION_KEY
 from fedsft_assets.federation.journal import (
     Entry,
@@ -26,7 +26,7 @@ from fedsft_assets.federation.metrics import Point
 from fedsft_assets.federation.record import Workspace
 from fedsft_assets.federation.report import MODEL_FILE
 from fedsft_assets.federation.runtime import JobState, ResultLostError, UnavailableError
-from fedsft_assets.federation.supervisor import JobFailedError, Supervision, explain
+from fedsft_assets.federation.supervisor import Supervision, explain
 from fedsft_assets.federation.trainer_log import FAILURE_MARK, TrainerFailure
 from fedsft_assets.specs import PRESETS, JobSpec, SitePlan, SiteSpec, TrainingSpec
 from fedsft_assets.store import file_digest
@@ -147,17 +147,17 @@ def attempt(tmp_path: Path, workspace: Workspace, jobs: Jobs, monkeypatch: pytes
     return lambda: Supervision(folder, workspace, "poc", threads=1)
 
 
-def _events(one: Supervision) -> tuple[list[Event], JobFailedError | None]:
+def _events(one: Supervision) -> tuple[list[Event], JobError | None]:
     events = []
     try:
         for event in one.run():
             events.append(event)
-    except JobFailedError as error:
+    except JobError as error:
         return events, error
     return events, None
 
 
-def _failure(one: Supervision) -> JobFailedError:
+def _failure(one: Supervision) -> JobError:
     _, error = _events(one)
     assert error is not None
     return error
