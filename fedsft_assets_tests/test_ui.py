@@ -95,7 +95,7 @@ serve(Settings(), [Server("a server", "nowhere", [sys.executable, "-c", {server!
     subprocess.run(
         [sys.executable, "-c", serving],
         env={**os.environ, "FEDSFT_HOME": str(tmp_path)},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # noqa: PLW1509 no threads here
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
         check=True,
     )
     assert "default_int_handler" in heard.read_text()

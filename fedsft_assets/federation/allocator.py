@@ -1,7 +1,8 @@
 """What becomes of the memory of messages, in processes that send and receive models.
 
-Memory that a message was in is used again by the next one. Left alone, the C library's allocator, glibc's, gives it back to the system, which must
-clear it anew for each message: that costs more than all copying. And each of its many arenas keeps some for itself.
+Memory that a message was in is used again by the next one. Left alone, the allocator of the C library glibc gives it
+back to the system, which must clear it anew for each message: that costs more than all copying. And each of its many
+arenas keeps some for itself.
 """
 
 import ctypes
@@ -20,13 +21,18 @@ ENVIRONMENT = {
 
 def keep_freed_memory() -> None:
     """The same for this process. Nothing happens where the C library is not glibc."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         mallopt(_M_ARENA_MAX, _ARENAS)
         mallopt(_M_MMAP_THRESHOLD, _OWN_PAGES)
         mallopt(_M_TRIM_THRESHOLD, _KEPT)
 
 
 def collect_messages() -> None:
-    """Let go of what was in messages that are over: NVFlare's go round in circles, so that Python counts them as used."""
+    """Let go of messages that are over: NVFlare's go round in circles, so that Python's counts never reach zero."""
     gc.collect()
+
+
+def give_back_freed_memory() -> None:
+    """Let the system have what lies free between things that are in use, after work that took much and is over."""
+    if malloc_trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        malloc_trim(0)

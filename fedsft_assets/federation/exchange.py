@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 
-VERSION = "2"  # of all this; server and sites must have the same
+VERSION = "3"  # of all this; server and sites must have the same
 
 TRAIN_TASK = "train"
 VALIDATE_TASK = "validate"

@@ -3,6 +3,7 @@
 It needs torch and NVFlare only. Nothing of the model is built here: weights are tensors with names.
 """
 
+import gc
 import json
 import math
 import os
@@ -28,7 +29,7 @@ from nvflare.apis.shareable import Shareable
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 from nvflare.app_common.workflows.model_controller import ModelController
 
-from fedsft_assets.federation.allocator import collect_messages
+from fedsft_assets.federation.allocator import collect_messages, give_back_freed_memory
 from fedsft_assets.federation.averaging import TokenWeightedAverage, rounded
 from fedsft_assets.federation.exchange import (
     BEST_MODEL,
@@ -104,7 +105,8 @@ class FederatedSFT(ModelController):
 
     def start_controller(self, fl_ctx: FLContext) -> None:
         super().start_controller(fl_ctx)
-        send_tensors_as_streams()  # without it, NVFlare cannot send tensors
+        send_tensors_as_streams(peers=len(self.sites))  # without it, NVFlare cannot send tensors
+        gc.freeze()  # what is loaded by now stays: collections need not look through it again
         self.open(self._state_folder())
         self.engine.register_app_command(JOURNAL_COMMAND, self._hand_out_journal)
 
@@ -215,6 +217,7 @@ class FederatedSFT(ModelController):
         elif self.base_model:
             weights = read_nemo_weights(own_base_model(Path(self.base_model), os.environ))
             self._weights = self.state.write_weights(0, weights, weights.pop)  # there they take no memory
+            give_back_freed_memory()
         if self.algorithm["name"] == "scaffold":
             self._control = self.state.algorithm()
 
@@ -307,9 +310,9 @@ class FederatedSFT(ModelController):
 
     def _apply(self, average: TokenWeightedAverage) -> None:
         """Make the next global model of the averaged results and write it, one tensor after the other."""
-        if self._change:
-            self._change = {}
-            collect_messages()  # the last task holds the change that it was sent with
+        self._change = {}
+        collect_messages()  # the last task holds the change that it was sent with
+        give_back_freed_memory()
         number = self.state.progress.finished + 1
         if not self._weights:
             first = dict(average.tensors())
@@ -329,6 +332,7 @@ class FederatedSFT(ModelController):
 
         self._weights = self.state.write_weights(number, dict(self._weights), moved)
         average.clear()
+        give_back_freed_memory()
 
     def _turn(self, control: TokenWeightedAverage) -> None:
         """Move the direction of all sites by what those that answered changed of theirs."""

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from fedsft_assets.federation.tensor_stream import lie_together
 from fedsft_assets.model.tensor_file import TensorInfo
 from fedsft_assets.model.tensor_writer import write_tensors
 
@@ -52,7 +53,7 @@ class ServerState:
 
     def weights(self) -> Tensors:
         """The global model after the last finished round, whose memory is that of its file."""
-        return _read(self.model_file(self.progress.finished), mmap=True)
+        return _mapped(self.model_file(self.progress.finished))
 
     def algorithm(self) -> dict[str, Any]:
         """What the algorithm kept after the last finished round."""
@@ -80,7 +81,7 @@ class ServerState:
         path = self.model_file(round)
         with _whole(path, lasting=round > 0) as file:  # the base model is read again where no round is finished
             write_tensors(file, infos, made)
-        return _read(path, mmap=True)
+        return _mapped(path)
 
     def commit_round(self, algorithm: Mapping[str, Any]) -> None:
         """Make the progress as it stands what a later process begins with; its weights are written."""
@@ -134,6 +135,13 @@ def _whole(path: Path, lasting: bool = True) -> Iterator[BinaryIO]:
         if isinstance(cause, OSError):
             raise OSError(cause.errno, cause.strerror, str(path)) from error
         raise
+
+
+def _mapped(path: Path) -> Tensors:
+    """Tensors whose memory is that of their file."""
+    tensors = _read(path, mmap=True)
+    lie_together(tensors.values())
+    return tensors
 
 
 def _read(path: Path, mmap: bool = False) -> dict[str, Any]:

@@ -300,9 +300,7 @@ class Supervision:
             return JobError(self._stopped.reason)
         if not self._stopped:
             end = self._runtime.end_of_log(job_id, "server", _TAIL_LINES)
-            return JobError(
-                f"FLARE job {job_id} ended early: {state.said}\nThe end of the server's log:\n{end}", True
-            )
+            return JobError(f"FLARE job {job_id} ended early: {state.said}\nThe end of the server's log:\n{end}", True)
         last = max((one.round for one in self.missed), default=0)
         missed = [one for one in self.missed if one.round == last]
         reasons = [self._why(job_id, one) for one in missed]

@@ -9,15 +9,18 @@ not look at.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import shutil
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import astuple, dataclass
 from itertools import accumulate
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -30,11 +33,15 @@ from nvflare.fuel.utils.fobs import dots
 from fedsft_assets.federation.allocator import collect_messages, keep_freed_memory
 from fedsft_assets.federation.tensor_storage import ReusedFile, ReusedFiles, StoredTensor, memory_block
 
-_PIECE = 10 << 20  # bytes
-_VIEW = _PIECE  # from so many bytes on, NVFlare sends a piece as it lies in memory
-_MOST_MADE = 3 * _PIECE  # bytes of pieces that were made to be sent, and may still be here afterwards
+_LARGEST_PIECE = 10 << 20  # bytes; pieces of so many are what NVFlare sends as they lie in memory
+_SMALLEST_PIECE = 1 << 20
+_OF_ALL_PEERS = 160 << 20  # bytes in pieces, one for each peer
+_MOST_SENT = 20 << 20  # bytes of memory that went into sending, and may still be held afterwards
+_SENDERS_OWN = 1 << 20  # bytes that NVFlare takes to send a piece as it lies in memory
+_LARGEST_GAP = 4096  # bytes between tensors that lie together, which travel with them
 _AT = "at"
 
+_piece = _LARGEST_PIECE  # bytes
 _sum: Sum | None = None
 _files: ReusedFiles | None = None  # where tensors go that arrive; in memory if it is None
 
@@ -55,16 +62,24 @@ def tensors_stored_in(folder: Path) -> Iterator[None]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def send_tensors_as_streams() -> None:
+def send_tensors_as_streams(peers: int = 1) -> None:
     """Have this process send and receive tensors in this way; to be called before NVFlare has one of its own.
 
-    Raises RuntimeError if it has one.
+    With many peers pieces are smaller, so that memory does not grow with their number; peers follow suit. Raises
+    RuntimeError if NVFlare has a way of its own already.
     """
+    _follow(_OF_ALL_PEERS // max(1, peers))
     fobs.register(StreamedTensors)
     found = type(fobs.get_dot_handler(dots.TENSOR_DOWNLOAD)).__name__
     if found != StreamedTensors.__name__:  # by name: a job folder may bring this module a second time
         raise RuntimeError(f"tensors are sent by NVFlare's {found} in this process, which the other end does not read")
     keep_freed_memory()
+
+
+def _follow(piece: int) -> None:
+    """Send in pieces of so many bytes from now on, or what is nearest."""
+    global _piece  # noqa: PLW0603
+    _piece = min(max(piece, _SMALLEST_PIECE), _LARGEST_PIECE)
 
 
 def made_when_sent(
@@ -92,6 +107,17 @@ def addend(tensor: torch.Tensor, name: str, version: int) -> torch.Tensor:
     """
     tensor.added_to = name, version  # type: ignore[attr-defined]
     return tensor
+
+
+def lie_together(tensors: Iterable[torch.Tensor]) -> None:
+    """Say that tensors lie in one stretch of memory, in which all that is near them may be seen by whoever gets them.
+
+    That is so of a mapped file. They are sent as they lie there, small ones too, whoever many they are sent to.
+    """
+    filled = [tensor for tensor in tensors if tensor.nbytes]
+    together = _Together(filled) if filled else None
+    for tensor in filled:
+        tensor.together = together  # type: ignore[attr-defined]
 
 
 class Sum(Protocol):
@@ -126,18 +152,54 @@ class StreamedTensors(TensorDecomposer):
         return receiving.error, receiving.tensors
 
 
-class _Contents:
-    """What a stream has: names, types and shapes of tensors, one after the other, and to what they are to be added."""
+@dataclass(frozen=True)
+class _Described:
+    """One tensor of a stream. `added` is to what it is to be added; `gap` are bytes before it that mean nothing."""
 
-    def __init__(self, tensors: list[tuple[str, str, list[int], tuple[str, int] | None]]) -> None:
-        self.tensors = tensors
-        sizes = [prod(shape) * _dtype(dtype).itemsize for _, dtype, shape, _ in tensors]
-        self.ends = list(accumulate(sizes))
-        self.starts = [end - size for end, size in zip(self.ends, sizes, strict=True)]
-        self.total = self.ends[-1] if sizes else 0
+    name: str
+    dtype: str
+    shape: list[int]
+    added: tuple[str, int] | None
+    gap: int
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * _dtype(self.dtype).itemsize
+
+
+class _Contents:
+    """What a stream has: tensors one after the other, and where in it each of them begins and ends.
+
+    `piece` is the size of its pieces in bytes.
+    """
+
+    def __init__(self, tensors: Sequence[_Described], piece: int) -> None:
+        self.tensors, self.piece = tensors, piece
+        self.ends = list(accumulate(one.gap + one.nbytes for one in tensors))
+        self.starts = [end - one.nbytes for end, one in zip(self.ends, tensors, strict=True)]
+        self.total = self.ends[-1] if tensors else 0
+
+    @classmethod
+    def of(cls, items: Mapping[str, torch.Tensor], piece: int) -> Self:
+        tensors, before = list(items.values()), [None, *items.values()]
+        return cls(
+            [
+                _Described(name, str(one.dtype), list(one.shape), getattr(one, "added_to", None), _gap(last, one) or 0)
+                for name, one, last in zip(items, tensors, before, strict=False)
+            ],
+            piece,
+        )
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Self:
+        said = json.loads(content)
+        return cls([_Described(*one) for one in said["tensors"]], said["piece"])
+
+    def to_bytes(self) -> bytes:
+        return json.dumps({"piece": self.piece, "tensors": [astuple(one) for one in self.tensors]}).encode()
 
     def at(self, position: int) -> int:
-        """Which tensor has the byte at a position."""
+        """Which tensor has the byte at a position, or the gap before it."""
         return bisect_right(self.ends, position)
 
 
@@ -147,17 +209,16 @@ class _Sending(Downloadable):
     def __init__(self, items: Mapping[str, torch.Tensor]) -> None:
         self.base_obj: dict[str, torch.Tensor] | None = dict(items)
         super().__init__(self.base_obj)
-        self._made = 0  # bytes since the last collection
-        self._contents = _Contents(
-            [
-                (name, str(tensor.dtype), list(tensor.shape), getattr(tensor, "added_to", None))
-                for name, tensor in items.items()
-            ]
-        )
+        self._sent = 0  # bytes of memory since the last collection
+        self._contents = _Contents.of(items, _piece)
+        self._copied = _SENDERS_OWN if _piece == _LARGEST_PIECE else _piece  # bytes, of a piece that lies in memory
+        self._tensors = list(items.values())
+        self._runs = self._all_runs()
+        self._joined: WeakValueDictionary[int, np.ndarray] = WeakValueDictionary()  # pieces on their way, by position
 
     def produce(self, state: dict[str, int] | None, requester: str) -> tuple[str, Any, dict[str, int]]:  # noqa: ARG002
         if not state:
-            return ProduceRC.OK, [json.dumps(self._contents.tensors).encode()], {_AT: 0}
+            return ProduceRC.OK, [self._contents.to_bytes()], {_AT: 0}
         position = state[_AT]
         if position >= self._contents.total:
             return ProduceRC.EOF, None, {}
@@ -165,37 +226,95 @@ class _Sending(Downloadable):
         return ProduceRC.OK, [piece], {_AT: position + len(piece)}
 
     def release(self) -> None:
-        self.base_obj = None
+        self.base_obj, self._tensors, self._runs = None, [], []
 
-    def _piece(self, position: int) -> memoryview | bytes:
+    def _all_runs(self) -> list[_Run | None]:
+        """For each tensor, of which run it is a part, if it lies together with others."""
+        runs: list[_Run | None] = []
+        for index, tensor in enumerate(self._tensors):
+            run, start, end = None, self._contents.starts[index], self._contents.ends[index]
+            together: _Together | None = getattr(tensor, "together", None)
+            if together and tensor.nbytes:
+                run = runs[-1] if runs and _gap(self._tensors[index - 1], tensor) is not None else None
+                run = run or _Run(together, start - (tensor.data_ptr() - together.begin), start)
+                run.end = end
+            runs.append(run)
+        return runs
+
+    def _piece(self, position: int) -> memoryview:
+        if self.base_obj is None:
+            raise RuntimeError("the tensors are no longer here")
         index = self._contents.at(position)
-        rest = self._contents.ends[index] - position
-        if rest >= _VIEW:
-            return self._bytes(index, position, min(rest, _PIECE))
-        parts = []
-        end = min(position + _PIECE, self._contents.total)
+        run, piece = self._runs[index], self._contents.piece
+        if run and run.end - position >= piece:
+            self._count(self._copied)
+            return run.together.content[position - run.at :][:piece]
+        if self._contents.ends[index] - position >= piece:
+            self._count(piece if self._tensors[index].is_meta else self._copied)
+            return self._bytes(index, position, piece)
+        joined = self._joined.get(position)
+        if joined is None:  # else it is on its way to somebody already
+            self._count(piece)
+            joined = self._joined[position] = self._join(index, position)
+        return memoryview(joined)  # type: ignore[arg-type]
+
+    def _join(self, index: int, position: int) -> np.ndarray:
+        """The rest of the tensor `index`, and tensors behind it, in memory of their own."""
+        begin, end = position, min(position + self._contents.piece, self._contents.total)
+        joined = np.zeros(end - begin, dtype=np.uint8)
         while position < end:
-            part = self._bytes(index, position, min(end, self._contents.ends[index]) - position)
-            parts.append(part)
+            position = max(position, self._contents.starts[index])  # past a gap
+            part = self._bytes(index, position, max(0, min(end, self._contents.ends[index]) - position))
+            joined[position - begin :][: len(part)] = part
             position += len(part)
             index += 1
-        return b"".join(parts)
+        return joined
 
     def _bytes(self, index: int, position: int, size: int) -> memoryview:
         """Of the tensor `index`, which lies at the position of the stream."""
-        if self.base_obj is None:
-            raise RuntimeError("the tensors are no longer here")
-        tensor = self.base_obj[self._contents.tensors[index][0]]
+        tensor = self._tensors[index]
         begin, itemsize = position - self._contents.starts[index], tensor.itemsize
         if not tensor.is_meta:
             return _view(tensor)[begin : begin + size]
-        self._made += size
-        if self._made > _MOST_MADE:
-            self._made = 0
-            collect_messages()  # and the pieces that were sent with them
         first, last = begin // itemsize, -(-(begin + size) // itemsize)
         content = _view(tensor.make(first, last))  # type: ignore[attr-defined]
         return content[begin - first * itemsize :][:size]
+
+    def _count(self, size: int) -> None:
+        """So many bytes are to be asked for; now and then those are let go of that have been sent."""
+        self._sent += size
+        if self._sent > _MOST_SENT:
+            self._sent = 0
+            collect_messages()
+
+
+class _Together:
+    """The memory from the first of some tensors to the last; what is sent of it keeps it."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self.begin = min(tensor.data_ptr() for tensor in tensors)
+        size = max(tensor.data_ptr() + tensor.nbytes for tensor in tensors) - self.begin
+        content = (ctypes.c_ubyte * size).from_address(self.begin)
+        content.storages = [tensor.untyped_storage() for tensor in tensors]  # type: ignore[attr-defined]
+        self.content = memoryview(content).cast("B")
+
+
+@dataclass
+class _Run:
+    """Tensors of a stream, up to its byte `end`, that lie in memory as they do in the stream: from its byte `at` on."""
+
+    together: _Together
+    at: int
+    end: int
+
+
+def _gap(one: torch.Tensor | None, other: torch.Tensor) -> int | None:
+    """Bytes between two tensors that lie together, the second soon after the first; None of others."""
+    together = getattr(other, "together", None)
+    if one is None or together is None or getattr(one, "together", None) is not together:
+        return None
+    gap = other.data_ptr() - one.data_ptr() - one.nbytes
+    return gap if one.nbytes and other.nbytes and 0 <= gap <= _LARGEST_GAP else None
 
 
 class _Receiving(Consumer):
@@ -212,7 +331,8 @@ class _Receiving(Consumer):
     def consume(self, ref_id: str, state: dict[str, int], data: list[bytes]) -> dict[str, int]:  # noqa: ARG002
         for piece in data:
             if self._contents is None:
-                self._contents = _Contents(json.loads(piece))
+                self._contents = _Contents.from_bytes(piece)
+                _follow(self._contents.piece)
                 self.begin(self._contents)
             else:
                 self.take(self._contents, self._position, piece)
@@ -252,34 +372,34 @@ class _Arriving(_Receiving):
         self._wanted = False
 
     def begin(self, contents: _Contents) -> None:
-        self._version = next((added[1] for *_, added in contents.tensors if added), None)
+        self._version = next((one.added[1] for one in contents.tensors if one.added), None)
         self._sum = _sum if self._version is not None else None
         if self._sum and self._version is not None:
             self._wanted = self._sum.begin(self._version)
         collect_messages()  # the last one's tensors would be here beside the new ones
-        held = [index for index, (*_, added) in enumerate(contents.tensors) if not (self._sum and added)]
-        starts = [0, *accumulate(_aligned(contents.ends[index] - contents.starts[index]) for index in held)]
+        held = [one for one in contents.tensors if not (self._sum and one.added)]
+        starts = [0, *accumulate(_aligned(one.nbytes) for one in held)]
         block = memory_block(starts[-1])
-        for index, start in zip(held, starts, strict=False):
-            name, dtype, shape, _ = contents.tensors[index]
-            size = contents.ends[index] - contents.starts[index]
-            self.tensors[name] = block[start : start + size].view(_dtype(dtype)).reshape(shape)
-        for name, dtype, shape, _ in contents.tensors:
-            if name not in self.tensors:
-                self.tensors[name] = torch.empty(shape, dtype=_dtype(dtype), device="meta")
+        for one, start in zip(held, starts, strict=False):
+            self.tensors[one.name] = block[start : start + one.nbytes].view(_dtype(one.dtype)).reshape(one.shape)
+        for one in contents.tensors:
+            if one.name not in self.tensors:
+                self.tensors[one.name] = torch.empty(one.shape, dtype=_dtype(one.dtype), device="meta")
 
     def take(self, contents: _Contents, position: int, piece: bytes) -> None:
         content = np.frombuffer(piece, dtype=np.uint8)
         while len(content):
             index = contents.at(position)
-            name, dtype, _, added = contents.tensors[index]
-            begin, rest = position - contents.starts[index], contents.ends[index] - position
+            one, begin = contents.tensors[index], position - contents.starts[index]
+            rest = -begin if begin < 0 else one.nbytes - begin
             part, content = content[:rest], content[rest:]
-            if not (self._sum and added):
-                _flat(self.tensors[name]).numpy()[begin : begin + len(part)] = part
+            if begin < 0:
+                pass  # between two tensors
+            elif not (self._sum and one.added):
+                _flat(self.tensors[one.name]).numpy()[begin : begin + len(part)] = part
             elif self._wanted:
-                numbers = torch.frombuffer(bytearray(part), dtype=_dtype(dtype))
-                self._sum.add(added[0], begin // numbers.itemsize, numbers)
+                numbers = torch.frombuffer(bytearray(part), dtype=_dtype(one.dtype))
+                self._sum.add(one.added[0], begin // numbers.itemsize, numbers)
             position += len(part)
 
     def finish(self, contents: _Contents) -> None:  # noqa: ARG002
@@ -315,8 +435,8 @@ class _Stored(_Receiving):
 
     def finish(self, contents: _Contents) -> None:
         assert self._file
-        for (name, dtype, shape, _), start in zip(contents.tensors, contents.starts, strict=True):
-            self.tensors[name] = StoredTensor(self._file, start, _dtype(dtype), tuple(shape))
+        for one, start in zip(contents.tensors, contents.starts, strict=True):
+            self.tensors[one.name] = StoredTensor(self._file, start, _dtype(one.dtype), tuple(one.shape))
         self._let_go()
 
     def download_failed(self, ref_id: str, reason: str) -> None:

@@ -8,10 +8,9 @@ from typing import Any
 import psutil
 import pytest
 
-from fedsft_assets.federation.events import Event
+from fedsft_assets.federation.events import Event, JobError
 from fedsft_assets.federation.job_folder import build_job_folder, read_plans
 from fedsft_assets.federation.journal import Progress
-from fedsft_assets.federation.events import JobError
 from fedsft_assets.federation.launch import run_job
 from fedsft_assets.federation.processes import marked_processes
 from fedsft_assets.federation.report import JobReport

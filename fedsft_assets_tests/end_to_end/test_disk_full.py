@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fedsft_assets.federation.events import Event
+from fedsft_assets.federation.events import Event, JobError
 from fedsft_assets.federation.journal import Progress
-from fedsft_assets.federation.events import JobError
 from fedsft_assets.federation.launch import begin_execution, run_job
 from fedsft_assets.federation.processes import marked_processes
 from fedsft_assets.federation.record import Workspace

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import psutil
 import pytest
 
-from fedsft_assets.federation.journal import Missed, Progress
 from fedsft_assets.federation.events import JobError
+from fedsft_assets.federation.journal import Missed, Progress
 from fedsft_assets.federation.launch import run_job
 from fedsft_assets.federation.processes import marked_processes
 from fedsft_assets.federation.report import JobReport

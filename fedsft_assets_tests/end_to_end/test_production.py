@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from fedsft_assets.federation.events import Event
+from fedsft_assets.federation.events import Event, JobError
 from fedsft_assets.federation.exchange import LAST_MODEL
-from fedsft_assets.federation.events import JobError
 from fedsft_assets.federation.launch import run_job
 from fedsft_assets.federation.production import Production, ProductionSettings
 from fedsft_assets.federation.report import MODEL_FILE, JobReport

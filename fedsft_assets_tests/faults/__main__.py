@@ -38,19 +38,25 @@ def main() -> None:
             threads.submit(campaign.run, count, list(VARIANTS))
             for campaign, count in zip(campaigns, kills.values(), strict=True)
         ]
-        outcome = Outcome()
+        stopped = False
         try:
             for one in running:
-                outcome.add(one.result())
-        except BaseException:
+                one.result()
+        except BaseException as error:
             for campaign in campaigns:
                 campaign.stop()
-            raise
+            if not isinstance(error, KeyboardInterrupt):
+                raise
+            stopped = True
+            print("stopped early; what was injected into the last executions is not recovered yet")
+    outcome = Outcome()
+    for campaign in campaigns:
+        outcome.add(campaign.outcome)
     for wrong in outcome.wrong:
         print(wrong)
     print(f"hit: {', '.join(f'{victim} {count}' for victim, count in sorted(outcome.victims.items()))}")
     print(f"injected {outcome.injected}, recovered {outcome.recovered}, wrong {len(outcome.wrong)}")
-    sys.exit(1 if outcome.wrong else 0)
+    sys.exit(1 if outcome.wrong or stopped else 0)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from fedsft_assets.federation.job_folder import read_spec
 from fedsft_assets.federation.journal import JOURNAL_FILE, Finished, RoundDone, from_line
 from fedsft_assets.federation.metrics import Point
 from fedsft_assets.federation.poc import PocSettings, PocSystem
-from fedsft_assets.federation.processes import marked_processes
+from fedsft_assets.federation.processes import marked_processes, stop_marked
 from fedsft_assets.federation.record import Execution, Workspace
 from fedsft_assets.federation.report import REPORT_FILE
 from fedsft_assets.settings import Settings
@@ -84,6 +84,10 @@ class Campaign:
                             f"{self._runtime}: {self.outcome.injected} of {kills} injected,"
                             f" {self.outcome.recovered} recovered"
                         )
+        except BaseException:
+            for mark in self._marks:
+                stop_marked(mark)
+            raise
         finally:
             self._poc.stop()
         if left := [process.pid for mark in self._marks for process in marked_processes(mark)]:

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from fedsft_assets.federation.events import Event, Failed, encode
+from fedsft_assets.federation.events import Event, Failed, JobError, encode
 from fedsft_assets.federation.job_folder import build_job_folder
 from fedsft_assets.federation.journal import Progress
-from fedsft_assets.federation.events import JobError
 from fedsft_assets.federation.launch import begin_execution, run_job
 from fedsft_assets.federation.metrics import Point
 from fedsft_assets.federation.processes import MARK, marked_processes

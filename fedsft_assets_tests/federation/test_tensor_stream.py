@@ -1,9 +1,12 @@
 """Tensors as a stream of pieces: what arrives is what was sent, in memory, on the disk, and added to what is there."""
 
+import gc
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from nvflare.app_opt.pt import tensor_downloader
@@ -13,8 +16,16 @@ from fedsft_assets.federation import tensor_stream
 from fedsft_assets.federation.averaging import rounded
 from fedsft_assets.federation.exchange import KIND_KEY, VERSION, VERSION_KEY, Kind, Wire
 from fedsft_assets.federation.filters import ChangeFilter
+from fedsft_assets.federation.server_state import ServerState
 from fedsft_assets.federation.site_exchange import ExchangeError, SiteExchange
-from fedsft_assets.federation.tensor_stream import StoredTensor, StreamedTensors, addend, made, made_when_sent
+from fedsft_assets.federation.tensor_stream import (
+    StoredTensor,
+    StreamedTensors,
+    addend,
+    made,
+    made_when_sent,
+    send_tensors_as_streams,
+)
 from fedsft_assets.specs import FiltersSpec
 
 Tensors = dict[str, torch.Tensor]
@@ -22,8 +33,8 @@ Tensors = dict[str, torch.Tensor]
 
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(tensor_stream, "_PIECE", 64)
-    monkeypatch.setattr(tensor_stream, "_VIEW", 48)
+    monkeypatch.setattr(tensor_stream, "_SMALLEST_PIECE", 16)
+    monkeypatch.setattr(tensor_stream, "_piece", 64)
     yield
     tensor_stream.add_to(None)
 
@@ -165,6 +176,65 @@ def test_tensor_that_is_made_when_it_is_sent_is_made_in_pieces() -> None:
     _, arrived = _sent({"T0": torch.ones(3), "T1": tensor})
     assert torch.equal(arrived["T1"], (numbers * 2).reshape(25, 4))
     assert max(last - first for first, last in asked) <= 16
+
+
+def _address(piece: memoryview) -> int:
+    return int(np.frombuffer(piece, dtype=np.uint8).ctypes.data)
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Tensors:
+    """Tensors that lie in a file, with what torch writes between them."""
+    return ServerState(tmp_path / "state").write_weights(1, _tensors(), _tensors().__getitem__)
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_tensors_of_a_file_are_sent_as_they_lie_there(
+    weights: Tensors, tmp_path: Path, pieces: list[Any], on_disk: bool
+) -> None:
+    sent = {"A": torch.ones(5), **weights, "Z": torch.arange(3)}
+    with tensor_stream.tensors_stored_in(tmp_path / "results") if on_disk else nullcontext():
+        error, arrived = _sent(sent)
+        assert error is None
+        found = {name: tensor.materialize() for name, tensor in arrived.items()} if on_disk else arrived
+        assert _same(found, sent)
+    first, last = weights["T0"].data_ptr(), weights["T7"].data_ptr() + weights["T7"].nbytes
+    in_file = [piece for piece in pieces[2:] if first <= _address(piece) < last]
+    assert sum(map(len, in_file)) > 0.8 * (last - first)
+
+
+def test_what_is_sent_of_a_file_stays_after_the_tensors(weights: Tensors, pieces: list[Any]) -> None:
+    content = weights["T0"].numpy().tobytes()
+    _sent(weights)
+    weights.clear()
+    gc.collect()
+    assert b"".join(bytes(piece) for piece in pieces[2:]).startswith(content)
+
+
+@pytest.mark.parametrize(("peers", "expected"), [(1, 128), (8, 128), (20, 64), (1000, 32)])
+def test_pieces_for_many_peers_are_smaller_and_what_they_send_too(
+    monkeypatch: pytest.MonkeyPatch, pieces: list[Any], peers: int, expected: int
+) -> None:
+    for name, size in (("_SMALLEST_PIECE", 32), ("_LARGEST_PIECE", 128), ("_OF_ALL_PEERS", 1280)):
+        monkeypatch.setattr(tensor_stream, name, size)
+    send_tensors_as_streams(peers)
+    sending = StreamedTensors().to_downloadable(_tensors(), 1, {})
+    monkeypatch.setattr(tensor_stream, "_piece", 128)  # as the peer has it
+    _, arrived = StreamedTensors().download(sending, "ref")
+    assert max(map(len, pieces[2:])) == expected
+    del pieces[1:]
+    _sent(arrived)
+    assert max(map(len, pieces[2:])) == expected
+
+
+def test_small_tensors_are_joined_once_for_all_who_are_sent_them_at_a_time() -> None:
+    sending = StreamedTensors().to_downloadable({f"T{k}": torch.full((4,), float(k)) for k in range(9)}, 1, {})
+    _, _, state = sending.produce(None, "site-1")
+    _, [one], following = sending.produce(state, "site-1")
+    _, [other], _ = sending.produce(state, "site-2")
+    assert _address(one) == _address(other)
+    _, [next_one], _ = sending.produce(following, "site-1")
+    assert _address(next_one) != _address(one)
 
 
 # A site that adds a change to its model while it arrives.
