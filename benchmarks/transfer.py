@@ -124,8 +124,8 @@ class _Benchmark:
         return runs
 
     def _many(self) -> Target:
-        few, many = (self._one(OURS, _OF_MANY, sites).peaks.of("server") for sites in (_FEW, _MANY))
-        return Target("transfer_server_8_sites_to_3", many / few, 1.2)
+        run = self._one(OURS, _OF_MANY, _MANY)
+        return Target(f"transfer_{_OF_MANY}_server_memory_{_MANY}_sites", run.peaks.of("server") / run.held, 3)
 
     def _one(self, way: str, size: str, sites: int) -> Run:
         archive = self.work / f"{size}.nemo"

@@ -76,7 +76,6 @@ def _result(executed: ExecutedJob) -> dg.MaterializeResult:
         data_version=dg.DataVersion(report.checkpoint_digest),
         metadata={
             "validation loss": image(executed.chart),
-            "validation loss by round": curve(report.samples, report.val_loss),
             "best validation loss": round(report.best_val_loss, 4),
             "test loss": round(report.test_loss, 4),
             "perplexity": round(report.perplexity, 3),
@@ -90,5 +89,6 @@ def _result(executed: ExecutedJob) -> dg.MaterializeResult:
             "path": dg.MetadataValue.path(executed.folder / MODEL_FILE),
             "MLflow run": registered.run_id or NOT_YET,
             "registered as": f"{registered.model} version {registered.version or NOT_YET}",
+            "validation loss by round": curve(report.samples, report.val_loss),
         },
     )
