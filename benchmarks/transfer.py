@@ -47,7 +47,7 @@ SIZES = {
     "2.6": Shape(layers=24, width=2048),
 }
 BF16 = "2.6"
-_MANY, _FEW, _OF_MANY = 8, 3, "0.25"  # sites, and the size at which the server is compared with so many
+_MANY, _FEW, _OF_MANY = 8, 3, "0.25"  # sites, and the size of the model that the server exchanges with so many
 _LARGE = ("0.5", "1.3", "2.6")
 _GIGABYTE = 1e9
 _LEAST_FREE = 0.5 * _GIGABYTE  # below it, a run is ended before the system ends something
