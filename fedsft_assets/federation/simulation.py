@@ -80,9 +80,13 @@ class _Sites(SimulatorClientRunner):
         with lock:
             client = self.get_next_run_client(gpu)
             client.simulate_running = True
-        self.do_one_task(client, num_of_threads, gpu, lock, timeout=timeout)
-        client.simulate_running = False
-        self.has_ended(client.client_name)
+        try:
+            self.do_one_task(client, num_of_threads, gpu, lock, timeout=timeout)
+        except Exception:  # nobody looks at this thread
+            self.logger.exception(f"{client.client_name}: its process could not be started, or was killed soon")
+        finally:
+            client.simulate_running = False
+            self.has_ended(client.client_name)
 
     def _create_connection(self, open_port: int, timeout: float = 60.0) -> Connection:
         """To a site's process; raises RuntimeError if it cannot be reached within so many seconds."""

@@ -79,20 +79,31 @@ class Campaign:
             while self.outcome.injected < kills:
                 for variant in variants:
                     if self.outcome.injected < kills:
-                        self._execute(variant, min(_KILLS_AN_EXECUTION, kills - self.outcome.injected))
+                        try:
+                            self._execute(variant, min(_KILLS_AN_EXECUTION, kills - self.outcome.injected))
+                        except (RuntimeError, TimeoutError) as error:
+                            self._wrong(f"{variant}: {error}")
+                            self._stop_jobs()
                         self._say(
                             f"{self._runtime}: {self.outcome.injected} of {kills} injected,"
                             f" {self.outcome.recovered} recovered"
                         )
         except BaseException:
-            for mark in self._marks:
-                stop_marked(mark)
+            self._stop_jobs()
             raise
         finally:
             self._poc.stop()
         if left := [process.pid for mark in self._marks for process in marked_processes(mark)]:
-            self.outcome.wrong.append(f"processes {left} are left")
+            self._wrong(f"processes {left} are left")
         return self.outcome
+
+    def _wrong(self, what: str) -> None:
+        self.outcome.wrong.append(what)
+        self._say(f"WRONG in the {self._runtime}: {what}")
+
+    def _stop_jobs(self) -> None:
+        for mark in self._marks:
+            stop_marked(mark)
 
     def _execute(self, variant: str, kills: int) -> None:
         """One execution of the variant with kills, beside one without, which is made when it is not there yet."""
@@ -100,7 +111,7 @@ class Campaign:
         build_job(self._store, job, **{**_SHORT, **changes})
         reference = self._store.home / "reference" / variant
         if not reference.exists():
-            with _attempt(self._store, job, "simulator") as worker:
+            with _attempt(self._store, job, self._runtime) as worker:  # elsewhere, trainers may have more threads
                 code = self._ended(worker)
             if code != 0:
                 raise RuntimeError(f"{variant} failed without any kill:\n{self._log(job)}")
@@ -114,8 +125,7 @@ class Campaign:
         differs = comparison.differences(expected, found)
         differs += comparison.differences_in_mlflow(self._store, job, sites)
         if differs:
-            which = f"kills {before + 1} to {self.outcome.injected} in the {self._runtime}"
-            self.outcome.wrong.append(f"{variant}, {which}: {'; '.join(differs)}")
+            self._wrong(f"{variant}, kills {before + 1} to {self.outcome.injected}: {'; '.join(differs)}")
         else:
             self.outcome.recovered += self.outcome.injected - before
 
