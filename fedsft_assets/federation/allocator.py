@@ -30,9 +30,3 @@ def keep_freed_memory() -> None:
 def collect_messages() -> None:
     """Let go of messages that are over: NVFlare's go round in circles, so that Python's counts never reach zero."""
     gc.collect()
-
-
-def give_back_freed_memory() -> None:
-    """Let the system have what lies free between things that are in use, after work that took much and is over."""
-    if malloc_trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        malloc_trim(0)

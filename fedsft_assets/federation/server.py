@@ -29,7 +29,7 @@ from nvflare.apis.shareable import Shareable
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 from nvflare.app_common.workflows.model_controller import ModelController
 
-from fedsft_assets.federation.allocator import collect_messages, give_back_freed_memory
+from fedsft_assets.federation.allocator import collect_messages
 from fedsft_assets.federation.averaging import TokenWeightedAverage, rounded
 from fedsft_assets.federation.exchange import (
     BEST_MODEL,
@@ -58,6 +58,7 @@ from fedsft_assets.federation.server_optimizer import ServerOptimizer
 from fedsft_assets.federation.server_state import ServerState
 from fedsft_assets.federation.tensor_stream import addend, send_tensors_as_streams, tensors_stored_in
 from fedsft_assets.federation.watch import SiteWatch
+from fedsft_assets.model.memory import give_back_freed_memory
 
 
 class NotEnoughSitesError(RuntimeError):

@@ -232,12 +232,14 @@ class _Sending(Downloadable):
         """For each tensor, of which run it is a part, if it lies together with others."""
         runs: list[_Run | None] = []
         for index, tensor in enumerate(self._tensors):
-            run, start, end = None, self._contents.starts[index], self._contents.ends[index]
             together: _Together | None = getattr(tensor, "together", None)
-            if together and tensor.nbytes:
-                run = runs[-1] if runs and _gap(self._tensors[index - 1], tensor) is not None else None
-                run = run or _Run(together, start - (tensor.data_ptr() - together.begin), start)
-                run.end = end
+            if together is None:
+                runs.append(None)
+                continue
+            at = self._contents.starts[index] - (tensor.data_ptr() - together.begin)
+            before = runs[-1] if runs else None
+            run = before if before and before.together is together and before.at == at else _Run(together, at, 0)
+            run.end = self._contents.ends[index]
             runs.append(run)
         return runs
 
@@ -391,7 +393,7 @@ class _Arriving(_Receiving):
         while len(content):
             index = contents.at(position)
             one, begin = contents.tensors[index], position - contents.starts[index]
-            rest = -begin if begin < 0 else one.nbytes - begin
+            rest = -begin if begin < 0 else contents.ends[index] - position
             part, content = content[:rest], content[rest:]
             if begin < 0:
                 pass  # between two tensors

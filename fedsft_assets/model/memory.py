@@ -28,6 +28,12 @@ def freed_memory_kept() -> Iterator[None]:
     try:
         yield
     finally:
+        give_back_freed_memory()
+
+
+def give_back_freed_memory() -> None:
+    """Let the system have what lies free, also between things that are in use."""
+    if library := _glibc():
         library.malloc_trim(0)
 
 

@@ -52,8 +52,6 @@ def main() -> None:
     outcome = Outcome()
     for campaign in campaigns:
         outcome.add(campaign.outcome)
-    for wrong in outcome.wrong:
-        print(wrong)
     print(f"hit: {', '.join(f'{victim} {count}' for victim, count in sorted(outcome.victims.items()))}")
     print(f"injected {outcome.injected}, recovered {outcome.recovered}, wrong {len(outcome.wrong)}")
     sys.exit(1 if outcome.wrong or stopped else 0)

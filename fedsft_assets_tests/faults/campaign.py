@@ -79,11 +79,7 @@ class Campaign:
             while self.outcome.injected < kills:
                 for variant in variants:
                     if self.outcome.injected < kills:
-                        try:
-                            self._execute(variant, min(_KILLS_AN_EXECUTION, kills - self.outcome.injected))
-                        except (RuntimeError, TimeoutError) as error:
-                            self._wrong(f"{variant}: {error}")
-                            self._stop_jobs()
+                        self._execute(variant, min(_KILLS_AN_EXECUTION, kills - self.outcome.injected))
                         self._say(
                             f"{self._runtime}: {self.outcome.injected} of {kills} injected,"
                             f" {self.outcome.recovered} recovered"
@@ -119,7 +115,14 @@ class Campaign:
             shutil.copytree(self._store.checkpoint(job), reference / "checkpoint")
         expected = comparison.Finished.read(reference / "workspace", reference / "checkpoint")
         before = self.outcome.injected
-        self._attempts(variant, kills)
+        try:
+            self._attempts(variant, kills)
+        except (RuntimeError, TimeoutError) as error:
+            if self.outcome.injected == before:  # not for a kill, and so it would be the same again
+                raise
+            self._wrong(f"{variant}: {error}")
+            self._stop_jobs()
+            return
         found = comparison.Finished.read(self._store.flare(job), self._store.checkpoint(job))
         sites = list(read_spec(self._store.job_folder(job)).sites)
         differs = comparison.differences(expected, found)
@@ -143,11 +146,11 @@ class Campaign:
                     if not self._inject(kill, worker, view, self._store.flare(job)):
                         break
                     dead.append(kill.victim)
+                    self.outcome.injected += 1
+                    self.outcome.victims[kill.victim] += 1
                     self._say(f"  {self._runtime}, {variant}, attempt {number}: killed {kill}")
                 code = self._ended(worker)
             injected += len(dead)
-            self.outcome.injected += len(dead)
-            self.outcome.victims.update(dead)
             if not {WORKER, SUPERVISOR} <= set(dead):  # else the next attempt ends what they left
                 _wait_until_gone(str(self._store.flare(job)))
             if code == 0:
