@@ -100,7 +100,8 @@ class _Ours:
         from fedsft_assets.federation.exchange import Wire
         from fedsft_assets.federation.filters import ChangeFilter
         from fedsft_assets.federation.site_exchange import SiteExchange
-        from fedsft_assets.federation.tensor_stream import add_to, send_tensors_as_streams
+        from fedsft_assets.federation.stream_receiving import add_to
+        from fedsft_assets.federation.tensor_stream import send_tensors_as_streams
         from fedsft_assets.specs import FiltersSpec
 
         self.site = ""

@@ -56,7 +56,9 @@ from fedsft_assets.federation.journal import JOURNAL_FILE, Finished, Journal, Pr
 from fedsft_assets.federation.metrics import Point, points_from_data
 from fedsft_assets.federation.server_optimizer import ServerOptimizer
 from fedsft_assets.federation.server_state import ServerState
-from fedsft_assets.federation.tensor_stream import addend, send_tensors_as_streams, tensors_stored_in
+from fedsft_assets.federation.stream_receiving import tensors_stored_in
+from fedsft_assets.federation.stream_sending import addend
+from fedsft_assets.federation.tensor_stream import send_tensors_as_streams
 from fedsft_assets.federation.watch import SiteWatch
 from fedsft_assets.model.memory import give_back_freed_memory
 

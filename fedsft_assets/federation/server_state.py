@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from fedsft_assets.federation.tensor_stream import lie_together
+from fedsft_assets.federation.stream_sending import lie_together
 from fedsft_assets.model.tensor_file import TensorInfo
 from fedsft_assets.model.tensor_writer import write_tensors
 

@@ -8,7 +8,7 @@ from nvflare.app_common.abstract.fl_model import FLModel
 from fedsft_assets.federation.averaging import rounded
 from fedsft_assets.federation.exchange import CONTROL, KIND_KEY, VERSION, VERSION_KEY, Kind, Wire
 from fedsft_assets.federation.filters import ChangeFilter
-from fedsft_assets.federation.tensor_stream import made_when_sent
+from fedsft_assets.federation.stream_sending import made_when_sent
 
 Tensors = dict[str, torch.Tensor]
 

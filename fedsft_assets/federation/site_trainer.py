@@ -16,7 +16,7 @@ from fedsft_assets.federation.metrics import Point, points_to_data
 from fedsft_assets.federation.phases import PhaseClock
 from fedsft_assets.federation.site_exchange import SiteExchange, Weight
 from fedsft_assets.federation.site_state import SiteState
-from fedsft_assets.federation.tensor_stream import add_to
+from fedsft_assets.federation.stream_receiving import add_to
 from fedsft_assets.model.archive import content_digest
 from fedsft_assets.model.batches import truncated
 from fedsft_assets.model.corrections import ControlVariates, Correction, Proximal

@@ -20,7 +20,7 @@ from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.signal import Signal
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 
-from fedsft_assets.federation import tensor_stream
+from fedsft_assets.federation import stream_receiving
 from fedsft_assets.federation.averaging import TokenWeightedAverage
 from fedsft_assets.federation.exchange import (
     BEST_MODEL,
@@ -851,12 +851,12 @@ def test_results_wait_on_the_disk_beside_the_state_and_only_while_the_job_runs(t
     site = Site("site-1")
     server = Server(tmp_path, [site], num_rounds=1)
     seen: list[Any] = []
-    site.does(TRAIN_TASK, 0, lambda received: (seen.append(tensor_stream._files), site.train(received))[1])
+    site.does(TRAIN_TASK, 0, lambda received: (seen.append(stream_receiving._files), site.train(received))[1])
     server.run()
     (files,) = seen
     assert files.folder.is_relative_to(tmp_path / "state")
     assert not files.folder.exists()
-    assert tensor_stream._files is None
+    assert stream_receiving._files is None
 
 
 def test_result_of_a_task_that_is_over_is_not_taken(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from fedsft_assets.federation.phases import PhaseClock
 from fedsft_assets.federation.server import FederatedSFT
 from fedsft_assets.federation.site_exchange import ExchangeError
 from fedsft_assets.federation.site_trainer import SiteTrainer
-from fedsft_assets.federation.tensor_stream import made
+from fedsft_assets.federation.stream_sending import made
 from fedsft_assets.model.base import create_base_model
 from fedsft_assets.model.language_model import LanguageModel
 from fedsft_assets.model.training import mean_loss

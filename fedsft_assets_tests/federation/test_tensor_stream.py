@@ -12,20 +12,16 @@ import torch
 from nvflare.app_opt.pt import tensor_downloader
 from nvflare.fuel.f3.streaming.download_service import ProduceRC
 
-from fedsft_assets.federation import tensor_stream
+from fedsft_assets.federation import stream_contents, tensor_stream
 from fedsft_assets.federation.averaging import rounded
 from fedsft_assets.federation.exchange import KIND_KEY, VERSION, VERSION_KEY, Kind, Wire
 from fedsft_assets.federation.filters import ChangeFilter
 from fedsft_assets.federation.server_state import ServerState
 from fedsft_assets.federation.site_exchange import ExchangeError, SiteExchange
-from fedsft_assets.federation.tensor_stream import (
-    StoredTensor,
-    StreamedTensors,
-    addend,
-    made,
-    made_when_sent,
-    send_tensors_as_streams,
-)
+from fedsft_assets.federation.stream_receiving import add_to, tensors_stored_in
+from fedsft_assets.federation.stream_sending import addend, made, made_when_sent
+from fedsft_assets.federation.tensor_storage import StoredTensor
+from fedsft_assets.federation.tensor_stream import StreamedTensors, send_tensors_as_streams
 from fedsft_assets.specs import FiltersSpec
 
 Tensors = dict[str, torch.Tensor]
@@ -33,10 +29,10 @@ Tensors = dict[str, torch.Tensor]
 
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(tensor_stream, "_SMALLEST_PIECE", 16)
-    monkeypatch.setattr(tensor_stream, "_piece", 64)
+    monkeypatch.setattr(stream_contents, "_SMALLEST_PIECE", 16)
+    monkeypatch.setattr(stream_contents, "_piece", 64)
     yield
-    tensor_stream.add_to(None)
+    add_to(None)
 
 
 @pytest.fixture
@@ -106,7 +102,7 @@ def test_no_piece_is_larger_than_one_is_to_be_and_large_tensors_are_not_copied(p
 
 @pytest.mark.usefixtures("pieces")
 def test_tensors_on_the_disk_are_those_that_were_sent_and_gone_with_the_block(tmp_path: Path) -> None:
-    with tensor_stream.tensors_stored_in(tmp_path / "results"):
+    with tensors_stored_in(tmp_path / "results"):
         _, arrived = _sent(_tensors())
         stored = {name: arrived.make_lazy_ref(name) for name in arrived}
         assert all(isinstance(tensor, StoredTensor) for tensor in stored.values())
@@ -119,7 +115,7 @@ def test_tensors_on_the_disk_are_those_that_were_sent_and_gone_with_the_block(tm
 @pytest.mark.usefixtures("pieces")
 def test_file_is_written_over_when_nobody_has_a_tensor_of_it(tmp_path: Path) -> None:
     changed = {name: tensor + tensor for name, tensor in _tensors().items()}
-    with tensor_stream.tensors_stored_in(tmp_path / "results"):
+    with tensors_stored_in(tmp_path / "results"):
         _, first = _sent(_tensors())
         kept = first["T0"].materialize()
         del first
@@ -150,7 +146,7 @@ def test_memory_is_used_again_when_nobody_has_a_tensor_in_it() -> None:
 
 def test_what_arrived_in_part_is_an_error_and_its_file_is_used_again(tmp_path: Path, pieces: list[Any]) -> None:
     pieces[0].most = 5
-    with tensor_stream.tensors_stored_in(tmp_path / "results"):
+    with tensors_stored_in(tmp_path / "results"):
         error, _ = _sent(_tensors())
         assert error == "the server is gone"
         pieces[0].most = None
@@ -193,7 +189,7 @@ def test_tensors_of_a_file_are_sent_as_they_lie_there(
     weights: Tensors, tmp_path: Path, pieces: list[Any], on_disk: bool
 ) -> None:
     sent = {"A": torch.ones(5), **weights, "Z": torch.arange(3)}
-    with tensor_stream.tensors_stored_in(tmp_path / "results") if on_disk else nullcontext():
+    with tensors_stored_in(tmp_path / "results") if on_disk else nullcontext():
         error, arrived = _sent(sent)
         assert error is None
         found = {name: tensor.materialize() for name, tensor in arrived.items()} if on_disk else arrived
@@ -215,11 +211,12 @@ def test_what_is_sent_of_a_file_stays_after_the_tensors(weights: Tensors, pieces
 def test_pieces_for_many_peers_are_smaller_and_what_they_send_too(
     monkeypatch: pytest.MonkeyPatch, pieces: list[Any], peers: int, expected: int
 ) -> None:
-    for name, size in (("_SMALLEST_PIECE", 32), ("_LARGEST_PIECE", 128), ("_OF_ALL_PEERS", 1280)):
-        monkeypatch.setattr(tensor_stream, name, size)
+    monkeypatch.setattr(stream_contents, "_SMALLEST_PIECE", 32)
+    monkeypatch.setattr(stream_contents, "LARGEST_PIECE", 128)
+    monkeypatch.setattr(tensor_stream, "_OF_ALL_PEERS", 1280)
     send_tensors_as_streams(peers)
     sending = StreamedTensors().to_downloadable(_tensors(), 1, {})
-    monkeypatch.setattr(tensor_stream, "_piece", 128)  # as the peer has it
+    monkeypatch.setattr(stream_contents, "_piece", 128)  # as the peer has it
     _, arrived = StreamedTensors().download(sending, "ref")
     assert max(map(len, pieces[2:])) == expected
     del pieces[1:]
@@ -252,7 +249,7 @@ class _Task:
 def site(pieces: list[Any]) -> SiteExchange:  # noqa: ARG001
     exchange = SiteExchange("site-1", Wire.BF16_DIFF, ChangeFilter(FiltersSpec()), {})
     exchange.take(_Task(_model(), Kind.FULL, 3))  # type: ignore[arg-type]
-    tensor_stream.add_to(exchange)
+    add_to(exchange)
     return exchange
 
 
