@@ -73,21 +73,25 @@ _ONLY = {  # whoever else is there by then
     When.REGISTRATION: (WORKER,),
 }
 _MOST_LINES = 60
-_SECOND_CHANCE = 0.3  # that an attempt has one kill more
+_ONE_MORE = 0.6  # the chance that an attempt has one kill more
+_SOON = 0.5  # the chance that it comes soon after the one before, and not at a moment of its own
 
 
 def random_kills(place: Place, seed: int) -> Iterator[list[Kill]]:
     """For each attempt, what is killed in it, in that order."""
     chance = random.Random(seed)
     while True:
-        kills = [_first(place, chance)]
-        while chance.random() < _SECOND_CHANCE:
-            victim = _choice(place.victims, chance)
-            kills.append(Kill(victim, When.NEXT, chance.uniform(0.0, 2.0), chance.random()))
+        kills = [_at_some_moment(place, chance)]
+        while chance.random() < _ONE_MORE:
+            kills.append(_soon(place, chance) if chance.random() < _SOON else _at_some_moment(place, chance))
         yield kills
 
 
-def _first(place: Place, chance: random.Random) -> Kill:
+def _soon(place: Place, chance: random.Random) -> Kill:
+    return Kill(_choice(place.victims, chance), When.NEXT, chance.uniform(0.0, 2.0), chance.random())
+
+
+def _at_some_moment(place: Place, chance: random.Random) -> Kill:
     when = When(_choice(_MOMENTS, chance))
     victim = chance.choice(_ONLY[when]) if when in _ONLY else _choice(place.victims, chance)
     match when:
