@@ -4,7 +4,9 @@ import argparse
 import sys
 import time
 
-from fedsft_assets.federation.poc import SERVER, Poc, PocStatus, PocSystem
+from fedsft_assets.federation.poc import Poc
+from fedsft_assets.federation.poc_kits import SERVER
+from fedsft_assets.federation.poc_system import PocStatus, PocSystem
 from fedsft_assets.federation.runtime import UnavailableError
 from fedsft_assets.federation.runtimes import poc_system, sites_of_jobs
 from fedsft_assets.settings import Settings

@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from fedsft_assets.federation.poc import PocStatus
+from fedsft_assets.federation.poc_system import PocStatus
 from fedsft_assets.federation.runtimes import poc_system, sites_of_jobs
 from fedsft_assets.poc_command import describe, start
 from fedsft_assets.settings import Settings

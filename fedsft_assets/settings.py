@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from fedsft_assets.federation.poc import PocSettings
+from fedsft_assets.federation.poc_kits import PocSettings
 from fedsft_assets.federation.production import ProductionSettings
 from fedsft_assets.specs import HUB, SAMPLE, CheckSettings, SplitSettings
 from fedsft_assets.store import Store

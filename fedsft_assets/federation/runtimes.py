@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from fedsft_assets.federation.poc import PocSystem
+from fedsft_assets.federation.poc_system import PocSystem
 from fedsft_assets.federation.runtime import Runtime
 from fedsft_assets.settings import Settings
 from fedsft_assets.specs import load_datasets, load_jobs

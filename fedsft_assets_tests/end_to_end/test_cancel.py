@@ -14,7 +14,9 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from fedsft_assets.federation.poc import Poc, PocSettings, PocSystem
+from fedsft_assets.federation.poc import Poc
+from fedsft_assets.federation.poc_kits import PocSettings
+from fedsft_assets.federation.poc_system import PocSystem
 from fedsft_assets.federation.processes import MARK, marked_processes, stop_marked
 from fedsft_assets.federation.record import Workspace
 from fedsft_assets.settings import PROJECT, Settings

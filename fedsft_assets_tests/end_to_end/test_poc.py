@@ -16,7 +16,9 @@ import torch
 from fedsft_assets.federation.exchange import BEST_MODEL, LAST_MODEL
 from fedsft_assets.federation.journal import JOURNAL_FILE, Progress
 from fedsft_assets.federation.launch import begin_execution, run_job
-from fedsft_assets.federation.poc import Poc, PocSettings, PocSystem
+from fedsft_assets.federation.poc import Poc
+from fedsft_assets.federation.poc_kits import PocSettings
+from fedsft_assets.federation.poc_system import PocSystem
 from fedsft_assets.federation.processes import MARK, marked_processes
 from fedsft_assets.federation.record import Workspace
 from fedsft_assets.federation.report import JobReport

@@ -18,7 +18,8 @@ import psutil
 from fedsft_assets.federation.job_folder import read_spec
 from fedsft_assets.federation.journal import JOURNAL_FILE, Finished, RoundDone, from_line
 from fedsft_assets.federation.metrics import Point
-from fedsft_assets.federation.poc import PocSettings, PocSystem
+from fedsft_assets.federation.poc_kits import PocSettings
+from fedsft_assets.federation.poc_system import PocSystem
 from fedsft_assets.federation.processes import marked_processes, stop_marked
 from fedsft_assets.federation.record import Execution, Workspace
 from fedsft_assets.federation.report import REPORT_FILE

@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 from fedsft_assets.federation.flare import FlareJobs, Timeouts, _check_versions
-from fedsft_assets.federation.poc import SERVER, PocSettings, PocSystem
+from fedsft_assets.federation.poc_kits import SERVER, PocSettings
+from fedsft_assets.federation.poc_system import PocSystem
 from fedsft_assets.federation.production import Production, ProductionSettings
 from fedsft_assets.federation.runtime import JobState, ResultLostError, UnavailableError
 from fedsft_assets.settings import Settings

@@ -14,7 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fedsft_assets.federation.poc import SERVER, Poc, PocSettings, PocSystem, _State
+from fedsft_assets.federation.poc import Poc
+from fedsft_assets.federation.poc_kits import SERVER, PocSettings
+from fedsft_assets.federation.poc_system import PocSystem
 from fedsft_assets.federation.processes import MARK, marked_processes
 from fedsft_assets.federation.runtime import UnavailableError
 from fedsft_assets.settings import Settings
@@ -188,7 +190,8 @@ def test_two_pocs_do_not_meet(systems: Callable[..., PocSystem], tmp_path: Path)
 def test_two_processes_that_start_at_once_start_one_poc(systems: Callable[..., PocSystem], tmp_path: Path) -> None:
     system = systems(tmp_path)
     code = (
-        "import sys; from pathlib import Path; from fedsft_assets.federation.poc import *\n"
+        "import sys; from pathlib import Path\n"
+        "from fedsft_assets.federation.poc_system import PocSettings, PocSystem\n"
         "PocSystem(Path(sys.argv[1]), PocSettings(), {}).start(['site-1'])"
     )
     command = [sys.executable, "-c", code, str(system.folder)]
@@ -291,15 +294,12 @@ def test_folder_with_a_space_is_refused(tmp_path: Path) -> None:
         ("0,1,2,3,4", 2, [[0, 2, 4], [1, 3]]),
     ],
 )
-def test_gpus_go_round_the_sites_as_in_nvflares_own_poc(
-    gpus: str, sites: int, expected: list[list[int]], tmp_path: Path
-) -> None:
+def test_gpus_go_round_the_sites_as_in_nvflares_own_poc(gpus: str, sites: int, expected: list[list[int]]) -> None:
     from nvflare.tool.poc.poc_commands import client_gpu_assignments
 
     names = [f"site-{k}" for k in range(1, sites + 1)]
     settings = PocSettings(gpus=gpus)
-    state = _State(str(tmp_path), 1, names, {}, "", 0.0)
-    found = [PocSystem(tmp_path, settings, {})._gpus(state, name) for name in names]
+    found = [settings.gpus_of(name, names) for name in names]
     assert found == expected
     assert found == list(client_gpu_assignments(names, settings.gpu_ids).values())
 
