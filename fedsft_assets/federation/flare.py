@@ -5,21 +5,18 @@ Nothing here starts or stops the system itself. NVFlare is imported on first use
 
 import contextlib
 import importlib.metadata
-import io
-import json
 import os
 import shutil
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Self, TypeVar
-
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Any, Self
 
 from fedsft_assets.federation.exchange import JOURNAL_COMMAND
+from fedsft_assets.federation.flare_session import FlareSession, Timeouts
 from fedsft_assets.federation.journal import JOURNAL_FILE
 from fedsft_assets.federation.runtime import JobState, ResultLostError, UnavailableError
 from fedsft_assets.federation.tail import Tail
@@ -29,46 +26,28 @@ _ENDED = "FINISHED"
 _RUNNING = "RUNNING"
 _UNKNOWN = "UNKNOWN"
 _POLL_SECONDS = 0.5
-_RETRY_SECONDS = 2.0
 _SITE_SECONDS = 10.0
 _SILENT = "No replies"  # what NVFlare's server says for a site that did not answer it
 _JOURNAL_SECONDS = 3.0
 _LOST_SECONDS = 10.0
-_T = TypeVar("_T")
-
-
-class Timeouts(BaseModel):
-    """All in seconds, all above zero."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    connect: float = Field(default=30, gt=0, description="to reach the server the first time")
-    reconnect: float = Field(default=300, gt=0, description="of trying again when a running job's server is away")
-    sites: float = Field(default=60, gt=0, description="for the sites of a job to be connected")
-    command: float = Field(default=30, gt=0, description="for the server's answer to one command")
-    download: float = Field(default=60, gt=0, description="for each next piece of a job's result")
-    abort: float = Field(default=60, gt=0, description="for an aborted job to have ended")
 
 
 class FlareJobs:
     """A `Runtime` over one admin's connection; it is opened on first use, and again when it was lost.
 
-    `startup_kit` is the admin's folder with `startup/fed_admin.json`, which is only read; `folder` is this
-    object's own, for what it downloads, and is gone after `close`. Without `close`, the connection keeps
-    the interpreter from ending. Not for several threads at once.
+    `startup_kit`, `study` and `timeouts` are as FlareSession has them; `folder` is this object's own, for what it
+    downloads, and is gone after `close`. Without `close`, the connection keeps the interpreter from ending. Not for
+    several threads at once.
     """
 
     outlives = True
 
     def __init__(self, startup_kit: Path, folder: Path, study: str = "default", timeouts: Timeouts | None = None):
-        self.startup_kit = startup_kit
-        self.study = study
         self.timeouts = timeouts or Timeouts()
         self._folder = folder
-        self._session: Any = None
+        self._session = FlareSession(startup_kit, folder, study, self.timeouts, self._hopeless, self._what_to_do)
         self._states: dict[str, JobState] = {}
         self._offsets: dict[str, int] = {}
-        self._server_began = 0.0
         self._missing_since: dict[str, float] = {}
 
     def __enter__(self) -> Self:
@@ -80,22 +59,21 @@ class FlareJobs:
     @property
     def address(self) -> str:
         """Host and port of the server, as the startup kit has them. Raises UnavailableError for a kit without."""
-        admin = self._admin_config()
-        return f"{admin.get('host')}:{admin.get('port')}"
+        return self._session.address
 
     def prepare(self, sites: list[str]) -> None:
         """Reach the server and wait until the sites answer, all with the NVFlare version of this process.
 
         Raises UnavailableError that names the address, or the sites.
         """
-        self._ask(lambda session: session.get_system_info(), self.timeouts.connect)
+        self._session.ask(lambda session: session.get_system_info(), self.timeouts.connect)
         waited_until = time.monotonic() + self.timeouts.sites
         while missing := sorted(set(sites) - (answering := self._answering(sites)).keys()):
             late = missing if time.monotonic() > waited_until else self._ended(missing)
             if late:
                 raise UnavailableError(self._missing_sites(late))
             time.sleep(_POLL_SECONDS)
-        server = self._ask(lambda session: session.report_version("server"))["server"]["version"]
+        server = self._session.ask(lambda session: session.report_version("server"))["server"]["version"]
         _check_versions({"server": server, **answering})
 
     def submit(self, job_folder: Path, token: str | None = None) -> str:
@@ -108,7 +86,7 @@ class FlareJobs:
 
         token = token or uuid.uuid4().hex
         try:
-            job_id = self._ask(lambda session: session.submit_job(str(job_folder), submit_token=token))
+            job_id = self._session.ask(lambda session: session.submit_job(str(job_folder), submit_token=token))
         except SubmitTokenJobDeleted as error:
             job_id = error.job_id
         except SubmitTokenConflict as error:  # other bytes, as another version of this package may write them
@@ -119,7 +97,7 @@ class FlareJobs:
         from nvflare.fuel.flare_api.api_spec import JobNotFound
 
         try:
-            meta = self._ask(lambda session: session.get_job_meta(job_id))
+            meta = self._session.ask(lambda session: session.get_job_meta(job_id))
         except JobNotFound:
             state = JobState(ended=True, succeeded=False, said=_UNKNOWN)
         else:
@@ -144,7 +122,7 @@ class FlareJobs:
         from nvflare.fuel.flare_api.api_spec import JobNotFound
 
         try:
-            answer = self._ask(lambda session: session.get_job_logs(job_id, target=name, tail_lines=lines))
+            answer = self._session.ask(lambda session: session.get_job_logs(job_id, target=name, tail_lines=lines))
         except JobNotFound:
             return ""
         return str((answer.get("logs") or {}).get(name) or "")
@@ -157,7 +135,7 @@ class FlareJobs:
             return
         begun = time.monotonic()
         with contextlib.suppress(JobNotFound, JobNotRunning):
-            self._ask(lambda session: _abort(session, job_id), self.timeouts.abort)
+            self._session.ask(lambda session: _abort(session, job_id), self.timeouts.abort)
         while not (state := self.poll(job_id)).ended:
             waited = time.monotonic() - begun
             self._hasten(job_id, waited)
@@ -178,17 +156,16 @@ class FlareJobs:
         return [sys.executable, "-m", module], dict(os.environ)
 
     def close(self) -> None:
-        self._drop_session()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._session.close()
 
     def _is_lost(self, job_id: str, start_time: str) -> bool:
         """Whether the job began before its server did, which does not have it: NVFlare has such jobs run for ever.
 
         A server that is started may go on with its jobs, which takes it a moment.
         """
-        if datetime.fromisoformat(start_time).timestamp() >= self._server_began:
+        if datetime.fromisoformat(start_time).timestamp() >= self._session.server_began:
             return False
-        system = self._ask(lambda session: session.get_system_info())
+        system = self._session.ask(lambda session: session.get_system_info())
         if job_id in {job.job_id for job in system.job_info}:
             self._missing_since.pop(job_id, None)
             return False
@@ -199,7 +176,7 @@ class FlareJobs:
 
     def _connected(self) -> set[str]:
         """The sites that the server can reach now."""
-        return {client.name for client in self._ask(lambda session: session.get_connected_client_list())}
+        return {client.name for client in self._session.ask(lambda session: session.get_connected_client_list())}
 
     def _ended(self, missing: list[str]) -> list[str]:  # noqa: ARG002
         """Those sites for which there is no use in waiting."""
@@ -233,7 +210,7 @@ class FlareJobs:
             return versions
 
         connected = self._connected() & set(sites)
-        return self._ask(ask)
+        return self._session.ask(ask)
 
     def _lines_of_running_job(self, job_id: str) -> list[str]:
         lines: list[str] = []
@@ -243,19 +220,11 @@ class FlareJobs:
 
     def _more_of_journal(self, job_id: str) -> str:
         """Empty also while the job's server cannot answer: it starts, it ends, or it is busy. Others find that out."""
-        session = self._session
-        if session is None:
-            return ""
         question = {"offset": self._offsets.get(job_id, 0)}
-        session.set_timeout(_JOURNAL_SECONDS)
-        try:
-            with _quiet():
-                answer = session.do_app_command(job_id, JOURNAL_COMMAND, question)
-        except Exception:
-            return ""
-        finally:
-            session.set_timeout(self.timeouts.command)
-        if not answer.get("text"):
+        answer = self._session.ask_once(
+            lambda session: session.do_app_command(job_id, JOURNAL_COMMAND, question), _JOURNAL_SECONDS
+        )
+        if not answer or not answer.get("text"):
             return ""
         self._offsets[job_id] = int(answer["offset"])
         return str(answer["text"])
@@ -276,7 +245,7 @@ class FlareJobs:
         target = self._folder / "results" / job_id
         if not target.is_dir():
             try:
-                location = self._ask(lambda session: session.download_job_result(job_id))
+                location = self._session.ask(lambda session: session.download_job_result(job_id))
             except JobNotFound:
                 return None
             if not location or not Path(location).is_dir():
@@ -286,100 +255,11 @@ class FlareJobs:
         workspace = target / "workspace"
         return workspace if workspace.is_dir() else None
 
-    def _ask(self, call: Callable[[Any], _T], seconds: float | None = None) -> _T:
-        """The answer to `call` of a connected session, trying anew for so long while the server is away.
-
-        Raises UnavailableError when that takes too long or the server refuses; what the server says about a
-        job (JobNotFound and the like) is raised as it is.
-        """
-        from nvflare.fuel.flare_api import api_spec
-
-        about_the_job = (
-            *(api_spec.JobNotFound, api_spec.JobNotRunning, api_spec.JobNotDone),
-            *(api_spec.SubmitTokenConflict, api_spec.SubmitTokenJobDeleted),
-        )
-        refused = (api_spec.AuthenticationError, api_spec.AuthorizationError, api_spec.InvalidJobDefinition)
-        patience = seconds or self.timeouts.reconnect
-        waited_until = time.monotonic() + patience
-        while True:
-            if why := self._hopeless():
-                raise UnavailableError(why)
-            try:
-                with _quiet():
-                    return call(self._connection(max(1.0, waited_until - time.monotonic())))
-            except (*about_the_job, UnavailableError):
-                raise
-            except refused as error:
-                # A server that was restarted does not know the session, which is no refusal of its user.
-                if isinstance(error, api_spec.AuthenticationError) and self._session is not None:
-                    self._drop_session()
-                    continue
-                asked = f"study {self.study}, startup kit {self.startup_kit}"
-                raise UnavailableError(f"the server at {self.address} refuses ({asked}): {error}") from error
-            except Exception as error:
-                self._drop_session()
-                left = waited_until - time.monotonic()
-                if left <= 0:
-                    raise UnavailableError(
-                        f"the server at {self.address} did not answer for {patience:.0f} s ({_said(error)});"
-                        f" {self._what_to_do}"
-                    ) from error
-                time.sleep(min(_RETRY_SECONDS, left))
-
     def _hopeless(self) -> str:
         """Why there is no use in asking the server; empty if there is."""
         return ""
 
     _what_to_do = "check that it runs and that this machine reaches it"
-
-    def _connection(self, seconds: float) -> Any:
-        if self._session is None:
-            from nvflare.fuel.flare_api.flare_api import Session
-
-            kit = self._private_kit()
-            session = Session(username=self._user(), startup_path=str(kit), study=self.study)
-            session.set_timeout(self.timeouts.command)
-            session.api.file_download_progress_timeout = self.timeouts.download
-            try:
-                session.try_connect(min(seconds, self.timeouts.connect))
-            except BaseException:
-                _close(session)
-                raise
-            self._session = session
-            self._server_began = float(session.get_system_info().server_info.start_time)
-        return self._session
-
-    def _drop_session(self) -> None:
-        session, self._session = self._session, None
-        if session is not None:
-            _close(session)
-
-    def _private_kit(self) -> Path:
-        """NVFlare downloads into the startup kit; this one is ours and has the user's inside, which stays as it is."""
-        kit = self._folder / "admin"
-        kit.mkdir(parents=True, exist_ok=True)
-        for part in ("startup", "local"):
-            source = self.startup_kit.resolve() / part
-            if source.is_dir() and not (kit / part).is_symlink():
-                (kit / part).symlink_to(source)
-        return kit
-
-    def _user(self) -> str:
-        """The user's name in the kit; empty where NVFlare takes it from the certificate."""
-        return str(self._admin_config().get("username") or "")
-
-    def _admin_config(self) -> dict[str, Any]:
-        path = self.startup_kit / "startup" / "fed_admin.json"
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            admin = content["admin"]
-        except FileNotFoundError as error:
-            raise UnavailableError(
-                f"{path}: no such file; expected the startup kit of an admin, the folder that has startup/ in it"
-            ) from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UnavailableError(f"{path}: not the configuration of an admin's startup kit: {error}") from error
-        return dict(admin)
 
 
 def _why_not_run(meta: dict[str, Any]) -> str:
@@ -415,24 +295,6 @@ def _agree(version: str, other: str) -> bool:
 
 def _sites(names: list[str]) -> str:
     return f"{', '.join(names)} {'is' if len(names) == 1 else 'are'}"
-
-
-def _said(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-def _quiet() -> contextlib.AbstractContextManager[Any]:
-    """NVFlare's client prints what it does; nobody here asked for it."""
-    return contextlib.redirect_stdout(io.StringIO())
-
-
-def _close(session: Any) -> None:
-    """Without a server, saying goodbye takes as long as any command; a connection that is lost needs none."""
-    session.set_timeout(1.0)
-    with contextlib.suppress(Exception), _quiet():
-        session.close()
-    with contextlib.suppress(Exception):
-        session.api.close()
 
 
 def _link_or_copy(source: str, target: str) -> str:

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from fedsft_assets.federation.flare import FlareJobs, Timeouts
+from fedsft_assets.federation.flare import FlareJobs
+from fedsft_assets.federation.flare_session import Timeouts
 from fedsft_assets.federation.poc_kits import SERVER
 from fedsft_assets.federation.poc_system import PocSystem
 from fedsft_assets.federation.runtime import UnavailableError
@@ -22,7 +23,7 @@ class Poc(FlareJobs):
 
     def prepare(self, sites: list[str]) -> None:
         if SERVER in self._system.start(sites):
-            self._drop_session()
+            self._session.drop()
         super().prepare(sites)
 
     def end_of_log(self, job_id: str, name: str, lines: int) -> str:
@@ -52,7 +53,7 @@ class Poc(FlareJobs):
 
     def _connected(self) -> set[str]:
         """Without sites that the server still has by a process that is gone."""
-        clients = self._ask(lambda session: session.get_connected_client_list())
+        clients = self._session.ask(lambda session: session.get_connected_client_list())
         return {c.name for c in clients if c.last_connect_time >= self._system.started(c.name)}
 
     def _ended(self, missing: list[str]) -> list[str]:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from fedsft_assets.federation.flare import FlareJobs, Timeouts
+from fedsft_assets.federation.flare import FlareJobs
+from fedsft_assets.federation.flare_session import Timeouts
 from fedsft_assets.federation.runtime import UnavailableError
 
 

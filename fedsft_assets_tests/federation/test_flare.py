@@ -12,7 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fedsft_assets.federation.flare import FlareJobs, Timeouts, _check_versions
+from fedsft_assets.federation.flare import FlareJobs, _check_versions
+from fedsft_assets.federation.flare_session import Timeouts
 from fedsft_assets.federation.poc_kits import SERVER, PocSettings
 from fedsft_assets.federation.poc_system import PocSystem
 from fedsft_assets.federation.production import Production, ProductionSettings
@@ -137,7 +138,7 @@ def test_token_stands_for_one_job_whoever_hands_it_in_and_whatever_became_of_it(
     meta = folder / "meta.json"
     meta.write_text(json.dumps({**json.loads(meta.read_text()), "comment": "as another version writes it"}))
     assert jobs.submit(folder, "a-token") == first
-    jobs._ask(lambda session: session.delete_job(first))
+    jobs._session.ask(lambda session: session.delete_job(first))
     assert jobs.submit(folder, "a-token") == first
     assert jobs.poll(first) == JobState(ended=True, succeeded=False, said="UNKNOWN")
 
