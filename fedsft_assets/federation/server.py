@@ -11,10 +11,8 @@ import shutil
 import tarfile
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +40,6 @@ from fedsft_assets.federation.exchange import (
     POINTS_KEY,
     PROGRESS_RECORD,
     SAMPLES_KEY,
-    SITE_HOME,
     STATE_ROOT,
     TRAIN_TASK,
     VALIDATE_TASK,
@@ -53,7 +50,9 @@ from fedsft_assets.federation.exchange import (
 )
 from fedsft_assets.federation.execution_folder import execution_folder
 from fedsft_assets.federation.journal import JOURNAL_FILE, Finished, Journal, Progress, RoundDone, Started, Stopped
-from fedsft_assets.federation.metrics import Point, points_from_data
+from fedsft_assets.federation.merged_curves import merged_train_loss, merged_val_loss
+from fedsft_assets.federation.metrics import points_from_data
+from fedsft_assets.federation.server_base_model import own_base_model, read_nemo_weights
 from fedsft_assets.federation.server_optimizer import ServerOptimizer
 from fedsft_assets.federation.server_state import ServerState
 from fedsft_assets.federation.stream_receiving import tensors_stored_in
@@ -191,12 +190,14 @@ class FederatedSFT(ModelController):
     ) -> None:
         """Score the model that was sent, and make the next one."""
         self.score(results)
-        self._record_training(number + 1, results)
+        progress = self.state.progress
+        points = {site: points_from_data(result.meta[POINTS_KEY]) for site, result in results.items()}
+        trained = {site: result.meta[SAMPLES_KEY] for site, result in results.items()}
+        self.journal.add(merged_train_loss(points, trained, progress.samples, number + 1))
         self._apply(average)
         self._turn(control)
-        progress = self.state.progress
-        for site, result in results.items():
-            progress.samples[site] = progress.samples.get(site, 0) + result.meta[SAMPLES_KEY]
+        for site, samples in trained.items():
+            progress.samples[site] = progress.samples.get(site, 0) + samples
         progress.finished = number + 1
         self.state.commit_round(self._optimizer.kept() if self._optimizer else self._control)
         self._holders = set(results)
@@ -206,9 +207,9 @@ class FederatedSFT(ModelController):
         """Write down how good the model is that the sites were given, and whether it is the best so far."""
         progress = self.state.progress
         points = [point for result in results.values() for point in points_from_data(result.meta[POINTS_KEY])]
-        loss, _ = _mean([point for point in points if point.name == "val_loss"])
-        whole = Point("val_loss", loss, progress.finished, sum(progress.samples.values()))
+        whole = merged_val_loss(points, progress.finished, sum(progress.samples.values()))
         self.journal.add([whole, *points])
+        loss = whole.value
         self.info(f"val_loss {loss:.4f} after {progress.finished} rounds")
         better = progress.best_loss is None or loss < progress.best_loss
         if progress.finished > 0 and math.isfinite(loss) and better:
@@ -346,24 +347,6 @@ class FederatedSFT(ModelController):
 
     # What is written down.
 
-    def _record_training(self, round_number: int, results: Mapping[str, FLModel]) -> None:
-        """Merge the sites' steps of one round into one curve over the samples that all of them saw."""
-        by_step: defaultdict[int, list[Point]] = defaultdict(list)
-        seen = dict(self.state.progress.samples)
-        for site, result in results.items():
-            points = [point for point in points_from_data(result.meta[POINTS_KEY]) if point.name == "train_loss"]
-            # A site counts rounds that it missed as well.
-            ahead = points[-1].samples - result.meta[SAMPLES_KEY] - seen.get(site, 0) if points else 0
-            for point in points:
-                if point.step is not None:
-                    by_step[point.step].append(replace(point, samples=point.samples - ahead))
-        merged = []
-        for step, points in sorted(by_step.items()):
-            seen.update({point.site: point.samples for point in points if point.site})
-            loss, tokens = _mean(points)
-            merged.append(Point("train_loss", loss, round_number, sum(seen.values()), step=step, tokens=tokens))
-        self.journal.add(merged)
-
     def _take_progress(self, data: Shareable) -> None:
         """What a site says while it works; points may come this way before the result that has them too."""
         record = AnalyticsData.from_dxo(from_shareable(data))
@@ -406,48 +389,6 @@ class FederatedSFT(ModelController):
 
 class _AbortedError(Exception):
     """Whoever runs the job ended it."""
-
-
-def own_base_model(archive: Path, environment: Mapping[str, str]) -> Path:
-    """The archive where this server has it: of the same name under `FEDSFT_SITE_HOME`, if that is set.
-
-    Raises FileNotFoundError that says where to put it.
-    """
-    home = environment.get(SITE_HOME)
-    path = Path(home) / "base_models" / archive.name if home else archive
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"server: {path} is missing; copy the study's base model there, or set {SITE_HOME} at the server to the"
-            " folder that has base_models/"
-        )
-    return path
-
-
-def read_nemo_weights(archive: Path) -> dict[str, torch.Tensor]:
-    """The state dict of a `.nemo` archive in float32, every shared tensor once, under its first name.
-
-    Only tensors are unpickled. Raises FileNotFoundError, or ValueError for an archive without weights.
-    """
-    with tarfile.open(archive) as tar:
-        member = next((m for m in tar.getmembers() if Path(m.name).name == "model_weights.ckpt"), None)
-        file = tar.extractfile(member) if member else None
-        if file is None:
-            raise ValueError(f"{archive}: has no model_weights.ckpt; is it a .nemo archive?")
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    unique: dict[str, torch.Tensor] = {}
-    seen: set[tuple[int, torch.Size]] = set()
-    for name, tensor in state.items():
-        identity = (tensor.data_ptr(), tensor.shape)
-        if identity not in seen:
-            seen.add(identity)
-            unique[name] = tensor.to(torch.float32)
-    return unique
-
-
-def _mean(points: list[Point]) -> tuple[float, int]:
-    """The mean of the points' values by the tokens behind them, and all these tokens."""
-    tokens = sum(point.tokens or 0 for point in points)
-    return sum(point.value * (point.tokens or 0) for point in points) / tokens, tokens
 
 
 def _link(source: Path, target: Path) -> None:

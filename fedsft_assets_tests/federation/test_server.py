@@ -52,7 +52,8 @@ from fedsft_assets.federation.journal import (
     from_line,
 )
 from fedsft_assets.federation.metrics import Point, points_to_data
-from fedsft_assets.federation.server import FederatedSFT, NotEnoughSitesError, own_base_model, read_nemo_weights
+from fedsft_assets.federation.server import FederatedSFT, NotEnoughSitesError
+from fedsft_assets.federation.server_base_model import own_base_model, read_nemo_weights
 from fedsft_assets.specs import FedAvg, FedOpt
 
 Weights = dict[str, torch.Tensor]
