@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.xdist_group("faults")
 def test_nothing_is_lost_whatever_is_killed_in_the_simulator(tmp_path: Path) -> None:
-    campaign = Campaign(prepare_home(tmp_path / "home"), "simulator", seed=12)
+    campaign = Campaign(prepare_home(tmp_path / "home"), "simulator", seed=6)
     outcome = campaign.run(18, ["three sites", "bf16 differences"])
     assert outcome.wrong == []
     assert outcome.recovered == outcome.injected == 18
@@ -22,7 +22,7 @@ def test_nothing_is_lost_whatever_is_killed_in_the_simulator(tmp_path: Path) -> 
 @pytest.mark.xdist_group("nvflare")
 def test_nothing_is_lost_whatever_is_killed_in_a_poc(tmp_path: Path) -> None:
     before = _temporary_folders_of_sites()
-    campaign = Campaign(prepare_home(tmp_path / "home"), "poc", seed=17)
+    campaign = Campaign(prepare_home(tmp_path / "home"), "poc", seed=50)
     outcome = campaign.run(12, ["three sites"])
     assert outcome.wrong == []
     assert outcome.recovered == outcome.injected == 12
