@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fedsft_assets.federation.events import JobError
+from fedsft_assets.federation.forked_python import LOST
 from fedsft_assets.federation.job_folder import read_plans
 from fedsft_assets.federation.report import MODEL_FILE
 
@@ -32,7 +33,8 @@ def make_checkpoint(
 ) -> Checkpoint:
     """Write the checkpoint's files into the folder `into`, by a process that `command` starts.
 
-    Raises JobError, or OSError for what this machine lacks, such as space on the disk.
+    Raises JobError, whose `lost` is true if that process was killed or could not be forked, or OSError for what this
+    machine lacks, such as space on the disk.
     """
     arguments = [str(path) for path in (job_folder, weights, testing_file, into)]
     done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, check=False)
@@ -41,7 +43,7 @@ def make_checkpoint(
     if done.returncode:
         raise JobError(
             f"the checkpoint could not be made (exit code {done.returncode}):\n{done.stderr[-4000:].strip()}",
-            lost=done.returncode < 0,
+            lost=done.returncode < 0 or done.returncode == LOST,
         )
     return Checkpoint(**json.loads(done.stdout))
 

@@ -11,6 +11,7 @@ import sys
 
 ADDRESS = "FEDSFT_FORK_SERVER"  # names the server's socket
 LENGTH, CODE = struct.Struct("!I"), struct.Struct("!i")
+LOST = os.EX_TEMPFAIL  # the exit code where the server is gone: what was asked for may be asked for again
 _SEPARATOR = "\0"  # of the fields of a request
 
 
@@ -28,10 +29,15 @@ def main() -> None:
             connection.sendall(request)
             code = connection.recv(CODE.size, socket.MSG_WAITALL)
     except OSError as error:
-        sys.exit(f"the job's fork server does not answer: {error}")
+        _end_lost(f"the job's fork server does not answer: {error}")
     if len(code) < CODE.size:
-        sys.exit("the job's fork server is gone")
+        _end_lost("the job's fork server is gone")
     _end(CODE.unpack(code)[0])
+
+
+def _end_lost(reason: str) -> None:
+    print(reason, file=sys.stderr)
+    sys.exit(LOST)
 
 
 def _end(code: int) -> None:

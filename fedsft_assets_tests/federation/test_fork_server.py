@@ -13,7 +13,10 @@ from typing import Any
 import psutil
 import pytest
 
+from fedsft_assets.federation.checkpoint import make_checkpoint
+from fedsft_assets.federation.events import JobError
 from fedsft_assets.federation.fork_server import ForkServer, can_fork
+from fedsft_assets.federation.forked_python import LOST
 
 pytestmark = pytest.mark.skipif(not can_fork(), reason="processes are forked on Linux only")
 
@@ -119,19 +122,34 @@ def test_forks_end_when_the_server_is_stopped(server: ForkServer, work: Path) ->
     server.stop()
     for fork in forks:
         fork.wait(timeout=30)
-    assert [process.wait() for process in processes] == [1, 1, 1]
+    assert [process.wait() for process in processes] == [LOST] * 3
 
 
 def test_killed_server_is_told_by_every_process_and_can_be_started_again(server: ForkServer, work: Path) -> None:
     process = _start(server, work, "wait")
     fork = psutil.Process(_said(process)["pid"])
     os.kill(server.pid, signal.SIGKILL)
-    assert process.wait() == 1
+    assert process.wait() == LOST
     fork.kill()  # which whoever ends the job does, by its mark
     _, errors = process.communicate()
     assert errors.splitlines()[-1] == "the job's fork server is gone"
     server.start(dict(os.environ))
     assert _start(server, work, "code", "4").wait() == 4
+
+
+def test_checkpoint_whose_process_is_lost_with_the_server_can_be_made_by_another_attempt(
+    server: ForkServer, work: Path
+) -> None:
+    os.kill(server.pid, signal.SIGKILL)
+    command, environment = [str(server.python), "-m", "forked_example"], {**os.environ, **server.environment}
+    with pytest.raises(JobError, match="the job's fork server does not answer") as lost:
+        make_checkpoint(command, environment, work, work, work, work)
+    assert lost.value.lost
+    server.start(dict(os.environ))
+    environment |= server.environment
+    with pytest.raises(JobError, match="No module named forked_example") as failed:
+        make_checkpoint(command, environment, work, work, work, work)
+    assert not failed.value.lost
 
 
 def test_what_is_no_module_is_run_by_python_itself(server: ForkServer) -> None:
