@@ -10,7 +10,7 @@ from fedsft_assets.federation.runtimes import poc_system
 from fedsft_assets.poc_ops import poc_start_job, poc_stop_job
 from fedsft_assets.settings import Settings
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nvflare")]
+pytestmark = pytest.mark.slow
 
 
 def _state(result: dg.ExecuteInProcessResult) -> object:

@@ -82,7 +82,6 @@ def test_targets_compare_memory_with_the_model_as_it_is_held():
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("nvflare")
 def test_a_tiny_model_is_exchanged_both_ways_and_the_targets_come_last(tmp_path: Path):
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.transfer", "--quick", "--rounds", "2"],

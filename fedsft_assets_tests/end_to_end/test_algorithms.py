@@ -13,7 +13,7 @@ from fedsft_assets.store import Store, split_file
 from fedsft_assets_tests.prepared import TINY
 from fedsft_assets_tests.shipped import DATASETS
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nvflare")]
+pytestmark = pytest.mark.slow
 
 EXAMPLES = sorted((PROJECT / "jobs" / "examples").glob("*.yaml"))
 

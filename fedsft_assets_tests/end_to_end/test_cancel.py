@@ -23,7 +23,7 @@ from fedsft_assets.settings import PROJECT, Settings
 from fedsft_assets.store import Store
 from fedsft_assets.tracking import Tracking
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nvflare")]
+pytestmark = pytest.mark.slow
 
 _LONGEST_WAIT = 240.0
 

@@ -19,7 +19,7 @@ from fedsft_assets.store import Store
 from fedsft_assets.tracking import Tracking
 from fedsft_assets_tests.shipped import DATASETS
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nvflare")]
+pytestmark = pytest.mark.slow
 
 QUICK_JOB = "description: a quick job\nsites:\n  site-1: {dataset: alpaca}\nrounds: 1\nmax_local_steps: 2\n"
 LONG_JOB = "description: a long job\nsites:\n  site-1: {dataset: combined}\nrounds: 50\n"

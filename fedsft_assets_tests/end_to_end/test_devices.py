@@ -20,7 +20,7 @@ from fedsft_assets_tests.prepared import TINY
 from fedsft_assets_tests.shipped import DATASETS
 from fedsft_assets_tests.sockets import Scan
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nvflare")]
+pytestmark = pytest.mark.slow
 
 TOLERANCE = 1e-5
 

@@ -23,7 +23,6 @@ from fedsft_assets_tests.small_disk import fill, small_disk, why_not
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.xdist_group("nvflare"),
     pytest.mark.skipif(bool(why_not()), reason=str(why_not())),
 ]
 

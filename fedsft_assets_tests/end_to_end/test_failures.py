@@ -22,7 +22,7 @@ from fedsft_assets.store import Store, split_file
 from fedsft_assets.tracking import Tracking
 from fedsft_assets_tests.prepared import TINY
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nvflare")]
+pytestmark = pytest.mark.slow
 
 _RUN = """
 import sys

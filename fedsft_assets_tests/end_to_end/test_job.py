@@ -16,7 +16,7 @@ from fedsft_assets.tracking import CHAMPION, Tracking
 from fedsft_assets_tests.prepared import TINY
 from fedsft_assets_tests.sockets import scanned
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nvflare")]
+pytestmark = pytest.mark.slow
 
 ROUNDS = 3
 _RESTORE = """

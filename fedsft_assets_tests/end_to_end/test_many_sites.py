@@ -14,7 +14,7 @@ from fedsft_assets.store import Store, split_file
 from fedsft_assets_tests.prepared import TINY
 from fedsft_assets_tests.shipped import DATASETS
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nvflare")]
+pytestmark = pytest.mark.slow
 
 
 def test_only_as_many_sites_train_at_once_as_there_are_cores(store: Store) -> None:

@@ -14,7 +14,7 @@ from fedsft_assets.federation.processes import marked_processes
 from fedsft_assets.federation.report import JobReport
 from fedsft_assets.store import Store, split_file
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nvflare")]
+pytestmark = pytest.mark.slow
 
 _SHORT = {"rounds": 4, "max_local_steps": 20, "max_evaluation_records": 8}
 

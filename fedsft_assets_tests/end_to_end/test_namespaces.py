@@ -18,7 +18,6 @@ from fedsft_assets_tests.provisioned import BIN, SERVER, SITES, Federation, envi
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.xdist_group("nvflare"),
     pytest.mark.skipif(bool(why_not()), reason=str(why_not())),
 ]
 

@@ -26,7 +26,7 @@ from fedsft_assets.settings import Settings
 from fedsft_assets.store import Store, split_file
 from fedsft_assets_tests.sockets import scanned
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nvflare")]
+pytestmark = pytest.mark.slow
 
 SITES = ["site-1", "site-2", "site-3"]
 # Of the server, a site, their parts of a job, and a trainer.

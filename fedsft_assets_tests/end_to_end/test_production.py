@@ -27,7 +27,7 @@ from fedsft_assets_tests.provisioned import SERVER, SITES, Federation, provision
 from fedsft_assets_tests.shipped import DATASETS
 from fedsft_assets_tests.sockets import scanned
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nvflare")]
+pytestmark = pytest.mark.slow
 
 SMALL = {"rounds": 2, "max_local_steps": 2, "max_evaluation_records": 8}
 DATASET_OF = dict(zip(SITES, DATASETS, strict=True))

@@ -15,7 +15,7 @@ from fedsft_assets.federation.processes import MARK, stop_marked
 from fedsft_assets.settings import PROJECT
 from fedsft_assets_tests.environments import environment_of, installing
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nvflare")]
+pytestmark = pytest.mark.slow
 
 DOCUMENT = PROJECT / "docs" / "production.md"
 CHECKOUT = "export FEDSFT=~/fedsft"

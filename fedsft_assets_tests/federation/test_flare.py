@@ -22,7 +22,7 @@ from fedsft_assets.settings import Settings
 
 from .small_jobs import write_job
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nvflare")]
+pytestmark = pytest.mark.slow
 
 SITES = ["site-1", "site-2"]
 LINES = [f"line {k}" for k in range(12)]

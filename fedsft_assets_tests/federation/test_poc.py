@@ -24,7 +24,7 @@ from fedsft_assets.settings import Settings
 from ..sockets import Scan
 from .small_jobs import write_job
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nvflare")]
+pytestmark = pytest.mark.slow
 
 SITES = ["site-1", "site-2"]
 

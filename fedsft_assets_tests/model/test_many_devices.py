@@ -18,8 +18,6 @@ from fedsft_assets.specs import SitePlan
 from fedsft_assets_tests.model import one_round
 from fedsft_assets_tests.model.weights import assert_same_weights
 
-pytestmark = pytest.mark.xdist_group("two processes")  # started once, not by each of pytest's workers
-
 TOLERANCE = 1e-5
 
 # 18 records: the last batch of 4 has two, that of 5 has three, shared as two and one.

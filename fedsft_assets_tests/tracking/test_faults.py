@@ -29,7 +29,7 @@ from fedsft_assets_tests.tracking.examples import (
 )
 from fedsft_assets_tests.tracking.server import HOST, Proxy, TrackingServer, unused_port
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("tracking server")]
+pytestmark = pytest.mark.slow
 
 CHANGES = ("create", "log-batch", "set-", "update", "PUT ", "delete")
 
