@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsft_assets.federation.metrics import Point
+from fedsft_assets.federation.tail import whole_lines
 
 JOURNAL_FILE = "journal.jsonl"
 _AT_MOST = 1 << 20  # bytes of one answer
@@ -100,9 +101,9 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a+b") as file:
             file.seek(0)
-            content = file.read()
-            file.truncate(content.rfind(b"\n") + 1)
-        for line in content.decode(errors="replace").splitlines()[: content.count(b"\n")]:
+            content = whole_lines(file.read())
+            file.truncate(len(content))
+        for line in content.decode(errors="replace").splitlines():
             entry = from_line(line)
             if isinstance(entry, Point):
                 self._known.add(entry.identity)
@@ -144,5 +145,5 @@ class Journal:
             content = file.read(_AT_MOST)
             if b"\n" not in content:
                 content += file.readline()
-        whole = content[: content.rfind(b"\n") + 1]
+        whole = whole_lines(content)
         return whole.decode(), offset + len(whole)

@@ -3,6 +3,15 @@
 from pathlib import Path
 
 
+def whole_lines(content: bytes) -> bytes:
+    """What is complete of lines that were read while somebody appends: none that is torn.
+
+    Whoever makes room first writes zeros there; a reader may see them, and what was appended after them since.
+    """
+    written = content.partition(b"\0")[0]
+    return written[: written.rfind(b"\n") + 1]
+
+
 class Tail:
     """Hands out each whole line of a file once; the file may not be there yet."""
 
@@ -16,8 +25,7 @@ class Tail:
             return []
         with self.path.open("rb") as file:
             file.seek(self.offset)
-            content = file.read()
-        whole = content[: content.rfind(b"\n") + 1]
+            whole = whole_lines(file.read())
         self.offset += len(whole)
         return whole.decode(errors="replace").splitlines()
 

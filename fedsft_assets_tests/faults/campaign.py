@@ -23,6 +23,7 @@ from fedsft_assets.federation.poc_system import PocSystem
 from fedsft_assets.federation.processes import marked_processes, stop_marked
 from fedsft_assets.federation.record import Execution, Workspace
 from fedsft_assets.federation.report import REPORT_FILE
+from fedsft_assets.federation.tail import Tail
 from fedsft_assets.settings import Settings
 from fedsft_assets.store import Store
 from fedsft_assets_tests.faults import comparison
@@ -281,11 +282,7 @@ class _View:
 
     def _server_lines(self) -> list[str]:
         """Whole lines of the server's journal."""
-        path = self._state() / JOURNAL_FILE
-        try:
-            return path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
-        except FileNotFoundError:
-            return []
+        return Tail(self._state() / JOURNAL_FILE).new_lines()
 
 
 def _changed(path: Path) -> int:

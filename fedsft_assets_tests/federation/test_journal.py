@@ -203,6 +203,16 @@ def test_read_leaves_an_unfinished_line_for_later(path: Path) -> None:
     assert end == path.stat().st_size
 
 
+def test_read_leaves_room_that_is_not_filled_yet_for_later(path: Path) -> None:
+    journal = Journal(path)
+    journal.add([Progress("one")])
+    one = path.read_bytes()
+    path.write_bytes(one + bytes(len(one)) + one)
+    assert journal.read(0) == (one.decode(), len(one))
+    path.write_bytes(one * 3)
+    assert journal.read(len(one)) == (one.decode() * 2, 3 * len(one))
+
+
 def test_large_journal_is_handed_out_in_parts(path: Path) -> None:
     journal = Journal(path)
     said = [Progress(f"{k} {'x' * 1000}") for k in range(2500)]

@@ -31,6 +31,15 @@ def test_unfinished_line_waits_for_its_end(tmp_path: Path) -> None:
     assert tail.new_lines() == ["two"]
 
 
+def test_room_for_a_line_that_was_not_written_yet_is_no_line(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    tail = Tail(path)
+    path.write_bytes(b"one\n" + bytes(4) + b"three\n")  # as a reader sees it that is overtaken by the writer
+    assert tail.new_lines() == ["one"]
+    path.write_bytes(b"one\ntwo\nthree\n")
+    assert tail.new_lines() == ["two", "three"]
+
+
 def test_character_cut_in_the_middle_by_the_writer_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "log"
     tail = Tail(path)
