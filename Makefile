@@ -46,7 +46,7 @@ tensorboard: setup
 
 test: setup
 	mkdir -p $(FEDSFT_HOME)
-# The tests of a file share what is costly to start, and the longest files come first.
+# The tests of a file share what is costly to start; in the order of their names, the longest files come early.
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --basetemp $(FEDSFT_HOME)/pytest $(TESTS)
 
 N ?= 200

@@ -6,7 +6,6 @@ the HOME of whoever runs the tests.
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedsft_assets.federation.poc_kits import BUILDERS
 from fedsft_assets.federation.processes import MARK, stop_marked
+from fedsft_assets_tests.tracking.server import unused_port
 
 SITES = ("site-1", "site-2", "site-3")
 STUDY_USER = "study@example.org"
@@ -55,20 +56,12 @@ def provision(folder: Path, sites: Sequence[str] = SITES, host: str = LOOPBACK, 
                 "type": "server",
                 "org": "center",
                 "default_host": host,
-                "fed_learn_port": port or _free_port(),
+                "fed_learn_port": port or unused_port(),
             },
             *({"name": site, "type": "client", "org": site.replace("-", "_")} for site in sites),
             {"name": STUDY_USER, "type": "admin", "org": "center", "role": "lead"},
         ],
-        "builders": [
-            {
-                "path": "nvflare.lighter.impl.workspace.WorkspaceBuilder",
-                "args": {"template_file": ["master_template.yml"]},
-            },
-            {"path": "nvflare.lighter.impl.static_file.StaticFileBuilder", "args": {"config_folder": "config"}},
-            {"path": "nvflare.lighter.impl.cert.CertBuilder"},
-            {"path": "nvflare.lighter.impl.signature.SignatureBuilder"},
-        ],
+        "builders": BUILDERS,
     }
     description = folder / "project.yml"
     description.write_text(json.dumps(project, indent=2))  # JSON is YAML
@@ -108,13 +101,6 @@ def _configure_server(kit: Path) -> None:
 def _configure_site(kit: Path) -> None:
     command = [sys.executable, "-m", "fedsft_assets.federation.site_files", "configure", str(kit)]
     subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @dataclass

@@ -56,11 +56,6 @@ class FlareJobs:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @property
-    def address(self) -> str:
-        """Host and port of the server, as the startup kit has them. Raises UnavailableError for a kit without."""
-        return self._session.address
-
     def prepare(self, sites: list[str]) -> None:
         """Reach the server and wait until the sites answer, all with the NVFlare version of this process.
 
@@ -141,22 +136,23 @@ class FlareJobs:
             self._hasten(job_id, waited)
             if waited > self.timeouts.abort:
                 raise UnavailableError(
-                    f"job {job_id} is still {state.said} at {self.address}, {self.timeouts.abort:.0f} s after it was"
-                    " told to stop; abort it there: nvflare job abort, or restart the site that hangs"
+                    f"job {job_id} is still {state.said} at {self._session.address}, {self.timeouts.abort:.0f} s after"
+                    " it was told to stop; abort it there: nvflare job abort, or restart the site that hangs"
                 )
             time.sleep(_POLL_SECONDS)
 
     def fetch(self, job_id: str, into: Path) -> None:
         result = self._result(job_id)
         if result is None:
-            raise ResultLostError(f"the server at {self.address} has no result of job {job_id}")
+            raise ResultLostError(f"the server at {self._session.address} has no result of job {job_id}")
         shutil.copytree(result, into, copy_function=_link_or_copy, dirs_exist_ok=True)
 
     def command(self, module: str) -> tuple[list[str], dict[str, str]]:
         return [sys.executable, "-m", module], dict(os.environ)
 
     def close(self) -> None:
-        self._session.close()
+        self._session.drop()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _is_lost(self, job_id: str, start_time: str) -> bool:
         """Whether the job began before its server did, which does not have it: NVFlare has such jobs run for ever.
@@ -185,7 +181,7 @@ class FlareJobs:
     def _missing_sites(self, missing: list[str]) -> str:
         connected = ", ".join(sorted(self._connected())) or "none"
         return (
-            f"{_sites(missing)} not connected to the server at {self.address} (it lists: {connected});"
+            f"{_sites(missing)} not connected to the server at {self._session.address} (it lists: {connected});"
             " start the site, or take it out of the job file"
         )
 

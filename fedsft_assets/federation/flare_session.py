@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,10 +32,10 @@ class Timeouts(BaseModel):
 class FlareSession:
     """Opened on first use, and again when it was lost.
 
-    `startup_kit` is the admin's folder with `startup/fed_admin.json`, which is only read; `folder` is this
-    object's own, for what is downloaded, and is gone after `close`. `hopeless` says why there is no use in asking
-    the server, if there is none; `what_to_do` is said of a server that does not answer. Without `close`, the
-    connection keeps the interpreter from ending. Not for several threads at once.
+    `startup_kit` is the admin's folder with `startup/fed_admin.json`, which is only read; what is downloaded comes
+    into `folder`. `hopeless` says why there is no use in asking the server, if there is none; `what_to_do` is said of
+    a server that does not answer. Without `drop`, the connection keeps the interpreter from ending. Not for several
+    threads at once.
     """
 
     def __init__(
@@ -120,10 +119,6 @@ class FlareSession:
         session, self._session = self._session, None
         if session is not None:
             _close(session)
-
-    def close(self) -> None:
-        self.drop()
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _connection(self, seconds: float) -> Any:
         if self._session is None:

@@ -19,6 +19,16 @@ SITE_COMPONENTS = (
     "nvflare.app_common.executors.client_api_executor.ClientAPIExecutor",
     "fedsft_assets.federation.installed_trainer.InstalledTrainer",
 )
+# Of what NVFlare makes a kit: those of its own examples.
+BUILDERS: list[dict[str, Any]] = [
+    {
+        "path": "nvflare.lighter.impl.workspace.WorkspaceBuilder",
+        "args": {"template_file": ["master_template.yml"]},
+    },
+    {"path": "nvflare.lighter.impl.static_file.StaticFileBuilder", "args": {"config_folder": "config"}},
+    {"path": "nvflare.lighter.impl.cert.CertBuilder"},
+    {"path": "nvflare.lighter.impl.signature.SignatureBuilder"},
+]
 STATE_FOLDER = "fedsft"  # in which the server part of a job keeps its state, in the server's folder
 _PROJECT = "fedsft"
 _ORG = "fedsft"
@@ -129,13 +139,5 @@ def _project(sites: list[str], port: int) -> dict[str, Any]:
         "name": _PROJECT,
         "description": "one machine",
         "participants": [{**participant, "org": _ORG} for participant in (server, *clients, admin)],
-        "builders": [
-            {
-                "path": "nvflare.lighter.impl.workspace.WorkspaceBuilder",
-                "args": {"template_file": ["master_template.yml"]},
-            },
-            {"path": "nvflare.lighter.impl.static_file.StaticFileBuilder", "args": {"config_folder": "config"}},
-            {"path": "nvflare.lighter.impl.cert.CertBuilder"},
-            {"path": "nvflare.lighter.impl.signature.SignatureBuilder"},
-        ],
+        "builders": BUILDERS,
     }

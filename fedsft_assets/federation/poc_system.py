@@ -217,6 +217,10 @@ class PocSystem:
             state.sites = sorted({*state.sites, *more})
         else:
             return state
+        return self._made(state)
+
+    def _made(self, state: _State) -> _State:
+        """The state, with the kits that it is about, written down."""
         self._kits.provision(state.sites, state.port, self._process_environment())
         self._write(state)
         return state
@@ -244,10 +248,7 @@ class PocSystem:
         if _is_free(state.port):
             return state
         self._remove()
-        state = self._new_state(state.sites)
-        self._kits.provision(state.sites, state.port, self._process_environment())
-        self._write(state)
-        return state
+        return self._made(self._new_state(state.sites))
 
     def _remove(self) -> None:
         """What it is started from; results of earlier jobs stay."""

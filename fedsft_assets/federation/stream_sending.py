@@ -70,8 +70,8 @@ class Sending(Downloadable):
         self.base_obj: dict[str, torch.Tensor] | None = dict(items)
         super().__init__(self.base_obj)
         self._sent = 0  # bytes of memory since the last collection
-        self._contents = _contents(items, piece_size())
-        piece = self._contents.piece
+        piece = piece_size()
+        self._contents = _contents(items, piece)
         self._copied = _SENDERS_OWN if piece == LARGEST_PIECE else piece  # bytes, of a piece that lies in memory
         self._tensors = list(items.values())
         self._runs = self._all_runs()
@@ -155,7 +155,7 @@ def _contents(items: Mapping[str, torch.Tensor], piece: int) -> Contents:
     tensors, before = list(items.values()), [None, *items.values()]
     return Contents(
         [
-            Described(name, str(one.dtype), list(one.shape), getattr(one, "added_to", None), _gap(last, one) or 0)
+            Described(name, str(one.dtype), list(one.shape), getattr(one, "added_to", None), _gap(last, one))
             for name, one, last in zip(items, tensors, before, strict=False)
         ],
         piece,
@@ -182,13 +182,13 @@ class _Run:
     end: int
 
 
-def _gap(one: torch.Tensor | None, other: torch.Tensor) -> int | None:
-    """Bytes between two tensors that lie together, the second soon after the first; None of others."""
+def _gap(one: torch.Tensor | None, other: torch.Tensor) -> int:
+    """Bytes between two tensors that lie together, the second soon after the first; 0 of others."""
     together = getattr(other, "together", None)
     if one is None or together is None or getattr(one, "together", None) is not together:
-        return None
+        return 0
     gap = other.data_ptr() - one.data_ptr() - one.nbytes
-    return gap if one.nbytes and other.nbytes and 0 <= gap <= _LARGEST_GAP else None
+    return gap if one.nbytes and other.nbytes and 0 <= gap <= _LARGEST_GAP else 0
 
 
 def _view(tensor: torch.Tensor) -> memoryview:
