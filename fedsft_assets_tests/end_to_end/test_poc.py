@@ -22,6 +22,7 @@ from fedsft_assets.federation.poc_system import PocSystem
 from fedsft_assets.federation.processes import MARK, marked_processes
 from fedsft_assets.federation.record import Workspace
 from fedsft_assets.federation.report import JobReport
+from fedsft_assets.federation.tail import Tail
 from fedsft_assets.settings import Settings
 from fedsft_assets.store import Store, split_file
 from fedsft_assets_tests.sockets import scanned
@@ -106,14 +107,18 @@ def test_job_that_is_aborted_while_it_trains_leaves_no_process(
     with Poc(system, tmp_path / "flare") as poc:
         poc.prepare(SITES)
         job_id = poc.submit(store.job_folder(job))
-        while not any("train_loss" in line for line in poc.new_lines(job_id)):
+        lines: list[str] = []
+        while not any("train_loss" in line for line in lines):
             assert not poc.poll(job_id).ended
             time.sleep(0.5)
+            lines += poc.new_lines(job_id)
         assert len(_trainers(system, job_id)) == len(SITES)
         poc.abort(job_id)
         assert system.job_processes(job_id) == []
         assert poc.poll(job_id).said == "FINISHED:ABORTED"
-        assert poc.new_lines(job_id)
+        lines += poc.new_lines(job_id)
+        poc.fetch(job_id, tmp_path / "files")
+        assert lines == Tail(tmp_path / "files" / JOURNAL_FILE).new_lines()
     assert len(marked_processes(system.mark)) == 1 + len(SITES)
 
 
