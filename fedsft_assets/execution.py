@@ -11,11 +11,12 @@ from typing import Any
 from fedsft_assets.data.report import SplitReport
 from fedsft_assets.evaluation.comparison import plot
 from fedsft_assets.federation.job_folder import SPEC_FILE, read_plans, read_spec
-from fedsft_assets.federation.journal import Missed, Progress, from_line
+from fedsft_assets.federation.journal import EntryError, Missed, Progress, from_line
 from fedsft_assets.federation.launch import begin_execution, run_job
 from fedsft_assets.federation.metrics import Point
 from fedsft_assets.federation.record import Workspace
 from fedsft_assets.federation.report import REPORT_FILE, JobReport
+from fedsft_assets.federation.tail import Tail
 from fedsft_assets.specs import JobSpec, ModelPreset, SitePlan
 from fedsft_assets.store import Store, split_file
 from fedsft_assets.tracking import Registered, TrackedJob, Tracking
@@ -103,11 +104,11 @@ def execute_job(
 def journal_points(journal: Path) -> list[Point]:
     """The points in the file of a journal, as far as it is written; none if it is not there."""
     points = []
-    for line in journal.read_bytes().splitlines(keepends=True) if journal.is_file() else []:
+    for line in Tail(journal).new_lines():
         try:
-            entry = from_line(line.decode())
-        except (ValueError, TypeError):
-            continue  # half a line of a process that died, or what another version of this package wrote
+            entry = from_line(line)
+        except EntryError:
+            continue  # what another version of this package wrote
         if isinstance(entry, Point):
             points.append(entry)
     return points

@@ -62,6 +62,10 @@ class Finished:
     """All that the job was for is in its folder at the server."""
 
 
+class EntryError(ValueError):
+    """A line of a journal that is no entry; the message is for the user."""
+
+
 Entry = Point | Progress | Missed | RoundDone | Started | Stopped | Finished
 _KINDS: dict[str, type[Any]] = {
     "point": Point,
@@ -80,11 +84,12 @@ def to_line(entry: Entry) -> str:
 
 
 def from_line(line: str) -> Entry:
-    """Raises ValueError for a line that is no entry."""
-    data = json.loads(line)
-    if not isinstance(data, dict) or data.get("entry") not in _KINDS:
-        raise ValueError(f"expected an entry of a journal, found {line!r}")
-    entry: Entry = _KINDS[data.pop("entry")](**data)
+    """Raises EntryError for a line that is no entry."""
+    try:
+        data = json.loads(line)
+        entry: Entry = _KINDS[data.pop("entry")](**data)
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise EntryError(f"expected an entry of a job's journal, found {line!r}") from error
     return entry
 
 
@@ -95,6 +100,7 @@ class Journal:
     """
 
     def __init__(self, path: Path) -> None:
+        """Raises EntryError that names file and line."""
         self.path = path
         self._lock = threading.Lock()
         self._known: set[tuple[Any, ...]] = set()
@@ -103,8 +109,11 @@ class Journal:
             file.seek(0)
             content = whole_lines(file.read())
             file.truncate(len(content))
-        for line in content.decode(errors="replace").splitlines():
-            entry = from_line(line)
+        for number, line in enumerate(content.decode(errors="replace").splitlines(), start=1):
+            try:
+                entry = from_line(line)
+            except EntryError as error:
+                raise EntryError(f"{path}, line {number}: {error}; remove the file and run the job again") from error
             if isinstance(entry, Point):
                 self._known.add(entry.identity)
 

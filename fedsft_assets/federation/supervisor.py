@@ -24,6 +24,7 @@ from fedsft_assets.federation.exchange import BEST_MODEL, EXECUTION_KEY
 from fedsft_assets.federation.job_folder import read_plans, read_spec
 from fedsft_assets.federation.journal import (
     Entry,
+    EntryError,
     Journal,
     Missed,
     Progress,
@@ -380,7 +381,7 @@ def main() -> None:
         code = 0
     except JobError as error:
         print(encode(Failed(str(error), error.lost)), file=events, flush=True)
-    except (UnavailableError, SpecError) as error:
+    except (UnavailableError, SpecError, EntryError) as error:
         print(encode(Failed(str(error))), file=events, flush=True)
     except BrokenPipeError:
         pass

@@ -12,6 +12,7 @@ import pytest
 
 from fedsft_assets.federation.journal import (
     Entry,
+    EntryError,
     Finished,
     Journal,
     Missed,
@@ -39,6 +40,7 @@ ENTRIES: list[Entry] = [
     Stopped("round 3 has results of 1 of 2 sites", lost_sites=True),
     Finished(),
 ]
+_LATER = '{"entry": "round", "round": 3, "of_a_later_version": 1}'
 BIG = 1 << 20  # bytes that are handed out at a time
 
 
@@ -67,10 +69,24 @@ def test_loss_that_is_no_number_comes_back_as_it_was() -> None:
     assert math.isnan(from_line(to_line(replace(POINT, value=math.nan))).value)  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("line", ["", "Traceback\n", "{", "3", "[]", '{"round": 3}', '{"entry": "x"}'])
-def test_line_that_is_no_entry_is_an_error(line: str) -> None:
-    with pytest.raises(ValueError, match=r"Expecting|expected an entry"):
+@pytest.mark.parametrize("line", ["", "Traceback\n", "{", "3", "[]", '{"round": 3}', '{"entry": "x"}', _LATER])
+def test_line_that_is_no_entry_is_an_error_that_shows_it(line: str) -> None:
+    with pytest.raises(EntryError) as error:
         from_line(line)
+    assert str(error.value) == f"expected an entry of a job's journal, found {line!r}"
+
+
+def test_journal_with_a_line_that_is_no_entry_is_named_and_left_as_it_is(path: Path) -> None:
+    Journal(path).add(ENTRIES[:1])
+    with path.open("a") as file:
+        file.write("spilt\n")
+    found = path.read_bytes()
+    with pytest.raises(EntryError) as error:
+        Journal(path)
+    assert str(error.value) == (
+        f"{path}, line 2: expected an entry of a job's journal, found 'spilt'; remove the file and run the job again"
+    )
+    assert path.read_bytes() == found
 
 
 def test_entries_are_there_in_the_order_in_which_they_were_added(path: Path) -> None:

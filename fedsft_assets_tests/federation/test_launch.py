@@ -185,6 +185,17 @@ def test_base_model_that_is_missing_is_named(store: Store) -> None:
         begin_execution(store.job_folder("quick"), store.flare("quick"), "simulator")
 
 
+def test_journal_that_is_damaged_is_named_by_the_supervisor(store: Store) -> None:
+    folder, workspace = store.job_folder("quick"), store.flare("quick")
+    begin_execution(folder, workspace, "simulator")
+    journal = Workspace(workspace).journal
+    journal.write_text("spilt\n")
+    with pytest.raises(JobError, match=f"^{journal}, line 1: expected .* found 'spilt'; remove the file") as error:
+        list(run_job(folder, workspace, Path("testing.jsonl"), store.checkpoint("quick")))
+    assert not error.value.lost
+    assert journal.read_text() == "spilt\n"
+
+
 def test_unfinished_execution_is_taken_up_and_an_ended_one_is_not(store: Store) -> None:
     where = (store.job_folder("quick"), store.flare("quick"), "simulator")
     first = begin_execution(*where)
