@@ -78,6 +78,8 @@ def _work(plan: SitePlan) -> None:
     elif followers:
         for task in followers.tasks():
             trainer.follow(task)
+    if followers:
+        followers.part()
 
 
 def _lead(trainer: "SiteTrainer", followers: Followers | None) -> None:

@@ -71,6 +71,12 @@ class Followers:
         while task := self._broadcast(None):
             yield task
 
+    def part(self) -> None:
+        """All ranks, when nothing is left to do: leave every group, whose threads would outlive the interpreter."""
+        import torch.distributed as dist
+
+        dist.destroy_process_group()
+
     def _broadcast(self, task: Task | None) -> Task | None:
         import torch.distributed as dist
 

@@ -1,0 +1,37 @@
+"""Rank 0 and those that follow it, as processes that meet in a file."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+_RANK = """
+import sys
+import torch.distributed as dist
+from fedsft_assets.federation.followers import Followers, Task
+rank = int(sys.argv[2])
+dist.init_process_group("gloo", store=dist.FileStore(sys.argv[1], 2), rank=rank, world_size=2)
+followers = Followers()
+if rank == 0:
+    for task in (Task("train", 3), Task("evaluate", 4), None):
+        followers.tell(task)
+else:
+    print([tuple(task) for task in followers.tasks()])
+followers.part()
+print("left" if not dist.is_initialized() else "still there")
+"""
+
+
+def test_followers_do_what_rank_0_tells_until_nothing_is_left_and_all_leave_their_groups(tmp_path: Path) -> None:
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", _RANK, str(tmp_path / "meeting"), str(rank)], stdout=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [rank.communicate(timeout=120)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    assert said == ["left\n", "[('train', 3), ('evaluate', 4)]\nleft\n"]
