@@ -82,7 +82,6 @@ class Supervision:
         self.starts = 0  # of the server part
         for line in self._told:
             deque(self._take(from_line(line)), maxlen=0)
-        self._stopped = None
 
     def run(self) -> Iterator[Event]:
         """Everything up to the fetched result. Raises JobError or _OrphanedError."""
@@ -91,13 +90,19 @@ class Supervision:
             return
         try:
             for restarts_left in reversed(range(_RESTARTS + 1)):
+                submissions = self._execution.submissions
                 job_id = yield from self._attach_or_submit()
+                taken_over = self._execution.submissions == submissions
                 state = yield from self._followed(job_id)
                 if state.succeeded and not self._stopped:
                     break
-                if self._stopped or not restarts_left:
-                    raise self._failure(job_id, state)
-                yield Progress(f"the server of the job died ({state.said}); it is started again")
+                failure = self._failure(job_id, state)
+                # What was cut off in a job that was taken over may have been so before.
+                again = failure.lost and (taken_over or not self._stopped)
+                if not again or not restarts_left:
+                    raise failure
+                why = self._stopped.reason if self._stopped else f"its server died ({state.said})"
+                yield Progress(f"FLARE job {job_id} is lost: {why}; it is started again")
                 self._runtime.abort(job_id)
             self._fetch(job_id, state)
         except ResultLostError as error:
@@ -188,11 +193,13 @@ class Supervision:
         if self._execution.submissions and self._runtime.outlives:
             job_id = self._execution.job_id or self._submit()  # an earlier attempt was killed before it knew the id
             state = self._runtime.poll(job_id)
-            if not state.ended or state.succeeded:
+            if not self._stopped and (not state.ended or state.succeeded):
                 yield Progress(f"takes over FLARE job {job_id}")
                 return job_id
+            self._runtime.abort(job_id)
         if self._execution.rounds:
             yield Progress(f"goes on after round {self._execution.rounds} of {self.spec.rounds}")
+        self._stopped = None
         self._save(submissions=self._execution.submissions + 1, job_id=None)
         job_id = self._submit()
         yield Progress(f"FLARE job {job_id} in the {self._runtime_name}")

@@ -442,7 +442,7 @@ def test_server_that_dies_is_started_again_and_nothing_is_told_twice(
     assert events == [
         Progress("FLARE job job-1 in the poc"),
         *(VAL, Progress("busy"), missed),
-        Progress("the server of the job died (FINISHED:EXECUTION_EXCEPTION); it is started again"),
+        Progress("FLARE job job-1 is lost: its server died (FINISHED:EXECUTION_EXCEPTION); it is started again"),
         Progress("goes on after round 1 of 3"),
         Progress("FLARE job job-2 in the poc"),
         LATER,
@@ -480,6 +480,44 @@ def test_trainer_that_was_killed_is_shown_with_its_sites_log_and_may_be_tried_ag
     assert error.lost
     assert "the trainer of site-1 failed:\nthe trainer process was killed by signal 9 (SIGKILL)" in str(error)
     assert str(error).endswith(f"The end of the site's log:\nloading\n{DIED}")
+
+
+def test_job_that_is_taken_over_with_a_trainer_that_was_killed_before_is_started_again(
+    attempt: Attempt, jobs: Jobs
+) -> None:
+    killed = Missed("site-1", 2, "its trainer is gone (EXECUTION_EXCEPTION)")
+    jobs.logs["site-1"] = f"loading\n{DIED}\n"
+    jobs.steps = [(RUNNING, [Started(0), VAL, RoundDone(1)])]
+    list(_until(attempt().run(), 2))
+    jobs.steps = [(RUNNING, []), (FAILED, [killed, STOPPED]), (FAILED, []), (DONE, [Started(1), LATER])]
+    assert _events(attempt()) == (
+        [
+            Progress("takes over FLARE job job-1"),
+            killed,
+            Progress(f"FLARE job job-1 is lost: {STOPPED.reason}; it is started again"),
+            Progress("goes on after round 1 of 3"),
+            Progress("FLARE job job-2 in the poc"),
+            LATER,
+        ],
+        None,
+    )
+
+
+def test_job_that_is_taken_over_and_whose_trainer_fails_by_itself_fails_for_good(attempt: Attempt, jobs: Jobs) -> None:
+    jobs.steps = [(RUNNING, [Started(0), VAL])]
+    list(_until(attempt().run(), 2))
+    jobs.steps = [(RUNNING, []), (FAILED, [Missed("site-1", 1, "its trainer failed", "Traceback: é"), STOPPED])]
+    assert not _failure(attempt()).lost
+    assert list(jobs.taken.values()) == ["job-1"]
+
+
+@pytest.mark.parametrize("state", [RUNNING, DONE, FAILED], ids=lambda state: state.said)
+def test_job_that_its_server_stopped_is_not_taken_over(attempt: Attempt, jobs: Jobs, state: JobState) -> None:
+    jobs.steps = [(FAILED, [Started(0), VAL, STOPPED])]
+    assert _failure(attempt()).lost
+    jobs.steps = [(state, []), (DONE, [Started(0), LATER])]
+    assert _events(attempt()) == ([Progress("FLARE job job-2 in the poc"), LATER], None)
+    assert jobs.done.index("abort job-1") < jobs.done.index("fetch job-2")
 
 
 def test_site_that_went_silent_is_told_with_the_servers_reason(attempt: Attempt, jobs: Jobs) -> None:
