@@ -70,6 +70,12 @@ def _said(process: "subprocess.Popen[str]") -> dict[str, Any]:
     return said
 
 
+def _kill(server: ForkServer) -> None:
+    """Returns when it is dead: its sockets close before."""
+    os.kill(server.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, server.pid, os.WEXITED | os.WNOWAIT)
+
+
 def test_fork_has_the_arguments_folder_environment_and_streams_that_it_was_started_with(
     server: ForkServer, work: Path
 ) -> None:
@@ -128,7 +134,7 @@ def test_forks_end_when_the_server_is_stopped(server: ForkServer, work: Path) ->
 def test_killed_server_is_told_by_every_process_and_can_be_started_again(server: ForkServer, work: Path) -> None:
     process = _start(server, work, "wait")
     fork = psutil.Process(_said(process)["pid"])
-    os.kill(server.pid, signal.SIGKILL)
+    _kill(server)
     assert process.wait() == LOST
     fork.kill()  # which whoever ends the job does, by its mark
     _, errors = process.communicate()
@@ -140,7 +146,7 @@ def test_killed_server_is_told_by_every_process_and_can_be_started_again(server:
 def test_checkpoint_whose_process_is_lost_with_the_server_can_be_made_by_another_attempt(
     server: ForkServer, work: Path
 ) -> None:
-    os.kill(server.pid, signal.SIGKILL)
+    _kill(server)
     command, environment = [str(server.python), "-m", "forked_example"], {**os.environ, **server.environment}
     with pytest.raises(JobError, match="the job's fork server does not answer") as lost:
         make_checkpoint(command, environment, work, work, work, work)
