@@ -19,16 +19,17 @@ _FILE = "execution.json"
 class Execution:
     """`subject` says what is executed, `rounds` are finished, `seconds` went into it in all attempts so far.
 
-    `submissions` have been begun, of which `job_id` is the last one's FLARE job, once that is known. `status` is the
-    runtime's word for a job that has ended well, when its files are in the workspace; `checkpoint` the digest of the
-    archive that was made of them; `ended`: nothing is left to do. `superseded` are FLARE jobs of executions before it,
-    of other job folders, that may still run.
+    `submissions` have been begun, of which `job_id` is the last one's FLARE job, once that is known; `stopped`: its
+    server gave it up. `status` is the runtime's word for a job that has ended well, when its files are in the
+    workspace; `checkpoint` the digest of the archive that was made of them; `ended`: nothing is left to do.
+    `superseded` are FLARE jobs of executions before it, of other job folders, that may still run.
     """
 
     id: str
     subject: dict[str, str]
     submissions: int = 0
     job_id: str | None = None
+    stopped: bool = False
     rounds: int = 0
     seconds: float = 0.0
     status: str | None = None

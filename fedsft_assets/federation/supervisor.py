@@ -82,6 +82,7 @@ class Supervision:
         self.starts = 0  # of the server part
         for line in self._told:
             deque(self._take(from_line(line)), maxlen=0)
+        self._stopped = None
 
     def run(self) -> Iterator[Event]:
         """Everything up to the fetched result. Raises JobError or _OrphanedError."""
@@ -96,6 +97,8 @@ class Supervision:
                 state = yield from self._followed(job_id)
                 if state.succeeded and not self._stopped:
                     break
+                if self._stopped:
+                    self._save(stopped=True)
                 failure = self._failure(job_id, state)
                 # What was cut off in a job that was taken over may have been so before.
                 again = failure.lost and (taken_over or not self._stopped)
@@ -193,14 +196,14 @@ class Supervision:
         if self._execution.submissions and self._runtime.outlives:
             job_id = self._execution.job_id or self._submit()  # an earlier attempt was killed before it knew the id
             state = self._runtime.poll(job_id)
-            if not self._stopped and (not state.ended or state.succeeded):
+            if not self._execution.stopped and (not state.ended or state.succeeded):
                 yield Progress(f"takes over FLARE job {job_id}")
                 return job_id
             self._runtime.abort(job_id)
         if self._execution.rounds:
             yield Progress(f"goes on after round {self._execution.rounds} of {self.spec.rounds}")
         self._stopped = None
-        self._save(submissions=self._execution.submissions + 1, job_id=None)
+        self._save(submissions=self._execution.submissions + 1, job_id=None, stopped=False)
         job_id = self._submit()
         yield Progress(f"FLARE job {job_id} in the {self._runtime_name}")
         return job_id

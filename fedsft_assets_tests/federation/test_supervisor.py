@@ -520,6 +520,19 @@ def test_job_that_its_server_stopped_is_not_taken_over(attempt: Attempt, jobs: J
     assert jobs.done.index("abort job-1") < jobs.done.index("fetch job-2")
 
 
+def test_last_word_of_an_earlier_job_does_not_keep_the_next_one_from_being_taken_over(
+    attempt: Attempt, jobs: Jobs
+) -> None:
+    jobs.steps = [(FAILED, [Started(0), VAL, STOPPED])]
+    _failure(attempt())
+    jobs.steps = [(FAILED, []), (RUNNING, [])]
+    list(_until(attempt().run(), 1))  # of a supervisor that is killed before it hears anything of the new job
+    jobs.done.clear()
+    jobs.steps = [(DONE, []), (DONE, [Started(0), LATER])]
+    assert _events(attempt()) == ([Progress("takes over FLARE job job-2"), LATER], None)
+    assert "submit" not in jobs.done
+
+
 def test_site_that_went_silent_is_told_with_the_servers_reason(attempt: Attempt, jobs: Jobs) -> None:
     jobs.steps = [(FAILED, [Started(0), Missed("site-1", 2, "it has said nothing for 30 s"), STOPPED])]
     error = _failure(attempt())
