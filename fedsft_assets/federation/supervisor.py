@@ -99,11 +99,11 @@ class Supervision:
                     break
                 if self._stopped:
                     self._save(stopped=True)
-                failure = self._failure(job_id, state)
-                # What was cut off in a job that was taken over may have been so before.
-                again = failure.lost and (taken_over or not self._stopped)
-                if not again or not restarts_left:
-                    raise failure
+                if self._stopped or not restarts_left:
+                    failure = self._failure(job_id, state)
+                    # What was cut off in a job that was taken over may have been so before.
+                    if not (failure.lost and taken_over and restarts_left):
+                        raise failure
                 why = self._stopped.reason if self._stopped else f"its server died ({state.said})"
                 yield Progress(f"FLARE job {job_id} is lost: {why}; it is started again")
                 self._runtime.abort(job_id)
