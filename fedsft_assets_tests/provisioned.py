@@ -89,7 +89,8 @@ def environment(folder: Path, bin_folder: Path = BIN) -> dict[str, str]:
 
 
 def _configure_server(kit: Path) -> None:
-    """Jobs stay in the kit instead of /tmp/nvflare; the study's user may submit jobs that bring the server's part."""
+    """Jobs stay in the kit instead of /tmp; the study's user may submit jobs that bring the server's part."""
+    (kit / "tmp").mkdir()
     default = (kit / "local/resources.json.default").read_text()
     (kit / "local/resources.json").write_text(default.replace("/tmp/nvflare", str(kit / "storage")))
     own = {"manage_job": "n:submitter", "download_job": "n:submitter", "get_job_log": "n:submitter"}
@@ -121,7 +122,8 @@ class Federation:
     def start(self, name: str) -> None:
         """Start `server` or a site the way its operator does, in a session of its own."""
         kit = self.kits.kit(name)
-        variables = {**environment(self.folder, self.bins.get(name, BIN)), **self.variables.get(name, {})}
+        temporary = {"TMPDIR": str(kit / "tmp")} if name == SERVER else {}
+        variables = {**environment(self.folder, self.bins.get(name, BIN)), **temporary, **self.variables.get(name, {})}
         with (self.folder / f"{name}.console.log").open("ab") as log:
             subprocess.run(
                 [*self.inside.get(name, ()), "bash", str(kit / "startup/start.sh")],

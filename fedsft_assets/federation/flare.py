@@ -8,9 +8,10 @@ import importlib.metadata
 import os
 import shutil
 import sys
+import tempfile
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
@@ -81,7 +82,8 @@ class FlareJobs:
 
         token = token or uuid.uuid4().hex
         try:
-            job_id = self._session.ask(lambda session: session.submit_job(str(job_folder), submit_token=token))
+            with _temporary_files_in(self._folder):
+                job_id = self._session.ask(lambda session: session.submit_job(str(job_folder), submit_token=token))
         except SubmitTokenJobDeleted as error:
             job_id = error.job_id
         except SubmitTokenConflict as error:  # other bytes, as another version of this package may write them
@@ -256,6 +258,17 @@ class FlareJobs:
         return ""
 
     _what_to_do = "check that it runs and that this machine reaches it"
+
+
+@contextlib.contextmanager
+def _temporary_files_in(folder: Path) -> Iterator[None]:
+    """NVFlare leaves what it sent behind when the server takes no new job for it, or does not answer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    before, tempfile.tempdir = tempfile.tempdir, str(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
 
 
 def _why_not_run(meta: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -141,6 +142,22 @@ def test_token_stands_for_one_job_whoever_hands_it_in_and_whatever_became_of_it(
     jobs._session.ask(lambda session: session.delete_job(first))
     assert jobs.submit(folder, "a-token") == first
     assert jobs.poll(first) == JobState(ended=True, succeeded=False, said="UNKNOWN")
+
+
+def test_submission_leaves_nothing_behind_but_in_its_own_folder(
+    jobs: FlareJobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    folder = write_job(tmp_path / "again", SITES, LINES[:1])
+    job_id = jobs.submit(folder, "one-token")
+    _ended(jobs, job_id)
+    assert jobs.submit(folder, "one-token") == job_id
+    jobs._session.ask(lambda session: session.delete_job(job_id))
+    assert jobs.submit(folder, "one-token") == job_id
+    assert list(temporary.iterdir()) == []
+    assert tempfile.gettempdir() == str(temporary)
 
 
 def test_sites_that_are_not_connected_are_named(connect: Callable[..., FlareJobs]) -> None:
