@@ -26,7 +26,7 @@ class Task(NamedTuple):
 def start_all(devices: int, folder: Path) -> None:
     """Become torchrun, which starts this same command for each of the devices; returns in those processes only.
 
-    `folder` gets short-lived files through which they meet.
+    `folder` gets short-lived files through which they meet, and what torchrun keeps of each.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return
@@ -46,7 +46,7 @@ def start_all(devices: int, folder: Path) -> None:
     command = [
         *(sys.executable, "-u", "-m", "torch.distributed.run", "--nproc-per-node", str(devices)),
         *("--rdzv-backend", "c10d", "--rdzv-conf", "store_type=file", "--rdzv-endpoint", f"{meeting}-torchrun"),
-        *("--local-addr", "127.0.0.1", "--rdzv-id", meeting.name),
+        *("--local-addr", "127.0.0.1", "--rdzv-id", meeting.name, "--log-dir", str(folder.absolute())),
         *("-m", "fedsft_assets.federation.client", *sys.argv[1:]),
     ]
     sys.stdout.flush()

@@ -94,7 +94,7 @@ def results(
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--local-addr", "127.0.0.1"),
         *("--rdzv-backend", "c10d", "--rdzv-conf", "store_type=file", "--rdzv-endpoint", str(folder / "torchrun")),
-        *("-m", one_round.__name__, str(folder)),
+        *("--log-dir", str(folder), "-m", one_round.__name__, str(folder)),
     ]
     done = subprocess.run(
         command, env=loopback_environment(folder / "meeting"), capture_output=True, text=True, check=False
