@@ -9,7 +9,7 @@ from fedsft_assets.federation.metrics import Point
 
 # Set by whoever starts a job on the same machine as its sites: the time in seconds since the epoch.
 JOB_STARTED = "FEDSFT_JOB_STARTED"
-PREFIX = "seconds/"
+_PREFIX, _SUFFIX = "system/", "_seconds"  # MLflow shows metrics of that prefix apart, after the losses
 
 
 class PhaseClock:
@@ -38,17 +38,28 @@ class PhaseClock:
     def points(self, round: int, samples: int, site: str) -> list[Point]:
         """The seconds so far of every phase."""
         return [
-            Point(f"{PREFIX}{name}", round_to_ms(seconds), round, samples, site)
+            Point(metric_name(name), round_to_ms(seconds), round, samples, site)
             for name, seconds in self._seconds.items()
         ]
+
+
+def metric_name(phase: str) -> str:
+    """What the seconds of a phase are called among the metrics of a job."""
+    return f"{_PREFIX}{phase}{_SUFFIX}"
+
+
+def phase_of(metric: str) -> str | None:
+    """The phase whose seconds the metric of that name has; None for any other metric."""
+    if not metric.startswith(_PREFIX):
+        return None
+    return metric.removeprefix(_PREFIX).removesuffix(_SUFFIX)
 
 
 def longest_phases(points: Iterable[Point]) -> dict[str, float]:
     """The seconds of each phase at the site where it took longest, from all points of a job."""
     longest: dict[str, float] = {}
     for point in points:
-        if point.name.startswith(PREFIX):
-            name = point.name.removeprefix(PREFIX)
+        if name := phase_of(point.name):
             longest[name] = max(point.value, longest.get(name, 0.0))
     return longest
 

@@ -13,7 +13,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, Self
 
 from fedsft_assets.federation.metrics import Point
-from fedsft_assets.federation.phases import PREFIX
+from fedsft_assets.federation.phases import metric_name
 from fedsft_assets.federation.report import MODEL_FILE, JobReport
 from fedsft_assets.store import Store
 from fedsft_assets.tracking.delivery import Delivery
@@ -118,7 +118,7 @@ class TrackedJob:
             "base_val_loss": report.base_val_loss,
             "tokens_trained": float(report.tokens),
             "seconds": report.seconds,
-            **{f"{PREFIX}{phase}": seconds for phase, seconds in report.phases.items()},
+            **{metric_name(phase): seconds for phase, seconds in report.phases.items()},
         }
         tags = {
             "checkpoint.path": str(archive),

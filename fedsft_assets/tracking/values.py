@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fedsft_assets.federation.metrics import Point
-from fedsft_assets.federation.phases import PREFIX
+from fedsft_assets.federation.phases import phase_of
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric
@@ -67,7 +67,7 @@ def values_of(point: Point) -> list[tuple[str, Value]]:
         own = [(JOB, value(point.name, point.value))]
         return [*own, (JOB, value("round", float(point.round)))] if point.name == "val_loss" else own
     own = [(point.site, value(point.name, point.value))]
-    if point.step is None and not point.name.startswith(PREFIX):
+    if point.step is None and not phase_of(point.name):
         own.append((JOB, value(f"{point.name}.{point.site}", point.value)))
     return own
 

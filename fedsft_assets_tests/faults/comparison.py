@@ -11,6 +11,7 @@ from fedsft_assets.execution import journal_points
 from fedsft_assets.federation.exchange import LAST_MODEL
 from fedsft_assets.federation.journal import RoundDone, Started, from_line
 from fedsft_assets.federation.metrics import Point
+from fedsft_assets.federation.phases import phase_of
 from fedsft_assets.federation.record import Workspace
 from fedsft_assets.federation.report import JobReport
 from fedsft_assets.store import Store
@@ -19,7 +20,6 @@ from fedsft_assets.tracking.delivery import EXECUTION_TAG
 from fedsft_assets.tracking.values import JOB, distinct, value_of, values_of
 
 _OF_WEIGHTS, _OF_LOSSES = 1e-5, 1e-4
-_OF_THE_CLOCK = "seconds/"  # how a point's name begins that measures time
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Finished:
     def read(cls, workspace: Path, checkpoint: Path) -> "Finished":
         """From the folders of the workspace and the checkpoint."""
         files = Workspace(workspace)
-        points = [p for p in journal_points(files.journal) if not p.name.startswith(_OF_THE_CLOCK)]
+        points = [p for p in journal_points(files.journal) if not phase_of(p.name)]
         weights = torch.load(files.result / LAST_MODEL, weights_only=True)
         return cls(weights, files.journal, points, JobReport.read(checkpoint))
 

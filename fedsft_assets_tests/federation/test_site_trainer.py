@@ -20,7 +20,7 @@ from fedsft_assets.federation.exchange import (
     Kind,
 )
 from fedsft_assets.federation.metrics import Point, points_from_data
-from fedsft_assets.federation.phases import PhaseClock
+from fedsft_assets.federation.phases import PhaseClock, metric_name, phase_of
 from fedsft_assets.federation.server import FederatedSFT
 from fedsft_assets.federation.site_exchange import ExchangeError
 from fedsft_assets.federation.site_trainer import SiteTrainer
@@ -281,7 +281,7 @@ def test_every_point_that_is_told_comes_in_the_result_too(
         points = points_from_data(trainer.train(_sent(base, number)).meta[POINTS_KEY])
         told = heard.points
         assert {point.name for point in told} == {"val_loss", "train_loss", "val_loss_local"}
-        measured = [point for point in points if not point.name.startswith("seconds/")]
+        measured = [point for point in points if not phase_of(point.name)]
         assert told == measured
         assert [point.time for point in told if point.name != "train_loss"] == [
             point.time for point in measured if point.name != "train_loss"
@@ -290,7 +290,7 @@ def test_every_point_that_is_told_comes_in_the_result_too(
 
 def test_seconds_of_every_phase_come_with_the_result(make_trainer: MakeTrainer, base: Weights) -> None:
     points = points_from_data(make_trainer().train(_sent(base)).meta[POINTS_KEY])
-    assert {"seconds/load", "seconds/tokenize", "seconds/validate"} <= {point.name for point in points}
+    assert {metric_name(phase) for phase in ("load", "tokenize", "validate")} <= {point.name for point in points}
 
 
 def test_what_is_told_names_site_round_and_step(make_trainer: MakeTrainer, heard: Heard, base: Weights) -> None:

@@ -45,7 +45,7 @@ RESULTS = {
     "base_val_loss": 7.0,
     "tokens_trained": 700,
     "seconds": 12.5,
-    "seconds/train": 1.0,
+    "system/train_seconds": 1.0,
 }
 
 
@@ -69,7 +69,7 @@ def job_points(rounds: int = ROUNDS) -> list[Point]:
                     add("train_loss", 5 - k - step / 10, k + 1, seen, site, step)
                 add("train_loss", 5 - k - step / 10, k + 1, 2 * seen, None, step)
     for site in SITES:
-        add("seconds/train", 1.5, rounds, 32 * rounds, site)
+        add("system/train_seconds", 1.5, rounds, 32 * rounds, site)
     return points
 
 
