@@ -50,9 +50,8 @@ def metric_name(phase: str) -> str:
 
 def phase_of(metric: str) -> str | None:
     """The phase whose seconds the metric of that name has; None for any other metric."""
-    if not metric.startswith(_PREFIX):
-        return None
-    return metric.removeprefix(_PREFIX).removesuffix(_SUFFIX)
+    phase = metric.removeprefix(_PREFIX).removesuffix(_SUFFIX)
+    return phase if metric == metric_name(phase) else None
 
 
 def longest_phases(points: Iterable[Point]) -> dict[str, float]:

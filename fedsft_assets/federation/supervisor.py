@@ -77,12 +77,11 @@ class Supervision:
         )
         self.points: dict[tuple[object, ...], Point] = {}
         self.missed: list[Missed] = []
-        self._stopped: Stopped | None = None
         self._rounds = execution.rounds
         self.starts = 0  # of the server part
         for line in self._told:
             deque(self._take(from_line(line)), maxlen=0)
-        self._stopped = None
+        self._stopped: Stopped | None = None  # the last word of the job that is followed, not of one before it
 
     def run(self) -> Iterator[Event]:
         """Everything up to the fetched result. Raises JobError or _OrphanedError."""
