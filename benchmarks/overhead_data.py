@@ -17,7 +17,7 @@ from benchmarks.data_files import FOLDERS
 from benchmarks.overhead_input import HEADS, LAYERS, SEED, VOCABULARY, WIDTH, Input, Part, Rows, SiteInput
 from benchmarks.training_data import make_splits
 from fedsft_assets.data.records import Record, dump_records, read_records
-from fedsft_assets.federation.job_folder import build_job_folder
+from fedsft_assets.federation.job_folder import build_job_folder, read_plans
 from fedsft_assets.model.batches import Tokens
 from fedsft_assets.model.language_model import LanguageModel
 from fedsft_assets.model.optimizer import Schedule
@@ -26,6 +26,7 @@ from fedsft_assets.model.tokenizer import EOS
 from fedsft_assets.model.training import round_batches, split_tokens
 from fedsft_assets.specs import COMBINED, JobSpec, ModelPreset, SitePlan, SiteSpec
 from fedsft_assets.store import Store, split_file
+from fedsft_assets.versions import add_version, adding, current, make_current
 
 JOB = "fedavg"
 
@@ -36,7 +37,7 @@ def make_input(samples: Path, given: Input, part: Part) -> None:
     store = Store(given.home)
     records = _splits(samples, given, store)
     for site in spec.sites.values():  # whole batches alone, so that a step is as many records for each site
-        _write_records(store, site.dataset, _whole_batches(records[site.dataset], part))
+        _put_records(store, site.dataset, _whole_batches(records[site.dataset], part))
     write_input(given, part, spec, records[COMBINED])
 
 
@@ -46,8 +47,7 @@ def make_many(samples: Path, given: Input, part: Part, sites: int) -> None:
     records = _splits(samples, given, store)[COMBINED]
     endless, names = cycle(records), [f"site_{number}" for number in range(1, sites + 1)]
     for name in names:
-        store.splits(name).mkdir(parents=True)
-        _write_records(store, name, list(islice(endless, part.steps * part.batch_size)))
+        _put_records(store, name, list(islice(endless, part.steps * part.batch_size)))
     spec = JobSpec.load(PROJECT / "jobs" / f"{JOB}.yaml", list(FOLDERS))
     of_each = {name.replace("_", "-"): SiteSpec(dataset=name) for name in names}
     write_input(given, part, spec.model_copy(update={"sites": of_each}), records)
@@ -64,19 +64,21 @@ def write_input(given: Input, part: Part, spec: JobSpec, texts: Sequence[Record]
         max_length=part.max_length,
     )
     model = _make_model(given, part, texts)
-    model.save(store.base_model(preset.name))
-    plans = build_job_folder(_job(spec, store, part), preset, store).plans
+    with adding(store.base_model(preset.name)) as addition:
+        model.save(addition.folder / f"{preset.name}.nemo")
+    make_current(addition.version)
+    job_folder = build_job_folder(_job(spec, store, part), preset, store).folder
+    plans = [plan.located(store.home) for plan in read_plans(job_folder)]
     validation = _rows(_tokens(model, plans[0].validation_file, part)[: part.evaluation_records])
-    _tokens(model, split_file(store.combined, "testing"), part)
+    _tokens(model, split_file(current(store.combined), "testing"), part)
     given.write(part, [_site(model, plan, part) for plan in plans], validation)
 
 
 def _splits(samples: Path, given: Input, store: Store) -> dict[str, list[Record]]:
     """Put the samples' splits into the store; their training records."""
     for name, folder in make_splits(samples, given.folder / "splits").items():
-        store.splits(name).parent.mkdir(parents=True, exist_ok=True)
-        folder.rename(store.splits(name))
-    return {name: read_records(split_file(store.splits(name), "training")) for name in (*FOLDERS, COMBINED)}
+        make_current(add_version(store.splits(name), folder))
+    return {name: read_records(split_file(current(store.splits(name)), "training")) for name in (*FOLDERS, COMBINED)}
 
 
 def _whole_batches(records: Sequence[Record], part: Part) -> list[Record]:
@@ -84,13 +86,16 @@ def _whole_batches(records: Sequence[Record], part: Part) -> list[Record]:
     return list(records[: len(records) - len(records) % part.batch_size])
 
 
-def _write_records(store: Store, dataset: str, records: list[Record]) -> None:
-    split_file(store.splits(dataset), "training").write_bytes(dump_records(records))
+def _put_records(store: Store, dataset: str, records: list[Record]) -> None:
+    """Make these records the dataset's training split."""
+    with adding(store.splits(dataset)) as addition:
+        split_file(addition.folder, "training").write_bytes(dump_records(records))
+    make_current(addition.version)
 
 
 def _job(spec: JobSpec, store: Store, part: Part) -> JobSpec:
     """The job with the part's figures, and an optimizer that starts anew each round, as a tutorial's does."""
-    fewest = min(len(read_records(split_file(store.splits(name), "training"))) for name in spec.datasets)
+    fewest = min(len(read_records(split_file(current(store.splits(name)), "training"))) for name in spec.datasets)
     return spec.override(
         rounds=part.rounds,
         local_epochs=math.ceil(part.steps * part.batch_size / fewest),

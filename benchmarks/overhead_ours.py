@@ -11,6 +11,7 @@ from fedsft_assets.federation.launch import run_job
 from fedsft_assets.federation.metrics import Point
 from fedsft_assets.federation.report import MODEL_FILE, JobReport
 from fedsft_assets.store import Store, split_file
+from fedsft_assets.versions import current
 
 JOB = "fedavg"
 
@@ -21,7 +22,10 @@ def run(given: Input, model: Path) -> None:
     for old in (store.flare(JOB), store.checkpoint(JOB)):
         shutil.rmtree(old, ignore_errors=True)
     *events, report = run_job(
-        store.job_folder(JOB), store.flare(JOB), split_file(store.combined, "testing"), store.checkpoint(JOB)
+        current(store.job_folder(JOB)),
+        store.flare(JOB),
+        split_file(current(store.combined), "testing"),
+        store.checkpoint(JOB),
     )
     assert isinstance(report, JobReport), "run_job ends with a report or raises"
     model.symlink_to(store.checkpoint(JOB) / MODEL_FILE)

@@ -31,7 +31,9 @@ def preset(part: Part) -> ModelPreset:
     """The part's model as a user names it; GPT-2's smallest shape is treated as a folder of a user's would be."""
     if part.model in PRESETS:
         return PRESETS[part.model]
-    return ModelPreset(part.model, part.name, part.learning_rate, part.batch_size, part.max_length, 4096)
+    return ModelPreset(
+        part.model, part.name, part.learning_rate, part.batch_size, part.max_length, micro_batch_tokens=4096
+    )
 
 
 def site_plan(

@@ -11,8 +11,9 @@ from benchmarks.training_ours import preset
 from fedsft_assets.federation.job_folder import build_job_folder
 from fedsft_assets.federation.launch import run_job
 from fedsft_assets.federation.report import JobReport
-from fedsft_assets.specs import JobSpec
-from fedsft_assets.store import Store, split_file
+from fedsft_assets.specs import COMBINED, JobSpec
+from fedsft_assets.store import Store, link_or_copy, split_file
+from fedsft_assets.versions import add_version, adding, current, make_current
 
 _JOB = "fedavg"
 _SHORT = {"rounds": 2, "max_local_steps": 10, "max_evaluation_records": 100}
@@ -21,19 +22,15 @@ _SHORT = {"rounds": 2, "max_local_steps": 10, "max_evaluation_records": 100}
 def phases(given: TrainingInput) -> dict[str, float]:
     """Seconds of each phase where it took longest, and of the whole `job`."""
     store, model = Store(given.folder / "home"), preset(given.part)
-    for linked, made in (
-        (store.home / "processed", given.folder / "splits"),
-        (store.combined, given.folder / "splits" / "combined"),
-        (store.base_model(model.name), given.archive),
-    ):
-        linked.parent.mkdir(parents=True, exist_ok=True)
-        linked.unlink(missing_ok=True)  # of an earlier run in a folder that was kept
-        linked.symlink_to(made)
+    for name in (*FOLDERS, COMBINED):
+        make_current(add_version(store.splits(name), given.folder / "splits" / name))
+    with adding(store.base_model(model.name)) as addition:
+        link_or_copy(str(given.archive), str(addition.folder / f"{model.name}.nemo"))
+    make_current(addition.version)
     spec = JobSpec.load(PROJECT / "jobs" / f"{_JOB}.yaml", list(FOLDERS)).override(**_SHORT)
-    build_job_folder(spec, model, store)
-    *_, report = run_job(
-        store.job_folder(_JOB), store.flare(_JOB), split_file(store.combined, "testing"), store.checkpoint(_JOB)
-    )
+    job_folder = build_job_folder(spec, model, store).folder
+    testing_file = split_file(current(store.combined), "testing")
+    *_, report = run_job(job_folder, store.flare(_JOB), testing_file, store.checkpoint(_JOB))
     assert isinstance(report, JobReport), "run_job ends with a report or raises"
     return {**report.phases, "job": round(report.seconds, 3)}
 

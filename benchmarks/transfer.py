@@ -144,6 +144,9 @@ def _run(way: str, size: str, exchange: Exchange, archive: Path, folder: Path) -
     diaries.mkdir(parents=True)
     mark = f"benchmark transfer {uuid.uuid4().hex}"
     job = our_job(exchange, archive, diaries, folder) if way == OURS else stock_job(exchange, diaries, folder)
+    local = folder / "nvflare" / "local"
+    local.mkdir(parents=True)
+    (local / "resources.json").write_text('{"class_allow_list": ["*"]}')  # the trainers of both are not installed ones
     command = [
         *(sys.executable, "-m", "nvflare.cli", "simulator", str(job), "-w", str(folder / "nvflare")),
         *("-c", ",".join(exchange.site_names), "-t", str(exchange.sites)),

@@ -35,7 +35,8 @@ def our_job(exchange: Exchange, archive: Path, diaries: Path, root: Path) -> Pat
     """The job folder of this project for the exchange, with a trainer that does not train."""
     from fedsft_assets.federation.exchange import EXECUTION_KEY
     from fedsft_assets.federation.job_folder import export_job
-    from fedsft_assets.specs import JobSpec, SiteSpec
+    from fedsft_assets.federation.site_messages import RoundLimits
+    from fedsft_assets.specs import JobSpec, LocalWork, SiteSpec
 
     wire = "bf16-diff" if exchange.bf16 else "fp32"
     spec = JobSpec(
@@ -45,7 +46,14 @@ def our_job(exchange: Exchange, archive: Path, diaries: Path, root: Path) -> Pat
         rounds=exchange.rounds,
         wire=wire,
     )
-    export_job(spec, archive, root)
+    limits = RoundLimits(
+        work=LocalWork(local_epochs=1, max_local_steps=1, batch_size=1),
+        precision="32",
+        max_length=1,
+        validation_records=1,
+        records=dict.fromkeys(exchange.site_names, 1),
+    )
+    export_job(spec, archive, root, limits)
     folder = root / spec.name
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     (folder / "meta.json").write_text(json.dumps({**meta, EXECUTION_KEY: "transfer"}), encoding="utf-8")

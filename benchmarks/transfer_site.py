@@ -114,14 +114,18 @@ class _Ours:
         from nvflare.apis.fl_constant import FLMetaKey
         from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 
-        from fedsft_assets.federation.exchange import FIRST_KEY, KIND_KEY, POINTS_KEY, SAMPLES_KEY, Kind
-        from fedsft_assets.federation.metrics import Point, points_to_data
+        from fedsft_assets.federation.exchange import FIRST_KEY, KIND_KEY, POINTS_KEY, RECORDS_KEY, SAMPLES_KEY, Kind
+        from fedsft_assets.federation.metrics import TRAIN_LOSS, VAL_LOSS, VAL_LOSS_LOCAL, Point, points_to_data
 
-        round_number = received.current_round
+        done = received.current_round
         self.exchange.take(received)
-        points = points_to_data([Point("val_loss", 1.0 / (1 + round_number), round_number, 0, self.site, tokens=1)])
+        points = [Point(VAL_LOSS, 1.0 / (1 + done), done, done, tokens=1)]
         if evaluates:
-            return FLModel(metrics={"val_loss": 1.0}, meta={POINTS_KEY: points})
+            return FLModel(metrics={VAL_LOSS: 1.0}, meta={POINTS_KEY: points_to_data(points)})
+        points += [
+            Point(TRAIN_LOSS, 1.0, done + 1, done + 1, step=1, tokens=1),
+            Point(VAL_LOSS_LOCAL, 1.0, done + 1, done + 1, tokens=1),
+        ]
         return FLModel(
             params=self.exchange.changes(self._trained(), Kind.CHANGE),
             params_type=ParamsType.FULL,
@@ -130,8 +134,9 @@ class _Ours:
                 KIND_KEY: str(Kind.CHANGE),
                 FLMetaKey.NUM_STEPS_CURRENT_ROUND: 1,
                 SAMPLES_KEY: 1,
+                RECORDS_KEY: 1,
                 FIRST_KEY: None,
-                POINTS_KEY: points,
+                POINTS_KEY: points_to_data(points),
             },
         )
 

@@ -1,6 +1,8 @@
 """Asset checks on `processed/<dataset>` and `combined`: what must hold before a model is trained on them.
 
-All of them block: one that fails as an error stops what is downstream, one that fails as a warning does not.
+All of them block: one that fails as an error stops what is downstream, one that fails as a warning does not. A version
+becomes the current one when none has failed as an error, or a person has accepted each that has; until then, what was
+current before stays so for everybody.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+from pydantic import Field
 
 from fedsft_assets.assets.failures import explained
 from fedsft_assets.data.quality import blank_outputs, language_sample, prompt_overlap
@@ -16,11 +19,10 @@ from fedsft_assets.data.records import DataError
 from fedsft_assets.data.report import SplitReport
 from fedsft_assets.data.views import percentiles
 from fedsft_assets.model.errors import ModelError
-from fedsft_assets.resources import ChecksResource, ModelResource, StoreResource
+from fedsft_assets.resources import CANDIDATES, ChecksResource, ModelResource, StoreResource
 from fedsft_assets.specs import COMBINED, CheckName, CheckSettings, DatasetSpec, ModelPreset, Severity
 from fedsft_assets.store import Store
-
-_HISTORY = 100  # materializations and evaluations to look back
+from fedsft_assets.versions import CURRENT, Verdict, current, judge
 
 
 @dataclass(frozen=True)
@@ -41,13 +43,19 @@ class Check:
 
 
 CHECKS: Mapping[CheckName, Check] = {
-    "row_count": Check("About as many records as the last time.", "error"),
+    "row_count": Check("About as many records as the current version has.", "error"),
     "no_empty_outputs": Check("Every record has an output to learn.", "error"),
     "no_prompt_overlap": Check("No prompt is in two splits, so that no loss is measured on what was trained.", "error"),
     "token_lengths": Check("Records fit into the model's window.", "warn"),
     "languages": Check("Records are in the languages that are wanted.", "warn"),
     "duplicates": Check("Rows do not repeat each other.", "warn"),
 }
+
+
+class AcceptConfig(dg.Config):
+    """Checks whose failure is accepted for the data that is checked now; who did that is recorded with the data."""
+
+    accept: list[str] = Field([])
 
 
 def data_checks(datasets: Sequence[DatasetSpec]) -> list[dg.AssetChecksDefinition]:
@@ -72,47 +80,40 @@ def _dataset_checks(dataset: str, parts: Sequence[str] = ()) -> dg.AssetChecksDe
             )
             for name, check in CHECKS.items()
         ],
+        ins={"version": dg.AssetIn(key, input_manager_key=CANDIDATES)},
     )
     def run_checks(
-        context: dg.AssetCheckExecutionContext, store: StoreResource, checks: ChecksResource, model: ModelResource
+        context: dg.AssetCheckExecutionContext,
+        config: AcceptConfig,
+        store: StoreResource,
+        checks: ChecksResource,
+        model: ModelResource,
+        version: Path,
     ) -> Iterator[dg.AssetCheckResult]:
         settings = checks.settings
-        before = _records_before(context.instance, key)
+        if unknown := sorted(set(config.accept) - set(CHECKS)):
+            raise dg.Failure(f"accept: {', '.join(unknown)} is no check; one of {', '.join(CHECKS)}")
+        failed: dict[str, str] = {}
         with explained(DataError, ModelError):
-            for name, finding in _findings(dataset, parts, store.files, model.load(), settings, before):
+            for name, finding in _findings(version, store.files, model.load(), settings):
+                severity = settings.severity.get(name, CHECKS[name].severity)
+                description, metadata = finding.description, dict(finding.metadata)
+                if not finding.passed and severity == "error":
+                    failed[name] = finding.description
+                    if name in config.accept:
+                        severity, description = "warn", f"Accepted on purpose: {description}"
+                        metadata["accepted by run"] = context.run.run_id
                 yield dg.AssetCheckResult(
                     check_name=name,
                     passed=finding.passed,
-                    severity=dg.AssetCheckSeverity[settings.severity.get(name, CHECKS[name].severity).upper()],
-                    description=finding.description,
-                    metadata=finding.metadata,
+                    severity=dg.AssetCheckSeverity[severity.upper()],
+                    description=description,
+                    metadata=metadata,
                 )
+        accepted = sorted(set(failed) & set(config.accept))
+        judge(version, Verdict(failed, accepted, f"Dagster run {context.run.run_id}" if accepted else ""))
 
     return run_checks
-
-
-def _records_before(instance: dg.DagsterInstance, key: dg.AssetKey) -> int | None:
-    """Records of the last materialization before the present one; None if there is none.
-
-    One that `row_count` refused does not count: else doing the same again would let it through.
-    """
-    refused = _refused(instance, dg.AssetCheckKey(key, "row_count"))
-    for record in instance.fetch_materializations(key, limit=_HISTORY).records[1:]:
-        records = record.asset_materialization and record.asset_materialization.metadata.get("records")
-        if isinstance(records, dg.IntMetadataValue) and record.storage_id not in refused:
-            return records.value
-    return None
-
-
-def _refused(instance: dg.DagsterInstance, check: dg.AssetCheckKey) -> set[int]:
-    """The materializations that a check last found to be in error, by their storage ids."""
-    verdicts: dict[int, bool] = {}
-    for record in instance.event_log_storage.get_asset_check_execution_history(check, limit=_HISTORY):
-        evaluation = record.evaluation
-        if isinstance(evaluation, dg.AssetCheckEvaluation) and evaluation.target_materialization_data:
-            failed = not evaluation.passed and evaluation.severity == dg.AssetCheckSeverity.ERROR
-            verdicts.setdefault(evaluation.target_materialization_data.storage_id, failed)
-    return {storage_id for storage_id, failed in verdicts.items() if failed}
 
 
 def _asset_key(dataset: str) -> dg.AssetKey:
@@ -120,27 +121,37 @@ def _asset_key(dataset: str) -> dg.AssetKey:
 
 
 def _findings(
-    dataset: str, parts: Sequence[str], files: Store, preset: ModelPreset, settings: CheckSettings, before: int | None
+    folder: Path, files: Store, preset: ModelPreset, settings: CheckSettings
 ) -> Iterator[tuple[CheckName, Finding]]:
-    """Each check's finding, as soon as there is one."""
-    folder = files.splits(dataset)
+    """Each check's finding about a version of splits, as soon as there is one."""
     report = SplitReport.read(folder)
-    yield "row_count", _row_count(report.records, before, settings)
+    parts = [files.processed(name) / digest for name, digest in report.parts.items()]
+    yield "row_count", _row_count(report.records, folder, settings)
     yield "no_empty_outputs", _no_empty_outputs(folder)
-    yield "no_prompt_overlap", _no_prompt_overlap([*map(files.splits, parts), folder])
+    yield "no_prompt_overlap", _no_prompt_overlap([*parts, folder])
     yield "token_lengths", _token_lengths(folder, preset, files, settings.max_truncated)
     yield "languages", _languages(folder, settings)
     yield "duplicates", _duplicates(report, settings.max_duplicates)
 
 
-def _row_count(records: int, before: int | None, settings: CheckSettings) -> Finding:
+def _records_before(folder: Path) -> int | None:
+    """Records of the current version, which a new one is compared with; None if there is none."""
+    versions = folder.parent
+    return SplitReport.read(current(versions)).records if (versions / CURRENT).exists() else None
+
+
+def _row_count(records: int, folder: Path, settings: CheckSettings) -> Finding:
+    before = _records_before(folder)
     if before is None:
-        found = f"{records:,} records; there is no earlier materialization to compare them with."
+        found = f"{records:,} records; there is no earlier version to compare them with."
         return Finding(True, found, {"records": records})
     ratio = records / before
     low, high = settings.min_rows, settings.max_rows
-    found = f"{records:,} records, {ratio:.3g} times the {before:,} of the materialization before"
-    advice = f"allowed is {low:g} to {high:g} times; look at the raw data, or set min_rows or max_rows if this is meant"
+    found = f"{records:,} records, {ratio:.3g} times the {before:,} of the current version"
+    advice = (
+        f"allowed is {low:g} to {high:g} times; look at the raw data, or accept this version if it is meant: "
+        f"fedsft accept {folder.parent.name} row_count, or `accept` in the launchpad"
+    )
     return _finding(low <= ratio <= high, found, advice, {"records": records, "records before": before, "ratio": ratio})
 
 

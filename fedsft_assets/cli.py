@@ -6,15 +6,24 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from fedsft_assets import poc_command
+from pydantic import ValidationError
+
+from fedsft_assets import poc_command, versions_command
 from fedsft_assets.assets.job_folder import JobOverrides
+from fedsft_assets.credentials import redact, redact_error
+from fedsft_assets.disk import explain
 from fedsft_assets.generate import find_archive
+from fedsft_assets.home import HomeError, close_home
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.settings import Settings
 from fedsft_assets.specs import SpecError
 from fedsft_assets.tracking import Outbox
+from fedsft_assets.ui_token import TokenFileError
+from fedsft_assets.versions import short
 
 if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
     from fedsft_assets.model.huggingface_export import HuggingFaceReport
     from fedsft_assets.model.megatron_export import MegatronReport
     from fedsft_assets.model.megatron_import import ImportReport
@@ -35,15 +44,27 @@ _PATIENT_SECONDS = 60.0  # for one answer of the tracking server, where somebody
 
 
 def main() -> None:
+    """Whatever the command ends with, no secret is in it."""
+    try:
+        _main()
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            end.code = redact(end.code)
+        raise
+    except Exception as error:
+        redact_error(error)
+        raise
+
+
+def _main() -> None:
     parser = argparse.ArgumentParser(prog="fedsft", description="Federated supervised fine-tuning, compared.")
     commands = parser.add_subparsers(dest="command", required=True)
     study = commands.add_parser("study", help="materialize everything, from raw data to the comparison")
-    study.add_argument("--data", help="'sample', 'hub', or a folder laid out as the published repositories are")
-    study.add_argument("--model", help="a model preset or a Hugging Face causal LM folder")
+    _add_purpose(study)
     overrides = study.add_argument_group("in place of the values in the job files")
     for name, kind in _OVERRIDES.items():
         overrides.add_argument(f"--{name}", type=kind)
-    commands.add_parser("ui", help="Dagster and MLflow in the browser, on this machine only")
+    _add_purpose(commands.add_parser("ui", help="Dagster and MLflow in the browser, on this machine only"))
     commands.add_parser("tensorboard", help="the curves of all jobs in TensorBoard, on this machine only")
     commands.add_parser("track", help="deliver what a tracking server did not take when jobs ended")
     export = commands.add_parser("export", help="write a checkpoint for NeMo 2.4.1's Megatron-GPT, or for Hugging Face")
@@ -55,34 +76,77 @@ def main() -> None:
     take.add_argument("--into", required=True, type=Path, help="the .nemo archive to write")
     take.add_argument("--max-length", type=int, default=1024, help="tokens of the longest record (default: 1024)")
     poc_command.add_commands(commands)
+    versions_command.add_commands(commands)
     args = parser.parse_args()
-    {
+    run = {
         "study": _study,
         "ui": _ui,
         "export": _export,
         "import": _import,
         "poc": poc_command.run,
+        "accept": versions_command.run_accept,
+        "prune": versions_command.run_prune,
         "track": _track,
         "tensorboard": _tensorboard,
-    }[args.command](args)
+    }[args.command]
+    try:
+        settings = _settings(args)
+    except HomeError as error:
+        sys.exit(str(error))
+    try:
+        run(args, settings)
+    except (HomeError, TokenFileError) as error:
+        sys.exit(str(error))
+    except Exception as error:
+        if said := explain(error, settings.home):
+            sys.exit(said)
+        raise
 
 
-def _study(args: argparse.Namespace) -> None:
-    # Step processes read the same settings, from the environment.
-    os.environ.update({f"FEDSFT_{key.upper()}": getattr(args, key) for key in ("data", "model") if getattr(args, key)})
-    settings = Settings()
+def _add_purpose(parser: argparse.ArgumentParser) -> None:
+    """What else a home remembers: without these, what it is for already."""
+    parser.add_argument("--data", help="'sample', 'hub', or a folder laid out as the published repositories are")
+    parser.add_argument("--model", help="a model preset or a Hugging Face causal LM folder")
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    """All processes that are started read the same settings, from the environment. Exits with what is wrong."""
+    for name in ("data", "model"):
+        if said := getattr(args, name, None):
+            os.environ[f"FEDSFT_{name.upper()}"] = said
+    try:
+        settings = Settings()
+    except ValidationError as error:
+        sys.exit("\n".join(map(_wrong_setting, error.errors())))
+    os.environ.update(settings.environment())
+    if said := close_home(settings.home):
+        print(said, file=sys.stderr)
+    return settings
+
+
+def _wrong_setting(error: "ErrorDetails") -> str:
+    name = "__".join(str(part) for part in error["loc"])
+    variable = name if name.isupper() else f"FEDSFT_{name.upper()}"
+    said = error["msg"].removeprefix("Value error, ")
+    return f"{variable}: {said}" if error["type"] == "value_error" else f"{variable}: {error['input']!r}: {said}"
+
+
+def _study(args: argparse.Namespace, settings: Settings) -> None:
+    from fedsft_assets.resources import made_by
     from fedsft_assets.study import StudyFailedError, prepare_instance, run_study
 
     prepare_instance(settings)
     try:
-        run_study({name.replace("-", "_"): getattr(args, name.replace("-", "_")) for name in _OVERRIDES})
+        overrides = {name.replace("-", "_"): getattr(args, name.replace("-", "_")) for name in _OVERRIDES}
+        run_id = run_study(overrides, settings)
     except StudyFailedError as error:
         sys.exit(str(error))
     store = settings.store
-    print(f"\n{(store.reports / 'comparison.md').read_text(encoding='utf-8')}")
+    comparison, inference = (short(made_by(store, run_id, [report])) for report in ("comparison", "inference"))
+    print(f"\n{(comparison / 'comparison.md').read_text(encoding='utf-8')}")
     for title, path in (
-        ("plot", store.reports / "comparison.png"),
-        ("answers", store.reports / "inference.md"),
+        ("plot", comparison / "comparison.png"),
+        ("answers", inference / "inference.md"),
         ("checkpoints", store.home / "checkpoints"),
         ("MLflow store", settings.mlflow_uri or store.home / "mlflow.db"),
     ):
@@ -90,12 +154,11 @@ def _study(args: argparse.Namespace) -> None:
     print(f"{'look at it:':13} make ui")
 
 
-def _export(args: argparse.Namespace) -> None:
+def _export(args: argparse.Namespace, settings: Settings) -> None:
     from fedsft_assets.model.huggingface_export import export_huggingface
     from fedsft_assets.model.megatron_export import export_megatron
 
     try:
-        settings = Settings()
         archive = find_archive(args.checkpoint, settings.store, settings.model)
         layout = _FORMATS[args.format]
         if layout is None:
@@ -108,7 +171,7 @@ def _export(args: argparse.Namespace) -> None:
         sys.exit(str(error))
 
 
-def _import(args: argparse.Namespace) -> None:
+def _import(args: argparse.Namespace, _: Settings) -> None:
     from fedsft_assets.model.megatron_import import import_megatron
 
     if args.max_length < 2:
@@ -131,25 +194,21 @@ def _short(path: Path | str) -> Path | str:
     return path.relative_to(here) if isinstance(path, Path) and path.is_relative_to(here) else path
 
 
-def _ui(_: argparse.Namespace) -> None:
+def _ui(_: argparse.Namespace, settings: Settings) -> None:
     from fedsft_assets.study import prepare_instance
     from fedsft_assets.ui import serve, study_servers
 
-    settings = Settings()
     prepare_instance(settings)
     serve(settings, study_servers(settings))
 
 
-def _tensorboard(_: argparse.Namespace) -> None:
+def _tensorboard(_: argparse.Namespace, settings: Settings) -> None:
     from fedsft_assets.ui import serve, tensorboard_server
 
-    settings = Settings()
     serve(settings, [tensorboard_server(settings)])
 
 
-def _track(_: argparse.Namespace) -> None:
-    settings = Settings()
-    os.environ.update(settings.environment())
+def _track(_: argparse.Namespace, settings: Settings) -> None:
     outbox = Outbox(settings.store.outbox)
     if not outbox.entries():
         print("nothing waits for the tracking server")

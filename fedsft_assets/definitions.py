@@ -12,12 +12,14 @@ from fedsft_assets.assets.splits import combined_asset, processed_asset
 from fedsft_assets.automation import full_study, new_data_sensor, undelivered_tracking, weekly_study
 from fedsft_assets.checks import data_checks
 from fedsft_assets.evaluation.prompts import load_prompts
+from fedsft_assets.home import check_home
 from fedsft_assets.poc_ops import poc_start_job, poc_stop_job
 from fedsft_assets.resources import resources
 from fedsft_assets.settings import Settings
 from fedsft_assets.specs import load_datasets, load_jobs
 
 settings = Settings()
+check_home(settings)
 datasets = list(load_datasets(settings.datasets).values())
 jobs = load_jobs(settings.jobs, [dataset.name for dataset in datasets])
 

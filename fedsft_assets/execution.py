@@ -3,30 +3,64 @@
 Plain Python: a notebook or a test calls it directly.
 """
 
+import json
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from fedsft_assets.data.report import SplitReport
 from fedsft_assets.evaluation.comparison import plot
 from fedsft_assets.federation.job_folder import SPEC_FILE, read_plans, read_spec
 from fedsft_assets.federation.journal import EntryError, Missed, Progress, from_line
-from fedsft_assets.federation.launch import begin_execution, run_job
+from fedsft_assets.federation.launch import held_workspace, run_job
 from fedsft_assets.federation.metrics import Point
-from fedsft_assets.federation.record import Workspace
+from fedsft_assets.federation.privacy import RELEASES_FILE, Releases, ReleasesError
+from fedsft_assets.federation.record import Workspaces
 from fedsft_assets.federation.report import REPORT_FILE, JobReport
 from fedsft_assets.federation.tail import Tail
-from fedsft_assets.specs import JobSpec, ModelPreset, SitePlan
-from fedsft_assets.store import Store, split_file
-from fedsft_assets.tracking import Registered, TrackedJob, Tracking
+from fedsft_assets.specs import JobSpec, ModelPreset, PrivacySpec, SitePlan
+from fedsft_assets.store import Store, link_or_copy, split_file
+from fedsft_assets.tracking import Outbox, Registered, TrackedJob, Tracking
+from fedsft_assets.tracking.job import close_as_killed
+from fedsft_assets.tracking.record import Execution
+from fedsft_assets.versions import adding, make_current
 
 CHART_FILE = "val_loss.png"
+_INPUTS_FILE = "inputs.json"
+_PRIVACY, _DATASET = "filters.privacy.", "site."  # with a field, and a site's name, behind it: parameters in MLflow
+
+
+@dataclass(frozen=True)
+class CheckpointInputs:
+    """What a checkpoint was made of, beside it: versions in the store, as paths relative to the home."""
+
+    job_folder: str
+    base_model: str
+    validation_file: str
+
+    @classmethod
+    def of(cls, job_folder: Path, store: Store) -> Self:
+        plan = read_plans(job_folder)[0]
+        return cls(str(job_folder.relative_to(store.home)), str(plan.base_model), str(plan.validation_file))
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> Self:
+        """Of a version of a checkpoint."""
+        return cls(**json.loads((checkpoint / _INPUTS_FILE).read_text(encoding="utf-8")))
+
+    def write(self, checkpoint: Path) -> None:
+        (checkpoint / _INPUTS_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    def combined(self, store: Store) -> Path:
+        """The version of the combined splits."""
+        return (store.home / self.validation_file).parent
 
 
 @dataclass(frozen=True)
 class ExecutedJob:
-    """A finished job: its report, the folder of its checkpoint, and where MLflow has it."""
+    """A finished job: its report, the version of its checkpoint, and where MLflow has it."""
 
     report: JobReport
     folder: Path
@@ -35,7 +69,7 @@ class ExecutedJob:
 
 
 def execute_job(
-    job: str,
+    job_folder: Path,
     store: Store,
     preset: ModelPreset,
     tracking: Tracking,
@@ -45,60 +79,101 @@ def execute_job(
     threads_per_trainer: int = 0,
     environment: dict[str, str] | None = None,
 ) -> ExecutedJob:
-    """Run the job folder of `job`, track it, write its checkpoint and register it.
+    """Run a version of a job folder in the store, track it, make its checkpoint the current version and register it.
 
     `tags` go to the MLflow runs beside the data versions; `say` gets one line of progress at a time.
     A tracking server that does not answer changes nothing but that it gets everything later (see `Outbox`).
     Raises JobError if the job fails; its MLflow runs are then FAILED, or KILLED if it was interrupted.
     """
-    folder, into = store.job_folder(job), store.checkpoint(job)
-    spec, plans = read_spec(folder), read_plans(folder)
-    data = SplitReport.read(store.combined).digest
-    params = {"model": preset.name, **_params(spec, plans[0], runtime)}
-    workspace = Workspace(store.flare(job))
-    earlier = journal_points(workspace.journal)
-    execution = begin_execution(folder, workspace.folder, runtime)
-    versions = {"data_version.job_folder": execution.subject["job_folder"], "data_version.combined": data}
-    with TrackedJob(
-        tracking,
-        store,
-        job,
-        execution.id,
-        list(spec.sites),
-        params,
-        {**tags, **versions},
-        spec.description,
-        say,
-        earlier,
-        lambda: journal_points(workspace.journal),
-    ) as tracked:
-        report: JobReport | None = None
-        for event in run_job(
-            job_folder=folder,
-            workspace=workspace.folder,
-            testing_file=split_file(store.combined, "testing"),
-            into=into,
-            runtime=runtime,
-            threads=threads_per_trainer,
-            environment=environment,
-            execution=execution,
-        ):
-            match event:
-                case Progress(text):
-                    say(text)
-                case Missed(site, number, reason):
-                    say(f"round {number} goes on without {site}: {reason}")
-                case Point():
-                    tracked.log(event)
-                case JobReport():
-                    report = event
-        assert report is not None, "run_job ends with a report or raises"
-        chart = into / CHART_FILE
-        plot([report], chart)
-        artifacts = [into / REPORT_FILE, folder / SPEC_FILE, chart]
-        registered = tracked.finish(report, into, artifacts, model=f"fedsft-{preset.name}", data=data)
-    workspace.end()
-    return ExecutedJob(report, into, chart, registered)
+    spec, plan = read_spec(job_folder), read_plans(job_folder)[0]
+    inputs = CheckpointInputs.of(job_folder, store)
+    combined = inputs.combined(store)
+    data = SplitReport.read(combined).digest
+    params = {"model": preset.name, **_params(spec, plan, runtime)}
+    with held_workspace(job_folder, store.flare(spec.name), runtime, say) as (workspace, execution):
+        close_abandoned(store, spec.name, say)
+        earlier = journal_points(workspace.journal)
+        versions = {"data_version.job_folder": job_folder.name, "data_version.combined": data}
+        with TrackedJob(
+            tracking,
+            store,
+            spec.name,
+            execution.id,
+            list(spec.sites),
+            params,
+            {**tags, **versions},
+            spec.description,
+            say,
+            workspace.tracking_record,
+            earlier,
+            lambda: journal_points(workspace.journal),
+            lambda execution: privacy_spent(store, execution, say),
+        ) as tracked:
+            report: JobReport | None = None
+            for event in run_job(
+                job_folder=job_folder,
+                workspace=workspace.folder,
+                testing_file=split_file(combined, "testing"),
+                into=workspace.checkpoint,
+                runtime=runtime,
+                threads=threads_per_trainer,
+                environment=environment,
+                execution=execution,
+            ):
+                match event:
+                    case Progress(text):
+                        say(text)
+                    case Missed(site, number, reason):
+                        say(f"round {number} goes on without {site}: {reason}")
+                    case Point():
+                        tracked.log(event)
+                    case JobReport():
+                        report = event
+            assert report is not None, "run_job ends with a report or raises"
+            with adding(store.checkpoint(spec.name)) as addition:
+                shutil.copytree(workspace.checkpoint, addition.folder, copy_function=link_or_copy, dirs_exist_ok=True)
+                plot([report], addition.folder / CHART_FILE)
+                inputs.write(addition.folder)
+            folder = addition.version
+            artifacts = [folder / REPORT_FILE, job_folder / SPEC_FILE, folder / CHART_FILE]
+            registered = tracked.finish(report, folder, artifacts, model=f"fedsft-{preset.name}", data=data)
+        make_current(folder)
+        workspace.end()
+    return ExecutedJob(report, folder, folder / CHART_FILE, registered)
+
+
+def close_abandoned(store: Store, job: str, say: Callable[[str], object]) -> None:
+    """End the MLflow runs of executions whose process died before it could, and that nobody has taken up since."""
+    for workspace in Workspaces(store.flare(job)).abandoned():
+        close_as_killed(
+            workspace.tracking_record,
+            Outbox(store.outbox),
+            journal_points(workspace.journal),
+            lambda execution: privacy_spent(store, execution, say),
+        )
+
+
+def privacy_spent(store: Store, execution: Execution, say: Callable[[str], object]) -> dict[str, float]:
+    """What MLflow is to know of the privacy that the sites of an execution have spent by now; nothing without noise.
+
+    That of the site that has spent most: its epsilon, and the releases that it is for. Never raises: what ended the
+    execution is what its user must see.
+    """
+    params = execution.params
+    privacy = {
+        field: params[f"{_PRIVACY}{field}"] for field in PrivacySpec.model_fields if f"{_PRIVACY}{field}" in params
+    }
+    if not privacy:
+        return {}
+    datasets = {site: params[f"{_DATASET}{site}"] for site in execution.sites}
+    try:
+        spec = PrivacySpec.model_validate(privacy)
+        epsilon, releases = Releases(store.home / RELEASES_FILE).most_spent(datasets, spec)
+    except (ReleasesError, OSError) as error:
+        say(f"the privacy that was spent is not in MLflow: {error}")
+        return {}
+    say(f"of its privacy a site has spent epsilon {epsilon:.4g} by now, in {releases} releases")
+    return {"epsilon": epsilon, "releases": float(releases)}
 
 
 def journal_points(journal: Path) -> list[Point]:

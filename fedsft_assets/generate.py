@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedsft_assets.federation.report import MODEL_FILE
+from fedsft_assets.home import close_home
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.generation import GenerationSettings
 from fedsft_assets.settings import Settings
 from fedsft_assets.specs import SpecError, model_preset
-from fedsft_assets.store import Store
+from fedsft_assets.store import Store, archive_file
+from fedsft_assets.versions import CURRENT, current
 
 if TYPE_CHECKING:
     from fedsft_assets.model.completion import Turn
@@ -75,6 +77,8 @@ def main() -> None:
     try:
         here = Settings()
         os.environ.update(here.environment())
+        if said := close_home(here.home):
+            _say(said)
         archive = find_archive(args.checkpoint, here.store, here.model)
         _talk(archive, settings, args.chat, prompts, args.interactive)
     except (ModelError, SpecError) as error:
@@ -95,14 +99,16 @@ def find_archive(checkpoint: str, store: Store, preset: str) -> Path:
     for file in (path, path / MODEL_FILE):
         if file.is_file():
             return file
-    if checkpoint == _BASE_MODEL:
-        named = store.base_model(model_preset(preset).name)
-    else:
-        named = store.checkpoint(checkpoint) / MODEL_FILE
-    if "/" not in checkpoint and named.is_file():
-        return named
-    jobs = sorted(found.parent.name for found in store.home.glob(f"checkpoints/*/{MODEL_FILE}"))
-    base = [_BASE_MODEL] if store.base_model(model_preset(preset).name).is_file() else []
+    there_are = {
+        found.parent.name: found.resolve() / MODEL_FILE for found in store.home.glob(f"checkpoints/*/{CURRENT}")
+    }
+    base_models = store.base_model(model_preset(preset).name)
+    if (base_models / CURRENT).exists():
+        there_are[_BASE_MODEL] = archive_file(current(base_models))
+    if checkpoint in there_are:
+        return there_are[checkpoint]
+    base = [_BASE_MODEL] if _BASE_MODEL in there_are else []
+    jobs = sorted(there_are.keys() - {_BASE_MODEL})
     there = f"there are {', '.join(base + jobs)}" if base + jobs else "there is none yet; run 'fedsft study' first"
     raise ModelError(f"--checkpoint: {checkpoint!r} is no file and no checkpoint in {store.home}; {there}")
 

@@ -1,22 +1,47 @@
-"""All settings that do not change a result, from environment variables FEDSFT_*, typed and with defaults that work."""
+"""All settings that do not change a result, from environment variables FEDSFT_*, typed and with defaults that work.
 
+What the environment does not say and a home remembers (its data, its model, its folders) comes from `home.json`.
+"""
+
+import getpass
+import os
+import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from fedsft_assets.federation.poc_kits import PocSettings
 from fedsft_assets.federation.production import ProductionSettings
-from fedsft_assets.specs import HUB, SAMPLE, CheckSettings, SplitSettings
+from fedsft_assets.home import read_home
+from fedsft_assets.specs import HUB, PRESETS, SAMPLE, CheckSettings, SplitSettings
 from fedsft_assets.store import Store
 from fedsft_assets.tracking import Tracking
+from fedsft_assets.tracking.uri import URI, take_credentials
 
 PROJECT = Path(__file__).resolve().parent.parent
+# What the URLs of SQLite's databases cannot say, MLflow's and Dagster's: `?` begins their options, `%41` is an A.
+_NOT_IN_URLS = re.compile(r"\?|%[0-9A-Fa-f]{2}")
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+class _HomeSource(PydanticBaseSettingsSource):
+    """What the home remembers, for whatever was not said."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        raise NotImplementedError("all values come at once")
+
+    def __call__(self) -> dict[str, Any]:
+        said = self.current_state.get("home")
+        home = _absolute(Path(said)) if said else Settings.model_fields["home"].default
+        found = read_home(home, PROJECT)
+        return dict(found.values) if found else {}
 
 
 class Settings(BaseSettings):
-    """Read anew wherever it is made; the process environment is the only source."""
+    """Read anew wherever it is made, from the process environment and, below it, from what the home remembers."""
 
     model_config = SettingsConfigDict(
         env_prefix="FEDSFT_", env_nested_delimiter="__", env_ignore_empty=True, populate_by_name=True
@@ -43,17 +68,53 @@ class Settings(BaseSettings):
     poc: PocSettings = Field(default=PocSettings(), description="how the POC on this machine is started")
     production: ProductionSettings = Field(default=ProductionSettings(), description="which federation, and as whom")
     mlflow_uri: str | None = Field(
-        default=None, validation_alias="MLFLOW_TRACKING_URI", description="None is the store under `home`"
+        default=None,
+        validation_alias=URI,
+        description="None is the store under `home`; without the password that may be in it, which MLflow is told",
     )
-
     tracking_patience: float = Field(
         default=60.0, ge=0, description="seconds that a finished job waits for a tracking server that does not answer"
     )
+    ui_token_file: Path | None = Field(
+        default=None, description="holds the token of the user interfaces; None is a new one at every start"
+    )
+    pass_environment: str = Field(
+        default="",
+        pattern=r"^\s*([A-Za-z_]\w*\s*(,\s*[A-Za-z_]\w*\s*)*)?$",
+        description="names of variables that the processes of sites get too, as A,B; `child_environment` reads it",
+    )
 
-    @field_validator("home", "jobs", "datasets", "prompts", "model_path")
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 there are no such files
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, _HomeSource(settings_cls)
+
+    @field_validator("home", "jobs", "datasets", "prompts", "model_path", "ui_token_file")
     @classmethod
     def _absolute(cls, path: Path | None) -> Path | None:
-        return path.expanduser().resolve() if path else path
+        return _absolute(path) if path else path
+
+    @field_validator("mlflow_uri")
+    @classmethod
+    def _without_credentials(cls, uri: str | None) -> str | None:
+        return take_credentials(uri) if uri else uri
+
+    @field_validator("home")
+    @classmethod
+    def _usable(cls, home: Path) -> Path:
+        if wrong := _NOT_IN_URLS.search(str(home)) or _UNPRINTABLE.search(str(home)):
+            raise ValueError(
+                f"{ascii(str(home))[1:-1]} has {wrong.group()!a} in it, which SQLite's URLs cannot say, so neither"
+                " MLflow nor Dagster can work there; set FEDSFT_HOME to a folder whose path has no '?', no '%' before"
+                " two hexadecimal digits, and no control characters"
+            )
+        return home
 
     @property
     def store(self) -> Store:
@@ -64,6 +125,24 @@ class Settings(BaseSettings):
         if self.mlflow_uri:
             return Tracking(self.mlflow_uri, patience=self.tracking_patience)
         return Tracking(self.store.mlflow_uri, self.store.mlflow_artifacts, self.tracking_patience)
+
+    @property
+    def project(self) -> Path:
+        """The folder of this project's own jobs and datasets."""
+        return PROJECT
+
+    @property
+    def purpose(self) -> dict[str, str]:
+        """What a home remembers, with whole paths."""
+        data = self.data if self.data in (SAMPLE, HUB) else str(_absolute(Path(self.data)))
+        model = self.model if self.model in PRESETS else str(_absolute(Path(self.model)))
+        fixed = {"data": data, "model": model, "datasets": str(self.datasets), "jobs": str(self.jobs)}
+        return {**fixed, "model_path": str(self.model_path)} if self.model_path else fixed
+
+    @property
+    def usual(self) -> dict[str, str]:
+        """`purpose` of a home for which nothing was said."""
+        return {name: str(type(self).model_fields[name].default) for name in ("data", "model", "datasets", "jobs")}
 
     @property
     def source(self) -> str:
@@ -79,6 +158,7 @@ class Settings(BaseSettings):
         """Variables that keep libraries from writing anywhere but under `home`, and from the network."""
         cache = self.home / "cache"
         return {
+            **_account(cache),
             "FEDSFT_HOME": str(self.home),
             "DAGSTER_HOME": str(self.home / "dagster"),
             "DAGSTER_DISABLE_TELEMETRY": "1",
@@ -89,3 +169,21 @@ class Settings(BaseSettings):
             "TORCHINDUCTOR_CACHE_DIR": str(cache / "torchinductor"),
             "TOKENIZERS_PARALLELISM": "false",
         }
+
+
+def _absolute(path: Path) -> Path:
+    return path.expanduser().resolve()
+
+
+def _account(folder: Path) -> dict[str, str]:
+    """What libraries ask of an account, for one that the password file does not know, as in a container."""
+    missing = {}
+    try:
+        Path.home()
+    except RuntimeError:
+        missing["HOME"] = str(folder)
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        missing["USER"] = f"uid-{os.getuid()}"
+    return missing

@@ -18,6 +18,7 @@ from fedsft_assets.store import file_digest
 
 COMBINED = "combined"
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # one that `fedsft-site` takes
+_CAUSE_ENOUGH = 100.0  # times clip
 SAMPLE = "sample"
 HUB = "hub"
 
@@ -82,7 +83,7 @@ class TrainingSpec(_Spec):
     learning_rate_schedule: Annotated[ScheduleSpan, Field(description="one over all rounds, or one in each")] = "job"
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     gradient_clip: Annotated[float, Field(ge=0, description="norm; 0 clips nothing")] = 1.0
-    precision: Annotated[Precision, Field(description="auto is bf16-mixed where the hardware has it, else 32")] = "auto"
+    precision: Annotated[Precision | None, Field(description="auto is bf16-mixed where the hardware has it")] = None
     activation_checkpointing: bool | None = None
     optimizer_state: Annotated[OptimizerState, Field(description="what a site does with it between rounds")] = "keep"
     devices: Annotated[int, Field(ge=1, description="of one site's trainer")] | None = None
@@ -130,8 +131,33 @@ class PrivacySpec(_Spec):
     """Gaussian differential privacy of a site's whole data: its change is clipped, and noise is added to it."""
 
     clip: Annotated[float, Field(gt=0, description="highest L2 norm of a site's change in a round")]
-    noise_multiplier: Annotated[float, Field(gt=0, description="standard deviation of the noise, as multiple of clip")]
+    noise_multiplier: Annotated[float, Field(ge=1e-9, description="standard deviation of the noise, in clips")]
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    accept_useless_noise: Annotated[bool, Field(description="run also if nothing can be learned under it")] = False
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation of the noise on each number."""
+        return self.clip * self.noise_multiplier
+
+    def remedy(self, numbers: int, without: str) -> str:
+        """Under what a model of so many numbers went astray, and what to try; `without` noise, what is said instead.
+
+        Noise of many times `clip` is cause enough, and nothing else is said.
+        """
+        ratio = self.noise_multiplier * math.sqrt(numbers)
+        noise = f"noise of {ratio:,.3g} times clip from each site in each round"
+        if ratio > _CAUSE_ENOUGH:
+            return f"under {noise}; try a lower filters.privacy.noise_multiplier"
+        return f"{without}, or a lower filters.privacy.noise_multiplier: there is {noise}"
+
+    @model_validator(mode="after")
+    def _fits_float32(self) -> Self:
+        if not 1e-30 <= self.deviation <= 1e30:
+            raise ValueError(
+                f"clip times noise_multiplier is {self.deviation:g}; expected 1e-30 to 1e30, as numbers that travel are"
+            )
+        return self
 
 
 class FiltersSpec(_Spec):
@@ -150,6 +176,15 @@ class FiltersSpec(_Spec):
         return self
 
 
+def _require_noise_on_all(algorithm: FedAvg | FedProx | FedOpt | Scaffold, filters: FiltersSpec) -> None:
+    """Raises ValueError where something would travel beside the noisy change that tells the change itself."""
+    if filters.privacy and isinstance(algorithm, Scaffold):
+        raise ValueError(
+            "filters.privacy: scaffold sends a site's direction beside its change, neither clipped nor with noise, and"
+            " the change can be told from it; expected fedavg, fedprox or fedopt as the algorithm"
+        )
+
+
 class ColumnsSpec(_Spec):
     """What a dataset calls the three texts of a row; `context` is optional, in the dataset and in each row."""
 
@@ -161,6 +196,17 @@ class ColumnsSpec(_Spec):
     def names(self) -> list[str]:
         """The columns that there are."""
         return [name for name in (self.instruction, self.context, self.response) if name]
+
+    @model_validator(mode="after")
+    def _a_column_each(self) -> Self:
+        for name in self.names:
+            if self.names.count(name) > 1:
+                texts = [text for text, column in self.model_dump().items() if column == name]
+                raise ValueError(
+                    f"{name!r} is named for {' and '.join(texts)}; expected a column for each: put prompt and "
+                    "answer into columns of their own first"
+                )
+        return self
 
 
 class ConversationsSpec(_Spec):
@@ -240,6 +286,8 @@ class DatasetSpec(_Spec):
         for name in self.files or []:
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
                 raise ValueError(f"files: {name!r} leads out of the dataset's folder")
+            if [PurePosixPath(other) for other in self.files or []].count(PurePosixPath(name)) > 1:
+                raise ValueError(f"files: {name!r} is there twice; name each file once")
         if self.format == "oasst1":
             if self.columns:
                 raise ValueError("columns: the format oasst1 has its own; say 'conversations:' to choose among replies")
@@ -291,6 +339,12 @@ class JobSpec(_Spec):
     site_timeout: Annotated[
         float, Field(gt=0, description="seconds without a word after which a round no longer waits for a site")
     ] = 1800.0
+    max_update_ratio: (
+        Annotated[
+            float, Field(ge=1, description="norm of a site's update by the others' median, beyond which it is refused")
+        ]
+        | None
+    ) = 10.0
     wire: Annotated[WireFormat, Field(description="in which numbers weights travel")] = "fp32"
     filters: FiltersSpec = FiltersSpec()
     rounds: Annotated[int, Field(ge=1)]
@@ -366,6 +420,11 @@ class JobSpec(_Spec):
         return self
 
     @model_validator(mode="after")
+    def _noise_on_all(self) -> Self:
+        _require_noise_on_all(self.algorithm, self.filters)
+        return self
+
+    @model_validator(mode="after")
     def _site_names(self) -> Self:
         for site in self.sites:
             if not site or not all(c.isalnum() or c in "-_." for c in site) or site == "server":
@@ -375,10 +434,28 @@ class JobSpec(_Spec):
 
 def load_jobs(folder: Path, datasets: list[str]) -> list[JobSpec]:
     """All jobs of a folder, by name. Raises SpecError if there is none, or for the first file that is wrong."""
-    paths = sorted(folder.glob("*.yaml"))
+    paths = _yaml_files(folder)
     if not paths:
         raise SpecError(f"{folder}: has no job files; write one as <job>.yaml")
     return [JobSpec.load(path, datasets) for path in paths]
+
+
+class LocalWork(_Spec):
+    """How much a site trains in each round: how many steps and records follow from how many records it has."""
+
+    local_epochs: int
+    max_local_steps: int | None
+    batch_size: int
+
+    def steps(self, records: int) -> int:
+        """Optimizer steps of one round over that many records."""
+        steps = self.local_epochs * math.ceil(records / self.batch_size)
+        return min(steps, self.max_local_steps or steps)
+
+    def samples(self, records: int) -> int:
+        """Records that one round trains on, each pass counted."""
+        epochs, steps = divmod(self.steps(records), math.ceil(records / self.batch_size))
+        return epochs * records + min(steps * self.batch_size, records)
 
 
 class ResolvedTraining(_Spec):
@@ -405,9 +482,10 @@ class ResolvedTraining(_Spec):
 class SitePlan(_Spec):
     """All that a site's trainer is told, as one JSON file in its part of the job folder.
 
-    Paths are valid at the site. `training_file` and `validation_file` are JSONL files of records. `digests`
-    holds the SHA-256 that they had when the job folder was built, of what the study has a copy of; `package` is the
-    version of this package that built it.
+    Paths are relative to the study's home: `base_model` is `base_models/<preset>/<digest>/<preset>.nemo`, the files of
+    records are `processed/<dataset>/<digest>/<split>.jsonl` and `combined/<digest>/<split>.jsonl`; see `located`.
+    `digests` holds the SHA-256 of the latter, of what the study has a copy of; `package` is the version of this package
+    that built the job folder.
     """
 
     package: str = __version__
@@ -427,6 +505,24 @@ class SitePlan(_Spec):
     validation_file: Path
     digests: dict[str, str]
 
+    @model_validator(mode="after")
+    def _noise_on_all(self) -> Self:
+        _require_noise_on_all(self.algorithm, self.filters)
+        return self
+
+    @property
+    def work(self) -> LocalWork:
+        return LocalWork(
+            local_epochs=self.local_epochs,
+            max_local_steps=self.max_local_steps,
+            batch_size=self.training.batch_size,
+        )
+
+    def located(self, home: Path) -> Self:
+        """The plan with the paths that hold on the machine of that home."""
+        fields = ("base_model", "training_file", "validation_file")
+        return self.model_copy(update={field: home / getattr(self, field) for field in fields})
+
     def verify_files(self) -> None:
         """Raises SpecError if a file is missing or is not the one that the job folder was built for."""
         for field in ("training_file", "validation_file"):
@@ -438,7 +534,7 @@ class SitePlan(_Spec):
 
 
 _OF_THE_PRESET = (
-    *("batch_size", "learning_rate", "max_length"),
+    *("batch_size", "learning_rate", "max_length", "precision"),
     *("micro_batch_tokens", "activation_checkpointing", "devices", "strategy"),
 )
 
@@ -477,6 +573,7 @@ class ModelPreset:
     learning_rate: float
     batch_size: int
     max_length: int
+    precision: Precision = "auto"
     micro_batch_tokens: int | None = None
     activation_checkpointing: bool = False
     devices: int = 1
@@ -502,6 +599,7 @@ PRESETS = {
             learning_rate=4e-3,
             batch_size=16,
             max_length=256,
+            precision="32",  # bf16 is slower on models of this size, and its losses would depend on the processor
         ),
         ModelPreset(
             name="smollm2-135m",
@@ -606,18 +704,43 @@ def load_datasets(folder: Path) -> dict[str, DatasetSpec]:
 
     Raises SpecError if there is none, or for the first file that is wrong.
     """
-    paths = sorted(folder.glob("*.yaml"))
+    paths = _yaml_files(folder)
     if not paths:
         raise SpecError(f"{folder}: has no dataset files; write one as <dataset>.yaml")
     return {path.stem: DatasetSpec.load(path) for path in paths}
 
 
+def _yaml_files(folder: Path) -> list[Path]:
+    """The YAML files of a folder, by name. Raises SpecError for one with another ending: nobody would miss it."""
+    for path in sorted(folder.glob("[!.]*.*")):
+        if path.suffix != ".yaml" and path.suffix.lower() in (".yml", ".yaml"):
+            raise SpecError(f"{path}: is not read, only files that end in .yaml are; name it {path.stem}.yaml")
+    return sorted(folder.glob("*.yaml"))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's plain values, and an error for a field that occurs twice, of which PyYAML takes the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                name, line = (key.tag, key.value), key.start_mark.line + 1
+                if name in lines:
+                    raise SpecError(f"line {line}: {key.value}: occurs twice, first in line {lines[name]}; remove one")
+                lines[name] = line
+        return node
+
+
 def read_yaml(path: Path, fields: str) -> dict[str, Any]:
     """The fields of a YAML file, which has some like those. Raises SpecError that names the file."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise SpecError(f"{path}: cannot be read: {error.strerror}") from error
+    except SpecError as error:
+        raise SpecError(f"{path}: {error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SpecError(f"{path}: is not YAML: {error}") from error
     if not isinstance(content, dict):

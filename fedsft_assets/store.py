@@ -16,7 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from fedsft_assets.access import close_to_others
+
 SPLITS = ("training", "validation", "testing")
+HOME_FOLDERS = (
+    *("raw", "downloads", "processed", "combined", "base_models", "job_folders", "checkpoints", "made", "reports"),
+    *("flare", "tracking", "tensorboard", "mlartifacts", "cache", "dagster", "poc"),
+)
+"""All folders that are made at the top of a home; a user may have others there."""
 _CHUNK = 1 << 20
 
 
@@ -27,6 +34,7 @@ class Store:
     home: Path
 
     def raw(self, dataset: str) -> Path:
+        """The folder of all versions of a dataset's files, as its publisher laid them out."""
         return self.home / "raw" / dataset
 
     @property
@@ -42,22 +50,33 @@ class Store:
         return self.home / "combined"
 
     def splits(self, dataset: str) -> Path:
-        """The folder of a dataset's three splits; `combined` is a dataset here too."""
+        """The folder of all versions of a dataset's three splits; `combined` is a dataset here too."""
         return self.combined if dataset == "combined" else self.processed(dataset)
 
     def base_model(self, preset: str) -> Path:
-        return self.home / "base_models" / f"{preset}.nemo"
+        """The folder of all versions of a preset's archive, each with the archive as `<preset>.nemo`."""
+        return self.home / "base_models" / preset
 
     def job_folder(self, job: str) -> Path:
+        """The folder of all versions of a job's folder."""
         return self.home / "job_folders" / job
 
     def checkpoint(self, job: str) -> Path:
-        """The folder of a job's trained archive (`model.nemo`) and its report (`report.json`)."""
+        """The folder of all versions of a job's trained archive (`model.nemo`) with its report (`report.json`)."""
         return self.home / "checkpoints" / job
+
+    @property
+    def made(self) -> Path:
+        """Which version of each asset a Dagster run made."""
+        return self.home / "made"
 
     @property
     def reports(self) -> Path:
         return self.home / "reports"
+
+    def report(self, name: str) -> Path:
+        """The folder of all versions of the report `comparison` or `inference`."""
+        return self.reports / name
 
     @property
     def tokenizers(self) -> Path:
@@ -65,12 +84,8 @@ class Store:
         return self.home / "cache" / "tokenizers"
 
     def flare(self, job: str) -> Path:
-        """The workspace in which the runtime runs a job."""
+        """The folder of a job's workspaces, one for each subject that is executed."""
         return self.home / "flare" / job
-
-    def tracking_record(self, job: str) -> Path:
-        """What MLflow is to know of the job's last execution, beside its workspace, which is emptied at a new start."""
-        return self.home / "flare" / f"{job}.tracking.json"
 
     @property
     def outbox(self) -> Path:
@@ -83,7 +98,7 @@ class Store:
         return self.home / "tensorboard"
 
     def tensorboard(self, job: str) -> Path:
-        """Those of the job's last execution."""
+        """Those of the job's last execution, and of others that go on."""
         return self.tensorboards / job
 
     @property
@@ -95,9 +110,20 @@ class Store:
         return self.home / "mlartifacts"
 
 
+def archive_file(version: Path) -> Path:
+    """The archive in a version of a base model."""
+    return version / f"{version.parent.name}.nemo"
+
+
 def split_file(folder: Path, split: str) -> Path:
     """The JSONL file of one split in a folder of splits."""
     return folder / f"{split}.jsonl"
+
+
+def count_records(split: Path) -> int:
+    """Of a JSONL split, by its lines."""
+    with split.open("rb") as file:
+        return sum(1 for line in file if line.strip())
 
 
 @contextmanager
@@ -113,18 +139,18 @@ def publish_folder(target: Path) -> Iterator[Path]:
     parent.mkdir(parents=True, exist_ok=True)
     fresh, old = parent / f".{target.name}.new-{uuid.uuid4().hex}", parent / f".{target.name}.old"
     with ExitStack() as alive:
-        with _locked(parent):
+        with locked(parent):
             _recover(target, old)
             fresh.mkdir()
-            alive.enter_context(_locked(fresh))
+            alive.enter_context(locked(fresh))
         try:
             yield fresh
-            _fsync_tree(fresh)
-            with _locked(parent):
+            fsync_tree(fresh)
+            with locked(parent):
                 if target.exists():
                     target.rename(old)
                 fresh.rename(target)
-                _fsync(parent)
+                fsync(parent)
                 shutil.rmtree(old, ignore_errors=True)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
@@ -135,21 +161,21 @@ def _recover(target: Path, old: Path) -> None:
     if old.exists() and not target.exists():
         old.rename(target)
     shutil.rmtree(old, ignore_errors=True)
-    _remove_left(target)
+    remove_left(target)
 
 
-def _remove_left(target: Path) -> None:
+def remove_left(target: Path) -> None:
     """Remove what processes left that died while they published."""
     for left in target.parent.glob(f".{glob.escape(target.name)}.new-*"):
         try:
-            with _locked(left, wait=False):
+            with locked(left, wait=False):
                 shutil.rmtree(left, ignore_errors=True)
         except (BlockingIOError, FileNotFoundError, PermissionError):
             continue  # somebody is still writing into it, or has just ended, or is another user
 
 
 @contextmanager
-def _locked(folder: Path, wait: bool = True) -> Iterator[None]:
+def locked(folder: Path, wait: bool = True) -> Iterator[None]:
     """Hold the folder's lock, which ends with this process at the latest. BlockingIOError if it is taken."""
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -167,17 +193,18 @@ def publish_file(target: Path) -> Iterator[Path]:
     end wins. What a process leaves that dies, the next call removes.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_left(target)
-    with _own_folder(target) as folder:
+    remove_left(target)
+    with own_folder(target) as folder:
         fresh = folder / target.name
         yield fresh
-        _fsync(fresh)
+        close_to_others(fresh)
+        fsync(fresh)
         os.replace(fresh, target)
-        _fsync(target.parent)
+        fsync(target.parent)
 
 
 @contextmanager
-def _own_folder(target: Path) -> Iterator[Path]:
+def own_folder(target: Path) -> Iterator[Path]:
     """A new folder beside `target`, locked and removed at the end: the file in it may be replaced, the lock stays.
 
     The lock of the folder around it is not asked for: its holder may be publishing that one as a whole.
@@ -187,7 +214,7 @@ def _own_folder(target: Path) -> Iterator[Path]:
         folder.mkdir()
         with ExitStack() as alive:
             try:
-                alive.enter_context(_locked(folder))
+                alive.enter_context(locked(folder))
                 folder.stat()
             except FileNotFoundError:
                 continue  # another call took it for left behind before it was locked
@@ -257,7 +284,15 @@ def digest_of(files: Mapping[str, str]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _fsync(path: Path) -> None:
+def link_or_copy(source: str, target: str) -> None:
+    """Give a file that is never changed in place a second name, or a copy where that cannot be."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def fsync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -265,6 +300,8 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
-def _fsync_tree(folder: Path) -> None:
+def fsync_tree(folder: Path) -> None:
+    """Have all of a folder on the disk, and closed to others, whatever modes came along with what was copied."""
+    close_to_others(folder)
     for path in [*folder.rglob("*"), folder]:
-        _fsync(path)
+        fsync(path)

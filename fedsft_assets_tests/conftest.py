@@ -1,5 +1,6 @@
 """What tests of several parts start from."""
 
+import os
 import signal
 from pathlib import Path
 
@@ -13,9 +14,15 @@ from fedsft_assets_tests.shipped import DATASETS
 _REAL_SAMPLES = PROJECT.parent / "shared/data/real_samples"
 
 
-def pytest_configure() -> None:
-    """Hear SIGINT also in the background of a script, where Dagster's processes would otherwise ignore SIGTERM too."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Hear SIGINT also in the background of a script, where Dagster's processes would otherwise ignore SIGTERM too.
+
+    The user's home may be for other data or jobs, which tests that do not make one of their own would work on.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if not hasattr(config, "workerinput"):  # workers of pytest-xdist get it from the process that starts them
+        own = os.environ.get("FEDSFT_HOME") or PROJECT / ".fedsft"
+        os.environ["FEDSFT_HOME"] = str(Path(own) / "tests")
 
 
 @pytest.fixture(scope="session")

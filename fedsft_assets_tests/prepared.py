@@ -1,5 +1,8 @@
 """A study's data and base model, from the embedded sample, and job folders on them."""
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +11,9 @@ from fedsft_assets.data.sources import fetch
 from fedsft_assets.data.splits import split_dataset
 from fedsft_assets.federation.job_folder import build_job_folder
 from fedsft_assets.settings import PROJECT
-from fedsft_assets.specs import PRESETS, JobSpec
-from fedsft_assets.store import Store
+from fedsft_assets.specs import COMBINED, PRESETS, JobSpec
+from fedsft_assets.store import SPLITS, Store, split_file
+from fedsft_assets.versions import adding, current, make_current
 from fedsft_assets_tests.shipped import DATASETS
 
 TINY = PRESETS["tiny"]
@@ -21,11 +25,33 @@ def prepare_home(home: Path) -> Store:
 
     store = Store(home)
     for dataset in DATASETS.values():
-        fetch(dataset, "sample", into=store.raw(dataset.name), downloads=store.downloads)
-        split_dataset(dataset, raw=store.raw(dataset.name), into=store.processed(dataset.name))
-    combine([store.processed(name) for name in DATASETS], into=store.combined)
-    create_base_model(TINY, into=store.base_model(TINY.name), seed=1234)
+        with made_current(store.raw(dataset.name)) as raw:
+            fetch(dataset, "sample", into=raw, downloads=store.downloads)
+        with made_current(store.processed(dataset.name)) as splits:
+            split_dataset(dataset, raw=current(store.raw(dataset.name)), into=splits)
+    with made_current(store.combined) as combined:
+        combine([current(store.processed(name)) for name in DATASETS], into=combined)
+    with made_current(store.base_model(TINY.name)) as base_model:
+        create_base_model(TINY, into=base_model / f"{TINY.name}.nemo", seed=1234)
     return store
+
+
+def small_splits(home: Path) -> Store:
+    """A home with splits of one record each, which say where they belong, and no base model."""
+    store = Store(home)
+    for dataset in (*DATASETS, COMBINED):
+        with made_current(store.splits(dataset)) as splits:
+            for split in SPLITS:
+                split_file(splits, split).write_text(json.dumps({"input": dataset, "output": split}) + "\n")
+    return store
+
+
+@contextmanager
+def made_current(versions: Path) -> Iterator[Path]:
+    """A folder to be filled, which becomes the current version."""
+    with adding(versions) as addition:
+        yield addition.folder
+    make_current(addition.version)
 
 
 def build_job(store: Store, job: str, **overrides: Any) -> str:

@@ -4,6 +4,7 @@ Everything is in one folder, every process carries a mark by which it is found a
 the HOME of whoever runs the tests.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -16,8 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from fedsft_assets.federation.poc_kits import BUILDERS
-from fedsft_assets.federation.processes import MARK, stop_marked
+from fedsft_assets.federation.processes import MARK, marked_processes, stop_marked
 from fedsft_assets_tests.tracking.server import unused_port
 
 SITES = ("site-1", "site-2", "site-3")
@@ -89,14 +92,18 @@ def environment(folder: Path, bin_folder: Path = BIN) -> dict[str, str]:
 
 
 def _configure_server(kit: Path) -> None:
-    """Jobs stay in the kit instead of /tmp; the study's user may submit jobs that bring the server's part."""
     (kit / "tmp").mkdir()
-    default = (kit / "local/resources.json.default").read_text()
-    (kit / "local/resources.json").write_text(default.replace("/tmp/nvflare", str(kit / "storage")))
-    own = {"manage_job": "n:submitter", "download_job": "n:submitter", "get_job_log": "n:submitter"}
-    lead = {"submit_job": "any", **own, "view": "any", "report_version": "any", "byoc": "any"}
-    policy = {"format_version": "1.0", "permissions": {"lead": lead}}
-    (kit / "local/authorization.json").write_text(json.dumps(policy, indent=2))
+    command = [sys.executable, "-m", "fedsft_assets.federation.server_kit", "configure", str(kit)]
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+
+
+def take_rights_at_server(kit: Path, *rights: str) -> None:
+    """The study's user may no longer do this there."""
+    path = kit / "local/authorization.json"
+    policy = json.loads(path.read_text())
+    for right in rights:
+        del policy["permissions"]["lead"][right]
+    path.write_text(json.dumps(policy))
 
 
 def _configure_site(kit: Path) -> None:
@@ -142,6 +149,28 @@ class Federation:
     def stop(self, name: str) -> None:
         """End all processes of a participant."""
         stop_marked(self.mark_of(name))
+        # Of a process that was killed, and that nobody has waited for yet, NVFlare's script thinks that it runs.
+        (self.kits.kit(name) / "daemon_pid.fl").unlink(missing_ok=True)
+
+    def ask_to_stop(self, name: str) -> None:
+        """Have a participant stop the way its operator does it, which takes some ten seconds."""
+        with (self.folder / f"{name}.console.log").open("ab") as log:
+            subprocess.run(
+                ["bash", str(self.kits.kit(name) / "startup/stop_fl.sh")],
+                input=b"y",
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment(self.folder, self.bins.get(name, BIN)),
+                check=True,
+            )
+
+    def is_started(self, name: str) -> bool:
+        """Whether a participant's start.sh has what it started, which starts NVFlare again when that is gone."""
+        for process in marked_processes(self.mark_of(name)):
+            with contextlib.suppress(psutil.Error):  # ended since it was listed
+                if any(word.endswith("sub_start.sh") for word in process.cmdline()):
+                    return True
+        return False
 
     @property
     def marks(self) -> list[str]:
@@ -183,7 +212,7 @@ def session(admin: Path) -> Iterator[Any]:
     """An open session of the study's user; NVFlare's own object."""
     from nvflare.fuel.flare_api.flare_api import new_secure_session
 
-    opened = new_secure_session(STUDY_USER, str(admin))
+    opened = new_secure_session(admin.name, str(admin))
     try:
         yield opened
     finally:

@@ -1,31 +1,39 @@
-"""What a port scan would find of a job while it runs: the sockets of its processes that wait for somebody to call."""
+"""What a scan would find of a job while it runs: the sockets of its processes that wait for somebody to call."""
 
 import ipaddress
+import os
 import socket
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import psutil
 
 from fedsft_assets.federation.processes import marked_processes
 
 _SECONDS_BETWEEN_LOOKS = 0.2
+_LISTENS = 0x10000  # Linux' __SO_ACCEPTCON
 
 
 @dataclass(frozen=True)
 class OpenSocket:
-    """`program` is the Python module that the process runs, or the name of the program."""
+    """`program` is the Python module that the process runs, or the name of the program.
+
+    `kind` is tcp, udp or unix; the address of a Unix socket is its path, or its abstract name after an @.
+    """
 
     program: str
     kind: str
     address: str
-    port: int
+    port: int = 0
 
     @property
     def is_local(self) -> bool:
         """Whether it can be reached from this machine only."""
+        if self.kind == "unix":
+            return True
         address = ipaddress.ip_address(self.address)
         mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
         return (mapped or address).is_loopback
@@ -43,13 +51,15 @@ class Scan:
         return sorted((one for one in self.sockets if not one.is_local), key=str)
 
     def look(self, processes: Iterable[psutil.Process]) -> None:
-        """Add what these processes have now: TCP sockets that listen, UDP sockets that are not for one peer alone."""
+        """Add what these processes have now: sockets that listen, UDP sockets that are not for one peer alone."""
         for process in processes:
             try:
                 program, connections = _program(process), process.net_connections("inet")
-            except psutil.Error:
+                addresses = _listening_unix(process)
+            except (psutil.Error, OSError):
                 continue  # it ended meanwhile
             self.programs.add(program)
+            self.sockets |= {OpenSocket(program, "unix", address) for address in addresses}
             for one in connections:
                 udp = one.type == socket.SOCK_DGRAM
                 if one.status == psutil.CONN_LISTEN or (udp and one.laddr and not one.raddr):
@@ -72,6 +82,20 @@ def scanned(*marks: str) -> Iterator[Scan]:
     finally:
         over.set()
         looking.join()
+
+
+def _listening_unix(process: psutil.Process) -> list[str]:
+    """Where the process listens for others by Unix sockets."""
+    own = set()
+    for descriptor in Path(f"/proc/{process.pid}/fd").iterdir():
+        with suppress(OSError):
+            own.add(os.readlink(descriptor))  # noqa: PTH115 it is no path
+    addresses = []
+    for line in Path(f"/proc/{process.pid}/net/unix").read_text().splitlines()[1:]:
+        _, _, _, flags, _, _, inode, *address = line.split(maxsplit=7)
+        if int(flags, 16) & _LISTENS and f"socket:[{inode}]" in own:
+            addresses.append("".join(address))
+    return addresses
 
 
 def _program(process: psutil.Process) -> str:

@@ -15,12 +15,16 @@ from fedsft_assets.assets.splits import combined_asset, processed_asset
 from fedsft_assets.checks import CHECKS, data_checks
 from fedsft_assets.data.combine import combine
 from fedsft_assets.data.records import Record, dump_records, read_records
+from fedsft_assets.data.report import SplitReport
 from fedsft_assets.data.splits import split_dataset
+from fedsft_assets.federation.job_folder import read_plans
 from fedsft_assets.model.tokenizer import preset_tokenizer
 from fedsft_assets.resources import resources
 from fedsft_assets.settings import Settings
 from fedsft_assets.specs import PRESETS, CheckName, CheckSettings, ColumnsSpec, DatasetSpec, JobSpec, SiteSpec
 from fedsft_assets.store import Store, split_file
+from fedsft_assets.versions import NoVersionError, accept, current, read_verdict
+from fedsft_assets_tests.prepared import made_current
 from fedsft_assets_tests.shipped import DATASETS
 
 _DOWNSTREAM = dg.AssetKey(["job_folder", "study"])
@@ -31,10 +35,15 @@ def _no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty file in place of each histogram: drawing one takes longer than all else that a small run does."""
 
     def draw_nothing(_lengths: object, _window: int, _title: str, into: Path) -> None:
-        into.parent.mkdir(exist_ok=True)
+        into.parent.mkdir(parents=True, exist_ok=True)
         into.touch()
 
     monkeypatch.setattr(splits, "plot_lengths", draw_nothing)
+
+
+@dg.asset(name="base_model")
+def _base_model() -> None:
+    """Stands for the one of the home, which is never materialized here."""
 
 
 class Study:
@@ -47,19 +56,24 @@ class Study:
         self.instance = instance
         self._data = data
         self._model = model
+        with made_current(self.store.base_model(Path(model).name)) as base_model:
+            (base_model / f"{Path(model).name}.nemo").write_text("nobody reads it")
         job = JobSpec(name="study", description="a study", sites={"site-1": SiteSpec(dataset="combined")}, rounds=1)
         self._assets = [*map(raw_asset, datasets), *map(processed_asset, datasets), combined_asset(datasets)]
         self._checks = data_checks(datasets)
         self._job_folder = job_folder_asset(job)
 
-    def run(self, selection: dg.AssetSelection | None = None, **checks: Any) -> dg.ExecuteInProcessResult:
+    def run(
+        self, selection: dg.AssetSelection | None = None, run_config: dict[str, Any] | None = None, **checks: Any
+    ) -> dg.ExecuteInProcessResult:
         """One Dagster run with these CheckSettings, of everything if nothing is selected."""
         settings = Settings(home=self.store.home, data=self._data, model=self._model, checks=CheckSettings(**checks))
         return dg.materialize(
-            [*self._assets, self._job_folder, *self._checks],
+            [*self._assets, _base_model, self._job_folder, *self._checks],
             instance=self.instance,
             resources=resources(settings),
             selection=selection,
+            run_config=run_config,
             raise_on_error=False,
         )
 
@@ -89,9 +103,15 @@ class Mine(Study):
 
     def split(self) -> None:
         """Make the splits without Dagster."""
-        processed = self.store.processed("mine")
-        split_dataset(self._dataset, self._path.parent, processed)
-        combine([processed], self.store.combined)
+        with made_current(self.store.processed("mine")) as splits:
+            split_dataset(self._dataset, self._path.parent, splits)
+        with made_current(self.store.combined) as combined:
+            combine([self.splits], combined)
+
+    @property
+    def splits(self) -> Path:
+        """The current version of the dataset's splits."""
+        return current(self.store.processed("mine"))
 
     def remake(self, questions: int, **checks: Any) -> dg.ExecuteInProcessResult:
         """One Dagster run of raw data with so many rows, of its splits and their checks."""
@@ -148,7 +168,8 @@ def _numbers(evaluation: dg.AssetCheckEvaluation) -> dict[str, int | float]:
 
 
 def _materialized(result: dg.ExecuteInProcessResult) -> set[dg.AssetKey | None]:
-    return {event.asset_key for event in result.get_asset_materialization_events()}
+    """But for the base model, which stands for the one of the home."""
+    return {event.asset_key for event in result.get_asset_materialization_events()} - {dg.AssetKey("base_model")}
 
 
 def _spoil(path: Path, *records: Record) -> None:
@@ -201,10 +222,87 @@ def test_a_shrunken_dataset_is_refused_and_trained_on_by_nothing(mine: Mine) -> 
     found = _found(result, "mine", "row_count")
     assert found.severity == dg.AssetCheckSeverity.ERROR
     assert found.description == (
-        "60 records, 0.3 times the 200 of the materialization before; allowed is 0.5 to 10 times; "
-        "look at the raw data, or set min_rows or max_rows if this is meant."
+        "60 records, 0.3 times the 200 of the current version; allowed is 0.5 to 10 times; look at the raw data, or "
+        "accept this version if it is meant: fedsft accept mine row_count, or `accept` in the launchpad."
     )
     assert _numbers(found) == {"records": 60, "records before": 200, "ratio": 0.3}
+
+
+def _job_folder_trains_on(mine: Mine) -> Path:
+    """The splits that the job folder was built on last."""
+    (plan, *_) = read_plans(current(mine.store.job_folder("study")))
+    return plan.located(mine.store.home).training_file.parent
+
+
+def test_what_was_good_stays_current_for_everybody_while_new_data_is_refused(mine: Mine) -> None:
+    mine.run()
+    good, combined = mine.splits, current(mine.store.combined)
+    mine.write(_questions(60))
+    assert not mine.run().success
+    assert mine.splits == good
+
+    downstream = dg.AssetSelection.assets("combined", _DOWNSTREAM) | dg.AssetSelection.checks_for_assets("combined")
+    assert mine.run(downstream).success
+    assert _job_folder_trains_on(mine) == combined
+
+
+def test_data_whose_checks_never_ran_is_neither_current_nor_trained_on(mine: Mine) -> None:
+    mine.run()
+    good = mine.splits
+    mine.write(_questions(180))
+    unchecked = dg.AssetSelection.assets(["raw", "mine"], _key("mine"), "combined").without_checks()
+    result = mine.run(unchecked)
+    assert not result.success
+    (failure,) = result.get_step_failure_events()
+    assert failure.step_key == "combined"
+    said = failure.step_failure_data.user_failure_data
+    assert said is not None
+    assert said.description is not None
+    assert said.description.endswith("its checks have not run; run them, or materialize the asset with its checks")
+    assert mine.splits == good
+
+
+def test_refused_data_can_be_accepted_in_the_launchpad_and_that_is_recorded(mine: Mine) -> None:
+    mine.remake(200)
+    accept = {"ops": {"check__processed__mine": {"config": {"accept": ["row_count"]}}}}
+    mine.write(_questions(60))
+    result = mine.run(run_config=accept)
+    assert result.success
+    found = _found(result, "mine", "row_count")
+    assert (found.passed, found.severity) == (False, dg.AssetCheckSeverity.WARN)
+    assert found.description is not None
+    assert found.description.startswith("Accepted on purpose: 60 records, 0.3 times the 200 of the current version")
+    verdict = read_verdict(mine.splits)
+    assert verdict is not None
+    assert verdict.accepted == ["row_count"]
+    assert verdict.by == f"Dagster run {result.run_id}"
+    assert SplitReport.read(mine.splits).records == 60
+
+
+def test_a_check_that_does_not_exist_cannot_be_accepted(mine: Mine) -> None:
+    result = mine.run(run_config={"ops": {"check__processed__mine": {"config": {"accept": ["rows"]}}}})
+    (failure,) = result.get_step_failure_events()
+    said = failure.step_failure_data.user_failure_data
+    assert said is not None
+    assert said.description is not None
+    assert said.description.startswith("accept: rows is no check; one of row_count, ")
+
+
+def test_refused_data_can_be_accepted_by_a_command_that_names_the_check(mine: Mine) -> None:
+    mine.remake(200)
+    assert not mine.remake(60).success
+    versions = mine.store.processed("mine")
+    with pytest.raises(NoVersionError, match=r"is refused by row_count, not by duplicates; name all of them$"):
+        accept(versions, ["duplicates"], "me")
+    version = accept(versions, ["row_count"], "me")
+    assert mine.splits == version
+    assert SplitReport.read(version).records == 60
+    verdict = read_verdict(version)
+    assert verdict is not None
+    assert (verdict.accepted, verdict.by) == (["row_count"], "me")
+    assert mine.run(dg.AssetSelection.assets("combined", _DOWNSTREAM)).success
+    with pytest.raises(NoVersionError, match="no version is refused by its checks"):
+        accept(versions, ["row_count"], "me")
 
 
 def test_trying_again_does_not_let_a_shrunken_dataset_through_and_repairing_it_does(mine: Mine) -> None:
@@ -239,11 +337,11 @@ def test_checks_that_run_alone_later_find_what_they_found_in_the_run(mine: Mine,
     assert _found(alone, "mine", "row_count").description == in_run.description
 
 
-def test_checks_that_first_run_alone_compare_with_the_materialization_before(mine: Mine) -> None:
+def test_checks_that_first_run_alone_compare_with_the_current_version(mine: Mine) -> None:
     without_checks = dg.AssetSelection.assets(["raw", "mine"], _key("mine")).without_checks()
     mine.run(without_checks)
     assert _found(mine.check("mine"), "mine", "row_count").description == (
-        "200 records; there is no earlier materialization to compare them with."
+        "200 records; there is no earlier version to compare them with."
     )
     mine.write(_questions(2100))
     mine.run(without_checks)
@@ -323,7 +421,7 @@ def test_records_in_other_languages_are_shown_by_language(mine: Mine) -> None:
 
 def test_blank_outputs_stop_what_is_downstream_and_are_named(mine: Mine) -> None:
     mine.split()
-    path = split_file(mine.store.processed("mine"), "testing")
+    path = split_file(mine.splits, "testing")
     lines = len(read_records(path))
     _spoil(path, Record(input="What is empty?", output=" \n"), Record(input="What is bare?", output=""))
     result = mine.run(
@@ -341,7 +439,7 @@ def test_blank_outputs_stop_what_is_downstream_and_are_named(mine: Mine) -> None
 
 def test_a_prompt_in_two_splits_of_a_dataset_is_an_error(mine: Mine) -> None:
     mine.split()
-    folder = mine.store.processed("mine")
+    folder = mine.splits
     stolen = read_records(split_file(folder, "training"))[0]["input"]
     _spoil(split_file(folder, "testing"), Record(input=stolen.upper(), output="Again."))
     result = mine.check("mine")
@@ -360,8 +458,8 @@ def test_a_prompt_in_two_splits_of_a_dataset_is_an_error(mine: Mine) -> None:
 
 def test_combined_looks_for_prompts_in_all_datasets_together(mine: Mine) -> None:
     mine.split()
-    stolen = read_records(split_file(mine.store.processed("mine"), "training"))[0]["input"]
-    _spoil(split_file(mine.store.combined, "testing"), Record(input=stolen, output="Again."))
+    stolen = read_records(split_file(mine.splits, "training"))[0]["input"]
+    _spoil(split_file(current(mine.store.combined), "testing"), Record(input=stolen, output="Again."))
     found = _found(mine.check("combined"), "combined", "no_prompt_overlap")
     assert found.description is not None
     assert "in mine/training and combined/training and combined/testing" in found.description
@@ -373,4 +471,5 @@ def test_splits_that_are_not_there_are_asked_for_without_a_traceback(mine: Mine)
     data = failure.step_failure_data
     assert data.user_failure_data is not None
     assert data.user_failure_data.description is not None
-    assert "cannot be read: No such file or directory; make the splits first" in data.user_failure_data.description
+    versions = mine.store.processed("mine")
+    assert data.user_failure_data.description == f"{versions}: has no current version; materialize its asset first"

@@ -22,7 +22,9 @@ from fedsft_assets.model.generation import GenerationSettings
 from fedsft_assets.model.language_model import LanguageModel
 from fedsft_assets.model.tokenizer import EOS, tiny_tokenizer
 from fedsft_assets.settings import PROJECT
-from fedsft_assets.store import Store
+from fedsft_assets.store import Store, archive_file
+from fedsft_assets.versions import current
+from fedsft_assets_tests.prepared import made_current
 
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
 SETTINGS = GenerationSettings(max_new_tokens=12)
@@ -48,13 +50,14 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.no_grad():
         lm.transformer.wte.weight[eos] = 0.0
     store = Store(tmp_path_factory.mktemp("home"))
-    LanguageModel.wrap(lm, tokenizer, max_length=256).save(store.checkpoint("endless") / MODEL_FILE)
+    with made_current(store.checkpoint("endless")) as folder:
+        LanguageModel.wrap(lm, tokenizer, max_length=256).save(folder / MODEL_FILE)
     return store.home
 
 
 @pytest.fixture(scope="module")
 def model(home: Path) -> LanguageModel:
-    return LanguageModel.load(Store(home).checkpoint("endless") / MODEL_FILE)
+    return LanguageModel.load(current(Store(home).checkpoint("endless")) / MODEL_FILE)
 
 
 @pytest.fixture
@@ -98,7 +101,7 @@ def test_sampling_and_chat_are_asked_for_by_options(
     command: Callable[..., subprocess.CompletedProcess[str]], home: Path, model: LanguageModel
 ) -> None:
     how = ("--temperature", "1.5", "--top-k", "40", "--top-p", "0.9", "--seed", "3", *SHORT)
-    archive = Store(home).checkpoint("endless") / MODEL_FILE
+    archive = current(Store(home).checkpoint("endless")) / MODEL_FILE
     done = command("--checkpoint", str(archive), "--chat", "--prompt", "Why?", *how)
     settings = GenerationSettings(12, temperature=1.5, top_k=40, top_p=0.9, seed=3)
     tokens = chat_tokens(model.tokenizer, [Turn("user", "Why?")])
@@ -351,10 +354,11 @@ def test_a_checkpoint_is_a_file_a_folder_a_job_or_the_base_model(tmp_path: Path)
     store = Store(tmp_path)
     with pytest.raises(ModelError, match="there is none yet; run 'fedsft study' first"):
         find_archive("fedavg", store, "tiny")
-    archive, base = store.checkpoint("fedavg") / MODEL_FILE, store.base_model("tiny")
-    for file in (archive, base):
-        file.parent.mkdir(parents=True)
-        file.touch()
+    with made_current(store.checkpoint("fedavg")) as folder:
+        (folder / MODEL_FILE).touch()
+    with made_current(store.base_model("tiny")) as folder:
+        (folder / "tiny.nemo").touch()
+    archive, base = current(store.checkpoint("fedavg")) / MODEL_FILE, archive_file(current(store.base_model("tiny")))
     assert find_archive(str(archive), store, "tiny") == archive
     assert find_archive(str(archive.parent), store, "tiny") == archive
     assert find_archive("fedavg", store, "tiny") == archive

@@ -1,26 +1,38 @@
 """Settings: defaults that work, environment variables that are checked, and nothing written outside FEDSFT_HOME."""
 
+import base64
+import json
 import os
+import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import dagster as dg
 import pytest
 from pydantic import ValidationError
 
+from fedsft_assets.resources import MLflowResource, resources
 from fedsft_assets.settings import PROJECT, Settings
 from fedsft_assets.specs import CheckSettings, SplitSettings
 from fedsft_assets.tracking import Tracking
+from fedsft_assets.tracking.outbox import explained
+from fedsft_assets_tests.watched import ENCODED, PASSWORD, USER
 
 
 @pytest.fixture(autouse=True)
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
-        if name.startswith("FEDSFT_") or name == "MLFLOW_TRACKING_URI":
+        if name.startswith(("FEDSFT_", "MLFLOW_TRACKING_")):
             monkeypatch.delenv(name)
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.setenv(name, "")  # so that it is put back afterwards
 
 
-def test_defaults_work_without_any_variable() -> None:
+def test_defaults_work_without_any_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert Settings().home == PROJECT / ".fedsft"
+    monkeypatch.setenv("FEDSFT_HOME", str(tmp_path))  # that one may have been made for something else
     settings = Settings()
-    assert settings.home == PROJECT / ".fedsft"
     assert settings.jobs == PROJECT / "jobs"
     assert (settings.data, settings.model, settings.runtime, settings.mlflow_uri) == (
         "sample",
@@ -129,3 +141,109 @@ def test_wrong_value_for_a_runtime_is_refused(monkeypatch: pytest.MonkeyPatch, n
     monkeypatch.setenv(name, value)
     with pytest.raises(ValidationError):
         Settings()
+
+
+@pytest.mark.parametrize(
+    "name", ["a?b", "what?", "100%41", "%c3%a4", "x%3Fy/z", "two\nlines", "bell\x07", "latin \udce4"]
+)
+def test_home_that_sqlite_cannot_open_is_refused_before_anything_is_written(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValidationError, match=r"home\n.*SQLite's URLs cannot say.*set FEDSFT_HOME to a folder"):
+        Settings(home=tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_home_with_any_other_character_can_be_tracked(tmp_path: Path, empty_mlflow_database: Path) -> None:
+    """All printable ASCII characters, and some others, each in one path: MLflow's store and its artifacts."""
+    printable = "".join(map(chr, range(32, 127)))
+    name = printable.replace("/", "").replace("?", "").replace("%", "%%") + "äß日😀\u00a0"
+    settings = Settings(home=tmp_path / name)
+    settings.home.mkdir()
+    shutil.copyfile(empty_mlflow_database, settings.home / "mlflow.db")
+    client, experiment = settings.tracking.client(), settings.tracking.experiment_id()
+    run = client.create_run(experiment)
+    client.log_text(run.info.run_id, "content", "file.txt")
+    assert Path(client.download_artifacts(run.info.run_id, "file.txt")).read_text() == "content"
+    assert (settings.home / "mlartifacts" / run.info.run_id / "artifacts/file.txt").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_account_that_the_password_file_does_not_know_gets_what_libraries_ask_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not {"HOME", "USER"} & Settings(home=tmp_path).environment().keys()
+    for name in ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 4_000_000)
+    environment = Settings(home=tmp_path).environment()
+    assert (environment["HOME"], environment["USER"]) == (str(tmp_path / "cache"), "uid-4000000")
+
+
+def test_password_of_a_tracking_server_goes_where_mlflow_alone_looks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{USER}:{ENCODED}@tracking:5000/mlflow")
+    settings = Settings()
+    assert settings.mlflow_uri == settings.tracking.uri == "http://tracking:5000/mlflow"
+    assert os.environ["MLFLOW_TRACKING_URI"] == "http://tracking:5000/mlflow"
+    assert os.environ["MLFLOW_TRACKING_USERNAME"] == USER
+    assert os.environ["MLFLOW_TRACKING_PASSWORD"] == PASSWORD
+    shown = [repr(settings), settings.model_dump_json(), repr(settings.tracking), str(settings.environment())]
+    assert not any(word in text for word in (PASSWORD, ENCODED, USER) for text in shown)
+    assert Settings().tracking == settings.tracking
+
+
+def test_password_of_a_database_is_told_to_mlflow_and_to_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = f"postgresql://{USER}:{ENCODED}@db:5432/mlflow?sslmode=require"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    tracking = Settings().tracking
+    assert tracking.uri == "postgresql://db:5432/mlflow?sslmode=require"
+    asked: list[str] = []
+    monkeypatch.setattr("mlflow.MlflowClient", lambda **said: asked.append(said["tracking_uri"]))
+    tracking.client()
+    assert asked == [uri]
+
+
+def test_resources_show_no_secret_and_take_one_by_the_name_of_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{USER}:{ENCODED}@tracking:5000")
+    monkeypatch.setenv("OTHER_SERVER", f"http://other-user:{ENCODED}@other:5000")
+    given = resources(Settings())
+    shown = json.dumps({name: resource.model_dump(mode="json") for name, resource in given.items()}, default=str)
+    assert "http://tracking:5000" in shown
+    assert not any(word in shown for word in (PASSWORD, ENCODED, USER))
+    mlflow = MLflowResource(uri=dg.EnvVar("OTHER_SERVER"))
+    assert "OTHER_SERVER" in repr(mlflow)
+    assert ENCODED not in repr(mlflow)
+    assert mlflow.process_config_and_initialize().tracking.uri == "http://other:5000"
+    assert os.environ["MLFLOW_TRACKING_USERNAME"] == "other-user"
+
+
+def test_what_mlflow_says_has_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    tracking = Tracking(f"unknown+driver://{USER}:{ENCODED}@db/x?password={ENCODED}")
+    with pytest.raises(Exception, match=r".") as error:
+        tracking.experiment_id()
+    chain = [error.value, error.value.__cause__, error.value.__context__]
+    assert not any(word in repr(one) for word in (PASSWORD, ENCODED, USER) for one in chain)
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
+    assert explained(ValueError(f"with {PASSWORD} at http://{USER}:{ENCODED}@host")) == "with *** at http://***@host"
+
+
+def test_server_is_asked_with_the_password_that_was_in_its_url(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[tuple[str, str]] = []
+
+    class Answers(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            heard.append((self.path, self.headers.get("Authorization", "")))
+            self.send_response(401)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{USER}:{ENCODED}@127.0.0.1:{server.server_port}")
+        with pytest.raises(Exception, match="401") as error:
+            Settings().tracking.experiment_id()
+        server.shutdown()
+    assert heard
+    assert all("get-by-name" in path for path, _ in heard)
+    assert {base64.b64decode(said.removeprefix("Basic ")).decode() for _, said in heard} == {f"{USER}:{PASSWORD}"}
+    assert not any(word in str(error.value) for word in (PASSWORD, ENCODED, USER))

@@ -194,6 +194,24 @@ def test_job_says_who_is_needed_how_long_to_wait_and_what_travels(write_job: Wri
             "filters.privacy.delta",
             "less than 1, found 1",
         ),
+        (
+            "filters: {privacy: {clip: 1, noise_multiplier: 1.0e-10}}",
+            "filters.privacy.noise_multiplier",
+            "greater than or equal to",
+        ),
+        *(
+            (
+                f"filters: {{privacy: {{clip: {clip}, noise_multiplier: {noise}}}}}",
+                "filters.privacy",
+                "clip times noise_multiplier is",
+            )
+            for clip, noise in ((".inf", "1.0"), ("1.0", ".inf"), ("1.0e+20", "1.0e+20"), ("1.0e-25", "1.0e-9"))
+        ),
+        (
+            "algorithm: scaffold\nfilters: {privacy: {clip: 1, noise_multiplier: 1}}",
+            "the file",
+            "filters.privacy: scaffold sends a site's direction beside its change, neither clipped nor with noise",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_named_with_file_and_field(
@@ -231,6 +249,28 @@ def test_file_that_is_no_job_is_named(write_job: WriteJob, content: str, said: s
     error = _error(path)
     assert error.startswith(f"{path}: ")
     assert said in error
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (f"{GOOD}rounds: 6\n", "line 7: rounds: occurs twice, first in line 6; remove one"),
+        (GOOD.replace("site-2", "site-1"), "line 5: site-1: occurs twice, first in line 4; remove one"),
+        (
+            f"{GOOD}training:\n  batch_size: 8\n  learning_rate: 0.1\n  batch_size: 4\n",
+            "line 10: batch_size: occurs twice, first in line 8; remove one",
+        ),
+    ],
+)
+def test_field_that_occurs_twice_is_named_with_its_lines(write_job: WriteJob, content: str, said: str) -> None:
+    path = write_job(content)
+    assert _error(path) == f"{path}: {said}"
+
+
+def test_what_a_merge_brings_may_be_said_again(write_job: WriteJob) -> None:
+    sites = "sites:\n  site-1: &one {dataset: alpaca, private: false}\n  site-2: {<<: *one, dataset: dolly}\n"
+    spec = JobSpec.load(write_job(f"description: a job\n{sites}rounds: 5\n"), NAMES)
+    assert spec.datasets == ["alpaca", "dolly"]
 
 
 def test_file_that_is_not_text_is_named(tmp_path: Path) -> None:
@@ -282,6 +322,12 @@ def test_preset_fills_only_what_the_job_leaves_open() -> None:
     assert (resolved.batch_size, resolved.weight_decay) == (3, 0.5)
     assert resolved.learning_rate == PRESETS["tiny"].learning_rate
     assert resolved.max_length == PRESETS["tiny"].max_length
+
+
+def test_the_tiny_preset_computes_in_fp32_whatever_the_processor_can() -> None:
+    assert PRESETS["tiny"].resolve(TrainingSpec()).precision == "32"
+    assert PRESETS["tiny"].resolve(TrainingSpec(precision="bf16-mixed")).precision == "bf16-mixed"
+    assert PRESETS["gpt-1.3b"].resolve(TrainingSpec()).precision == "auto"
 
 
 @pytest.mark.parametrize("name", list(PRESETS))
@@ -467,6 +513,30 @@ def test_a_dataset_may_come_from_the_hub(write_dataset: WriteDataset) -> None:
         ("path: .\nformat: csv\ncolumns: {instruction: q, response: a}\n", r"mine\.yaml: files: .* is a folder; name"),
         ("- a\n", r"mine\.yaml: expected fields like 'path:' and 'columns:', found list"),
         ("a: [\n", r"mine\.yaml: is not YAML"),
+        (
+            "path: r.csv\ncolumns: {instruction: text, response: text}\n",
+            r"mine\.yaml: columns: .*'text' is named for instruction and response; expected a column for each",
+        ),
+        (
+            "path: r.csv\ncolumns: {instruction: q, context: a, response: a}\n",
+            r"'a' is named for context and response;",
+        ),
+        (
+            "path: r.csv\ncolumns: {instruction: q, context: q, response: a}\n",
+            r"'q' is named for instruction and context;",
+        ),
+        (
+            "path: .\nfiles: [a.csv, b.csv, ./a.csv]\ncolumns: {instruction: q, response: a}\n",
+            r"files: 'a\.csv' is there twice; name each file once",
+        ),
+        (
+            "path: r.csv\ncolumns: {instruction: q, response: a}\npath: s.csv\n",
+            r"mine\.yaml: line 3: path: occurs twice, first in line 1; remove one",
+        ),
+        (
+            "path: r.csv\ncolumns: {instruction: q, response: a, 'response': b}\n",
+            r"mine\.yaml: line 2: response: occurs twice, first in line 2; remove one",
+        ),
     ],
 )
 def test_a_dataset_file_that_is_wrong_is_explained(write_dataset: WriteDataset, content: str, message: str) -> None:
@@ -478,6 +548,15 @@ def test_the_union_of_all_datasets_cannot_be_one(write_dataset: WriteDataset) ->
     path = write_dataset("path: r.csv\ncolumns: {instruction: q, response: a}\n", "combined.yaml")
     with pytest.raises(SpecError, match=r"combined\.yaml: 'combined' is the union of all datasets"):
         DatasetSpec.load(path)
+
+
+@pytest.mark.parametrize("name", ["other.yml", "other.YAML"])
+def test_a_file_that_would_be_passed_over_is_named(write_dataset: WriteDataset, write_job: WriteJob, name: str) -> None:
+    for path in (write_dataset("path: r.csv\ncolumns: {instruction: q, response: a}\n", name), write_job(GOOD, name)):
+        with pytest.raises(SpecError, match=rf"{path}: is not read, .*; name it other\.yaml"):
+            load_datasets(path.parent)
+        with pytest.raises(SpecError, match=rf"{path}: is not read"):
+            load_jobs(path.parent, NAMES)
 
 
 def test_a_folder_without_dataset_files_is_named(tmp_path: Path) -> None:

@@ -1,5 +1,8 @@
 """The study from a terminal: what overrides become, and what a person is told."""
 
+import os
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +11,9 @@ import pytest
 
 from fedsft_assets import cli
 from fedsft_assets.assets.job_folder import JobOverrides
+from fedsft_assets.federation.processes import MARK
+from fedsft_assets.federation.runtimes import poc_system
+from fedsft_assets.home import HomeError
 from fedsft_assets.settings import PROJECT, Settings
 from fedsft_assets.specs import JobSpec, load_jobs
 from fedsft_assets.study import _line, prepare_instance, study_job, study_run_config
@@ -63,6 +69,33 @@ def test_instance_is_made_under_home_with_the_settings_of_the_project(
         assert not instance.telemetry_enabled
 
 
+def test_installation_that_mlflow_cannot_work_in_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sysconfig.get_path", lambda _: "/50% off/.venv/lib/python3.11/site-packages")
+    with pytest.raises(HomeError, match=r"^/50% off/.*: has '%' in it, and MLflow makes no database"):
+        prepare_instance(Settings(home=tmp_path / "home"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_poc_that_runs_where_the_home_was_moved_from_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copied: bool
+) -> None:
+    old, new = tmp_path / "home", tmp_path / "moved"
+    for name in Settings(home=old).environment():
+        monkeypatch.setenv(name, "as it was")  # so that it is put back afterwards
+    prepare_instance(Settings(home=old))
+    mark = poc_system(Settings(home=old)).mark
+    with subprocess.Popen(["sleep", "600"], env={**os.environ, MARK: mark}) as service:
+        try:
+            (shutil.copytree if copied else shutil.move)(old, new)  # type: ignore[operator]
+            prepare_instance(Settings(home=new))
+            assert (service.poll() is None) == copied
+        finally:
+            service.kill()
+
+
 @dg.asset(key_prefix="checkpoint", name="good")
 def _good(context: dg.AssetExecutionContext) -> None:
     context.log.info("good · site-1 · round 1 of 1")
@@ -83,7 +116,7 @@ def test_a_person_is_told_what_starts_what_is_made_and_what_failed() -> None:
     with dg.DagsterInstance.ephemeral() as instance:
         result = dg.materialize([_good, _refused, _broken], instance=instance, raise_on_error=False)
         records = instance.get_records_for_run(result.run_id).records
-    lines = [line for record in records if (line := _line(record.event_log_entry))]
+    lines = [line for record in records if (line := _line(record.event_log_entry, Settings()))]
     assert lines.index("▸  checkpoint/good") < lines.index("   good · site-1 · round 1 of 1")
     assert lines.index("   good · site-1 · round 1 of 1") < lines.index("✓  checkpoint/good")
     (refused,) = (line for line in lines if "refused failed" in line)
@@ -109,7 +142,7 @@ def test_a_person_is_told_of_checks_that_did_not_pass() -> None:
     with dg.DagsterInstance.ephemeral() as instance:
         result = dg.materialize([_good, _checks], instance=instance, raise_on_error=False)
         records = instance.get_records_for_run(result.run_id).records
-    lines = [line for record in records if (line := _line(record.event_log_entry))]
+    lines = [line for record in records if (line := _line(record.event_log_entry, Settings()))]
     assert [line for line in lines if "good: " in line] == [
         "!  checkpoint/good: 7 rows repeat another.",
         "✗  checkpoint/good: 3 records have a blank output.",

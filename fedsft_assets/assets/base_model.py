@@ -1,5 +1,7 @@
 """`base_model`: the checkpoint that all jobs start from."""
 
+from pathlib import Path
+
 import dagster as dg
 
 from fedsft_assets.assets.failures import explained
@@ -7,6 +9,8 @@ from fedsft_assets.data.hub import HubError
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.resources import ModelResource, StoreResource
 from fedsft_assets.specs import SpecError
+from fedsft_assets.store import archive_file
+from fedsft_assets.versions import adding
 
 
 class BaseModelConfig(dg.Config):
@@ -22,14 +26,19 @@ class BaseModelConfig(dg.Config):
 )
 def base_model(
     context: dg.AssetExecutionContext, config: BaseModelConfig, store: StoreResource, model: ModelResource
-) -> dg.MaterializeResult:
+) -> dg.MaterializeResult[Path]:
     from fedsft_assets.model.base import create_base_model
 
     with explained(ModelError, SpecError, HubError):
         preset = model.load()
-        archive = store.files.base_model(preset.name)
-        report = create_base_model(preset, archive, config.seed, downloads=store.files.downloads, say=context.log.info)
+        with adding(store.files.base_model(preset.name)) as addition:
+            archive = addition.folder / f"{preset.name}.nemo"
+            report = create_base_model(
+                preset, archive, config.seed, downloads=store.files.downloads, say=context.log.info
+            )
+        archive = archive_file(addition.version)
     return dg.MaterializeResult(
+        value=addition.version,
         data_version=dg.DataVersion(report.digest),
         metadata={
             "preset": preset.name,

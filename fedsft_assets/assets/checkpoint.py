@@ -1,6 +1,7 @@
 """`checkpoint/<job>`: the trained archive that a job ends with, and its MLflow run."""
 
 from enum import Enum
+from pathlib import Path
 
 import dagster as dg
 
@@ -39,7 +40,7 @@ def checkpoint_asset(spec: JobSpec) -> dg.AssetsDefinition:
         name=spec.name,
         group_name="checkpoints",
         kinds={"nemo", "nvflare", "mlflow"},
-        deps=[dg.AssetKey(["job_folder", spec.name]), dg.AssetKey("base_model")],
+        ins={"job_folder": dg.AssetIn(["job_folder", spec.name])},
         op_tags=GPU_TAGS,
         pool="gpu",
         retry_policy=dg.RetryPolicy(max_retries=2, delay=5),  # for what died: `lost` in JobError
@@ -52,10 +53,11 @@ def checkpoint_asset(spec: JobSpec) -> dg.AssetsDefinition:
         model: ModelResource,
         runtime: RuntimeResource,
         mlflow: MLflowResource,
-    ) -> dg.MaterializeResult:
+        job_folder: Path,
+    ) -> dg.MaterializeResult[Path]:
         with explained(JobError):
             executed = execute_job(
-                spec.name,
+                job_folder,
                 store.files,
                 model.load(),
                 mlflow.tracking,
@@ -70,9 +72,10 @@ def checkpoint_asset(spec: JobSpec) -> dg.AssetsDefinition:
     return checkpoint
 
 
-def _result(executed: ExecutedJob) -> dg.MaterializeResult:
+def _result(executed: ExecutedJob) -> dg.MaterializeResult[Path]:
     report, registered = executed.report, executed.registered
     return dg.MaterializeResult(
+        value=executed.folder,
         data_version=dg.DataVersion(report.checkpoint_digest),
         metadata={
             "validation loss": image(executed.chart),
@@ -84,8 +87,13 @@ def _result(executed: ExecutedJob) -> dg.MaterializeResult:
             "runtime": report.runtime,
             "FLARE job": report.job_id,
             "FLARE job status": report.status,
+            "history": report.history,
             **({"rounds that sites missed": dg.MetadataValue.json(report.missed)} if report.missed else {}),
-            **({"privacy spent (epsilon)": round(report.epsilon, 3)} if report.epsilon else {}),
+            **(
+                {"privacy spent (epsilon)": round(report.epsilon, 3), "releases of each site": report.releases}
+                if report.epsilon is not None
+                else {}
+            ),
             "path": dg.MetadataValue.path(executed.folder / MODEL_FILE),
             "MLflow run": registered.run_id or NOT_YET,
             "registered as": f"{registered.model} version {registered.version or NOT_YET}",

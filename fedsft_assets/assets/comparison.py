@@ -1,35 +1,41 @@
 """`comparison`: one table and one plot over all jobs."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import dagster as dg
 
 from fedsft_assets.assets.metadata import image
 from fedsft_assets.evaluation.comparison import compare, plot, write_table
 from fedsft_assets.evaluation.losses import split_loss
+from fedsft_assets.execution import CheckpointInputs
 from fedsft_assets.federation.job_folder import read_plans
 from fedsft_assets.federation.report import JobReport
 from fedsft_assets.resources import StoreResource
 from fedsft_assets.specs import JobSpec
 from fedsft_assets.store import file_digest, split_file
+from fedsft_assets.versions import adding
 
 
 def comparison_asset(jobs: Sequence[JobSpec]) -> dg.AssetsDefinition:
     @dg.asset(
         group_name="comparison",
         kinds={"markdown", "matplotlib"},
-        deps=[dg.AssetKey(["checkpoint", job.name]) for job in jobs],
+        ins={f"checkpoint_{job.name}": dg.AssetIn(["checkpoint", job.name]) for job in jobs},
         description="All jobs side by side on the combined splits, beside the base model.",
     )
-    def comparison(store: StoreResource) -> dg.MaterializeResult:
+    def comparison(store: StoreResource, **checkpoints: Path) -> dg.MaterializeResult[Path]:
         files = store.files
-        plan = read_plans(files.job_folder(jobs[0].name))[0]
-        base = split_loss(plan.base_model, split_file(files.combined, "testing"), plan)
-        result = compare([JobReport.read(files.checkpoint(job.name)) for job in jobs], base.loss)
-        table, chart = files.reports / "comparison.md", files.reports / "comparison.png"
-        write_table(result, table)
-        plot(result.reports, chart)
+        inputs = CheckpointInputs.read(next(iter(checkpoints.values())))
+        plan = read_plans(files.home / inputs.job_folder)[0].located(files.home)
+        base = split_loss(plan.base_model, split_file(inputs.combined(files), "testing"), plan)
+        result = compare([JobReport.read(checkpoint) for checkpoint in checkpoints.values()], base.loss)
+        with adding(files.report("comparison")) as addition:
+            write_table(result, addition.folder / "comparison.md")
+            plot(result.reports, addition.folder / "comparison.png")
+        table, chart = addition.version / "comparison.md", addition.version / "comparison.png"
         return dg.MaterializeResult(
+            value=addition.version,
             data_version=dg.DataVersion(file_digest(table)),
             metadata={
                 "table": dg.MetadataValue.md(result.markdown()),

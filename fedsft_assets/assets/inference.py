@@ -13,9 +13,10 @@ from fedsft_assets.evaluation.prompts import ExamplePrompt, parse_prompts
 from fedsft_assets.federation.report import MODEL_FILE
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.generation import GenerationSettings
-from fedsft_assets.resources import ModelResource, StoreResource
+from fedsft_assets.resources import StoreResource
 from fedsft_assets.specs import JobSpec, SpecError
-from fedsft_assets.store import file_digest
+from fedsft_assets.store import archive_file, file_digest
+from fedsft_assets.versions import adding
 
 
 class PromptConfig(dg.Config):
@@ -43,21 +44,27 @@ def inference_asset(jobs: Sequence[JobSpec], examples: Sequence[ExamplePrompt]) 
     @dg.asset(
         group_name="comparison",
         kinds={"markdown", "pytorch"},
-        deps=["base_model", *(dg.AssetKey(["checkpoint", job.name]) for job in jobs)],
+        ins={
+            "base_model": dg.AssetIn("base_model"),
+            **{f"checkpoint_{job.name}": dg.AssetIn(["checkpoint", job.name]) for job in jobs},
+        },
         description="The answers of the base model and of every checkpoint to the same prompts, side by side.",
     )
-    def inference(config: InferenceConfig, store: StoreResource, model: ModelResource) -> dg.MaterializeResult:
-        files = store.files
-        archives = {"base model": files.base_model(model.load().name)}
+    def inference(
+        config: InferenceConfig, store: StoreResource, base_model: Path, **checkpoints: Path
+    ) -> dg.MaterializeResult[Path]:
+        made = {checkpoint.parent.name: checkpoint / MODEL_FILE for checkpoint in checkpoints.values()}
         ordered = sorted(jobs, key=lambda job: place(job.kind, job.name))
-        archives |= {job.name: files.checkpoint(job.name) / MODEL_FILE for job in ordered}
+        archives = {"base model": archive_file(base_model), **{job.name: made[job.name] for job in ordered}}
         with explained(ModelError, SpecError):
             prompts = parse_prompts(Path("launchpad"), config.model_dump(include={"prompts"}))
             settings = GenerationSettings(config.max_new_tokens, config.temperature, seed=config.seed)
             answers = answer(archives, prompts, settings)
-        table = files.reports / "inference.md"
-        answers.write(table)
+        with adding(store.files.report("inference")) as addition:
+            answers.write(addition.folder / "inference.md")
+        table = addition.version / "inference.md"
         return dg.MaterializeResult(
+            value=addition.version,
             data_version=dg.DataVersion(file_digest(table)),
             metadata={
                 "answers": dg.MetadataValue.md(answers.markdown()),

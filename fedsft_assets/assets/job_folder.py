@@ -1,11 +1,14 @@
 """`job_folder/<job>`: what NVFlare takes, built from `jobs/<job>.yaml`."""
 
+from pathlib import Path
+
 import dagster as dg
 
+from fedsft_assets.assets.failures import explained
 from fedsft_assets.assets.metadata import code
-from fedsft_assets.federation.job_folder import SPEC_FILE, build_job_folder
+from fedsft_assets.federation.job_folder import SPEC_FILE, JobInputs, build_job_folder
 from fedsft_assets.resources import ModelResource, StoreResource
-from fedsft_assets.specs import COMBINED, JobSpec
+from fedsft_assets.specs import COMBINED, JobSpec, SpecError
 
 
 class JobOverrides(dg.Config):
@@ -22,24 +25,40 @@ class JobOverrides(dg.Config):
 
 
 def job_folder_asset(spec: JobSpec) -> dg.AssetsDefinition:
-    trained_on = {COMBINED if name == COMBINED else f"processed/{name}" for name in spec.datasets}
+    own = {name: dg.AssetIn(["processed", name]) for name in spec.datasets if name != COMBINED}
 
     @dg.asset(
         key_prefix="job_folder",
         name=spec.name,
         group_name="job_folders",
         kinds={"nvflare"},
-        deps=[dg.AssetKey(key.split("/")) for key in sorted({*trained_on, COMBINED})],
+        ins={
+            **{f"processed_{name}": asset for name, asset in sorted(own.items())},
+            COMBINED: dg.AssetIn(COMBINED),
+            "base_model": dg.AssetIn("base_model"),
+        },
         description=f"{spec.description}: the NVFlare job folder of jobs/{spec.name}.yaml.",
     )
-    def job_folder(config: JobOverrides, store: StoreResource, model: ModelResource) -> dg.MaterializeResult:
-        report = build_job_folder(spec.override(**config.model_dump()), model.load(), store.files)
-        folder = store.files.job_folder(spec.name)
+    def job_folder(
+        config: JobOverrides,
+        store: StoreResource,
+        model: ModelResource,
+        combined: Path,
+        base_model: Path,
+        **processed: Path,
+    ) -> dg.MaterializeResult[Path]:
+        datasets = {**{path.parent.name: path for path in processed.values()}, COMBINED: combined}
+        inputs = JobInputs(base_model, combined, datasets)
+        with explained(SpecError):
+            report = build_job_folder(spec.override(**config.model_dump()), model.load(), store.files, inputs)
+        folder, noise = report.folder, report.noise
         return dg.MaterializeResult(
+            value=folder,
             data_version=dg.DataVersion(report.digest),
             metadata={
                 "sites": len(spec.sites),
                 "path": dg.MetadataValue.path(folder),
+                **({"noise in a round, in clips": round(noise.of_round, 2)} if noise else {}),
                 "files": code("\n".join(report.files)),
                 "job": code((folder / SPEC_FILE).read_text(encoding="utf-8"), "json"),
             },

@@ -11,6 +11,7 @@ from fedsft_assets.data.sources import fetch
 from fedsft_assets.data.splits import first_records
 from fedsft_assets.resources import SourceResource, SplitsResource, StoreResource
 from fedsft_assets.specs import DatasetSpec
+from fedsft_assets.versions import adding
 
 SOURCE_VERSION = "source version"
 
@@ -25,12 +26,13 @@ def raw_asset(dataset: DatasetSpec) -> dg.AssetsDefinition:
     )
     def raw(
         context: dg.AssetExecutionContext, store: StoreResource, source: SourceResource, splits: SplitsResource
-    ) -> dg.MaterializeResult:
-        folder = store.files.raw(dataset.name)
-        with explained(DataError):
-            report = fetch(dataset, source.place, folder, store.files.downloads, say=context.log.info)
+    ) -> dg.MaterializeResult[Path]:
+        with explained(DataError), adding(store.files.raw(dataset.name)) as addition:
+            report = fetch(dataset, source.place, addition.folder, store.files.downloads, say=context.log.info)
+        folder = addition.version
         records = first_records(read_examples(dataset, folder), splits.settings)
         return dg.MaterializeResult(
+            value=folder,
             data_version=dg.DataVersion(report.digest),
             metadata={
                 SOURCE_VERSION: report.version,

@@ -48,7 +48,13 @@ def combine(folders: Sequence[Path], into: Path) -> SplitReport:
             counts[split], digests[into_file.name] = _shuffle(paths, reports, into_file, settings.seed)
         rows = sum(report.records for report in reports)
         report = SplitReport.of(
-            COMBINED, digests, settings, counts=counts, rows=rows, duplicates=rows - sum(counts.values())
+            COMBINED,
+            digests,
+            settings,
+            counts=counts,
+            rows=rows,
+            duplicates=rows - sum(counts.values()),
+            parts={report.name: folder.name for folder, report in zip(folders, reports, strict=True)},
         )
         report.write(fresh)
     return report

@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fedsft_assets.data.arrow import EMPTY, flags, numpy_flags, texts
+from fedsft_assets.data.not_text import NOT_UTF8, why_no_text
 from fedsft_assets.data.records import excerpt
 from fedsft_assets.specs import ColumnsSpec
 
 BATCH_ROWS = 4096
-NOT_UTF8 = "is not UTF-8"
 
 _ABSENT = object()
 
@@ -93,9 +93,7 @@ def from_objects(
     except (KeyError, AttributeError, UnicodeEncodeError):  # what is no text cannot be encoded
         faults = [_fault(item, columns) for item in objects]
         rejected = rejected + [
-            Rejected(file, row, fault, excerpt(item))
-            for row, item, fault in zip(rows, objects, faults, strict=True)
-            if fault
+            Rejected(file, row, fault[0], excerpt(fault[1])) for row, fault in zip(rows, faults, strict=True) if fault
         ]
         good = [fault is None for fault in faults]
         rows = [row for row, fine in zip(rows, good, strict=True) if fine]
@@ -148,26 +146,19 @@ def _optional(name: str | None, objects: Sequence[dict[str, Any]]) -> pa.StringA
     return texts([item.get(name) for item in objects])
 
 
-def _fault(item: dict[str, Any], columns: ColumnsSpec) -> str | None:
-    """Why the object cannot be used, if so."""
+def _fault(item: dict[str, Any], columns: ColumnsSpec) -> tuple[str, Any] | None:
+    """Why the object cannot be used, if so, and what was found."""
     for name in (columns.instruction, columns.response):
         if name not in item:
-            return f"{name}: is missing"
+            return f"{name}: is missing", item
     for name in columns.names:
         value = item.get(name)
         if value is not None and not isinstance(value, str):
-            return f"{name}: expected a text, found {type(value).__name__}"
-        if value and not _is_utf8(value):
-            return f"{name}: {NOT_UTF8}"
+            kind = "dict" if isinstance(value, dict) else type(value).__name__
+            return f"{name}: expected a text, found {kind}", value
+        if value and (wrong := why_no_text(value)):
+            return f"{name}: {wrong[0]}", wrong[1]
     return None
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _decoded(value: bytes | None) -> Any:

@@ -20,6 +20,7 @@ from urllib.parse import quote
 
 import orjson
 
+from fedsft_assets.credentials import redact, redacted
 from fedsft_assets.data.download_area import Content, DownloadArea, Say, content_digest, size_of
 from fedsft_assets.data.records import DataError, excerpt
 
@@ -56,6 +57,7 @@ class HubFiles(NamedTuple):
     paths: list[Path]
 
 
+@redacted()
 def download(
     repository: str, revision: str, files: Sequence[str], into: Path, *, kind: Kind = "dataset", say: Say = print
 ) -> HubFiles:
@@ -83,6 +85,7 @@ def download(
     return HubFiles(commit, [area.path(commit, file) for file in files])
 
 
+@redacted()
 def resolve(repository: str, revision: str, *, kind: Kind = "dataset") -> str:
     """The full hash of the commit that a branch, tag or abbreviated commit stands for now.
 
@@ -139,7 +142,7 @@ class _Asked:
 
         endpoint = (os.environ.get("HF_ENDPOINT") or _ENDPOINT).rstrip("/")
         if not re.fullmatch(r"https?://[^\s/]+(/\S*)?", endpoint):
-            raise HubError(f"HF_ENDPOINT: {endpoint!r} is not an address; give one such as {_ENDPOINT}")
+            raise HubError(f"HF_ENDPOINT: {redact(endpoint)!r} is not an address; give one such as {_ENDPOINT}")
         token = os.environ.get("HF_TOKEN", "").strip() or None
         if token and not re.fullmatch(r"[!-~]+", token):
             raise HubError("HF_TOKEN: has spaces or letters that no token has; copy it anew from the hub's settings")
@@ -169,7 +172,7 @@ class _Asked:
         return quote(f"{self.kind}s/{self.repository}@{self.revision}", safe="")
 
     def error(self, text: str, file: str | None = None) -> HubError:
-        return HubError(f"{self.page}: revision {self.revision}: {f'{file}: ' if file else ''}{text}")
+        return HubError(redact(f"{self.page}: revision {self.revision}: {f'{file}: ' if file else ''}{text}"))
 
     def refusal(self, error: HfHubHTTPError, file: str | None) -> HubError:
         """What an answer of the hub means that no second attempt will change."""
@@ -398,7 +401,7 @@ class _Hub:
         if failures > len(_WAITS):
             raise self.asked.error(f"{trouble} ({failures} times in a row); {trouble.advice}", file) from trouble
         wait = max(trouble.wait, _WAITS[failures - 1])
-        self.say(f"{self._title(file)}: {trouble}; trying again in {wait:.0f} s")
+        self.say(redact(f"{self._title(file)}: {trouble}; trying again in {wait:.0f} s"))
         time.sleep(wait)
 
     def _title(self, file: str | None) -> str:

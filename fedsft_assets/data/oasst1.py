@@ -14,8 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fedsft_assets.data.arrow import BLANK_LINE, EMPTY, flags, numpy_flags, numpy_numbers, rows, texts
-from fedsft_assets.data.examples import NOT_UTF8, Examples, Rejected, utf8
+from fedsft_assets.data.examples import Examples, Rejected, utf8
 from fedsft_assets.data.hashing import Hashes, text_hashes
+from fedsft_assets.data.not_text import NOT_UTF8
 from fedsft_assets.data.parquet import TypeTest, is_boolean, is_number, is_text, parquet_batches
 from fedsft_assets.data.records import DataError, excerpt
 from fedsft_assets.specs import ColumnsSpec, ConversationsSpec
@@ -84,7 +85,8 @@ class _Messages:
     """All messages of all files by row, M of them: what is needed to find paths, without their texts."""
 
     counts: list[int]  # of each file
-    parents: Rows  # the parent's row; M where there is none to have, M + 1 where it is missing, both [M + 2]
+    parents: Rows  # the parent's row; M where there is none to have, M + 1 where none or several have its id [M + 2]
+    ambiguous: Flags  # several messages have the parent's id
     prompts: Flags
     wanted: Flags  # replies that the options ask for
     allowed: Flags  # reviewed enough and not left out
@@ -104,7 +106,7 @@ class _Messages:
         ids, parent_ids, root, prompts, wanted, allowed = (
             (np.concatenate(column) for column in zip(*parts, strict=True)) if parts else (np.zeros(0, bool),) * 6
         )
-        return cls(counts, _rows_of(ids, parent_ids, root), prompts, wanted, allowed)
+        return cls(counts, *_parents(ids, parent_ids, root), prompts, wanted, allowed)
 
     def replies(self, whole: bool) -> tuple[Rows, dict[int, str]]:
         """The rows of all wanted replies that have an input [N], and what is wrong with those that have none."""
@@ -114,6 +116,7 @@ class _Messages:
         faults = [
             (tops < m, "parent_id: is part of a cycle"),
             (parents == m, "parent_id: is null, a reply needs a prompt"),
+            (self.ambiguous[found], "parent_id: several messages have this id"),
             (parents == m + 1, "parent_id: no message has this id"),
             (~np.concatenate([self.prompts, [True, True]])[parents], "parent_id: is no prompt"),
             ((tops == m + 1) & whole, "parent_id: a message further up has a parent that is missing"),
@@ -168,14 +171,15 @@ def _equal(column: pa.Array, value: str) -> Flags:
     return numpy_flags(pc.equal(_text(column), texts([value])[0]))
 
 
-def _rows_of(ids: Hashes, parents: Hashes, root: Flags) -> Rows:
-    """The row of each message's parent, as `_Messages.parents` says. Of messages with one id, the first counts."""
+def _parents(ids: Hashes, parents: Hashes, root: Flags) -> tuple[Rows, Flags]:
+    """The row of each message's parent, and whether several could be it, as `_Messages` says."""
     m = len(ids)
     order = np.argsort(ids, kind="stable")
-    places = np.minimum(np.searchsorted(ids[order], parents), max(m - 1, 0))
-    rows = order[places] if m else places
-    rows = np.where(ids[rows] == parents, rows, m + 1) if m else rows
-    return np.concatenate([np.where(root, m, rows), [m, m + 1]]).astype(np.int64)
+    known = ids[order]
+    first = np.searchsorted(known, parents)
+    found = np.searchsorted(known, parents, side="right") - first
+    rows = np.where(found == 1, order[np.minimum(first, m - 1)], m + 1)
+    return np.concatenate([np.where(root, m, rows), [m, m + 1]]).astype(np.int64), (found > 1) & ~root
 
 
 def _stream(

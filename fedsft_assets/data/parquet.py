@@ -70,6 +70,8 @@ def open_parquet(path: Path, columns: Mapping[str, TypeTest]) -> pq.ParquetFile:
     for name, test in columns.items():
         if name not in schema.names:
             problem = f"is missing, found {', '.join(schema.names) or 'no column'}"
+        elif schema.names.count(name) > 1:
+            problem = f"is the name of {schema.names.count(name)} columns, found {', '.join(schema.names)}"
         elif not test(schema.field(name).type):
             problem = f"expected {_EXPECTED[test]}, found {schema.field(name).type}"
         else:

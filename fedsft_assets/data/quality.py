@@ -16,6 +16,7 @@ from fedsft_assets.data.hashing import Hashes, prompt_hashes
 from fedsft_assets.data.records import excerpt, iterate_records
 from fedsft_assets.data.report import SplitReport
 from fedsft_assets.store import SPLITS, split_file
+from fedsft_assets.versions import title
 
 _NO_LANGUAGE = "zxx"  # ISO 639's code for numbers, formulas and the like
 _BATCH = 1024  # records
@@ -124,7 +125,7 @@ def _shared_prompt(prompt: np.uint64, places: Mapping[_Place, Hashes]) -> Shared
     holding = {place: int(lines[0]) for place, lines in found.items() if len(lines)}
     (folder, split), line = next(iter(holding.items()))
     record = next(islice(iterate_records(split_file(folder, split)), line, None))
-    return SharedPrompt(excerpt(record["input"]), [f"{folder.name}/{split}" for folder, split in holding])
+    return SharedPrompt(excerpt(record["input"]), [f"{title(folder)}/{split}" for folder, split in holding])
 
 
 def _texts(folder: Path) -> Iterator[str]:

@@ -7,6 +7,9 @@ from typing import Any, TypedDict
 
 import orjson
 
+from fedsft_assets.data.json_objects import Ambiguous, decode
+from fedsft_assets.data.not_text import printable
+
 _CELL = 200
 _FOUND = 60
 
@@ -57,10 +60,24 @@ def preview(records: Iterable[Record], n: int = 5) -> str:
 
 
 def excerpt(found: Any) -> str:
-    """What was found, short enough for a message."""
-    text = found.decode(errors="replace") if isinstance(found, bytes) else found if isinstance(found, str) else None
-    text = repr(found) if text is None else text.strip().encode(errors="replace").decode()
+    """What was found, short enough for a message; what is no text is shown with backslashes."""
+    text = _printable(found).strip()
     return text if len(text) <= _FOUND else f"{text[:_FOUND]}…"
+
+
+def cut_off(path: Path, row: int, found: str | bytes) -> DataError:
+    """The error for a file that ends in the middle of a row, of which this is there."""
+    text = _printable(found[-4 * _FOUND - 4 :])  # a character has up to four bytes
+    end = text if len(text) <= _FOUND else f"…{text[-_FOUND:]}"
+    return DataError(
+        f"{path}: row {row}: ends in the middle, after {end!r}, and so does the file: it was cut off; download it again"
+    )
+
+
+def _printable(found: Any) -> str:
+    if isinstance(found, bytes):
+        return found.decode(errors="backslashreplace")
+    return printable(found) if isinstance(found, str) else repr(found)
 
 
 def _parse_record(line: bytes, path: Path, number: int) -> Record:
@@ -78,6 +95,13 @@ def _parse_record(line: bytes, path: Path, number: int) -> Record:
         if not isinstance(content.get(field), str):
             found = repr(content[field]) if field in content else ", ".join(content) or "no field"
             raise DataError(f"{path}: line {number}: {field}: expected a text, found {found}; write the splits anew")
+    # Each field has a colon: only a line with more of them than fields can say one twice.
+    if line.count(b":") > len(content) and isinstance(twice := decode(line), Ambiguous):
+        field, values = next(iter(twice.repeated.items()))
+        raise DataError(
+            f"{path}: line {number}: {field}: occurs {len(values)} times, found {excerpt(values)}; "
+            "write the splits anew"
+        )
     return Record(input=content["input"], output=content["output"])
 
 

@@ -16,7 +16,7 @@ class SplitReport(BaseModel):
     """Records per split, what was left out of `rows` rows, how they were split, and the splits' digests.
 
     `digest` is of the three files together, `files` has the SHA-256 of each. For `combined`, rows are
-    the records of all datasets.
+    the records of all datasets, and `parts` has the names of the versions that it is made of.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -29,6 +29,7 @@ class SplitReport(BaseModel):
     rows: int
     duplicates: int
     rejected: int
+    parts: dict[str, str] = {}
 
     @property
     def records(self) -> int:
@@ -55,6 +56,7 @@ class SplitReport(BaseModel):
         rows: int,
         duplicates: int,
         rejected: int = 0,
+        parts: dict[str, str] | None = None,
     ) -> Self:
         """The report of splits with these digests. Raises DataError if a split is empty."""
         for split, count in counts.items():
@@ -72,6 +74,7 @@ class SplitReport(BaseModel):
             rows=rows,
             duplicates=duplicates,
             rejected=rejected,
+            parts=parts or {},
         )
 
     def write(self, folder: Path) -> None:

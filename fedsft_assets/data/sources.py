@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 
 from fedsft_assets.data import hub
 from fedsft_assets.data.datasets import read_examples
+from fedsft_assets.data.examples import Rejected
 from fedsft_assets.data.parquet import open_parquet
 from fedsft_assets.data.records import DataError
 from fedsft_assets.data.sample import SAMPLED, write_sample
@@ -117,12 +118,15 @@ def _hub_version(repository: str, commit: str) -> str:
 def _count_rows(dataset: DatasetSpec, folder: Path) -> int:
     """Rows of all files, once all of them have been read. Raises DataError if none can be used."""
     rows = usable = 0
+    first: Rejected | None = None
     for examples in read_examples(dataset, folder):
         usable += len(examples.rows)
         rows += len(examples.rows) + len(examples.rejected)
+        first = first or next(iter(examples.rejected), None)
     if not usable:
+        why = f" ({first.file} row {first.row}: {first.reason}: {first.found})" if first else ""
         raise DataError(
-            f"{folder}: holds no example of {dataset.label} in {', '.join(dataset.file_names)}; "
+            f"{folder}: holds no example of {dataset.label} in {', '.join(dataset.file_names)}{why}; "
             "take the files as published, or name their own columns"
         )
     if dataset.format == "oasst1":  # one row is a message, of which few are replies to learn from

@@ -28,16 +28,23 @@ from fedsft_assets.store import SPLITS, HashedFile, publish_file, publish_folder
 REJECTED_FILE = "rejected.jsonl"
 
 
-def split_dataset(dataset: DatasetSpec, raw: Path, into: Path, settings: SplitSettings | None = None) -> SplitReport:
+def rejected_file(splits: Path) -> Path:
+    """Where the unusable rows are if there are too many of them to make `splits`."""
+    return splits.with_name(f"{splits.name}.{REJECTED_FILE}")
+
+
+def split_dataset(
+    dataset: DatasetSpec, raw: Path, into: Path, settings: SplitSettings | None = None, rejected: Path | None = None
+) -> SplitReport:
     """Write the dataset's files in `raw` as the three splits in `into`, whole or not at all.
 
     Within a split, records keep the order of their rows. Exact duplicates are dropped and counted.
     Rows that cannot be used are in `rejected.jsonl` beside the splits, with their numbers and reasons.
     Raises DataError if a file cannot be read, a split would be empty, or too many rows are unusable:
-    then they are in `<into>.rejected.jsonl`, and the splits stay as they were.
+    then they are in the file `rejected` (unless given, `<into>.rejected.jsonl`), and the splits stay as they were.
     """
     settings = settings or SplitSettings()
-    refused = into.with_name(f"{into.name}.{REJECTED_FILE}")
+    refused = rejected or rejected_file(into)
     with publish_folder(into) as fresh:
         with _Writer(fresh, settings) as writer:
             for examples in read_examples(dataset, raw):
@@ -133,7 +140,7 @@ class _Writer:
             self.counts[split] += len(chosen)
 
     def explain_rejected(self, name: str, path: Path) -> str:
-        first = "; ".join(f"{row.file} row {row.row}: {row.reason}" for row in self._first_rejected)
+        first = "; ".join(f"{row.file} row {row.row}: {row.reason} ({row.found})" for row in self._first_rejected)
         return (
             f"{name}: {self.rejected} of {self.rows} rows cannot be used, more than the allowed share of "
             f"{self._settings.max_rejected:.2%}: {first}{', …' if self.rejected > len(self._first_rejected) else ''}; "

@@ -13,6 +13,8 @@ from safetensors import safe_open
 
 from fedsft_assets.federation.exchange import Wire
 
+_NAMED = 5  # of many tensors that are wrong
+_NAME_LENGTH = 200  # characters
 _SLICE = 1 << 16  # numbers that are summed at a time: what stays in a core's cache
 
 
@@ -45,14 +47,13 @@ class TokenWeightedAverage:
 
         Raises ValueError for a result without a positive number of tokens, or with tensors that are not the model's.
         """
-        if not isinstance(tokens, int) or tokens <= 0:
+        if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens <= 0:
             raise ValueError(f"{site}: expected the number of answer tokens it trained on, found {tokens!r}")
-        shapes = {name: _shape(tensor) for name, tensor in tensors.items()}
+        shapes = shapes_of(tensors)
         if self._shapes is None:
             self._shapes = shapes
-        missing = self._shapes.keys() - shapes.keys() if whole else set()
-        if odd := sorted({name for name, shape in shapes.items() if self._shapes.get(name) != shape} | missing):
-            raise ValueError(f"{site}: tensors differ from those of the global model: {', '.join(odd[:5])}")
+        if wrong := other_tensors(shapes, self._shapes, whole):
+            raise ValueError(f"{site}: {wrong}")
         self._sites[site] = _Contribution(dict(tensors), tokens)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -85,6 +86,40 @@ class TokenWeightedAverage:
     def clear(self) -> None:
         """Let go of everything."""
         self._sites = {}
+
+
+def shapes_of(tensors: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Without reading a tensor."""
+    return {name: _shape(tensor) for name, tensor in tensors.items()}
+
+
+def other_tensors(
+    shapes: Mapping[str, tuple[int, ...]], of_model: Mapping[str, tuple[int, ...]], whole: bool
+) -> str | None:
+    """What is wrong with tensors that are not the model's; `whole` says whether all must be there."""
+    missing = of_model.keys() - shapes.keys() if whole else set()
+    odd = sorted({name for name, shape in shapes.items() if of_model.get(name) != shape} | missing)
+    return f"tensors differ from those of the global model: {', '.join(map(plain, odd[:_NAMED]))}" if odd else None
+
+
+def plain(name: str) -> str:
+    """A tensor's name as it may stand in a line of text, whoever gave it."""
+    return name if name.isprintable() and len(name) <= _NAME_LENGTH else repr(name)[:_NAME_LENGTH]
+
+
+def norm_of(tensors: Mapping[str, Any]) -> float:
+    """The Euclidean norm of all numbers together, of tensors that are read one after the other.
+
+    Raises ValueError that names a tensor with a number that is not finite.
+    """
+    squares = 0.0
+    for name, tensor in tensors.items():
+        slices = _loaded(tensor).reshape(-1).split(_SLICE)
+        of_tensor = math.fsum(piece.double().square().sum().item() for piece in slices)
+        if not math.isfinite(of_tensor):
+            raise ValueError(f"{name} has numbers that are not finite")
+        squares += of_tensor
+    return math.sqrt(squares)
 
 
 def _mean(parts: list[tuple[torch.Tensor, int]], total: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fedsft_assets.federation.events import JobError
 from fedsft_assets.federation.forked_python import LOST
-from fedsft_assets.federation.job_folder import read_plans
+from fedsft_assets.federation.job_folder import home_of, read_plans
 from fedsft_assets.federation.report import MODEL_FILE
 
 
@@ -55,7 +55,7 @@ def _make(job_folder: Path, weights: Path, testing_file: Path, into: Path) -> Ch
     from fedsft_assets.model.archive import content_digest
     from fedsft_assets.model.language_model import LanguageModel
 
-    plan = read_plans(job_folder)[0]
+    plan = read_plans(job_folder)[0].located(home_of(job_folder))
     model = LanguageModel.load(plan.base_model)
     trained = torch.load(weights, map_location="cpu", weights_only=True, mmap=True)
     if plan.training.peft:

@@ -11,12 +11,13 @@ import os
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
 
-from fedsft_assets import __version__
+from fedsft_assets.federation.exchange import other_version
 from fedsft_assets.federation.followers import Followers, Task, start_all
 from fedsft_assets.federation.metrics import Point, points_to_data
 from fedsft_assets.federation.phases import JOB_STARTED, PhaseClock
@@ -56,21 +57,20 @@ def _work(plan: SitePlan) -> None:
     with clock.phase("import"):
         import nvflare.client as flare
 
+        from fedsft_assets.federation.local_driver import use_local_driver
         from fedsft_assets.federation.site_exchange import ExchangeError
         from fedsft_assets.federation.site_state import site_state_folder
         from fedsft_assets.federation.site_trainer import SiteTrainer
         from fedsft_assets.federation.tensor_stream import send_tensors_as_streams
     if _leads():
+        use_local_driver()
         send_tensors_as_streams()
         flare.init()  # first of all: NVFlare waits for it, and a large model takes its time
-    if plan.package != __version__:
-        raise ExchangeError(
-            f"{plan.site}: the job was built with fedsft-assets {plan.package}, this site has {__version__};"
-            " install the same version at both"
-        )
+    if wrong := other_version(plan.package, "site"):
+        raise ExchangeError(f"{plan.site}: {wrong}")
     with clock.phase("load"):
         plan = with_own_files(plan, os.environ)
-    trainer = SiteTrainer(plan, clock, _tell, site_state_folder(Path.cwd().parent, plan.site))
+    trainer = SiteTrainer(plan, clock, partial(_tell, plan.site), site_state_folder(Path.cwd().parent, plan.site))
     gc.freeze()  # what is loaded by now stays: collections need not look through it again
     followers = Followers() if plan.training.devices > 1 else None
     if trainer.devices.rank == 0:
@@ -94,7 +94,7 @@ def _lead(trainer: "SiteTrainer", followers: Followers | None) -> None:
         evaluates = flare.is_evaluate()
         if followers:
             followers.tell(Task("evaluate" if evaluates else "train", received.current_round))
-        with turn(lambda: _tell(f"{trainer.plan.site} · waits for its turn on this machine", [])):
+        with turn(lambda: _tell(trainer.plan.site, "waits for its turn on this machine", [])):
             result = trainer.evaluate(received) if evaluates else trainer.train(received)
         with trainer.clock.phase("transfer"):
             flare.send(result)
@@ -113,14 +113,14 @@ def _leads() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def _tell(text: str, points: list[Point]) -> None:
+def _tell(site: str, text: str, points: list[Point]) -> None:
     """Print a line for the site's own log, and send it to the server with its points."""
     import nvflare.client as flare
     from nvflare.apis.analytix import AnalyticsDataType
 
     from fedsft_assets.federation.exchange import PROGRESS_RECORD
 
-    print(text, flush=True)
+    print(f"{site} · {text}", flush=True)
     said = json.dumps({"text": text, "points": points_to_data(points)})
     flare.log(PROGRESS_RECORD, said, AnalyticsDataType.TEXT)
 

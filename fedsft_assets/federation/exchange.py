@@ -2,7 +2,9 @@
 
 from enum import StrEnum
 
-VERSION = "3"  # of all this; server and sites must have the same
+from fedsft_assets import __version__
+
+VERSION = "4"  # of all this; server and sites must have the same
 
 TRAIN_TASK = "train"
 VALIDATE_TASK = "validate"
@@ -10,18 +12,24 @@ VALIDATE_TASK = "validate"
 # In the metadata of a task.
 KIND_KEY = "kind"
 VERSION_KEY = "version"
+EXECUTIONS_KEY = "executions"  # that the server can go on with: what a site keeps for others is of no use
 
 # In the metadata of a result.
+TOKENS_KEY = "NUM_STEPS_CURRENT_ROUND"  # that a round trained on; NVFlare's name for what results are weighted by
 POINTS_KEY = "points"
 SAMPLES_KEY = "samples"
+RECORDS_KEY = "records"  # that a site trains on
 FIRST_KEY = "first"  # digests of the base model and the adapters that a site began with, if it made them itself
 FAILURE_KEY = "failure"  # why the site can do nothing more in this job
 
 # What an algorithm sends beside the weights has tensors' names behind it.
 CONTROL = "control:"
 
-# NVFlare's analytics record in which a site says what it is doing; its value is JSON.
+# NVFlare's analytics record in which a trainer says what it is doing; its value is JSON.
 PROGRESS_RECORD = "fedsft"
+# By which that goes on to the server. NVFlare's own events have a sender that nobody has checked.
+PROGRESS_CHANNEL = "fedsft"
+PROGRESS_TOPIC = "progress"
 
 # The admin command that hands out the journal of a running job.
 JOURNAL_COMMAND = "fedsft_journal"
@@ -33,12 +41,25 @@ EXECUTION_KEY = "fedsft_execution"
 STATE_ROOT = "FEDSFT_SERVER_STATE"
 SITE_STATE_ROOT = "FEDSFT_SITE_STATE"  # the same at a site
 
+# Names the home of a study: on its machine, what a job names is found there.
+STUDY_HOME = "FEDSFT_HOME"
+
 # Names the folder of the datasets and base models that jobs may use at a site, and of the base models at the server.
 SITE_HOME = "FEDSFT_SITE_HOME"
 
 # What the server part of a finished job leaves in its folder, beside the journal.
 LAST_MODEL = "last_global_model.pt"
 BEST_MODEL = "best_global_model.pt"
+
+
+def other_version(built_with: str, here: str) -> str | None:
+    """What is wrong if a job was built with another version of this package than is installed `here`."""
+    if built_with == __version__:
+        return None
+    return (
+        f"the job was built with fedsft-assets {built_with}, this {here} has {__version__}; install the same version at"
+        " both"
+    )
 
 
 class Kind(StrEnum):

@@ -2,11 +2,15 @@
 
 import math
 import re
-import secrets
+from collections.abc import Iterable
 
 import torch
 
+from fedsft_assets.federation.noise import add_noise
 from fedsft_assets.specs import FiltersSpec
+
+_MARGIN = 1e-9  # of a norm: far more than what float64 makes of a sum of squares
+_AT_ONCE = 1 << 20
 
 
 class ChangeFilter:
@@ -15,8 +19,6 @@ class ChangeFilter:
     def __init__(self, spec: FiltersSpec) -> None:
         self._excluded = [re.compile(pattern) for pattern in spec.exclude]
         self._privacy = spec.privacy
-        # Unlike all other randomness of a job this must not be known to anybody, so it has no seed.
-        self._random = torch.Generator().manual_seed(secrets.randbits(63))
 
     @property
     def needs_all(self) -> bool:
@@ -30,18 +32,34 @@ class ChangeFilter:
     def privatized(self, changes: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The changes in place: clipped as one vector to the L2 norm `clip`, with Gaussian noise on each number.
 
-        Raises ValueError for a tensor that is not of floats: noise on it would say nothing.
+        Raises ValueError for a tensor that is not of floats: noise on it would say nothing; and for numbers that are
+        not finite: no norm could be clipped.
         """
         if self._privacy is None:
             return changes
         odd = [name for name, change in changes.items() if not change.is_floating_point()]
         if odd:
             raise ValueError(f"filters.privacy: {odd[0]} is not of floats; name it in filters.exclude")
-        norm = math.sqrt(sum(change.to(torch.float64).square().sum().item() for change in changes.values()))
-        clip = self._privacy.clip
-        for change in changes.values():
-            if norm > clip:
-                change.mul_(clip / norm)
-            noise = torch.empty_like(change).normal_(generator=self._random)
-            change.add_(noise, alpha=self._privacy.noise_multiplier * clip)
-        return changes
+        whole = {name: change.contiguous() for name, change in changes.items()}
+        norm = _norm(whole.values())
+        if not math.isfinite(norm):
+            numbers = sum(map(torch.numel, whole.values()))
+            astray = self._privacy.remedy(numbers, "in training; try a lower learning rate")
+            raise ValueError(
+                "filters.privacy: this site's change has numbers that are not finite and cannot be clipped, so nothing"
+                f" of it was sent: it went astray {astray}"
+            )
+        clip = self._privacy.clip * (1 - _MARGIN)
+        add_noise(whole.values(), min(1.0, clip / norm) if norm else 1.0, self._privacy.deviation)
+        return whole
+
+
+def _norm(tensors: Iterable[torch.Tensor]) -> float:
+    """The L2 norm of all numbers together, summed in float64."""
+    return math.sqrt(
+        math.fsum(
+            part.to(torch.float64).square().sum().item()
+            for tensor in tensors
+            for part in tensor.view(-1).split(_AT_ONCE)
+        )
+    )

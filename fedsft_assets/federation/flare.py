@@ -5,13 +5,13 @@ Nothing here starts or stops the system itself. NVFlare is imported on first use
 
 import contextlib
 import importlib.metadata
-import os
+import re
 import shutil
 import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
@@ -19,18 +19,32 @@ from typing import Any, Self
 from fedsft_assets.federation.exchange import JOURNAL_COMMAND
 from fedsft_assets.federation.flare_session import FlareSession, Timeouts
 from fedsft_assets.federation.journal import JOURNAL_FILE
-from fedsft_assets.federation.runtime import JobState, ResultLostError, UnavailableError
+from fedsft_assets.federation.plain_path import plain_path
+from fedsft_assets.federation.runtime import JobState, RefusedError, ResultLostError, UnavailableError
 from fedsft_assets.federation.tail import Tail
+from fedsft_assets.process_env import child_environment
+from fedsft_assets.store import link_or_copy
 
 COMPLETED = "FINISHED:COMPLETED"
 _ENDED = "FINISHED"
 _RUNNING = "RUNNING"
+_DISPATCHED = "DISPATCHED"
+_WAITING = ("SUBMITTED", "APPROVED", _DISPATCHED)
+_FORBIDS = re.compile(r"not (permitted|authorized)")  # what a policy says of a job, by NVFlare's authorization
 _UNKNOWN = "UNKNOWN"
 _POLL_SECONDS = 0.5
 _SITE_SECONDS = 10.0
+_SECONDS_TO_APPEAR = 2.0  # of a site that is missing, before it is told
+_HEARTBEAT_LATE = 30.0  # seconds; a site says every 10 that it is there
+_NOT_CONNECTED = "not connected"
+_NO_ANSWER = "does not answer, though the server still lists it: it is gone, or its link is cut"
+_LOCKED_OUT = (
+    "is locked out: another process has registered with its startup kit, and the server listens to that one alone;"
+    " find where the kit was copied to and end that process: the site is let in again within ten minutes, or at once"
+    " when it is started again"
+)
 _SILENT = "No replies"  # what NVFlare's server says for a site that did not answer it
 _JOURNAL_SECONDS = 3.0
-_LOST_SECONDS = 10.0
 
 
 class FlareJobs:
@@ -42,6 +56,9 @@ class FlareJobs:
     """
 
     outlives = True
+    _seconds_for_late_sites = 5.0  # once enough sites are there; whoever comes later is taken in by then
+    _seconds_to_go_on = 10.0
+    """A server that is started anew may take so long until it goes on with the jobs that it had."""
 
     def __init__(self, startup_kit: Path, folder: Path, study: str = "default", timeouts: Timeouts | None = None):
         self.timeouts = timeouts or Timeouts()
@@ -50,6 +67,8 @@ class FlareJobs:
         self._states: dict[str, JobState] = {}
         self._offsets: dict[str, int] = {}
         self._missing_since: dict[str, float] = {}
+        self._heartbeats: dict[str, float] = {}  # the last of each site, by the server's clock
+        self._beats: dict[str, float] = {}  # and when it was seen to come, by this process's
 
     def __enter__(self) -> Self:
         return self
@@ -58,17 +77,35 @@ class FlareJobs:
         self.close()
 
     def prepare(self, sites: list[str]) -> None:
-        """Reach the server and wait until the sites answer, all with the NVFlare version of this process.
+        """Reach the server and wait until all the sites can get tasks. Raises UnavailableError as `gather` does."""
+        for _ in self.gather(sites, len(sites)):
+            pass
 
-        Raises UnavailableError that names the address, or the sites.
+    def gather(self, sites: list[str], at_least: int) -> Iterator[str]:
+        """Reach the server and wait until so many sites can get tasks, all with the NVFlare version of this process.
+
+        Raises UnavailableError that names the address, or the sites and what is the matter with each.
         """
         self._session.ask(lambda session: session.get_system_info(), self.timeouts.connect)
-        waited_until = time.monotonic() + self.timeouts.sites
-        while missing := sorted(set(sites) - (answering := self._answering(sites)).keys()):
-            late = missing if time.monotonic() > waited_until else self._ended(missing)
-            if late:
+        begun, told = time.monotonic(), dict[str, str]()
+        while True:
+            answering, missing = self._look_at(sites)
+            ended = self._ended(sorted(missing))
+            waited = time.monotonic() - begun
+            if len(answering) >= at_least and (
+                len(missing) == len(ended) or waited > min(self._seconds_for_late_sites, self.timeouts.sites)
+            ):
+                break
+            if len(sites) - len(ended) < at_least or waited > self.timeouts.sites:
+                late = missing if waited > self.timeouts.sites else {site: missing[site] for site in ended}
                 raise UnavailableError(self._missing_sites(late))
+            for site, why in missing.items():
+                if told.get(site) != why and waited > _SECONDS_TO_APPEAR:
+                    yield f"waiting for {site}: {why}"
+                    told[site] = why
             time.sleep(_POLL_SECONDS)
+        for site, why in missing.items():
+            yield f"without {site} for now, which takes part once it is there: {why}"
         server = self._session.ask(lambda session: session.report_version("server"))["server"]["version"]
         _check_versions({"server": server, **answering})
 
@@ -82,8 +119,10 @@ class FlareJobs:
 
         token = token or uuid.uuid4().hex
         try:
-            with _temporary_files_in(self._folder):
-                job_id = self._session.ask(lambda session: session.submit_job(str(job_folder), submit_token=token))
+            # The folder's path becomes a word of a command, and its name that of the job.
+            with plain_path(job_folder.parent) as place, temporary_files_in(self._folder):
+                folder = str(place / job_folder.name)
+                job_id = self._session.ask(lambda session: session.submit_job(folder, submit_token=token))
         except SubmitTokenJobDeleted as error:
             job_id = error.job_id
         except SubmitTokenConflict as error:  # other bytes, as another version of this package may write them
@@ -100,9 +139,10 @@ class FlareJobs:
         else:
             status = str(meta.get("status"))
             ended, succeeded = status.startswith(_ENDED), status == COMPLETED
-            why = _why_not_run(meta) if ended and not succeeded else ""
-            state = JobState(ended, succeeded, f"{status} ({why})" if why else status)
-            if status == _RUNNING and self._is_lost(job_id, str(meta.get("start_time"))):
+            why = "" if succeeded else _why_not_run(meta)
+            said = f"{status} ({why})" if why else status
+            state = JobState(ended, succeeded, said, status in _WAITING, forbidden=ended and bool(_FORBIDS.search(why)))
+            if status in (_RUNNING, _DISPATCHED) and self._is_lost(job_id, _begun(meta)):
                 state = JobState(ended=True, succeeded=False, said="LOST (the server was started anew while it ran)")
         self._states[job_id] = state
         return state
@@ -114,14 +154,24 @@ class FlareJobs:
             return self._lines_of_result(job_id) if state.said != _UNKNOWN else []
         return self._lines_of_running_job(job_id) if state.said == _RUNNING else []
 
+    def journal(self, job_id: str) -> list[str] | None:
+        result = self._result(job_id)
+        return Tail(result / JOURNAL_FILE).new_lines() or None if result else None
+
     def end_of_log(self, job_id: str, name: str, lines: int) -> str:
         """A site's log is there only if the site lets the server have it."""
-        from nvflare.fuel.flare_api.api_spec import JobNotFound
+        from nvflare.fuel.flare_api.api_spec import InternalError, InvalidTarget, JobNotDone, JobNotFound, JobNotRunning
+
+        def ask(session: Any) -> dict[str, Any]:
+            try:
+                return dict(session.get_job_logs(job_id, target=name, tail_lines=lines))
+            except (JobNotFound, JobNotDone, JobNotRunning, InvalidTarget, InternalError):
+                return {}
 
         try:
-            answer = self._session.ask(lambda session: session.get_job_logs(job_id, target=name, tail_lines=lines))
-        except JobNotFound:
-            return ""
+            answer = self._session.ask(ask)
+        except RefusedError as error:
+            return f"({error})"
         return str((answer.get("logs") or {}).get(name) or "")
 
     def abort(self, job_id: str) -> None:
@@ -147,68 +197,100 @@ class FlareJobs:
         result = self._result(job_id)
         if result is None:
             raise ResultLostError(f"the server at {self._session.address} has no result of job {job_id}")
-        shutil.copytree(result, into, copy_function=_link_or_copy, dirs_exist_ok=True)
+        shutil.copytree(result, into, copy_function=link_or_copy, dirs_exist_ok=True)
 
     def command(self, module: str) -> tuple[list[str], dict[str, str]]:
-        return [sys.executable, "-m", module], dict(os.environ)
+        return [sys.executable, "-m", module], child_environment()
 
     def close(self) -> None:
         self._session.drop()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _is_lost(self, job_id: str, start_time: str) -> bool:
-        """Whether the job began before its server did, which does not have it: NVFlare has such jobs run for ever.
-
-        A server that is started may go on with its jobs, which takes it a moment.
-        """
-        if datetime.fromisoformat(start_time).timestamp() >= self._session.server_began:
+    def _is_lost(self, job_id: str, begun: float) -> bool:
+        """Whether the job began before its server did, which does not have it: NVFlare has such jobs run for ever."""
+        if begun >= self._session.server_began:
             return False
         system = self._session.ask(lambda session: session.get_system_info())
         if job_id in {job.job_id for job in system.job_info}:
             self._missing_since.pop(job_id, None)
             return False
-        return time.monotonic() - self._missing_since.setdefault(job_id, time.monotonic()) > _LOST_SECONDS
+        return time.monotonic() - self._missing_since.setdefault(job_id, time.monotonic()) >= self._seconds_to_go_on
 
     def _hasten(self, job_id: str, waited: float) -> None:
         """What can be done for a job that has not ended so many seconds after it was told to."""
 
-    def _connected(self) -> set[str]:
-        """The sites that the server can reach now."""
-        return {client.name for client in self._session.ask(lambda session: session.get_connected_client_list())}
+    def _listed(self) -> dict[str, float]:
+        """The sites that the server lists, and when it has heard of each the last time, by the server's clock."""
+        clients = self._session.ask(lambda session: session.get_connected_client_list())
+        return {client.name: float(client.last_connect_time) for client in clients}
 
     def _ended(self, missing: list[str]) -> list[str]:  # noqa: ARG002
         """Those sites for which there is no use in waiting."""
         return []
 
-    def _missing_sites(self, missing: list[str]) -> str:
-        connected = ", ".join(sorted(self._connected())) or "none"
-        return (
-            f"{_sites(missing)} not connected to the server at {self._session.address} (it lists: {connected});"
-            " start the site, or take it out of the job file"
-        )
+    def _missing_sites(self, missing: Mapping[str, str]) -> str:
+        """What to tell of sites that are missing, with what is the matter with each."""
+        unknown = [site for site, why in missing.items() if why == _NOT_CONNECTED]
+        others = [f"{site} {why}" for site, why in missing.items() if why != _NOT_CONNECTED]
+        listed = ", ".join(sorted(self._listed())) or "none"
+        address = self._session.address
+        told = []
+        if unknown:
+            told.append(f"{_sites(unknown)} {_NOT_CONNECTED} to the server at {address} (it lists: {listed})")
+        if others:
+            told.append(f"of the server at {address}: {'; '.join(others)}")
+        return f"{'; '.join(told)}; start the site, or take it out of the job file"
 
-    def _answering(self, sites: Iterable[str]) -> dict[str, str]:
-        """Those of the sites that answer now, with their versions of NVFlare; empty for one that does not tell.
+    def _look_at(self, sites: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
+        """Sites that can get tasks, with their versions of NVFlare; and the others, with what is the matter with each.
 
-        A server goes on to list a site for minutes after it is gone.
+        A server goes on to list a site for minutes after it is gone, so the sites are asked. One that answers cannot
+        get tasks if the server has not heard its heartbeat: then another process has registered with its startup kit,
+        and the server takes the site's own messages for those of a stranger.
         """
+        listed = self._listed()
+        versions = self._versions(sorted(listed.keys() & set(sites)))
+        answering: dict[str, str] = {}
+        missing: dict[str, str] = {}
+        newest = max(time.time(), *listed.values()) if listed else 0.0
+        for site in sorted(sites):
+            if site not in listed:
+                missing[site] = _NOT_CONNECTED
+                continue
+            self._note_heartbeat(site, listed[site])
+            silent = newest - listed[site]
+            heard = silent < _HEARTBEAT_LATE or time.monotonic() - self._beats[site] < _HEARTBEAT_LATE
+            if site in versions and heard:
+                answering[site] = versions[site]
+            elif site in versions:
+                missing[site] = _LOCKED_OUT
+            else:
+                missing[site] = _NO_ANSWER
+        return answering, missing
+
+    def _note_heartbeat(self, site: str, heard: float) -> None:
+        """So that it is seen to come whatever the server's clock says."""
+        before = self._heartbeats.get(site, heard)
+        self._heartbeats[site] = heard
+        if heard > before:
+            self._beats[site] = time.monotonic()
+        self._beats.setdefault(site, float("-inf"))
+
+    def _versions(self, sites: list[str]) -> dict[str, str]:
+        """Of the sites that answer; empty for one that does not tell."""
         from nvflare.fuel.flare_api.api_spec import InvalidTarget, NoConnection
 
-        def ask(session: Any) -> dict[str, str]:
-            versions = {}
+        def ask(session: Any) -> dict[str, dict[str, str]]:
             session.set_timeout(_SITE_SECONDS)
             try:
-                for site in sorted(connected):
-                    with contextlib.suppress(InvalidTarget, NoConnection):
-                        said = session.report_version("client", [site]).get(site, {"error": _SILENT})
-                        if said.get("error") != _SILENT:
-                            versions[site] = str(said.get("version") or "")
+                return dict(session.report_version("client", sites))
+            except (InvalidTarget, NoConnection):  # one of them has just left
+                return {}
             finally:
                 session.set_timeout(self.timeouts.command)
-            return versions
 
-        connected = self._connected() & set(sites)
-        return self._session.ask(ask)
+        said = self._session.ask(ask) if sites else {}
+        return {site: str(one.get("version") or "") for site, one in said.items() if one.get("error", "") != _SILENT}
 
     def _lines_of_running_job(self, job_id: str) -> list[str]:
         lines: list[str] = []
@@ -237,14 +319,17 @@ class FlareJobs:
         return lines
 
     def _result(self, job_id: str) -> Path | None:
-        """The folder with the files of the job's server part, downloaded once; None if there is none."""
-        from nvflare.fuel.flare_api.api_spec import JobNotFound
+        """The folder with the files of the job's server part, downloaded once; None if there is none.
+
+        A server hands out the result of a job of any outcome, but none of one that ended with the server before it.
+        """
+        from nvflare.fuel.flare_api.api_spec import JobNotDone, JobNotFound
 
         target = self._folder / "results" / job_id
         if not target.is_dir():
             try:
                 location = self._session.ask(lambda session: session.download_job_result(job_id))
-            except JobNotFound:
+            except (JobNotFound, JobNotDone):
                 return None
             if not location or not Path(location).is_dir():
                 return None
@@ -261,7 +346,7 @@ class FlareJobs:
 
 
 @contextlib.contextmanager
-def _temporary_files_in(folder: Path) -> Iterator[None]:
+def temporary_files_in(folder: Path) -> Iterator[None]:
     """NVFlare leaves what it sent behind when the server takes no new job for it, or does not answer."""
     folder.mkdir(parents=True, exist_ok=True)
     before, tempfile.tempdir = tempfile.tempdir, str(folder)
@@ -272,13 +357,18 @@ def _temporary_files_in(folder: Path) -> Iterator[None]:
 
 
 def _why_not_run(meta: dict[str, Any]) -> str:
-    """What the server wrote down about a job that it could not schedule or deploy."""
+    """What the server wrote down about a job that it could not schedule or deploy, up to now."""
     status = str(meta.get("status"))
-    if status == "FINISHED:CAN_NOT_SCHEDULE":
+    if status in ("FINISHED:CAN_NOT_SCHEDULE", "SUBMITTED"):
         return str((meta.get("schedule_history") or [""])[-1])
     if status == "FINISHED:FAILED_TO_RUN":
         return "; ".join(str(said) for said in meta.get("job_deploy_detail") or [] if not str(said).endswith(": OK"))
     return ""
+
+
+def _begun(meta: dict[str, Any]) -> float:
+    """When the server started a job, or took it if it has not started it yet, in seconds since the epoch."""
+    return datetime.fromisoformat(str(meta.get("start_time") or meta.get("submit_time_iso"))).timestamp()
 
 
 def _abort(session: Any, job_id: str) -> None:
@@ -304,12 +394,3 @@ def _agree(version: str, other: str) -> bool:
 
 def _sites(names: list[str]) -> str:
     return f"{', '.join(names)} {'is' if len(names) == 1 else 'are'}"
-
-
-def _link_or_copy(source: str, target: str) -> str:
-    """Results are big and never changed in place, so the same file can have two names."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-    return target

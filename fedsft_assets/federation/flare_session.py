@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from fedsft_assets.federation.runtime import UnavailableError
+from fedsft_assets.federation.runtime import RefusedError, UnavailableError
 
 _RETRY_SECONDS = 2.0
 _T = TypeVar("_T")
@@ -47,7 +47,7 @@ class FlareSession:
         hopeless: Callable[[], str],
         what_to_do: str,
     ) -> None:
-        self._startup_kit, self._study, self._timeouts = startup_kit, study, timeouts
+        self.startup_kit, self._study, self._timeouts = startup_kit, study, timeouts
         self._folder = folder
         self._hopeless, self._what_to_do = hopeless, what_to_do
         self._session: Any = None
@@ -63,8 +63,8 @@ class FlareSession:
     def ask(self, call: Callable[[Any], _T], seconds: float | None = None) -> _T:
         """The answer to `call` of a connected session, trying anew for so long while the server is away.
 
-        Raises UnavailableError when that takes too long or the server refuses; what the server says about a
-        job (JobNotFound and the like) is raised as it is.
+        Raises UnavailableError when that takes too long or the server refuses, RefusedError for a missing right; what
+        the server says about a job (JobNotFound and the like) is raised as it is.
         """
         from nvflare.fuel.flare_api import api_spec
 
@@ -88,8 +88,8 @@ class FlareSession:
                 if isinstance(error, api_spec.AuthenticationError) and self._session is not None:
                     self.drop()
                     continue
-                asked = f"study {self._study}, startup kit {self._startup_kit}"
-                raise UnavailableError(f"the server at {self.address} refuses ({asked}): {error}") from error
+                kind = RefusedError if isinstance(error, api_spec.AuthorizationError) else UnavailableError
+                raise kind(self._refusal(error)) from error
             except Exception as error:
                 self.drop()
                 left = waited_until - time.monotonic()
@@ -101,7 +101,12 @@ class FlareSession:
                 time.sleep(min(_RETRY_SECONDS, left))
 
     def ask_once(self, call: Callable[[Any], _T], seconds: float) -> _T | None:
-        """The answer of the server within so many seconds; None if there is none, or no open connection."""
+        """The answer of the server within so many seconds; None if there is none, or no open connection.
+
+        Raises RefusedError: a missing right is an answer.
+        """
+        from nvflare.fuel.flare_api.api_spec import AuthorizationError
+
         session = self._session
         if session is None:
             return None
@@ -109,6 +114,8 @@ class FlareSession:
         try:
             with _quiet():
                 return call(session)
+        except AuthorizationError as error:
+            raise RefusedError(self._refusal(error)) from error
         except Exception:
             return None
         finally:
@@ -119,6 +126,10 @@ class FlareSession:
         session, self._session = self._session, None
         if session is not None:
             _close(session)
+
+    def _refusal(self, error: Exception) -> str:
+        asked = f"study {self._study}, startup kit {self.startup_kit}"
+        return f"the server at {self.address} refuses ({asked}): {error}"
 
     def _connection(self, seconds: float) -> Any:
         if self._session is None:
@@ -142,7 +153,7 @@ class FlareSession:
         kit = self._folder / "admin"
         kit.mkdir(parents=True, exist_ok=True)
         for part in ("startup", "local"):
-            source = self._startup_kit.resolve() / part
+            source = self.startup_kit.resolve() / part
             if source.is_dir() and not (kit / part).is_symlink():
                 (kit / part).symlink_to(source)
         return kit
@@ -152,7 +163,7 @@ class FlareSession:
         return str(self._admin_config().get("username") or "")
 
     def _admin_config(self) -> dict[str, Any]:
-        path = self._startup_kit / "startup" / "fed_admin.json"
+        path = self.startup_kit / "startup" / "fed_admin.json"
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             admin = content["admin"]

@@ -17,7 +17,6 @@ import shutil
 import signal
 import socket
 import stat
-import struct
 import subprocess
 import sys
 import uuid
@@ -27,6 +26,7 @@ from pathlib import Path
 
 from fedsft_assets.federation import forked_python
 from fedsft_assets.federation.forked_python import ADDRESS, CODE, LENGTH
+from fedsft_assets.federation.peer import require_own_user
 
 _SECONDS_BETWEEN_LOOKS = 0.5
 _SECONDS_TO_ASK = 10.0
@@ -224,9 +224,7 @@ class _Server:
 def _request(connection: socket.socket) -> _Fork:
     """What is asked for. Raises ValueError or OSError if that does not come whole, or from another user."""
     connection.settimeout(_SECONDS_TO_ASK)
-    _, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    if user != os.getuid():
-        raise ValueError(f"user {user} asks for a process of user {os.getuid()}")
+    require_own_user(connection)
     head, streams, _, _ = socket.recv_fds(connection, LENGTH.size, _STREAMS)
     content = connection.recv(LENGTH.unpack(head)[0], socket.MSG_WAITALL)
     folder, count, *rest = content.decode("utf-8", "surrogateescape").split("\0")

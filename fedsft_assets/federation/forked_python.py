@@ -25,6 +25,7 @@ def main() -> None:
     try:
         with socket.socket(socket.AF_UNIX) as connection:
             connection.connect("\0" + os.environ[ADDRESS])
+            _require_own_user(connection)
             socket.send_fds(connection, [LENGTH.pack(len(request))], [0, 1, 2])
             connection.sendall(request)
             code = connection.recv(CODE.size, socket.MSG_WAITALL)
@@ -33,6 +34,13 @@ def main() -> None:
     if len(code) < CODE.size:
         _end_lost("the job's fork server is gone")
     _end(CODE.unpack(code)[0])
+
+
+def _require_own_user(connection: socket.socket) -> None:
+    """As in `peer`: where the server is gone, another account can take its name."""
+    _, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    if user != os.geteuid():
+        raise PermissionError(f"user {user} answers in its place")
 
 
 def _end_lost(reason: str) -> None:

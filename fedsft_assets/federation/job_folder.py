@@ -1,19 +1,23 @@
 """The NVFlare job folder of a JobSpec: what NVFlare's own tools take, whole and by itself.
 
 `meta.json`, `app_server/` and one `app_<site>/` for each site, with the site's `config/plan.json`, and
-`job.json`, the JobSpec with all overrides. A site runs the package that is installed there, by the `python3`
-on its path; the server finds the little that it runs inside the job folder, so it needs only NVFlare and torch.
+`job.json`, the JobSpec with all overrides. Data and base model are named by their digests, relative to the home. It has
+no code: server and sites run the package that is installed there, by the `python3` on their path.
 """
 
 import json
 import shutil
-import tempfile
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from fedsft_assets import __version__
-from fedsft_assets.specs import COMBINED, JobSpec, ModelPreset, SitePlan
-from fedsft_assets.store import Store, file_digest, folder_digest, publish_folder, split_file
+from fedsft_assets.federation.noise_ratio import NoiseRatio, noise_ratio
+from fedsft_assets.federation.site_messages import RoundLimits
+from fedsft_assets.specs import JobSpec, ModelPreset, SitePlan
+from fedsft_assets.store import Store, archive_file, count_records, file_digest, split_file
+from fedsft_assets.versions import adding, current, make_current
 
 SPEC_FILE = "job.json"
 _MANIFEST = "manifest.json"  # the SHA-256 of every other file
@@ -27,31 +31,64 @@ class JobFolderError(ValueError):
 
 
 @dataclass(frozen=True)
+class JobInputs:
+    """The versions that a job is built on: the base model, the combined splits, and those of its sites' datasets."""
+
+    base_model: Path
+    combined: Path
+    datasets: Mapping[str, Path]
+
+    @classmethod
+    def current(cls, spec: JobSpec, preset: ModelPreset, store: Store) -> Self:
+        """Those that are current in the store. Raises NoVersionError."""
+        return cls(
+            base_model=current(store.base_model(preset.name)),
+            combined=current(store.combined),
+            datasets={name: current(store.splits(name)) for name in spec.datasets},
+        )
+
+
+@dataclass(frozen=True)
 class JobFolderReport:
-    digest: str
+    """`noise` is how large the job's noise is, if it has any."""
+
+    folder: Path
     files: list[str]
-    plans: list[SitePlan]
+    noise: NoiseRatio | None = None
+
+    @property
+    def digest(self) -> str:
+        return self.folder.name
 
 
-def build_job_folder(spec: JobSpec, preset: ModelPreset, store: Store) -> JobFolderReport:
-    """Write the job folder of `spec` into the store, over an older one only when it is complete.
+def build_job_folder(
+    spec: JobSpec, preset: ModelPreset, store: Store, inputs: JobInputs | None = None
+) -> JobFolderReport:
+    """Make the job folder of `spec` a version in the store, and the current one.
 
-    Raises FileNotFoundError that names the missing split.
+    `inputs` are the current ones unless given. Raises FileNotFoundError that names what is missing, and SpecError for
+    noise under which nothing can be learned.
     """
-    plans = [_site_plan(spec, site, preset, store) for site in spec.sites]
-    target = store.job_folder(spec.name)
-    with tempfile.TemporaryDirectory(dir=_parent(target)) as exported:
+    inputs = inputs or JobInputs.current(spec, preset, store)
+    plans = [_site_plan(spec, site, preset, store, inputs) for site in spec.sites]
+    noise = noise_ratio(spec, archive_file(inputs.base_model))
+    if noise:
+        noise.require_less(spec.name)
+    with adding(store.job_folder(spec.name)) as addition:
+        folder = addition.folder
+        exported = folder.with_name("exported")
+        limits = round_limits(plans, spec.private_sites, store.home)
         # With adapters, no weights of the base model travel: the server needs none.
-        export_job(spec, None if spec.training.peft else store.base_model(preset.name), Path(exported))
-        with publish_folder(target) as folder:
-            Path(exported, spec.name).rename(folder)
-            for plan in plans:
-                app = folder / f"app_{plan.site}"
-                (app / _PLAN).write_text(plan.model_dump_json(indent=2) + "\n", encoding="utf-8")
-            (folder / SPEC_FILE).write_text(spec.model_dump_json(indent=2) + "\n", encoding="utf-8")
-            digests = {name: file_digest(folder / name) for name in _files(folder)}
-            (folder / _MANIFEST).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
-    return JobFolderReport(folder_digest(target), _files(target), plans)
+        export_job(spec, None if spec.training.peft else plans[0].base_model, exported, limits, noise)
+        (exported / spec.name).rename(folder)  # which is empty
+        for plan in plans:
+            app = folder / f"app_{plan.site}"
+            (app / _PLAN).write_text(plan.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        (folder / SPEC_FILE).write_text(spec.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        digests = {name: file_digest(folder / name) for name in _files(folder)}
+        (folder / _MANIFEST).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
+    make_current(addition.version)
+    return JobFolderReport(addition.version, _files(addition.version), noise)
 
 
 def verify_job_folder(job_folder: Path) -> None:
@@ -77,22 +114,33 @@ def read_spec(job_folder: Path) -> JobSpec:
 
 
 def read_plans(job_folder: Path) -> list[SitePlan]:
-    """What each site is told, in the order of the JobSpec."""
+    """What each site is told, in the order of the JobSpec; its paths are relative to the home."""
     return [
         SitePlan.model_validate_json((job_folder / f"app_{site}" / _PLAN).read_text(encoding="utf-8"))
         for site in read_spec(job_folder).sites
     ]
 
 
-def _site_plan(spec: JobSpec, site: str, preset: ModelPreset, store: Store) -> SitePlan:
+def home_of(job_folder: Path) -> Path:
+    """The home in whose store a version of a job folder lies."""
+    return job_folder.parents[2]
+
+
+def _site_plan(spec: JobSpec, site: str, preset: ModelPreset, store: Store, inputs: JobInputs) -> SitePlan:
+    own = spec.sites[site]
+    # A private dataset has no version here: the site has it, under its name.
+    trained_on = store.splits(own.dataset) / "private" if own.private else inputs.datasets[own.dataset]
     files = {
-        "training_file": split_file(store.splits(spec.sites[site].dataset), "training"),
-        "validation_file": split_file(store.splits(COMBINED), "validation"),
+        "training_file": split_file(trained_on, "training"),
+        "validation_file": split_file(inputs.combined, "validation"),
+        "base_model": archive_file(inputs.base_model),
     }
-    shared = {field: path for field, path in files.items() if field != "training_file" or not spec.sites[site].private}
-    for path in shared.values():
-        if not path.is_file():
-            raise FileNotFoundError(f"job {spec.name}, {site}: {path} does not exist; materialize its asset first")
+    missing = [
+        path for field, path in files.items() if not path.is_file() and not (own.private and field == "training_file")
+    ]
+    if missing:
+        raise FileNotFoundError(f"job {spec.name}, {site}: {missing[0]} does not exist; materialize its asset first")
+    digested = ("validation_file",) if own.private else ("training_file", "validation_file")
     return SitePlan(
         package=__version__,
         job=spec.name,
@@ -106,13 +154,29 @@ def _site_plan(spec: JobSpec, site: str, preset: ModelPreset, store: Store) -> S
         algorithm=spec.algorithm,
         wire=spec.wire,
         filters=spec.filters,
-        base_model=store.base_model(preset.name),
-        digests={field: file_digest(path) for field, path in shared.items()},
-        **files,
+        digests={field: file_digest(files[field]) for field in digested},
+        **{field: path.relative_to(store.home) for field, path in files.items()},
     )
 
 
-def export_job(spec: JobSpec, base_model: Path | None, root: Path) -> None:
+def round_limits(plans: Sequence[SitePlan], private: Collection[str], home: Path) -> RoundLimits:
+    """What the server may believe of a round, by the sites' plans and the data that the study has."""
+    one = plans[0]
+    validated = count_records(home / one.validation_file)
+    return RoundLimits(
+        work=one.work,
+        precision=one.training.precision,
+        max_length=one.training.max_length,
+        validation_records=min(validated, one.max_evaluation_records or validated),
+        records={
+            plan.site: None if plan.site in private else count_records(home / plan.training_file) for plan in plans
+        },
+    )
+
+
+def export_job(
+    spec: JobSpec, base_model: Path | None, root: Path, limits: RoundLimits, noise: NoiseRatio | None = None
+) -> None:
     """Write the part of a job folder that NVFlare defines, as `root/<job>`."""
     from nvflare.job_config.api import FedJob
 
@@ -124,11 +188,15 @@ def export_job(spec: JobSpec, base_model: Path | None, root: Path) -> None:
     server = FederatedSFT(
         sites=list(spec.sites),
         num_rounds=spec.rounds,
+        limits=limits.model_dump(),
         base_model=str(base_model) if base_model else None,
         min_sites=min_sites,
         site_timeout=spec.site_timeout,
         wire=spec.wire,
         algorithm=spec.algorithm.model_dump(),
+        package=__version__,
+        noise_ratio=noise.of_round if noise else None,
+        max_update_ratio=spec.max_update_ratio,
     )
     job.to_server(server)
     interval = min(_MOST_SECONDS_BETWEEN_REQUESTS, len(spec.sites) / _REQUESTS_PER_SECOND)
@@ -136,14 +204,9 @@ def export_job(spec: JobSpec, base_model: Path | None, root: Path) -> None:
     for site in spec.sites:
         job.to(InstalledTrainer(), site, tasks=["*"])
     job.export_job(str(root))
-    for site in spec.sites:  # a site runs what is installed there, and may refuse jobs that bring code
-        shutil.rmtree(root / spec.name / f"app_{site}" / "custom")
+    for app in (root / spec.name).glob("app_*"):  # everybody runs what is installed there, and refuses code
+        shutil.rmtree(app / "custom")
 
 
 def _files(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-
-
-def _parent(target: Path) -> Path:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    return target.parent

@@ -58,6 +58,15 @@ class Stopped:
 
 
 @dataclass(frozen=True)
+class Regroup:
+    """The server ends the job so that it is submitted again: these sites are there, and NVFlare gives a running job to
+    nobody who comes later.
+    """
+
+    sites: list[str]
+
+
+@dataclass(frozen=True)
 class Finished:
     """All that the job was for is in its folder at the server."""
 
@@ -66,7 +75,7 @@ class EntryError(ValueError):
     """A line of a journal that is no entry; the message is for the user."""
 
 
-Entry = Point | Progress | Missed | RoundDone | Started | Stopped | Finished
+Entry = Point | Progress | Missed | RoundDone | Started | Stopped | Regroup | Finished
 _KINDS: dict[str, type[Any]] = {
     "point": Point,
     "progress": Progress,
@@ -74,6 +83,7 @@ _KINDS: dict[str, type[Any]] = {
     "round": RoundDone,
     "started": Started,
     "stopped": Stopped,
+    "regroup": Regroup,
     "finished": Finished,
 }
 _NAMES = {kind: name for name, kind in _KINDS.items()}

@@ -4,13 +4,13 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from fedsft_assets.federation.metrics import Point
+from fedsft_assets.federation.metrics import TRAIN_LOSS, VAL_LOSS, Point
 
 
 def merged_val_loss(points: Sequence[Point], round: int, samples: int) -> Point:
     """The sites' `val_loss` of one model as one, by the tokens that each has measured it on."""
-    loss, _ = _mean([point for point in points if point.name == "val_loss"])
-    return Point("val_loss", loss, round, samples)
+    loss, _ = _mean([point for point in points if point.name == VAL_LOSS])
+    return Point(VAL_LOSS, loss, round, samples)
 
 
 def merged_train_loss(
@@ -23,7 +23,7 @@ def merged_train_loss(
     by_step: defaultdict[int, list[Point]] = defaultdict(list)
     seen = dict(before)
     for site, all_points in points.items():
-        steps = [point for point in all_points if point.name == "train_loss"]
+        steps = [point for point in all_points if point.name == TRAIN_LOSS]
         # A site counts rounds that it missed as well.
         ahead = steps[-1].samples - trained[site] - seen.get(site, 0) if steps else 0
         for point in steps:
@@ -33,7 +33,7 @@ def merged_train_loss(
     for step, of_step in sorted(by_step.items()):
         seen.update({point.site: point.samples for point in of_step if point.site})
         loss, tokens = _mean(of_step)
-        merged.append(Point("train_loss", loss, round, sum(seen.values()), step=step, tokens=tokens))
+        merged.append(Point(TRAIN_LOSS, loss, round, sum(seen.values()), step=step, tokens=tokens))
     return merged
 
 

@@ -4,6 +4,11 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+# The names of losses.
+VAL_LOSS = "val_loss"
+VAL_LOSS_LOCAL = "val_loss_local"
+TRAIN_LOSS = "train_loss"
+
 
 def _now() -> float:
     return round(time.time(), 3)
@@ -35,10 +40,5 @@ class Point:
 
 
 def points_to_data(points: list[Point]) -> list[dict[str, Any]]:
-    """Points as plain values, to travel in the metadata of a result."""
-    return [asdict(point) for point in points]
-
-
-def points_from_data(data: list[dict[str, Any]]) -> list[Point]:
-    """The reverse of `points_to_data`."""
-    return [Point(**point) for point in data]
+    """Points as plain values, to travel from the site that they are of, which they do not say."""
+    return [{name: value for name, value in asdict(point).items() if name != "site"} for point in points]

@@ -9,6 +9,7 @@ from fedsft_assets.federation.metrics import Point
 
 # Set by whoever starts a job on the same machine as its sites: the time in seconds since the epoch.
 JOB_STARTED = "FEDSFT_JOB_STARTED"
+PHASES = ("start", "import", "load", "tokenize", "train", "validate", "transfer")
 _PREFIX, _SUFFIX = "system/", "_seconds"  # MLflow shows metrics of that prefix apart, after the losses
 
 

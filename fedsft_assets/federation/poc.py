@@ -1,5 +1,6 @@
 """The runtime `poc`: jobs in an NVFlare system on this machine that is ours."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from fedsft_assets.federation.flare import FlareJobs
@@ -15,16 +16,19 @@ _ABORT_SECONDS = 4.0
 class Poc(FlareJobs):
     """Jobs in the POC of `system`, which is started when a job needs it and goes on when the job has ended."""
 
+    _seconds_for_late_sites = 120.0
+    _seconds_to_go_on = 0.0  # it never does: all that it had ended before it was started
     _what_to_do = "look at `fedsft poc status`, and start it anew: fedsft poc stop; fedsft poc start"
 
     def __init__(self, system: PocSystem, folder: Path, timeouts: Timeouts | None = None) -> None:
         super().__init__(system.admin_kit, folder, timeouts=timeouts or Timeouts(connect=120, sites=120))
         self._system = system
 
-    def prepare(self, sites: list[str]) -> None:
+    def gather(self, sites: list[str], at_least: int) -> Iterator[str]:
+        """Sites are started here, so all of them are waited for but those that cannot start."""
         if SERVER in self._system.start(sites):
             self._session.drop()
-        super().prepare(sites)
+        yield from super().gather(sites, at_least)
 
     def end_of_log(self, job_id: str, name: str, lines: int) -> str:
         """From the disk; the server's is in the job's result once that is complete."""
@@ -51,13 +55,12 @@ class Poc(FlareJobs):
         what = f"the server of the POC in {self._system.folder} does not run; {self._what_to_do}"
         return f"{what}\n{self._system.end_of_console('server')}"
 
-    def _connected(self) -> set[str]:
+    def _listed(self) -> dict[str, float]:
         """Without sites that the server still has by a process that is gone."""
-        clients = self._session.ask(lambda session: session.get_connected_client_list())
-        return {c.name for c in clients if c.last_connect_time >= self._system.started(c.name)}
+        return {site: heard for site, heard in super()._listed().items() if heard >= self._system.started(site)}
 
     def _ended(self, missing: list[str]) -> list[str]:
         return [site for site in missing if self._system.started(site) == float("inf")]
 
-    def _missing_sites(self, missing: list[str]) -> str:
+    def _missing_sites(self, missing: Mapping[str, str]) -> str:
         return "\n".join([super()._missing_sites(missing), *map(self._system.end_of_console, missing)])

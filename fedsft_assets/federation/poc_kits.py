@@ -1,6 +1,5 @@
 """What the processes of a POC are started from: startup kits, as NVFlare provisions them, with settings of our own."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -10,15 +9,18 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from fedsft_assets.federation.kit_policy import (
+    STUDY_ROLE,
+    components,
+    keep_server_files,
+    read_resources,
+    write_server_policy,
+    write_site_policy,
+)
 from fedsft_assets.federation.runtime import UnavailableError
 
 SERVER = "localhost"  # NVFlare binds the name it is provisioned with; this one is loopback, any other is all interfaces
 ADMIN = "admin@fedsft.local"
-# Of what a site's part of a job is made, those that NVFlare does not let a site run unless it is told to.
-SITE_COMPONENTS = (
-    "nvflare.app_common.executors.client_api_executor.ClientAPIExecutor",
-    "fedsft_assets.federation.installed_trainer.InstalledTrainer",
-)
 # Of what NVFlare makes a kit: those of its own examples.
 BUILDERS: list[dict[str, Any]] = [
     {
@@ -29,6 +31,7 @@ BUILDERS: list[dict[str, Any]] = [
     {"path": "nvflare.lighter.impl.cert.CertBuilder"},
     {"path": "nvflare.lighter.impl.signature.SignatureBuilder"},
 ]
+_LAUNCHERS = "fedsft_assets.federation.poc_launchers"
 STATE_FOLDER = "fedsft"  # in which the server part of a job keeps its state, in the server's folder
 _PROJECT = "fedsft"
 _ORG = "fedsft"
@@ -85,16 +88,14 @@ class PocKits:
         kits.mkdir(exist_ok=True)
         project = workspace / "project.yml"
         project.write_text(yaml.safe_dump(_project(sites, port)), encoding="utf-8")
-        code = (
-            "import sys; from nvflare.tool.poc.poc_commands import get_prod_dir, local_provision;"
-            "local_provision([], 0, sys.argv[1], '', False, sys.argv[2]);"
-            "print(get_prod_dir(sys.argv[1], sys.argv[3]))"
-        )
-        command = [sys.executable, "-c", code, str(workspace), str(project), _PROJECT]
+        options = ["-p", str(project), "-w", str(workspace), "--force"]
+        command = [sys.executable, "-m", "nvflare.cli", "provision", *options]
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(environment))
         if done.returncode != 0:
-            raise UnavailableError(f"NVFlare could not provision the POC in {self._folder}:\n{done.stderr[-4000:]}")
-        made = Path(done.stdout.splitlines()[-1])
+            raise UnavailableError(
+                f"NVFlare could not provision the POC in {self._folder}:\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
+            )
+        (made,) = (workspace / _PROJECT).glob("prod_*")
         for name in (SERVER, ADMIN, *sites):
             if not self.of(name).is_dir():
                 (made / name).rename(self.of(name))
@@ -107,33 +108,35 @@ class PocKits:
             shutil.rmtree(self._folder / name, ignore_errors=True)
 
     def _configure(self, name: str, sites: list[str]) -> None:
-        """Write `local/resources.json`, in which a site's own settings go before those that NVFlare provisions."""
+        """Write what the kit allows and how its processes are started, in place of what NVFlare provisions."""
+        if name == ADMIN:
+            return
         kit = self.of(name)
-        default = kit / "local" / "resources.json.default"
-        content = json.loads(default.read_text(encoding="utf-8"))
-        components = {component["id"]: component for component in content.get("components", [])}
+        content = read_resources(kit)
+        parts = components(content)
         if name == SERVER:
             content["servers"][0].update(_SERVER_SETTINGS)
-            content["snapshot_persistor"]["args"]["storage"]["args"]["root_dir"] = str(self._folder / "snapshots")
-            components["job_manager"]["args"]["uri_root"] = str(self._folder / "jobs")
+            keep_server_files(content, self._folder)
             states = self._folder / "states"
             states.mkdir(exist_ok=True)
             (kit / STATE_FOLDER).symlink_to(states)  # kits are made anew, unfinished executions are not
-            components["job_scheduler"]["args"] = {**_SCHEDULER, "max_jobs": self._settings.max_jobs}
-        elif name != ADMIN:
+            parts["process_launcher"]["path"] = f"{_LAUNCHERS}.ServerLauncher"
+            parts["job_scheduler"]["args"] = {**_SCHEDULER, "max_jobs": self._settings.max_jobs}
+            write_server_policy(kit, content)
+        else:
             gpus = self._settings.gpus_of(name, sites)
-            components["resource_manager"]["args"].update(
+            parts["resource_manager"]["args"].update(
                 num_of_gpus=len(gpus), mem_per_gpu_in_GiB=self._settings.gpu_memory
             )
-            content["class_allow_list"] = [*content["class_allow_list"], *SITE_COMPONENTS]
-        default.with_name("resources.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
+            parts["process_launcher"]["path"] = f"{_LAUNCHERS}.SiteLauncher"
+            write_site_policy(kit, content)
 
 
 def _project(sites: list[str], port: int) -> dict[str, Any]:
     """NVFlare's description of a project, with the server and its admin at one port."""
     server: dict[str, Any] = {"name": SERVER, "type": "server", "fed_learn_port": port, "admin_port": port}
     clients: list[dict[str, Any]] = [{"name": site, "type": "client"} for site in sites]
-    admin: dict[str, Any] = {"name": ADMIN, "type": "admin", "role": "project_admin"}
+    admin: dict[str, Any] = {"name": ADMIN, "type": "admin", "role": STUDY_ROLE}
     return {
         "api_version": 3,
         "name": _PROJECT,

@@ -20,12 +20,15 @@ from typing import Any
 
 import psutil
 
+from fedsft_assets.access import close_to_others
 from fedsft_assets.federation.exchange import STATE_ROOT
+from fedsft_assets.federation.kit_policy import CONNECTION, SERVER_CLASSES, SERVER_CONNECTIONS, SITE_CLASSES
 from fedsft_assets.federation.phases import JOB_STARTED
-from fedsft_assets.federation.poc_kits import ADMIN, SERVER, SITE_COMPONENTS, PocKits, PocSettings
+from fedsft_assets.federation.poc_kits import ADMIN, SERVER, PocKits, PocSettings
 from fedsft_assets.federation.processes import MARK, marked_processes, stop_marked
 from fedsft_assets.federation.runtime import UnavailableError
 from fedsft_assets.federation.tail import Tail
+from fedsft_assets.process_env import child_environment
 
 HOST = "127.0.0.1"
 _STATE = "poc.json"
@@ -143,6 +146,17 @@ class PocSystem:
                 self._write(state)
         return missing
 
+    def renew(self) -> None:
+        """Make the startup kits anew, under another certificate authority: what has a key of before gets in no more.
+
+        Ends all processes of this POC, with the jobs that run in it. Raises UnavailableError.
+        """
+        with self._locked():
+            state = self._read()
+            self._stop()
+            self._remove()
+            self._prepare(state.sites if state else ())
+
     def stop(self) -> int:
         """End every process of this POC, politely and then by force. Returns how many there were."""
         if not self.folder.is_dir():  # somebody removed it, which ends no process
@@ -192,10 +206,6 @@ class PocSystem:
         return sorted(jobs)
 
     def _prepare(self, sites: Iterable[str]) -> _State:
-        if " " in str(self.folder):
-            raise UnavailableError(
-                f"{self.folder}: NVFlare starts no jobs in a folder with a space in its path; set FEDSFT_HOME"
-            )
         state = self._read()
         wanted = {*self.sites, *sites}
         if state is not None and not self._fits(state):
@@ -222,6 +232,7 @@ class PocSystem:
     def _made(self, state: _State) -> _State:
         """The state, with the kits that it is about, written down."""
         self._kits.provision(state.sites, state.port, self._process_environment())
+        close_to_others(self.folder)  # NVFlare has its scripts executable for everybody
         self._write(state)
         return state
 
@@ -230,7 +241,11 @@ class PocSystem:
             folder=str(self.folder),
             port=port or _free_port(),
             sites=sites,
-            settings={**self._settings.model_dump(mode="json"), "site_components": list(SITE_COMPONENTS)},
+            settings={
+                **self._settings.model_dump(mode="json"),
+                "allowed": [*SERVER_CLASSES, *SITE_CLASSES],
+                "components": [CONNECTION, SERVER_CONNECTIONS],
+            },
             nvflare=importlib.metadata.version("nvflare"),
             prepared=time.time(),
         )
@@ -284,9 +299,14 @@ class PocSystem:
         return Service(process.pid, psutil.Process(process.pid).create_time())
 
     def _process_environment(self) -> dict[str, str]:
-        """Without what belongs to the one job that it may be started for, whose mark too: it lives longer than that."""
+        """Without what belongs to the one job that it may be started for, whose mark too: it lives longer than that.
+
+        And without secrets, which are not for sites.
+        """
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-        inherited = {name: value for name, value in os.environ.items() if name not in (JOB_STARTED, STATE_ROOT)}
+        inherited = {
+            name: value for name, value in child_environment().items() if name not in (JOB_STARTED, STATE_ROOT)
+        }
         return {**inherited, **self._environment, "PATH": path, MARK: self.mark}
 
     @property

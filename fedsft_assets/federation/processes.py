@@ -1,8 +1,8 @@
 """Finding and ending every process of a job, also those that left its process group or lost their parent.
 
 A job's processes carry a mark in their environment, which children inherit. Nothing else is ever ended.
-Each execution of a job has a mark of its own, which begins with the job's: whoever ends an execution
-spares the next one.
+Each execution of a job has a mark of its own, which begins with its workspace's: whoever ends an execution
+spares the next one. The mark of a folder stands for those of all folders in it.
 """
 
 import os
@@ -61,7 +61,7 @@ def stop_marked(mark: str, grace: float = 5.0, spare: Collection[int] = ()) -> i
 
 
 def _is_of(carried: str, mark: str) -> bool:
-    return carried == mark or carried.startswith(f"{mark}{_EXECUTION}")
+    return carried == mark or carried.startswith((f"{mark}{_EXECUTION}", f"{mark}/"))
 
 
 def _send(process: psutil.Process, sign: signal.Signals) -> None:

@@ -3,11 +3,14 @@
 The connection is NVFlare's own, with mutual TLS by the certificates of the kit.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from fedsft_assets.federation.flare import FlareJobs
+from fedsft_assets.access import close_kit
+from fedsft_assets.federation.flare import FlareJobs, temporary_files_in
+from fedsft_assets.federation.flare_rights import require_rights
 from fedsft_assets.federation.flare_session import Timeouts
 from fedsft_assets.federation.runtime import UnavailableError
 
@@ -37,3 +40,13 @@ class Production(FlareJobs):
                 " startup/fed_admin.json"
             )
         super().__init__(settings.startup_kit, folder, settings.study, settings.timeouts)
+        self._startup_kit = settings.startup_kit
+
+    def gather(self, sites: list[str], at_least: int) -> Iterator[str]:
+        """Raises RefusedError too, which names every right that the server's policy lacks."""
+        if (self._startup_kit / "startup" / "fed_admin.json").is_file() and (said := close_kit(self._startup_kit)):
+            yield said
+        self._session.ask(lambda session: session.get_system_info(), self.timeouts.connect)
+        with temporary_files_in(self._folder):
+            require_rights(self._session, self._folder)
+        yield from super().gather(sites, at_least)

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
-from fedsft_assets.federation.metrics import Point
+from fedsft_assets.federation.metrics import TRAIN_LOSS, VAL_LOSS, Point
 from fedsft_assets.specs import JobSpec
 from fedsft_assets.store import publish_file
 
@@ -24,8 +24,9 @@ class JobReport:
     between them; `phases` say where they went: each phase's at the site where it took longest (see
     `phases.PhaseClock`), and `save` for the checkpoint and its test.
     Digests are of content. `missed` are the sites that a round (1-based) went on without, `runtime` and `job_id`
-    where it ran, `status` that runtime's last word for it. `epsilon` is what each site spent of its privacy, where
-    the job has a filter for that.
+    where it ran, `status` that runtime's last word for it. `history` is the execution of which all of this is: one
+    unbroken chain of states at its server. `epsilon` is what a site spent of its privacy at most, where the job has a
+    filter for that, and `releases` how many noisy changes it is for: also those of earlier executions over its data.
     """
 
     job: str
@@ -47,6 +48,8 @@ class JobReport:
     status: str
     missed: dict[str, list[int]]
     epsilon: float | None = None
+    history: str = ""
+    releases: int | None = None
 
     @property
     def base_val_loss(self) -> float:
@@ -86,12 +89,12 @@ class Curve:
 
 def global_curve(points: list[Point], spec: JobSpec) -> Curve:
     """Raises ValueError if the points are not those of a job that went to its end."""
-    losses = {p.round: p for p in points if p.name == "val_loss" and p.site is None}
+    losses = {p.round: p for p in points if p.name == VAL_LOSS and p.site is None}
     missing = [k for k in range(spec.rounds + 1) if k not in losses]
     if missing:
         raise ValueError(
             f"job {spec.name}: no val_loss after rounds {missing}; it ended before its {spec.rounds} rounds"
         )
     ordered = [losses[k] for k in range(spec.rounds + 1)]
-    tokens = sum(p.tokens or 0 for p in points if p.name == "train_loss" and p.site is None)
+    tokens = sum(p.tokens or 0 for p in points if p.name == TRAIN_LOSS and p.site is None)
     return Curve([p.samples for p in ordered], [p.value for p in ordered], tokens)

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import torch
 
-from fedsft_assets.federation.exchange import SITE_HOME
+from fedsft_assets.federation.exchange import SITE_HOME, STUDY_HOME
 
 
 def own_base_model(archive: Path, environment: Mapping[str, str]) -> Path:
-    """The archive where this server has it: of the same name under `FEDSFT_SITE_HOME`, if that is set.
+    """The archive where this server has it: of the same name under `FEDSFT_SITE_HOME` if that is set, else the study's.
 
     Raises FileNotFoundError that says where to put it.
     """
     home = environment.get(SITE_HOME)
-    path = Path(home) / "base_models" / archive.name if home else archive
+    path = Path(home) / "base_models" / archive.name if home else Path(environment.get(STUDY_HOME, "")) / archive
     if not path.is_file():
         raise FileNotFoundError(
             f"server: {path} is missing; copy the study's base model there, or set {SITE_HOME} at the server to the"

@@ -6,19 +6,23 @@ process that dies leaves the state of the last finished round.
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import shutil
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
 from fedsft_assets.federation.stream_sending import lie_together
+from fedsft_assets.federation.whole_file import whole_file
 from fedsft_assets.model.tensor_file import TensorInfo
 from fedsft_assets.model.tensor_writer import write_tensors
 
 _STATE_FILE = "state.json"
+_HANDED_OVER_FILE = "handed_over.json"
+_SECONDS_TO_KEEP = 3600.0  # the state of a job whose result is archived: the server may die before it says so
 Tensors = dict[str, torch.Tensor]
 
 
@@ -28,6 +32,8 @@ class Progress:
 
     `samples` are the records that each site has trained on so far. `best_round` is the round after which the
     model had `best_loss`, the lowest yet; 0 if none was scored. `first` are the digests that sites began with.
+    `sent_for` are sites for whose sake the job was ended to be submitted again, and that have not got it since.
+    `records` are how many a site says that it trains on, where the job does not.
     """
 
     finished: int = 0
@@ -35,6 +41,8 @@ class Progress:
     best_round: int = 0
     best_loss: float | None = None
     first: str | None = None
+    sent_for: list[str] = field(default_factory=list)
+    records: dict[str, int] = field(default_factory=dict)
 
 
 class ServerState:
@@ -50,6 +58,10 @@ class ServerState:
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: is not the state of a job: {error}; remove {folder} to start anew") from error
         self._remove_others()
+
+    def executions(self) -> list[str]:
+        """All that can be gone on with here, by the names of their folders; this one is among them."""
+        return sorted(path.name for path in self.folder.parent.iterdir() if path.is_dir())
 
     def weights(self) -> Tensors:
         """The global model after the last finished round, whose memory is that of its file."""
@@ -79,7 +91,7 @@ class ServerState:
         """
         infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in like.items()}
         path = self.model_file(round)
-        with _whole(path, lasting=round > 0) as file:  # the base model is read again where no round is finished
+        with whole_file(path, lasting=round > 0) as file:  # the base model is read again where no round is finished
             write_tensors(file, infos, made)
         return _mapped(path)
 
@@ -99,6 +111,14 @@ class ServerState:
         os.replace(fresh, self.folder / _STATE_FILE)
         self._remove_others()
 
+    def hand_over_to(self, run_dir: Path) -> None:
+        """Note that all that the execution was for is in this folder, which NVFlare archives and removes.
+
+        Until then this state stays: of a server that dies in between nobody else could get the result.
+        """
+        note = self.folder / _HANDED_OVER_FILE
+        note.write_text(json.dumps({"run_dir": str(run_dir)}), encoding="utf-8")
+
     def _algorithm_file(self, round: int) -> Path:
         return self.folder / f"algorithm-{round:06d}.pt"
 
@@ -110,31 +130,21 @@ class ServerState:
                 path.unlink()
 
 
+def remove_archived(root: Path, but: Path) -> None:
+    """Remove the states under `root` whose executions NVFlare has archived, except the folder `but`."""
+    for note in root.glob(f"*/{_HANDED_OVER_FILE}"):
+        try:
+            run_dir = Path(json.loads(note.read_text(encoding="utf-8"))["run_dir"])
+            fresh = time.time() - note.stat().st_mtime < _SECONDS_TO_KEEP
+        except (OSError, ValueError, KeyError):
+            continue  # another job's server removes it just now, or died while it wrote the note
+        if note.parent != but and not fresh and not run_dir.exists():
+            shutil.rmtree(note.parent, ignore_errors=True)
+
+
 def _write(kept: Mapping[str, Any], path: Path) -> None:
-    with _whole(path) as file:
+    with whole_file(path) as file:
         torch.save(dict(kept), file)
-
-
-@contextmanager
-def _whole(path: Path, lasting: bool = True) -> Iterator[BinaryIO]:
-    """A file that has its name only when all of it is on the disk.
-
-    Raises OSError, after which what was written is gone: others need the room to say why.
-    """
-    fresh = path.with_suffix(".pt.new")
-    try:
-        with fresh.open("wb") as file:
-            yield file
-            file.flush()
-            if lasting:
-                os.fsync(file.fileno())
-        os.replace(fresh, path)
-    except BaseException as error:
-        fresh.unlink(missing_ok=True)
-        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch hides what the disk said
-        if isinstance(cause, OSError):
-            raise OSError(cause.errno, cause.strerror, str(path)) from error
-        raise
 
 
 def _mapped(path: Path) -> Tensors:

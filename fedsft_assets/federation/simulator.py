@@ -11,18 +11,30 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 from fedsft_assets.federation import allocator
-from fedsft_assets.federation.exchange import BEST_MODEL, EXECUTION_KEY, LAST_MODEL, SITE_STATE_ROOT, STATE_ROOT
+from fedsft_assets.federation.exchange import (
+    BEST_MODEL,
+    EXECUTION_KEY,
+    LAST_MODEL,
+    SITE_STATE_ROOT,
+    STATE_ROOT,
+    STUDY_HOME,
+)
 from fedsft_assets.federation.fork_server import ForkServer, can_fork
 from fedsft_assets.federation.job_folder import read_plans
 from fedsft_assets.federation.journal import JOURNAL_FILE, Finished, from_line
+from fedsft_assets.federation.kit_policy import write_simulation_policy
 from fedsft_assets.federation.phases import JOB_STARTED
+from fedsft_assets.federation.plain_path import plain_path
 from fedsft_assets.federation.processes import MARK, stop_marked
 from fedsft_assets.federation.runtime import JobState, UnavailableError
 from fedsft_assets.federation.tail import Tail
 from fedsft_assets.federation.turns import TURNS, make_turns
+from fedsft_assets.process_env import child_environment
 
 _JOB_ID = "simulate_job"  # NVFlare's name for it
 _MOST_WITHOUT_TURNS = 3  # sites for each trainer that the cores are for; few share them, so that none is ever idle
@@ -34,7 +46,7 @@ _SIMULATION = (
     "nvflare.fuel.f3.drivers.aio_http_driver",
 )
 _SITES = (
-    "nvflare.private.fed.app.simulator.simulator_worker",
+    "fedsft_assets.federation.simulated_site",
     "nvflare.client.cell.api",
     "nvflare.app_common.executors.client_api.external_process_backend",
     "fedsft_assets.federation.installed_trainer",
@@ -57,27 +69,32 @@ class Simulator:
         self._forks: ForkServer | None = None
         self._journal = self._ending = Tail(folder / JOURNAL_FILE)
         self._sites: list[str] = []
+        self._links = ExitStack()
+        self._plain: Path | None = None  # the folder as NVFlare is told of it
 
-    def prepare(self, sites: list[str]) -> None:
-        """Raises UnavailableError for a folder that NVFlare cannot work in."""
-        if len(str(self._folder).split()) > 1:
-            raise UnavailableError(
-                f"{self._folder}: has a space in it, which NVFlare's simulator cannot work with; set FEDSFT_HOME to a"
-                " folder without one"
-            )
+    def gather(self, sites: list[str], at_least: int) -> Iterator[str]:  # noqa: ARG002 all are started with the job
+        """Raises UnavailableError where NVFlare can be given no name for the folder."""
         self._sites = sites
         self._folder.mkdir(parents=True, exist_ok=True)
+        if self._plain is None:
+            try:
+                self._plain = self._links.enter_context(plain_path(self._folder))
+            except OSError as error:
+                raise UnavailableError(f"{self._folder}: NVFlare cannot work with such a path, and {error}") from error
+        yield from ()
 
     def submit(self, job_folder: Path, token: str) -> str:  # noqa: ARG002 nobody but this process knows the job
         environment = self._environment()
-        python = Path(sys.executable)
+        assert self._plain, "a job is submitted to a runtime that is prepared"
         if can_fork():
-            self._forks = self._forks or ForkServer(
-                self._folder / "python", _SIMULATION, _SITES, read_plans(job_folder)[0].base_model
-            )
+            base_model = read_plans(job_folder)[0].located(Path(os.environ[STUDY_HOME])).base_model
+            self._forks = self._forks or ForkServer(self._plain / "python", _SIMULATION, _SITES, base_model)
             self._forks.start(environment)
             environment |= self._forks.environment
             python = self._forks.python
+        else:
+            installed = self._links.enter_context(plain_path(Path(sys.prefix)))
+            python = installed / Path(sys.executable).relative_to(sys.prefix)
         environment["PATH"] = f"{python.parent}{os.pathsep}{os.environ.get('PATH', '')}"
         execution = json.loads((job_folder / "meta.json").read_text(encoding="utf-8"))[EXECUTION_KEY]
         journal = self._states / execution / JOURNAL_FILE
@@ -86,11 +103,13 @@ class Simulator:
         for folder in (self._workspace, self._temporary):
             shutil.rmtree(folder, ignore_errors=True)
         self._temporary.mkdir()
+        write_simulation_policy(self._workspace)
         at_once = max(1, (os.cpu_count() or 1) // self._threads)
         if len(self._sites) > _MOST_WITHOUT_TURNS * at_once:
             make_turns(self._turns, at_once)
             environment[TURNS] = str(self._turns)
-        command = [str(python), "-u", "-m", __name__, str(python), str(job_folder), str(self._workspace), *self._sites]
+        named = self._links.enter_context(plain_path(job_folder.parent)) / job_folder.name
+        command = [str(python), "-u", "-m", __name__, str(python), str(named), str(self._workspace), *self._sites]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
@@ -109,6 +128,9 @@ class Simulator:
     def new_lines(self, job_id: str) -> list[str]:  # noqa: ARG002
         return self._journal.new_lines()
 
+    def journal(self, job_id: str) -> list[str] | None:  # noqa: ARG002
+        return Tail(self._journal.path).new_lines() or None
+
     def end_of_log(self, job_id: str, name: str, lines: int) -> str:  # noqa: ARG002
         return Tail(self._log if name == "server" else self._workspace / name / "log.txt").end(lines)
 
@@ -123,13 +145,14 @@ class Simulator:
     def command(self, module: str) -> tuple[list[str], dict[str, str]]:
         """Forked, after a job; an attempt that finds the job's result has no fork server."""
         if self._forks:
-            return [str(self._forks.python), "-m", module], {**os.environ, **self._forks.environment}
-        return [sys.executable, "-m", module], dict(os.environ)
+            return [str(self._forks.python), "-m", module], {**child_environment(), **self._forks.environment}
+        return [sys.executable, "-m", module], child_environment()
 
     def close(self) -> None:
         if self._forks:
             self._forks.stop()
         shutil.rmtree(self._temporary, ignore_errors=True)
+        self._links.close()
 
     def _end(self) -> None:
         """End the simulation with all its processes; the fork server stays, for what may come next."""
@@ -139,7 +162,7 @@ class Simulator:
 
     def _environment(self) -> dict[str, str]:
         return {
-            **os.environ,
+            **child_environment(),
             **allocator.ENVIRONMENT,
             "OMP_NUM_THREADS": str(self._threads),
             "TMPDIR": str(self._temporary),
@@ -151,7 +174,7 @@ class Simulator:
 
     @property
     def _workspace(self) -> Path:
-        return self._folder / "nvflare"
+        return (self._plain or self._folder) / "nvflare"
 
     @property
     def _states(self) -> Path:

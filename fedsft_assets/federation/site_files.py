@@ -1,4 +1,4 @@
-"""Which files a site trains on: the plan's own paths on one machine, or, at a site, files of its own choice.
+"""Which files a site trains on: those of the study's home on its machine, or, at a site, files of its own choice.
 
 A plan comes from whoever submits the job. Where `FEDSFT_SITE_HOME` is set, it can name a dataset, a split and a base
 model, and never a path: nothing outside that folder is read. The command `fedsft-site` fills the folder, shows what is
@@ -13,40 +13,28 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from fedsft_assets.federation.exchange import SITE_HOME
+from fedsft_assets.access import close_kit, close_to_others
+from fedsft_assets.federation.exchange import SITE_HOME, STUDY_HOME
+from fedsft_assets.federation.kit_policy import components, read_resources, write_site_policy
+from fedsft_assets.federation.startup_kit import why_not_connected
 from fedsft_assets.specs import DatasetSpec, SitePlan, SpecError, SplitSettings
-from fedsft_assets.store import SPLITS, file_digest, publish_file, split_file
+from fedsft_assets.store import SPLITS, count_records, file_digest, split_file
 
-_DATASETS, _BASE_MODELS = "datasets", "base_models"
-_TRAINER = "fedsft_assets.federation.installed_trainer.InstalledTrainer"
-_LOG_STREAMER = "nvflare.app_common.logging.job_log_streamer.JobLogStreamer"  # NVFlare adds it to every job
-# Whoever leads a study may run jobs that bring no code, see the logs of its own, and ask for versions. That is all.
-_POLICY = {
-    "format_version": "1.0",
-    "permissions": {
-        "lead": {
-            "submit_job": "any",
-            "manage_job": "n:submitter",
-            "download_job": "n:submitter",
-            "view": "any",
-            "report_version": "any",
-            "get_job_log": "n:submitter",
-            "byoc": "none",
-        }
-    },
-}
+_DATASETS, _BASE_MODELS, _RAW, _DOWNLOADS = "datasets", "base_models", "raw", "downloads"
+_SECONDS_TO_REACH = 30.0  # a server that has just been started takes some of them
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 def with_own_files(plan: SitePlan, environment: Mapping[str, str]) -> SitePlan:
     """The plan with the paths that hold on this machine, all of them there and with the digests that it names.
 
-    Without `FEDSFT_SITE_HOME`, that is the plan as it is: it was built on this machine. With it, the dataset `support`
+    Without `FEDSFT_SITE_HOME`, they are in the study's home, on its machine. With it, the dataset `support`
     is in `<home>/datasets/support/`, as `training.jsonl` and `validation.jsonl`, the base model `tiny` in
     `<home>/base_models/tiny.nemo`. Raises SpecError that names the plan's field and the file.
     """
     said = environment.get(SITE_HOME)
     if not said:
+        plan = plan.located(Path(environment.get(STUDY_HOME, "")))
         plan.verify_files()
         return plan
     home = Path(said).expanduser()
@@ -73,9 +61,9 @@ def with_own_files(plan: SitePlan, environment: Mapping[str, str]) -> SitePlan:
 
 
 def _records(plan: SitePlan, field: str, home: Path) -> Path:
-    """The site's own file of the dataset and split that the plan's path ends in: `…/<dataset>/<split>.jsonl`."""
+    """The site's own file of the dataset and split of the plan's path: `…/<dataset>/<digest>/<split>.jsonl`."""
     path: Path = getattr(plan, field)
-    dataset = _plain(plan, field, path.parent.name)
+    dataset = _plain(plan, field, path.parent.parent.name)
     if path.suffix != ".jsonl" or path.stem not in SPLITS:
         raise SpecError(f"{plan.site}: {field}: {str(path)!r} names no split; one of {', '.join(SPLITS)}, as .jsonl")
     return split_file(home / _DATASETS / dataset, path.stem)
@@ -122,12 +110,14 @@ def main() -> None:
     configure.add_argument("--gpus", type=int, default=0, help="that jobs may use (default: none)")
     configure.add_argument("--gpu-memory", type=int, default=0, help="of each, in GiB, for jobs that ask for some")
     configure.add_argument("--keep-logs", action="store_true", help="send no log of a job to the server")
+    reach = commands.add_parser("reach", help="say whether a startup kit and its server accept each other")
+    reach.add_argument("kit", type=Path, help="the folder that has startup/fed_client.json")
     commands.add_parser("show", help="list what jobs can use here, with records and SHA-256")
     check = commands.add_parser("check", help="say which files a job would use here, and whether they are right")
     check.add_argument("plan", type=Path, help="the job folder's app_<site>/config/plan.json")
     args = parser.parse_args()
     try:
-        {"split": _split, "configure": _configure, "show": _show, "check": _check}[args.command](args)
+        {"split": _split, "configure": _configure, "reach": _reach, "show": _show, "check": _check}[args.command](args)
     except (SpecError, ValueError, OSError) as error:
         sys.exit(str(error))
 
@@ -136,7 +126,10 @@ def _home() -> Path:
     said = os.environ.get(SITE_HOME)
     if not said:
         raise SpecError(f"{SITE_HOME} is not set; set it to the folder that jobs may use at this site")
-    return Path(said).expanduser().resolve()
+    home = Path(said).expanduser().resolve()
+    if close_to_others(home, (_DATASETS, _BASE_MODELS, _RAW, _DOWNLOADS)).count:
+        print(f"{home}: was open to other accounts of this computer; no longer", file=sys.stderr)
+    return home
 
 
 def _split(args: argparse.Namespace) -> None:
@@ -148,8 +141,8 @@ def _split(args: argparse.Namespace) -> None:
     home, dataset = _home(), DatasetSpec.load(args.dataset)
     said = {"seed": args.seed, "proportions": args.proportions}
     settings = SplitSettings(**{key: value for key, value in said.items() if value is not None})
-    fetch(dataset, args.source, into=home / "raw" / dataset.name, downloads=home / "downloads")
-    report = split_dataset(dataset, home / "raw" / dataset.name, home / _DATASETS / dataset.name, settings)
+    fetch(dataset, args.source, into=home / _RAW / dataset.name, downloads=home / _DOWNLOADS)
+    report = split_dataset(dataset, home / _RAW / dataset.name, home / _DATASETS / dataset.name, settings)
     counts = ", ".join(f"{count:,} for {split}" for split, count in report.counts.items())
     print(
         f"{home / _DATASETS / dataset.name}: {counts} ({report.duplicates:,} duplicates, {report.rejected:,} unusable)"
@@ -157,29 +150,30 @@ def _split(args: argparse.Namespace) -> None:
 
 
 def _configure(args: argparse.Namespace) -> None:
-    """Files in `local/` without `.default` go before those that come with the kit, and only the site writes them."""
-    local = args.kit / "local"
     if not (args.kit / "startup" / "fed_client.json").is_file():
         raise SpecError(f"{args.kit}: has no startup/fed_client.json; expected the startup kit of a site")
-    resources = json.loads((local / "resources.json.default").read_text(encoding="utf-8"))
-    resources["class_allow_list"] = [_TRAINER] if args.keep_logs else [_TRAINER, _LOG_STREAMER]
-    resources["allow_log_streaming"] = not args.keep_logs
-    for component in resources["components"]:
-        if component["id"] == "resource_manager":
-            component["args"] |= {"num_of_gpus": args.gpus, "mem_per_gpu_in_GiB": args.gpu_memory}
-    for name, content in (("resources.json", resources), ("authorization.json", _POLICY)):
-        with publish_file(local / name) as path:
-            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        print(f"wrote {local / name}")
+    resources = read_resources(args.kit)
+    if manager := components(resources).get("resource_manager"):
+        manager["args"] |= {"num_of_gpus": args.gpus, "mem_per_gpu_in_GiB": args.gpu_memory}
+    for path in write_site_policy(args.kit, resources, keep_logs=args.keep_logs):
+        print(f"wrote {path}")
+    if said := close_kit(args.kit):
+        print(said)
+    if os.environ.get(SITE_HOME):
+        _home()
+
+
+def _reach(args: argparse.Namespace) -> None:
+    if why := why_not_connected(args.kit.resolve(), _SECONDS_TO_REACH):
+        sys.exit(why)
+    print(f"{args.kit}: the server is reached, and each accepts the other's certificate")
 
 
 def _show(_: argparse.Namespace) -> None:
     home = _home()
     records = [path for split in SPLITS for path in sorted((home / _DATASETS).glob(f"*/{split}.jsonl"))]
     for path in sorted(records):
-        with path.open("rb") as file:
-            count = sum(1 for _ in file)
-        print(f"{file_digest(path)}  {path.relative_to(home)}  {count:,} records")
+        print(f"{file_digest(path)}  {path.relative_to(home)}  {count_records(path):,} records")
     models = sorted((home / _BASE_MODELS).glob("*.nemo"))
     for path in models:
         print(f"{file_digest(path)}  {path.relative_to(home)}  {path.stat().st_size:,} bytes")

@@ -1,9 +1,14 @@
 """What a site keeps on its disk from round to round: the optimizer's moments, and what the algorithm carries on.
 
-A trainer that is started again for the same execution of a job goes on with it.
+A trainer that is started again for the same execution of a job goes on with it. It goes when the last round is done,
+and, of a job that never came so far, when the server has nothing any more with which that could be gone on.
 """
 
+import contextlib
 import os
+import shutil
+import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +16,9 @@ import torch
 
 from fedsft_assets.federation.exchange import SITE_STATE_ROOT
 from fedsft_assets.federation.execution_folder import execution_folder
+from fedsft_assets.federation.whole_file import whole_file
+
+_SECONDS_TO_BE_KNOWN = 600.0  # what the server says of its executions may be as old as its message
 
 
 class SiteState:
@@ -22,16 +30,33 @@ class SiteState:
     def save(self, finished_rounds: int, kept: dict[str, Any]) -> None:
         """Keep tensors and plain values; what was kept of earlier rounds goes, but for the last one.
 
-        A round that the server does not finish is done again, from what there was before it.
+        A round that the server does not finish is done again, from what there was before it. Raises OSError.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._path(finished_rounds)
-        fresh = path.with_suffix(".new")
-        torch.save(kept, fresh)
-        os.replace(fresh, path)
+        with whole_file(path) as file:
+            torch.save(kept, file)
         for other in self._folder.glob(f"{self._rank}-*.pt"):
             if other not in (path, self._path(finished_rounds - 1)):
                 other.unlink()
+
+    def clear(self) -> None:
+        """Keep nothing: no round is left."""
+        for path in self._folder.glob(f"{self._rank}-*"):
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # another process of the site keeps something yet
+            self._folder.rmdir()
+            self._folder.parent.rmdir()
+
+    def clear_others(self, known: Collection[str]) -> None:
+        """Remove what this site keeps for executions that the server does not know, and so cannot go on with."""
+        for other in self._folder.parent.parent.glob(f"*/{self._folder.name}"):
+            if other.parent.name in known or other == self._folder:
+                continue
+            with contextlib.suppress(OSError):  # another job has just removed it, or another site keeps something
+                if time.time() - other.stat().st_mtime > _SECONDS_TO_BE_KNOWN:
+                    shutil.rmtree(other)
+                    other.parent.rmdir()
 
     def load(self, finished_rounds: int, device: torch.device) -> dict[str, Any] | None:
         """What was kept after so many rounds, with its tensors on that device, or None."""

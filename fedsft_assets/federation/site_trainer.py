@@ -5,16 +5,26 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from nvflare.apis.fl_constant import FLMetaKey
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 
 from fedsft_assets.federation.averaging import rounded
-from fedsft_assets.federation.exchange import CONTROL, FIRST_KEY, KIND_KEY, POINTS_KEY, SAMPLES_KEY, Kind, Wire
+from fedsft_assets.federation.exchange import (
+    CONTROL,
+    EXECUTIONS_KEY,
+    FIRST_KEY,
+    KIND_KEY,
+    POINTS_KEY,
+    RECORDS_KEY,
+    SAMPLES_KEY,
+    TOKENS_KEY,
+    Kind,
+    Wire,
+)
 from fedsft_assets.federation.filters import ChangeFilter
 from fedsft_assets.federation.followers import Task
-from fedsft_assets.federation.metrics import Point, points_to_data
+from fedsft_assets.federation.metrics import TRAIN_LOSS, VAL_LOSS, VAL_LOSS_LOCAL, Point, points_to_data
 from fedsft_assets.federation.phases import PhaseClock
-from fedsft_assets.federation.site_exchange import SiteExchange, Weight
+from fedsft_assets.federation.site_exchange import ExchangeError, SiteExchange, Weight
 from fedsft_assets.federation.site_state import SiteState
 from fedsft_assets.federation.stream_receiving import add_to
 from fedsft_assets.model.archive import content_digest
@@ -23,7 +33,7 @@ from fedsft_assets.model.corrections import ControlVariates, Correction, Proxima
 from fedsft_assets.model.devices import devices_for, resolve_precision
 from fedsft_assets.model.language_model import LanguageModel
 from fedsft_assets.model.optimizer import Moments
-from fedsft_assets.model.training import StepPoint, mean_loss, samples_in_round, split_tokens, train_round
+from fedsft_assets.model.training import StepPoint, mean_loss, split_tokens, train_round
 from fedsft_assets.specs import FedProx, Scaffold, SitePlan
 
 Tensors = dict[str, torch.Tensor]
@@ -65,6 +75,7 @@ class SiteTrainer:
         add_to(self.exchange)
         self._state = SiteState(state, self.devices.rank) if state else None
         self._finished = 0  # rounds whose moments and directions are here
+        self._released = 0  # rounds whose changes may have left, or that this job does no more
         self._control: Tensors = {}  # this site's usual direction, where the algorithm wants it
         self._unsaid: list[Point] = []
         self._last_line, self._tokens_since = time.monotonic(), 0
@@ -89,17 +100,25 @@ class SiteTrainer:
         )
 
     def evaluate(self, received: FLModel) -> FLModel:
-        """Score the received weights; nothing is trained."""
+        """Score the received weights; nothing is trained, not now and not later."""
+        result = self._evaluate(received)
+        if self._state:
+            self._state.clear()
+        return result
+
+    def _evaluate(self, received: FLModel) -> FLModel:
+        self._forget_others(received)
         self._take(received)
         samples = self._samples(received.current_round)
-        point = self._validate("val_loss", received.current_round, samples)
+        point = self._validate(VAL_LOSS, received.current_round, samples)
         points = [point, *self.clock.points(received.current_round, samples, self.plan.site)]
-        return FLModel(metrics={"val_loss": point.value}, meta={POINTS_KEY: points_to_data(points)})
+        return FLModel(metrics={VAL_LOSS: point.value}, meta={POINTS_KEY: points_to_data(points)})
 
     def train(self, received: FLModel) -> FLModel:
         """Score the received weights, train one round from them, score the result."""
+        self._require_countable(received.current_round)
         kind = Kind.CHANGE if received.params else Kind.FULL
-        evaluation = self.evaluate(received)
+        evaluation = self._evaluate(received)
         self._go_on_after(received.current_round)
         finished = received.current_round + 1
         correction = self._correction()
@@ -119,15 +138,16 @@ class SiteTrainer:
         control = self._control_changes(correction)
         self._keep(finished)
         points = [self._step_point(step) for step in report.points]
-        points.append(self._validate("val_loss_local", finished, self._samples(finished)))
+        points.append(self._validate(VAL_LOSS_LOCAL, finished, self._samples(finished)))
         return FLModel(
             params={**self.exchange.changes(self._weights(), kind), **control},
             params_type=ParamsType.FULL,
-            metrics={**evaluation.metrics, "train_loss": report.loss},
+            metrics={**evaluation.metrics, TRAIN_LOSS: report.loss},
             meta={
                 KIND_KEY: str(kind),
-                FLMetaKey.NUM_STEPS_CURRENT_ROUND: report.tokens,
+                TOKENS_KEY: report.tokens,
                 SAMPLES_KEY: report.samples,
+                RECORDS_KEY: len(self.training),
                 FIRST_KEY: self.first_digest,
                 POINTS_KEY: [*evaluation.meta[POINTS_KEY], *points_to_data(points)],
             },
@@ -140,6 +160,10 @@ class SiteTrainer:
             self.train(received)
         else:
             self.evaluate(received)
+
+    def _forget_others(self, received: FLModel) -> None:
+        if self._state and self.devices.rank == 0 and EXECUTIONS_KEY in received.meta:
+            self._state.clear_others(received.meta[EXECUTIONS_KEY])
 
     def _take(self, received: FLModel) -> None:
         """Load the global model: as it came, or by the change to the one that is here."""
@@ -170,6 +194,20 @@ class SiteTrainer:
             self._control[name] = self._control[name] + change if name in self._control else change.float()
         return {f"{CONTROL}{name}": change for name, change in changes.items() if self._filter.keeps(name)}
 
+    def _require_countable(self, round: int) -> None:
+        """What leaves a site with noise is counted by the rounds of jobs, of which none may be asked for twice.
+
+        Raises ExchangeError.
+        """
+        if self.plan.filters.privacy is None:
+            return
+        if not self._released <= round < self.plan.rounds:
+            raise ExchangeError(
+                f"{self.plan.site}: was asked for its change of round {round + 1} of {self.plan.rounds} after that of"
+                f" round {self._released}; filters.privacy lets each round's leave once, for that is what is counted"
+            )
+        self._released = round + 1
+
     def _go_on_after(self, finished_rounds: int) -> None:
         """Have what this site knew after so many rounds: it is here, or another trainer left it on the disk."""
         if finished_rounds == self._finished:
@@ -194,7 +232,7 @@ class SiteTrainer:
 
     def _samples(self, finished_rounds: int) -> int:
         """Records that this site has trained on after so many rounds."""
-        return samples_in_round(self.plan, len(self.training)) * finished_rounds
+        return self.plan.work.samples(len(self.training)) * finished_rounds
 
     def _validate(self, name: str, finished_rounds: int, samples: int) -> Point:
         with self.clock.phase("validate"):
@@ -220,12 +258,12 @@ class SiteTrainer:
             self._say(f"validated {records:,} of {len(self.validation):,} records")
 
     def _step_point(self, step: StepPoint) -> Point:
-        return Point("train_loss", step.loss, step.round + 1, step.samples, self.plan.site, step.step, step.tokens)
+        return Point(TRAIN_LOSS, step.loss, step.round + 1, step.samples, self.plan.site, step.step, step.tokens)
 
     def _say(self, text: str, points: list[Point] | None = None) -> None:
         self._last_line, self._tokens_since = time.monotonic(), 0
         if self.devices.rank == 0:
-            self._tell(f"{self.plan.site} · {text}", points or [])
+            self._tell(text, points or [])
 
 
 def _copies_of(weight: torch.Tensor) -> Weight:

@@ -1,6 +1,6 @@
 """A stream of tensors: what it says of itself before its first piece, and of what size its pieces are.
 
-It needs torch only.
+It needs torch and pydantic only.
 """
 
 import json
@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from itertools import accumulate
 from math import prod
-from typing import Self
+from typing import Annotated, Self
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 
 LARGEST_PIECE = 10 << 20  # bytes; pieces of so many are what NVFlare sends as they lie in memory
+LARGEST_GAP = 4096  # bytes between tensors that lie together, which travel with them
 _SMALLEST_PIECE = 1 << 20
 
 _piece = LARGEST_PIECE
@@ -45,6 +47,18 @@ class Described:
         return prod(self.shape) * dtype_of(self.dtype).itemsize
 
 
+_Size = Annotated[int, Field(ge=0, le=2**53)]
+
+
+class _Said(BaseModel):
+    """`Contents` as they travel."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    piece: Annotated[int, Field(ge=1, le=LARGEST_PIECE)]
+    tensors: list[tuple[str, str, list[_Size], tuple[str, _Size] | None, _Size]]
+
+
 class Contents:
     """What a stream has: tensors one after the other, and where in it each of them begins and ends.
 
@@ -59,8 +73,15 @@ class Contents:
 
     @classmethod
     def from_bytes(cls, content: bytes) -> Self:
-        said = json.loads(content)
-        return cls([Described(*one) for one in said["tensors"]], said["piece"])
+        """Raises ValueError for what no sender of this package says."""
+        said = _Said.model_validate_json(content)
+        contents = cls([Described(*one) for one in said.tensors], said.piece)
+        names = [one.name for one in contents.tensors]
+        if len(set(names)) < len(names):
+            raise ValueError("a tensor is there twice")
+        for one in contents.tensors:
+            dtype_of(one.dtype)
+        return contents
 
     def to_bytes(self) -> bytes:
         return json.dumps({"piece": self.piece, "tensors": [astuple(one) for one in self.tensors]}).encode()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
@@ -17,19 +18,23 @@ from fedsft_assets.federation.allocator import collect_messages
 from fedsft_assets.federation.stream_contents import Contents, dtype_of, flat_bytes, send_pieces_of
 from fedsft_assets.federation.tensor_storage import ReusedFile, ReusedFiles, StoredTensor, memory_block
 
+_SHOWN = 200  # characters of an error
+
 _sum: Sum | None = None
 _files: ReusedFiles | None = None  # where tensors go that arrive; in memory if it is None
 
 
 @contextmanager
-def tensors_stored_in(folder: Path) -> Iterator[None]:
+def tensors_stored_in(folder: Path, at_most: int | None = None) -> Iterator[None]:
     """Tensors that arrive meanwhile lie in files there, as StoredTensor; a file is for one message at a time.
+
+    A message may have `at_most` so many bytes in tensors.
 
     NVFlare has the like, but in its simulator it does not reach the connection that results come by.
     """
     global _files  # noqa: PLW0603 one for the process, as NVFlare's decomposers are
     folder.mkdir()
-    before, _files = _files, ReusedFiles(folder)
+    before, _files = _files, ReusedFiles(folder, at_most)
     try:
         yield
     finally:
@@ -58,7 +63,7 @@ def add_to(sum: Sum | None) -> None:
 
 def receiver() -> Arriving | Stored:
     """What takes the next message's tensors."""
-    return Stored(_files.take()) if _files else Arriving()
+    return Stored(_files.take(), _files.at_most) if _files else Arriving()
 
 
 class _Receiving(Consumer):
@@ -155,33 +160,71 @@ def _aligned(size: int) -> int:
     return -(-size // 64) * 64
 
 
+@dataclass(frozen=True)
+class BrokenTensor:
+    """Stands for a tensor that did not come as it must. NVFlare would end the receiving process for an error."""
+
+    why: str
+
+
 class _StoredTensors(dict[str, StoredTensor]):
     """As NVFlare looks at what it has received and left on the disk."""
 
-    def make_lazy_ref(self, name: str) -> StoredTensor:
-        return self[name]
+    broken: BrokenTensor | None = None
+
+    def __contains__(self, name: object) -> bool:
+        """Whatever is asked for, there is something that stands for it."""
+        return True
+
+    def make_lazy_ref(self, name: str) -> StoredTensor | BrokenTensor:
+        return self.broken or self.get(name) or BrokenTensor("it is not in the stream")
 
 
 class Stored(_Receiving):
-    """Into a file."""
+    """Into a file, no more than `at_most` bytes. What cannot be used does not fail, and stands for what was sent."""
 
-    def __init__(self, file: ReusedFile) -> None:
+    def __init__(self, file: ReusedFile, at_most: int | None = None) -> None:
         super().__init__()
         self.tensors = _StoredTensors()
+        self._at_most = at_most
         self._file: ReusedFile | None = file
         file.path.touch()
         self._opened = file.path.open("r+b", buffering=0)
 
-    def take(self, contents: Contents, position: int, piece: bytes) -> None:  # noqa: ARG002
-        rest = memoryview(piece)
+    def consume(self, ref_id: str, state: dict[str, int], data: list[bytes]) -> dict[str, int]:
+        if self.tensors.broken:
+            return state
+        try:
+            return super().consume(ref_id, state, data)
+        except ValueError as error:
+            self._break(f"its stream has no contents that can be read ({' '.join(str(error).split())[:_SHOWN]})")
+            return state
+
+    def begin(self, contents: Contents) -> None:
+        if self._at_most is not None and contents.total > self._at_most:
+            self._break(f"{contents.total:,} bytes of tensors, where the model has {self._at_most:,} at most")
+
+    def take(self, contents: Contents, position: int, piece: bytes) -> None:
+        if position + len(piece) > contents.total:
+            self._break("its stream is longer than its contents say")
+        rest = memoryview(b"" if self.tensors.broken else piece)
         while rest:
             rest = rest[self._opened.write(rest) :]
+
+    def download_completed(self, ref_id: str) -> None:
+        if self._contents is None or self._position != self._contents.total:
+            self._break("its stream ended early")
+        if not self.tensors.broken:
+            super().download_completed(ref_id)
+        self._let_go()
+
+    def _break(self, why: str) -> None:
+        self.tensors.broken = self.tensors.broken or BrokenTensor(why)
 
     def finish(self, contents: Contents) -> None:
         assert self._file
         for one, start in zip(contents.tensors, contents.starts, strict=True):
             self.tensors[one.name] = StoredTensor(self._file, start, dtype_of(one.dtype), tuple(one.shape))
-        self._let_go()
 
     def download_failed(self, ref_id: str, reason: str) -> None:
         super().download_failed(ref_id, reason)

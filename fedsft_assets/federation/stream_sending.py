@@ -17,11 +17,17 @@ import torch
 from nvflare.fuel.f3.streaming.download_service import Downloadable, ProduceRC
 
 from fedsft_assets.federation.allocator import collect_messages
-from fedsft_assets.federation.stream_contents import LARGEST_PIECE, Contents, Described, flat_bytes, piece_size
+from fedsft_assets.federation.stream_contents import (
+    LARGEST_GAP,
+    LARGEST_PIECE,
+    Contents,
+    Described,
+    flat_bytes,
+    piece_size,
+)
 
 _MOST_SENT = 20 << 20  # bytes of memory that went into sending, and may still be held afterwards
 _SENDERS_OWN = 1 << 20  # bytes that NVFlare takes to send a piece as it lies in memory
-_LARGEST_GAP = 4096  # bytes between tensors that lie together, which travel with them
 _AT = "at"
 
 
@@ -188,7 +194,7 @@ def _gap(one: torch.Tensor | None, other: torch.Tensor) -> int:
     if one is None or together is None or getattr(one, "together", None) is not together:
         return 0
     gap = other.data_ptr() - one.data_ptr() - one.nbytes
-    return gap if one.nbytes and other.nbytes and 0 <= gap <= _LARGEST_GAP else 0
+    return gap if one.nbytes and other.nbytes and 0 <= gap <= LARGEST_GAP else 0
 
 
 def _view(tensor: torch.Tensor) -> memoryview:

@@ -37,8 +37,9 @@ def memory_block(size: int) -> torch.Tensor:
 class ReusedFiles:
     """Files of a folder, each written over and over: the memory that stands for its content is then there already."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self._count = folder, itertools.count()
+    def __init__(self, folder: Path, at_most: int | None = None) -> None:
+        """`at_most` so many bytes may be written into one, by whoever takes it."""
+        self.folder, self.at_most, self._count = folder, at_most, itertools.count()
         self._free: list[Path] = []
 
     def take(self) -> ReusedFile:

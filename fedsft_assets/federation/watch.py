@@ -24,8 +24,9 @@ class SiteWatch:
         self._starting = set(self._sites)
         self._answered: set[str] = set(self._sites)
         self._lost: dict[str, str] = {}
-        self._gone: set[str] = set()  # NVFlare may list them as connected for long
+        self._gone: dict[str, str] = {}  # and why; NVFlare may list them as connected for long
         self._failures: dict[str, str] = {}
+        self._refused: dict[str, str] = {}  # and why, in this task
 
     def begin(self, connected: Collection[str]) -> None:
         """A task is given to these sites; who answered the last one was idle since, not silent."""
@@ -33,8 +34,9 @@ class SiteWatch:
             for site in self._answered:
                 self._heard[site] = time.monotonic()
             self._answered = set()
+            self._refused = {}
             self._lost = {site: "it is not connected" for site in self._sites if site not in connected}
-            self._lost.update(dict.fromkeys(self._gone, _GONE))
+            self._lost.update(self._gone)
             self._lost.update(dict.fromkeys(self._failures, "its trainer failed"))
 
     def heard(self, site: str) -> None:
@@ -43,18 +45,18 @@ class SiteWatch:
                 self._heard[site] = time.monotonic()
                 self._starting.discard(site)
             if site in self._gone:
-                self._gone.remove(site)
+                del self._gone[site]
                 self._lost.pop(site, None)
 
     def done(self, site: str) -> None:
         with self._lock:
             self._answered.add(site)
 
-    def gone(self, site: str) -> None:
-        """The server has lost it: no round waits for it until it is heard of again."""
+    def gone(self, site: str, reason: str = _GONE) -> None:
+        """It cannot do any task: no round waits for it until it is heard of again."""
         with self._lock:
-            self._gone.add(site)
-        self.lost(site, _GONE)
+            self._gone.setdefault(site, reason)
+        self.lost(site, reason)
 
     def lost(self, site: str, reason: str) -> None:
         """It cannot do its task any more. The first reason is the one to tell."""
@@ -67,6 +69,23 @@ class SiteWatch:
         with self._lock:
             self._failures[site] = traceback
         self.lost(site, "its trainer failed")
+
+    def refuse(self, site: str, why: str) -> None:
+        """What it said cannot be used: this task goes on without it, whatever it has said or says then."""
+        with self._lock:
+            self._answered.discard(site)
+            if self._refused.setdefault(site, why) == why:
+                self._lost[site] = f"refused: {why}"
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """Sites whose word was refused in this task, and why."""
+        with self._lock:
+            return dict(self._refused)
+
+    def has_failed(self, site: str) -> bool:
+        with self._lock:
+            return site in self._failures
 
     def waits(self, at_least: int) -> bool:
         """Whether there is a site to wait for, and so many may still answer in all."""

@@ -21,6 +21,7 @@ from fedsft_assets.model.answer_loss import AnswerLoss
 from fedsft_assets.model.batches import Batch
 from fedsft_assets.model.devices import MEETING_FILE, autocast, require_devices, resolve_precision
 from fedsft_assets.model.language_model import LanguageModel, compute_device
+from fedsft_assets.model.own_connections import require_own_connections
 from fedsft_assets.specs import ResolvedTraining
 
 
@@ -38,6 +39,7 @@ class ManyDevices:
             else DDPStrategy(gradient_as_bucket_view=True)
         )
         _meet(kind)
+        require_own_connections()
         precision = _precision(training, kind)
         self._scaler = precision.scaler if precision else None
         self._fabric = Fabric(accelerator=kind, devices=training.devices, strategy=strategy, plugins=precision)
@@ -46,6 +48,7 @@ class ManyDevices:
         self.device = self._fabric.device
         self.rank, self.count = self._fabric.global_rank, self._fabric.world_size
         self._module: Any = self._fabric.setup_module(model.answer_loss)
+        require_own_connections()  # of groups that were made meanwhile too
 
     def loss(self, batch: Batch) -> Tensor:
         loss: Tensor = self._module(batch)

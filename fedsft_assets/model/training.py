@@ -81,18 +81,6 @@ def split_tokens(model: LanguageModel, records_file: Path, max_length: int, most
     return tokens.records(min(max_length, model.max_length), special.bos, special.eos, most)
 
 
-def steps_in_round(plan: SitePlan, records: int) -> int:
-    """Optimizer steps of one round over that many records."""
-    steps = plan.local_epochs * math.ceil(records / plan.training.batch_size)
-    return min(steps, plan.max_local_steps or steps)
-
-
-def samples_in_round(plan: SitePlan, records: int) -> int:
-    """Records that one round trains on, each pass counted."""
-    epochs, steps = divmod(steps_in_round(plan, records), math.ceil(records / plan.training.batch_size))
-    return epochs * records + min(steps * plan.training.batch_size, records)
-
-
 def train_round(
     model: LanguageModel,
     tokens: Sequence[Tokens],
@@ -122,7 +110,7 @@ def train_round(
         model.parameters(), rates[0], training.weight_decay, fused=training.precision != "16-mixed", moments=moments
     )
     prepared = devices.prepared(optimizer)
-    samples = samples_in_round(plan, len(tokens)) * round
+    samples = plan.work.samples(len(tokens)) * round
     if correction:
         correction.begin(model)
     points: list[StepPoint] = []
@@ -135,9 +123,13 @@ def train_round(
             targets = sum(tokens[index].targets(training.answer_only_loss) for index in indices)
             loss = _add_gradients(devices, tokens, indices, training, targets)
             if not math.isfinite(loss):
+                what_to_do = f"at learning rate {rate:.3g}; try a lower one or precision 32"
+                if plan.filters.privacy and round > 0:  # the model of the first round has no noise yet
+                    numbers = sum(map(torch.numel, model.distinct_parameters().values()))
+                    what_to_do = plan.filters.privacy.remedy(numbers, what_to_do)
                 raise TrainingError(
                     f"{plan.job}, {plan.site}: the loss is {loss} in round {round + 1}, step {step} of {len(batches)},"
-                    f" at learning rate {rate:.3g}; try a lower one or precision 32"
+                    f" {what_to_do}"
                 )
             if correction:
                 correction.before_step(devices.scale)

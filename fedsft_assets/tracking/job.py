@@ -29,6 +29,8 @@ _LONGEST_ANSWER = 120.0
 _ENDED_PATIENCE = 10.0  # for a job that failed or was cancelled
 _DISK_SECONDS = 30.0
 
+Spent = Callable[[Execution], dict[str, float]]
+
 
 @dataclass(frozen=True)
 class Registered:
@@ -46,10 +48,11 @@ class TrackedJob:
     """One execution of a job in MLflow and TensorBoard, from construction to `finish` or the end of the `with` block.
 
     Nothing here waits for the tracking server but the end, which waits `tracking.patience` seconds at most; what is
-    not delivered by then is in the store's outbox. If the job's last execution has this `execution_id` too, this is
-    a further attempt: its MLflow runs go on. If it has another one and its process died before it could say how it
-    ended, it is closed as KILLED. `earlier` are the points of that last execution, whichever it is; `journal` gives
-    all that this one has in its durable file.
+    not delivered by then is in the store's outbox. `record` is the file with what is known of the last execution in the
+    same place. If it has this `execution_id` too, this is a further attempt: its MLflow runs go on. If it has another
+    one and its process died before it could say how it ended, it is closed as KILLED. `earlier` are the points of that
+    last execution, whichever it is; `journal` gives all that this one has in its durable file. `spent` gives what an
+    execution that did not end well has cost all the same, as single numbers by name.
     """
 
     def __init__(
@@ -63,12 +66,15 @@ class TrackedJob:
         tags: dict[str, str],
         note: str,
         say: Callable[[str], object],
+        record: Path,
         earlier: Sequence[Point] = (),
         journal: Callable[[], Iterable[Point]] = tuple,
+        spent: Spent = lambda _: {},
     ) -> None:
         self._tracking = tracking
+        self._spent = spent
         self._outbox = Outbox(store.outbox)
-        self._record = store.tracking_record(job)
+        self._record = record
         self._record_lock = threading.Lock()
         self._say = say = _never_raising(say)
         self._journal = journal
@@ -78,8 +84,7 @@ class TrackedJob:
         if last and goes_on:  # parameters stay, MLflow lets nobody change them
             self._execution = replace(last, tags={**last.tags, **tags}, ended=False)
         else:
-            if last and not last.ended and not self._outbox.get(last.id):
-                self._outbox.put(last, earlier, Ending("KILLED", round(time.time(), 3)))
+            close_as_killed(self._record, self._outbox, earlier, spent)
             values = {name: str(value) for name, value in params.items()}
             self._execution = Execution(execution_id, job, sites, values, tags, note, round(time.time(), 3))
         self._execution.write(self._record)  # before anything is made under its id
@@ -120,6 +125,8 @@ class TrackedJob:
             "seconds": report.seconds,
             **{metric_name(phase): seconds for phase, seconds in report.phases.items()},
         }
+        if report.epsilon is not None and report.releases is not None:
+            results |= {"epsilon": report.epsilon, "releases": float(report.releases)}
         tags = {
             "checkpoint.path": str(archive),
             "checkpoint.digest": report.checkpoint_digest,
@@ -142,7 +149,7 @@ class TrackedJob:
             return
         status: Status = "FAILED" if issubclass(kind, Exception) else "KILLED"
         try:
-            entry = self._put(Ending(status, round(time.time(), 3)))
+            entry = self._put(Ending(status, round(time.time(), 3), self._spent(self._execution)))
             self._execution.ended = True
             self._save(self._execution)
             self._deliver(entry, min(_ENDED_PATIENCE, self._tracking.patience))
@@ -166,6 +173,17 @@ class TrackedJob:
                 f"the tracking server has not taken everything ({self._delivery.trouble}); the rest waits in "
                 f"{entry.folder} and is delivered by `fedsft track` or with the next job"
             )
+
+
+def close_as_killed(record: Path, outbox: Outbox, points: Sequence[Point], spent: Spent = lambda _: {}) -> None:
+    """Have the MLflow runs ended of an execution whose process died before it could say how it ended.
+
+    `spent` is as TrackedJob has it.
+    """
+    last = _read(record)
+    if last and not last.ended and not outbox.get(last.id):
+        outbox.put(last, points, Ending("KILLED", round(time.time(), 3), spent(last)))
+        replace(last, ended=True).write(record)
 
 
 def _never_raising(say: Callable[[str], object]) -> Callable[[str], object]:

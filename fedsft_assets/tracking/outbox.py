@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from fedsft_assets.credentials import redact
 from fedsft_assets.federation.metrics import Point
 from fedsft_assets.store import publish_folder
 from fedsft_assets.tracking.delivery import Delivery, NotKeptError
@@ -119,7 +120,7 @@ class Outbox:
         """Nobody else delivers this execution meanwhile. Raises BusyError if somebody does already."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f".{execution_id}.lock"
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -203,6 +204,6 @@ def is_refusal(error: BaseException) -> bool:
 
 
 def explained(error: BaseException) -> str:
-    """One line of what went wrong."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    """One line of what went wrong, without secrets, and without the statement that a database was asked."""
+    text = " ".join(redact(str(error)).partition("[SQL: ")[0].split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:150]} … {text[-150:]}"

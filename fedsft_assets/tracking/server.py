@@ -14,12 +14,17 @@ from functools import cache, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedsft_assets.credentials import redacted
+from fedsft_assets.store import locked, publish_file
+from fedsft_assets.tracking.uri import as_given, take_credentials
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 EXPERIMENT = "fedsft"
 CHAMPION = "champion"
 ANSWER_SECONDS = 10.0
+_SQLITE = "sqlite:///"
 
 _seconds: ContextVar[float | None] = ContextVar("seconds that MLflow may take to answer", default=None)
 
@@ -28,12 +33,16 @@ _seconds: ContextVar[float | None] = ContextVar("seconds that MLflow may take to
 class Tracking:
     """A tracking server or store, and where its artifacts go if it is a new local store.
 
+    `uri` has no password in it, whatever it was made with: what opens a server or database stays with this process.
     `patience` is how many seconds a job that has ended waits for what is still to be delivered.
     """
 
     uri: str
     artifacts: Path | None = None
     patience: float = 60.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "uri", take_credentials(self.uri))
 
     @property
     def over_http(self) -> bool:
@@ -42,7 +51,10 @@ class Tracking:
     def client(self) -> MlflowClient:
         from mlflow import MlflowClient
 
-        return MlflowClient(tracking_uri=self.uri)
+        if self.uri.startswith(_SQLITE):
+            _make_store(Path(self.uri.removeprefix(_SQLITE)), self.artifacts)
+        with redacted():
+            return MlflowClient(tracking_uri=as_given(self.uri))
 
     def experiment_id(self) -> str:
         """Of the one experiment that all jobs share; made when it is not there.
@@ -51,7 +63,7 @@ class Tracking:
         """
         from mlflow.exceptions import MlflowException
 
-        with answer_within(_seconds.get() or ANSWER_SECONDS):
+        with redacted(), answer_within(_seconds.get() or ANSWER_SECONDS):
             client = self.client()
             if existing := client.get_experiment_by_name(EXPERIMENT):
                 return str(existing.experiment_id)
@@ -62,6 +74,26 @@ class Tracking:
                 if existing is None:
                     raise error
                 return str(existing.experiment_id)
+
+
+def _make_store(database: Path, artifacts: Path | None) -> None:
+    """Have a SQLite store there, whole: MLflow takes seconds to make one, and cannot go on with half of one.
+
+    Of several processes that need it at the same time, one makes it and the others wait. Artifacts without another
+    place go to `artifacts`: of the current folder, MLflow would take the path into SQL as Python writes it.
+    """
+    if database.exists():
+        return
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    artifacts = artifacts or database.parent / "mlruns"
+    database.parent.mkdir(parents=True, exist_ok=True)
+    lock = database.with_name(f".{database.name}.lock")
+    lock.touch()
+    with locked(lock):
+        if not database.exists():
+            with publish_file(database) as fresh:
+                SqlAlchemyStore(f"{_SQLITE}{fresh}", artifacts.as_uri())
 
 
 @contextmanager

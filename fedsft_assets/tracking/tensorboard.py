@@ -10,11 +10,13 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Hashable, Iterable
+from contextlib import ExitStack, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedsft_assets.federation.metrics import Point
+from fedsft_assets.store import locked
 from fedsft_assets.tracking.values import JOB, distinct
 
 if TYPE_CHECKING:
@@ -24,12 +26,19 @@ _VERSION = "brain.Event:2"
 
 
 class EventFiles:
-    """The event files of one execution in `folder`, in place of those of earlier ones, beginning with `points`."""
+    """The event files of one execution in `folder`, in place of those of earlier ones, beginning with `points`.
+
+    Those of executions that go on at the same time stay; they are locked by whoever writes them.
+    """
 
     def __init__(self, folder: Path, points: Iterable[Point] = ()) -> None:
         self._folder = self._place = folder
         self._writers: dict[str, RecordWriter] = {}
         self._written: set[Hashable] = set()
+        self._held = ExitStack()
+        for earlier in folder.glob("*/"):
+            with suppress(BlockingIOError, FileNotFoundError), locked(earlier, wait=False):
+                shutil.rmtree(earlier, ignore_errors=True)
         self._start_over(points)
 
     def add(self, points: Iterable[Point]) -> None:
@@ -61,11 +70,15 @@ class EventFiles:
         for writer in self._writers.values():
             writer.close()
         self._writers.clear()
+        self._held.close()
 
     def _start_over(self, points: Iterable[Point]) -> None:
         self.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._place != self._folder:
+            shutil.rmtree(self._place, ignore_errors=True)
         self._place = self._folder / datetime.now().strftime("%Y-%m-%d %H:%M:%S.%f")
+        self._place.mkdir(parents=True)
+        self._held.enter_context(locked(self._place))
         self._written.clear()
         self.add(points)
 

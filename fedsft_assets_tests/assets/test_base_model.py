@@ -22,7 +22,7 @@ def test_a_megatron_archive_becomes_the_base_model_of_a_study(tmp_path: Path) ->
     source = write_tar(tmp_path / "gpt.nemo", members(SETTINGS, random_tensors(LEGACY)))
     result = _materialize(tmp_path, source)
     assert result.success
-    archive = tmp_path / "home/base_models/gpt.nemo"
+    archive = (tmp_path / "home/base_models/gpt/current").resolve() / "gpt.nemo"
     (event,) = result.asset_materializations_for_node("base_model")
     found = {name: event.metadata[name].value for name in ("preset", "parameters", "vocabulary", "layers", "width")}
     assert found == {

@@ -13,11 +13,13 @@ import pytest
 
 from fedsft_assets.assets.raw import raw_asset
 from fedsft_assets.assets.splits import combined_asset, processed_asset
+from fedsft_assets.checks import data_checks
 from fedsft_assets.data.records import read_records
 from fedsft_assets.resources import resources
 from fedsft_assets.settings import PROJECT, Settings
 from fedsft_assets.specs import DatasetSpec, SplitSettings
 from fedsft_assets.store import SPLITS, Store, folder_digest, split_file
+from fedsft_assets.versions import current
 from fedsft_assets_tests.shipped import DATASETS
 
 Materialize = Callable[..., dg.ExecuteInProcessResult]
@@ -47,7 +49,7 @@ def materialize(store: Store, source: Path) -> Materialize:
         specs = list(datasets.values())
         assets = [*map(raw_asset, specs), *map(processed_asset, specs), combined_asset(specs)]
         given = resources(Settings(home=store.home, data=str(source), **settings))
-        return dg.materialize(assets, resources=given, raise_on_error=not fails)
+        return dg.materialize([*assets, *data_checks(specs)], resources=given, raise_on_error=not fails)
 
     return run
 
@@ -77,13 +79,16 @@ def test_every_asset_shows_what_it_holds(materialize: Materialize, store: Store)
         header, _, *rows = _metadata(result, *key)["preview"].splitlines()
         assert header == "| input | output |"
         assert len(rows) == 5
-    for key, folder in ((("processed", "oasst1"), store.processed("oasst1")), (("combined",), store.combined)):
+    for key, folder in (
+        (("processed", "oasst1"), current(store.processed("oasst1"))),
+        (("combined",), current(store.combined)),
+    ):
         shown = _metadata(result, *key)
         written = {split: len(read_records(split_file(folder, split))) for split in SPLITS}
         assert {split: shown[split] for split in SPLITS} == written
         assert shown["records"] == shown["dagster/row_count"] == sum(written.values())
         assert 0 < shown["tokens, p50"] < shown["tokens, p95"] < shown["tokens, p99"] <= shown["tokens, max"]
-        assert shown["token lengths"].startswith("![lengths-")
+        assert shown["token lengths"].startswith(f"![{key[-1]}-")
     assert _metadata(result, "processed", "alpaca")["rejected"] == 2
     assert _metadata(result, "processed", "alpaca")["duplicates"] == 3
 
@@ -97,8 +102,8 @@ def test_a_dataset_of_the_users_is_split_like_all_others(
     assert _metadata(result, "combined")["rows"] == sum(
         _metadata(result, "processed", name)["records"] for name in (*DATASETS, "mine")
     )
-    combined = read_records(split_file(store.combined, "training"))
-    mine_only = read_records(split_file(store.processed("mine"), "training"))
+    combined = read_records(split_file(current(store.combined), "training"))
+    mine_only = read_records(split_file(current(store.processed("mine")), "training"))
     assert {record["input"] for record in mine_only} <= {record["input"] for record in combined}
 
 
@@ -106,7 +111,7 @@ def test_too_many_bad_rows_fail_the_asset_with_what_to_do_and_what_was_there_sta
     materialize: Materialize, mine: DatasetSpec, store: Store, tmp_path: Path
 ) -> None:
     materialize({"mine": mine})
-    before = folder_digest(store.processed("mine"))
+    before = folder_digest(current(store.processed("mine")))
     _write_questions(tmp_path / "questions.csv", 200, blank=10)
     result = materialize({"mine": mine}, fails=True)
     assert not result.success
@@ -116,14 +121,14 @@ def test_too_many_bad_rows_fail_the_asset_with_what_to_do_and_what_was_there_sta
     assert said.description is not None
     assert said.description.startswith("mine: 10 of 210 rows cannot be used, more than the allowed share of 1.00%")
     assert f"all are in {store.home}/processed/mine.rejected.jsonl" in said.description
-    assert folder_digest(store.processed("mine")) == before
+    assert folder_digest(current(store.processed("mine"))) == before
     result = materialize({"mine": mine}, splits=SplitSettings(max_rejected=0.1))
     assert _metadata(result, "processed", "mine")["rejected"] == 10
 
 
 def test_how_records_are_split_is_set_once_for_all(materialize: Materialize, store: Store) -> None:
     materialize(DATASETS, splits=SplitSettings(proportions=(0.5, 0.25, 0.25)))
-    for folder in (*map(store.processed, DATASETS), store.combined):
+    for folder in map(current, (*map(store.processed, DATASETS), store.combined)):
         counts = [len(read_records(split_file(folder, split))) for split in SPLITS]
         assert counts[0] / sum(counts) == pytest.approx(0.5, abs=0.08)
 
@@ -159,4 +164,8 @@ def test_one_yaml_file_makes_a_dataset_and_one_more_makes_it_a_site(mine: Datase
     graph = json.loads(line.removeprefix("graph: "))
     assert graph["processed/mine"] == ["raw/mine"]
     assert "processed/mine" in graph["combined"]
-    assert set(graph["job_folder/four"]) == {"combined", *(f"processed/{name}" for name in (*DATASETS, "mine"))}
+    assert set(graph["job_folder/four"]) == {
+        "base_model",
+        "combined",
+        *(f"processed/{name}" for name in (*DATASETS, "mine")),
+    }

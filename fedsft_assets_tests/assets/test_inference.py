@@ -15,7 +15,9 @@ from fedsft_assets.model.generation import GenerationSettings
 from fedsft_assets.resources import resources
 from fedsft_assets.settings import PROJECT, Settings
 from fedsft_assets.specs import PRESETS, JobSpec, load_jobs
-from fedsft_assets.store import Store, file_digest
+from fedsft_assets.store import Store, archive_file, file_digest
+from fedsft_assets.versions import current
+from fedsft_assets_tests.prepared import made_current
 from fedsft_assets_tests.shipped import DATASETS
 
 QUESTIONS = [ExamplePrompt(question="Say | it."), ExamplePrompt(question="Why?", context="It is so.")]
@@ -35,17 +37,21 @@ def store(tmp_path_factory: pytest.TempPathFactory, jobs: list[JobSpec]) -> Stor
 
     torch.set_num_threads(1)
     store = Store(tmp_path_factory.mktemp("home"))
-    places = [store.base_model("tiny"), *(store.checkpoint(job.name) / MODEL_FILE for job in jobs)]
-    for seed, place in enumerate(places):
-        create_base_model(PRESETS["tiny"], place, seed, ["Say it. It is so. Why?"])
+    archives = [(store.base_model("tiny"), "tiny.nemo"), *((store.checkpoint(job.name), MODEL_FILE) for job in jobs)]
+    for seed, (versions, name) in enumerate(archives):
+        with made_current(versions) as folder:
+            create_base_model(PRESETS["tiny"], folder / name, seed, ["Say it. It is so. Why?"])
     return store
 
 
 @pytest.fixture
 def materialize(store: Store, jobs: list[JobSpec]) -> Callable[..., dg.ExecuteInProcessResult]:
+    keys = [dg.AssetKey("base_model"), *(dg.AssetKey(["checkpoint", job.name]) for job in jobs)]
+    there = [dg.AssetSpec(key).with_io_manager_key("io_manager") for key in keys]
+
     def run(home: Path = store.home, **config: Any) -> dg.ExecuteInProcessResult:
         return dg.materialize(
-            [inference_asset(jobs, QUESTIONS)],
+            [*there, inference_asset(jobs, QUESTIONS)],
             resources=resources(Settings(home=home)),
             run_config={"ops": {"inference": {"config": {"max_new_tokens": 6, **config}}}},
             raise_on_error=False,
@@ -70,11 +76,13 @@ def test_all_models_answer_side_by_side(store: Store, materialize: Callable[...,
 
     config = {"temperature": 1.0, "seed": 3, "max_new_tokens": 12}
     found = _metadata(materialize(**config))
-    table = store.reports / "inference.md"
+    table = current(store.report("inference")) / "inference.md"
     assert (found["models"], found["prompts"], found["path"]) == (6, 2, str(table))
     settings = GenerationSettings(12, temperature=1.0, seed=3)
-    archives = {"base model": store.base_model("tiny")}
-    archives |= {job: store.checkpoint(job) / MODEL_FILE for job in ("alpaca", "dolly", "oasst1", "combined", "fedavg")}
+    archives = {"base model": archive_file(current(store.base_model("tiny")))}
+    archives |= {
+        job: current(store.checkpoint(job)) / MODEL_FILE for job in ("alpaca", "dolly", "oasst1", "combined", "fedavg")
+    }
     models = {
         name: LanguageModel.load(path).generate(["Say | it.", "It is so.\n\nWhy?"], settings)
         for name, path in archives.items()

@@ -82,6 +82,7 @@ def test_a_contender_that_stops_early_is_found():
         require_equal_losses(PARTS["tiny"], {"plain": [_TRAINED], "ours": [replace(_TRAINED, losses=[7.0, 6.5])]})
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.usefixtures("real_samples")
 def test_all_contenders_agree_on_the_losses_and_the_targets_come_last(tmp_path):

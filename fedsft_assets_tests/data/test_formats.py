@@ -128,13 +128,15 @@ def test_bad_lines_are_rejected_by_their_numbers_and_the_others_kept(tmp_path: P
     batches = _read(path, "jsonl")
     assert _rows(batches) == [(1, "a", "b", "c"), (10, None, "", "c"), (11, "last", "", "c")]
     rejected = _rejected(batches)
-    assert [row for row, _ in rejected] == [3, 7, 8, 9, 4, 5, 6]
+    assert [row for row, _ in rejected] == [3, 7, 4, 5, 6, 8, 9]
     reasons = dict(rejected)
     assert reasons[4] == "a: is missing"
     assert reasons[5] == "q: expected a text, found int"
     assert reasons[6] == "c: expected a text, found list"
     assert reasons[7] == "expected a JSON object, found list"
-    assert all(reasons[row].startswith("is not JSON: ") for row in (3, 8, 9))
+    assert reasons[8] == "q: is not UTF-8"
+    assert reasons[9] == "q: has half of a UTF-16 surrogate pair"
+    assert reasons[3].startswith("is not JSON: ")
 
 
 def test_lines_are_numbered_on_from_block_to_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +195,7 @@ def _json_text(content: str) -> Callable[[Path], None]:
     ("format", "write", "message"),
     [
         ("parquet", Path.touch, r"rows: is empty; download it again"),
-        ("parquet", _jsonl, r"rows: is not a whole Parquet file .*; download it again"),
+        ("parquet", _jsonl, r"rows: is not a Parquet file, found '\{\"q\": \"one\".*'; take the file as published"),
         ("parquet", _truncated, r"rows: is not a whole Parquet file .*; download it again"),
         ("parquet", _damaged_inside, r"rows: is not a whole Parquet file .*; download it again"),
         (
@@ -207,7 +209,8 @@ def _json_text(content: str) -> Callable[[Path], None]:
             r"rows: column q: expected texts, found int64; take the file as published",
         ),
         ("jsonl", Path.touch, r"rows: is empty; download it again"),
-        ("jsonl", _truncated, r"rows: field q: is missing in every row, found no JSON object"),
+        ("jsonl", _parquet, r"rows: is a Parquet file, expected jsonl; say 'format: parquet'"),
+        ("jsonl", _json_text("q\n"), r"rows: field q: is missing in every row, found no JSON object \(row 1: is not"),
         (
             "jsonl",
             _json_text('{"question": "a", "a": "b"}\n'),
@@ -215,11 +218,22 @@ def _json_text(content: str) -> Callable[[Path], None]:
         ),
         ("jsonl", _json_text('{"q": "a", "a": "b"}\n'), r"rows: field c: is missing in every row, found q, a"),
         ("json", _jsonl, r"rows: after row 0: is not a JSON array of objects .*say 'format: jsonl'"),
-        ("json", _json_text('[{"q": "a", "c": "", "a": "b"}, {"q"'), r"rows: after row 1: is not a JSON array"),
-        ("json", _json_text('{"data": []}'), r"rows: field q: is missing in every row, found no JSON object"),
+        (
+            "json",
+            _json_text('[{"q": "a", "c": "", "a": "b"}, {"q"'),
+            r"rows: row 2: ends in the middle, after '\{\"q\"'",
+        ),
+        ("json", _json_text('[{"q": "a", "c": "", "a": "b"} {"q"'), r"rows: after row 1: is not a JSON array of obj"),
+        ("json", _json_text('{"data": []}'), r"rows: after row 0: is not a JSON array .*found '\{\"data\": \[\]\}'"),
+        (
+            "json",
+            _json_text("[1, 2]"),
+            r"rows: field q: is missing in every row, found no JSON object \(row 1: expected",
+        ),
         ("csv", _json_text("title,c\na,b\n"), r"rows: column q, a: is missing, found title, c; name the file's own"),
-        ("csv", _json_text('q,c,a\na,,x\n"b,,x\n'), r"rows: after row 1, line 3: is no CSV .*; repair the quotes"),
-        ("csv", _parquet, r"rows: column q, c, a: is missing"),
+        ("csv", _json_text('q,c,a\na,,x\n"b,,x\n'), r"rows: row 3: a quote is opened and never closed, .* line 3; "),
+        ("csv", _json_text('q,c,a\na,,x\n"b"c,,x\n'), r"rows: row 3, line 3: is no CSV .*; repair the quotes"),
+        ("csv", _parquet, r"rows: is a Parquet file, expected csv; say 'format: parquet'"),
         ("csv", Path.touch, r"rows: is empty"),
     ],
 )

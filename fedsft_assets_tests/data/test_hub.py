@@ -522,6 +522,27 @@ def test_a_setting_that_cannot_be_meant_is_named(
         pull(SMALL)
 
 
+def test_password_of_a_mirror_opens_it_and_is_said_nowhere(
+    server: HubServer, pull: Pull, lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_planted-3141")
+    monkeypatch.setenv("HF_ENDPOINT", server.url.replace("://", "://me:mirror-3141@"))
+    assert pull(SMALL).commit == PINNED
+    with pytest.raises(HubError) as missing:
+        pull("no-such-file")
+    monkeypatch.setenv("HF_ENDPOINT", "http://me:mirror-3141@127.0.0.1:1")
+    with pytest.raises(HubError) as down:
+        pull(LARGE)
+    said = [*lines]
+    for error in (missing.value, down.value):
+        one: BaseException | None = error
+        while one is not None:
+            said += [str(one), repr(one)]
+            one = one.__cause__
+    assert len(said) > 4
+    assert not any(secret in text for text in said for secret in ("mirror-3141", "hf_planted-3141"))
+
+
 @pytest.mark.parametrize("revision", [PINNED, "main"])
 def test_files_that_are_here_are_used_without_a_request(
     server: HubServer, pull: Pull, monkeypatch: pytest.MonkeyPatch, revision: str

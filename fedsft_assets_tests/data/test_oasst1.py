@@ -195,6 +195,27 @@ def test_replies_without_a_prompt_are_rejected_rows_with_their_reasons(tmp_path:
 
 
 @pytest.mark.parametrize("context", ["prompt", "path"])
+def test_replies_to_an_id_that_several_messages_have_are_rejected(tmp_path: Path, context: str) -> None:
+    train = [
+        _prompt("p1"),
+        _reply("r1", "p1"),
+        _prompt("p2"),
+        _reply("r2", "p2"),
+        _prompt("p3", "r2"),
+        _reply("r3", "p3"),
+    ]
+    validation = [_prompt("p2", text="ask something else"), _prompt("p4"), _reply("r4", "p4")]
+    paths = [_write(tmp_path / "train", train), _write(tmp_path / "validation", validation)]
+    pairs, rejected = _read(paths, context=context)
+    deep = [("ask p3", "say r3")] if context == "prompt" else []
+    assert pairs == [("ask p1", "say r1"), *deep, ("ask p4", "say r4")]
+    reasons = {row.row: row.reason for row in rejected}
+    assert reasons.pop(4) == "parent_id: several messages have this id"
+    assert list(reasons) == ([] if context == "prompt" else [6])
+    assert {row.file for row in rejected} == {"train"}
+
+
+@pytest.mark.parametrize("context", ["prompt", "path"])
 def test_any_order_and_batch_size_gives_the_same_pairs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, context: str
 ) -> None:

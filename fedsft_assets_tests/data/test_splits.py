@@ -183,7 +183,7 @@ def test_unusable_rows_are_written_down_with_number_and_reason_and_duplicates_co
     same_prompt: list[Row] = [{"instruction": "What is 4 plus one?", "response": "five"}]
     raw = write_dolly([*_rows(range(100)), *bad, *_rows(range(9)), *same_prompt])
     with (raw / dolly.file_names[0]).open("ab") as file:
-        file.write(b'\n{"instruction": "a", "resp')
+        file.write(b'\n{"instruction": "a", "resp\n')
     into = tmp_path / "splits"
     report = split_dataset(dolly, raw, into, SplitSettings(max_rejected=0.1, max_chars=5000))
     assert (report.records, report.rows, report.duplicates, report.rejected) == (101, 116, 9, 6)
@@ -220,7 +220,7 @@ def test_too_many_unusable_rows_stop_it_and_the_old_splits_stay(
     with pytest.raises(
         DataError,
         match=r"dolly: 3 of 203 rows cannot be used, more than the allowed share of 1\.00%: "
-        rf"databricks-dolly-15k\.jsonl row 201: response: is null; .* all are in {refused}; repair them, or set",
+        rf"databricks-dolly-15k\.jsonl row 201: response: is null \(0\?\); .* all are in {refused}; repair them,",
     ):
         split_dataset(dolly, write_dolly([*_rows(range(200)), *bad]), into)
     assert folder_digest(into) == before

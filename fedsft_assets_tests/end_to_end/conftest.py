@@ -1,12 +1,13 @@
 """A study's data and base model, made once, and a store of its own for every test."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 
+from fedsft_assets.federation.processes import stop_marked
 from fedsft_assets.store import Store
 from fedsft_assets_tests.prepared import build_job, prepare_home
 
@@ -20,8 +21,16 @@ def prepared_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def store(prepared_home: Path, tmp_path: Path) -> Store:
     """A copy of the prepared home that a test may do anything with."""
-    shutil.copytree(prepared_home, tmp_path / "home")
+    shutil.copytree(prepared_home, tmp_path / "home", symlinks=True)
     return Store(tmp_path / "home")
+
+
+@pytest.fixture
+def mark(tmp_path: Path) -> Iterator[str]:
+    """What all processes of a test carry; none is left at its end."""
+    mark = f"test {tmp_path}"
+    yield mark
+    stop_marked(mark)
 
 
 @pytest.fixture

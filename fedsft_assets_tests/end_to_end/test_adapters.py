@@ -12,7 +12,8 @@ from fedsft_assets.federation.launch import run_job
 from fedsft_assets.federation.record import Workspace
 from fedsft_assets.federation.report import MODEL_FILE, JobReport
 from fedsft_assets.specs import JobSpec
-from fedsft_assets.store import Store, split_file
+from fedsft_assets.store import Store, archive_file, split_file
+from fedsft_assets.versions import current
 from fedsft_assets_tests.prepared import TINY
 from fedsft_assets_tests.shipped import DATASETS
 
@@ -44,9 +45,9 @@ def test_adapters_of_two_sites_become_a_checkpoint(store: Store, tmp_path: Path)
     build_job_folder(spec, TINY, store)
     said, report = [], None
     for event in run_job(
-        job_folder=store.job_folder("lora"),
+        job_folder=current(store.job_folder("lora")),
         workspace=store.flare("lora"),
-        testing_file=split_file(store.combined, "testing"),
+        testing_file=split_file(current(store.combined), "testing"),
         into=store.checkpoint("lora"),
     ):
         if isinstance(event, Progress):
@@ -54,11 +55,11 @@ def test_adapters_of_two_sites_become_a_checkpoint(store: Store, tmp_path: Path)
         if isinstance(event, JobReport):
             report = event
     assert report is not None
-    plan = read_plans(store.job_folder("lora"))[0]
-    validation = split_file(store.combined, "validation")
+    plan = read_plans(current(store.job_folder("lora")))[0].located(store.home)
+    validation = split_file(current(store.combined), "validation")
 
     # The adapters of the first round change nothing, so its loss is the base model's; then it falls.
-    base_loss = split_loss(store.base_model(TINY.name), validation, plan)
+    base_loss = split_loss(archive_file(current(store.base_model(TINY.name))), validation, plan)
     assert report.base_val_loss == pytest.approx(base_loss.loss, abs=1e-4)
     assert report.val_loss == sorted(report.val_loss, reverse=True)
     assert report.last_val_loss < report.base_val_loss - 0.2
@@ -72,7 +73,7 @@ def test_adapters_of_two_sites_become_a_checkpoint(store: Store, tmp_path: Path)
     width = 192
     layers = 2 * (width + 3 * width) + 2 * (width + width) + 2 * 2 * (width + 4 * width)
     assert sum(tensor.numel() for tensor in best.values()) == 4 * layers == 24_576
-    base = LanguageModel.load(store.base_model(TINY.name))
+    base = LanguageModel.load(archive_file(current(store.base_model(TINY.name))))
     whole = sum(tensor.numel() * 4 for tensor in base.weights().values())
     assert (result / LAST_MODEL).stat().st_size < whole / 20
 

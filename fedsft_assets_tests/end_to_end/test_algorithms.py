@@ -10,6 +10,7 @@ from fedsft_assets.federation.report import JobReport
 from fedsft_assets.settings import PROJECT
 from fedsft_assets.specs import JobSpec
 from fedsft_assets.store import Store, split_file
+from fedsft_assets.versions import current
 from fedsft_assets_tests.prepared import TINY
 from fedsft_assets_tests.shipped import DATASETS
 
@@ -23,9 +24,9 @@ def test_example_job_trains(path: Path, store: Store) -> None:
     spec = JobSpec.load(path, list(DATASETS)).override(rounds=3, max_local_steps=8, max_evaluation_records=32)
     build_job_folder(spec, TINY, store)
     *_, report = run_job(
-        store.job_folder(spec.name),
+        current(store.job_folder(spec.name)),
         store.flare(spec.name),
-        split_file(store.combined, "testing"),
+        split_file(current(store.combined), "testing"),
         store.checkpoint(spec.name),
     )
     assert isinstance(report, JobReport)

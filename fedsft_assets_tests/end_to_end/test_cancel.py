@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from fedsft_assets.federation.poc import Poc
 from fedsft_assets.federation.poc_kits import PocSettings
 from fedsft_assets.federation.poc_system import PocSystem
 from fedsft_assets.federation.processes import MARK, marked_processes, stop_marked
-from fedsft_assets.federation.record import Workspace
+from fedsft_assets.federation.record import Workspaces
 from fedsft_assets.settings import PROJECT, Settings
 from fedsft_assets.store import Store
 from fedsft_assets.tracking import Tracking
@@ -46,12 +47,15 @@ mutation ($ids: [String!]!) {
 class WebServer:
     """Dagster's, as the pages in a browser talk to it."""
 
-    def __init__(self, port: int) -> None:
-        self._url = f"http://127.0.0.1:{port}/graphql"
+    def __init__(self, link: str) -> None:
+        parts = urllib.parse.urlsplit(link)
+        self._url = f"http://{parts.netloc}/graphql"
+        self._token = urllib.parse.parse_qs(parts.query)["token"][0]
 
     def ask(self, query: str, **variables: object) -> dict[str, Any]:
         content = json.dumps({"query": query, "variables": variables}).encode()
-        request = urllib.request.Request(self._url, content, {"Content-Type": "application/json"})
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._token}"}
+        request = urllib.request.Request(self._url, content, headers)
         with urllib.request.urlopen(request, timeout=_LONGEST_WAIT) as answer:
             said: dict[str, Any] = json.load(answer)
         assert "errors" not in said, said
@@ -100,7 +104,7 @@ def ui(store: Store) -> Iterator[WebServer]:
             said.append(line)
             if line.startswith("Dagster:"):
                 break
-        server = WebServer(int(said[-1].split(":")[3].split("/")[0]))
+        server = WebServer(said[-1].split()[-1])
         _until(server.is_ready, "the web server knows the code")
         yield server
     finally:
@@ -124,8 +128,11 @@ def test_job_in_a_poc_that_is_cancelled_in_the_ui_is_aborted_and_leaves_nothing_
     store: Store, build: Callable[..., str], ui: WebServer, tmp_path: Path
 ) -> None:
     job = build("fedavg", rounds=500, max_local_steps=2, max_evaluation_records=8)
-    workspace, system = Workspace(store.flare(job)), _poc(store)
+    workspaces, system = Workspaces(store.flare(job)), _poc(store)
     run_id = ui.materialize("checkpoint", job)
+    _until(workspaces.latest, "the execution has begun")
+    workspace = workspaces.latest()
+    assert workspace is not None
     _until(lambda: workspace.journal.exists() and "train_loss" in workspace.journal.read_text(), "the job trains")
     execution = workspace.execution()
     assert execution is not None

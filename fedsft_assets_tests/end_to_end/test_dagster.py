@@ -123,6 +123,7 @@ def test_sensor_in_the_daemon_rebuilds_only_what_new_data_touches(
     }
 
 
+@pytest.mark.long
 def test_study_after_a_killed_one_does_not_wait_for_its_pool_slot(
     tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
 ) -> None:

@@ -16,6 +16,7 @@ from fedsft_assets.federation.processes import marked_processes
 from fedsft_assets.federation.report import JobReport
 from fedsft_assets.specs import JobSpec
 from fedsft_assets.store import Store, split_file
+from fedsft_assets.versions import current
 from fedsft_assets_tests.prepared import TINY
 from fedsft_assets_tests.shipped import DATASETS
 from fedsft_assets_tests.sockets import Scan
@@ -39,9 +40,9 @@ def _start(store: Store, folder: Path, devices: int, strategy: str = "ddp", roun
     (folder / "wide.yaml").write_text(JOB.format(devices=devices, strategy=strategy, rounds=rounds))
     build_job_folder(JobSpec.load(folder / "wide.yaml", list(DATASETS)), TINY, store)
     return run_job(
-        job_folder=store.job_folder("wide"),
+        job_folder=current(store.job_folder("wide")),
         workspace=store.flare("wide"),
-        testing_file=split_file(store.combined, "testing"),
+        testing_file=split_file(current(store.combined), "testing"),
         into=store.checkpoint("wide"),
         threads=1,
     )
@@ -92,7 +93,7 @@ def test_a_killed_device_ends_the_job_and_none_listened_to_the_network(store: St
 
 def test_a_failing_device_shows_its_own_traceback(store: Store, tmp_path: Path) -> None:
     events = _start(store, tmp_path, 2)
-    plan = read_plans(store.job_folder("wide"))[0]
+    plan = read_plans(current(store.job_folder("wide")))[0].located(store.home)
     plan.training_file.write_text(plan.training_file.read_text() + "\n")
     with pytest.raises(JobError) as failure:
         list(events)

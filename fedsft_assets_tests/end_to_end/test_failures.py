@@ -20,6 +20,7 @@ from fedsft_assets.federation.launch import run_job
 from fedsft_assets.federation.processes import marked_processes
 from fedsft_assets.store import Store, split_file
 from fedsft_assets.tracking import Tracking
+from fedsft_assets.versions import current
 from fedsft_assets_tests.prepared import TINY
 
 pytestmark = pytest.mark.slow
@@ -36,7 +37,10 @@ for event in run_job(*map(Path, sys.argv[1:])):
 
 def _events(job: str, store: Store) -> Iterator[Event]:
     return run_job(
-        store.job_folder(job), store.flare(job), split_file(store.combined, "testing"), store.checkpoint(job)
+        current(store.job_folder(job)),
+        store.flare(job),
+        split_file(current(store.combined), "testing"),
+        store.checkpoint(job),
     )
 
 
@@ -80,11 +84,11 @@ def test_killed_trainer_fails_the_job_with_a_clear_message(store: Store, build: 
 
 def test_crashed_trainer_shows_its_own_traceback(store: Store, build: Callable[..., str]) -> None:
     job = build("alpaca")
-    plan = read_plans(store.job_folder(job))[0]
+    plan = read_plans(current(store.job_folder(job)))[0].located(store.home)
     plan.training_file.write_text(plan.training_file.read_text() + "\n")
     tracking = Tracking(store.mlflow_uri, store.mlflow_artifacts)
     with pytest.raises(JobError) as failure:
-        execute_job(job, store, TINY, tracking, {}, say=lambda _: None)
+        execute_job(current(store.job_folder(job)), store, TINY, tracking, {}, say=lambda _: None)
     assert "the trainer of site-1 failed" in str(failure.value)
     assert "Traceback (most recent call last)" in str(failure.value)
     assert f"{plan.training_file} has changed since; build the job folder again" in str(failure.value)
@@ -114,7 +118,12 @@ def test_closing_the_events_stops_the_job(store: Store, build: Callable[..., str
 def test_killed_launcher_leaves_no_process(store: Store, build: Callable[..., str]) -> None:
     job = build("alpaca", rounds=50)
     mark = str(store.flare(job))
-    arguments = [store.job_folder(job), mark, split_file(store.combined, "testing"), store.checkpoint(job)]
+    arguments = [
+        current(store.job_folder(job)),
+        mark,
+        split_file(current(store.combined), "testing"),
+        store.checkpoint(job),
+    ]
     with subprocess.Popen([sys.executable, "-c", _RUN, *map(str, arguments)], stdout=subprocess.PIPE, text=True) as run:
         assert run.stdout is not None
         try:

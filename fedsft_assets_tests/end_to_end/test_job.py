@@ -13,6 +13,7 @@ from fedsft_assets.federation.processes import marked_processes
 from fedsft_assets.federation.report import MODEL_FILE, JobReport
 from fedsft_assets.store import Store, split_file
 from fedsft_assets.tracking import CHAMPION, Tracking
+from fedsft_assets.versions import current
 from fedsft_assets_tests.prepared import TINY
 from fedsft_assets_tests.sockets import scanned
 
@@ -36,7 +37,9 @@ print(json.dumps({"loss": loss, "answer": model.generate([prompt], GenerationSet
 def _execute(job: str, store: Store) -> tuple[ExecutedJob, list[str]]:
     said: list[str] = []
     tracking = Tracking(store.mlflow_uri, store.mlflow_artifacts)
-    return execute_job(job, store, TINY, tracking, {"dagster.run_id": "none"}, said.append), said
+    return execute_job(
+        current(store.job_folder(job)), store, TINY, tracking, {"dagster.run_id": "none"}, said.append
+    ), said
 
 
 def _in_a_new_process(archive: Path, records: Path, prompt: str) -> dict[str, object]:
@@ -57,16 +60,19 @@ def test_federated_job_ends_with_a_checkpoint_that_is_tracked_and_registered(
     assert scan.beyond_loopback == []
     assert scan.sockets  # the server's, at least
     assert scan.programs >= {"fedsft_assets.federation.supervisor", "fedsft_assets.federation.simulator"}
-    assert report == JobReport.read(store.checkpoint(job))
+    assert report == JobReport.read(current(store.checkpoint(job)))
     assert report.kind == "federated"
     assert len(report.val_loss) == len(report.samples) == ROUNDS + 1
     assert report.samples == [0, *(3 * 6 * 16 * k for k in range(1, ROUNDS + 1))]
     assert report.best_val_loss < report.base_val_loss
     for site in ("site-1", "site-2", "site-3"):
         assert any(line.startswith(f"{site} · round {ROUNDS} of {ROUNDS}") for line in said)
+    assert list((store.home / "flare").rglob("site_states/**/*.pt")) == []  # optimizers of a job that has ended
 
     restored = _in_a_new_process(
-        store.checkpoint(job) / MODEL_FILE, split_file(store.combined, "validation"), "What is the capital of Norway?"
+        current(store.checkpoint(job)) / MODEL_FILE,
+        split_file(current(store.combined), "validation"),
+        "What is the capital of Norway?",
     )
     assert restored["loss"] == pytest.approx(report.best_val_loss, abs=1e-4)
 
@@ -100,7 +106,7 @@ def test_restored_checkpoint_answers_questions_of_its_training_distribution(
     executed, _ = _execute(build("combined", rounds=6), store)
     assert executed.report.kind == "centralized"
     archive = executed.folder / MODEL_FILE
-    validation = split_file(store.combined, "validation")
+    validation = split_file(current(store.combined), "validation")
     for prompt, expected in (("What is the capital of Norway?", "Oslo"), ("What is Japan's currency?", "yen")):
         restored = _in_a_new_process(archive, validation, prompt)
         assert expected in str(restored["answer"])

@@ -11,6 +11,7 @@ from fedsft_assets.federation.report import JobReport
 from fedsft_assets.settings import PROJECT
 from fedsft_assets.specs import JobSpec, SiteSpec
 from fedsft_assets.store import Store, split_file
+from fedsft_assets.versions import current
 from fedsft_assets_tests.prepared import TINY
 from fedsft_assets_tests.shipped import DATASETS
 
@@ -26,9 +27,9 @@ def test_only_as_many_sites_train_at_once_as_there_are_cores(store: Store) -> No
     spec = spec.model_copy(update={"sites": {site: SiteSpec(dataset="dolly") for site in sites}})
     build_job_folder(spec, TINY, store)
     *events, report = run_job(
-        store.job_folder("fedavg"),
+        current(store.job_folder("fedavg")),
         store.flare("fedavg"),
-        split_file(store.combined, "testing"),
+        split_file(current(store.combined), "testing"),
         store.checkpoint("fedavg"),
     )
     assert isinstance(report, JobReport)

@@ -7,19 +7,21 @@ from collections.abc import Callable
 import psutil
 import pytest
 
+from fedsft_assets.federation import job_folder
 from fedsft_assets.federation.events import JobError
 from fedsft_assets.federation.journal import Missed, Progress
 from fedsft_assets.federation.launch import run_job
 from fedsft_assets.federation.processes import marked_processes
 from fedsft_assets.federation.report import JobReport
 from fedsft_assets.store import Store, split_file
+from fedsft_assets.versions import current
 
 pytestmark = pytest.mark.slow
 
 _SHORT = {"rounds": 4, "max_local_steps": 20, "max_evaluation_records": 8}
 
 
-_TRAINER, _SITE = "fedsft_assets.federation.client", "nvflare.private.fed.app.simulator.simulator_worker"
+_TRAINER, _SITE = "fedsft_assets.federation.client", "fedsft_assets.federation.simulated_site"
 
 
 def _processes(store: Store, job: str, site: str, module: str) -> list[psutil.Process]:
@@ -40,7 +42,10 @@ def _run_and_send(
     """Run the job; a process of a site gets a signal when its trainer begins to train its second round."""
     sent, missed, report = False, [], None
     for event in run_job(
-        store.job_folder(job), store.flare(job), split_file(store.combined, "testing"), store.checkpoint(job)
+        current(store.job_folder(job)),
+        store.flare(job),
+        split_file(current(store.combined), "testing"),
+        store.checkpoint(job),
     ):
         if (
             isinstance(event, Progress)
@@ -78,6 +83,7 @@ def test_rounds_go_on_without_a_site_whose_own_process_was_killed(store: Store, 
     assert marked_processes(str(store.flare(job))) == []
 
 
+@pytest.mark.long
 def test_rounds_go_on_without_a_trainer_that_hangs(store: Store, build: Callable[..., str]) -> None:
     job = build("fedavg", min_sites=2, site_timeout=20, **_SHORT)
     missed, report = _run_and_send(store, job, "site-3", signal.SIGSTOP)
@@ -99,17 +105,22 @@ def test_too_few_sites_fail_the_job_with_each_reason(store: Store, build: Callab
 
 def test_job_folder_that_was_changed_is_not_run(store: Store, build: Callable[..., str]) -> None:
     job = build("fedavg", **_SHORT)
-    plan = store.job_folder(job) / "app_site-2" / "config" / "plan.json"
+    plan = current(store.job_folder(job)) / "app_site-2" / "config" / "plan.json"
     plan.write_text(plan.read_text().replace('"seed": 1234', '"seed": 1235'))
     with pytest.raises(JobError, match=f"{plan}: has changed since the job folder was built; build it again"):
         _run_and_send(store, job, "site-1", signal.SIGKILL)
     assert not store.flare(job).exists()
 
 
-def test_site_of_another_version_says_so(
-    store: Store, build: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("where", ["server", "site"])
+def test_another_version_of_this_package_is_refused(
+    store: Store, build: Callable[..., str], monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    monkeypatch.setattr("fedsft_assets.federation.job_folder.__version__", "9.9.9")
+    if where == "server":
+        monkeypatch.setattr(job_folder, "__version__", "9.9.9")
+    else:
+        plan = job_folder._site_plan
+        monkeypatch.setattr(job_folder, "_site_plan", lambda *_: plan(*_).model_copy(update={"package": "9.9.9"}))
     job = build("alpaca", **_SHORT)
-    with pytest.raises(JobError, match=r"the job was built with fedsft-assets 9\.9\.9, this site has"):
+    with pytest.raises(JobError, match=rf"the job was built with fedsft-assets 9\.9\.9, this {where} has"):
         _run_and_send(store, job, "site-1", signal.SIGKILL)

@@ -13,6 +13,7 @@ import pytest
 from fedsft_assets.federation.processes import MARK, stop_marked
 from fedsft_assets.settings import PROJECT
 from fedsft_assets.store import Store
+from fedsft_assets.versions import current
 from fedsft_assets_tests.namespaces import Network, network, why_not
 from fedsft_assets_tests.provisioned import BIN, SERVER, SITES, Federation, environment, provision
 
@@ -42,10 +43,12 @@ sys.exit(0 if state.succeeded else 1)
 
 
 @contextmanager
-def _federation(machines: Network, folder: Path) -> Iterator[Federation]:
-    """A federation that is starting; the study waits for it, on a machine of its own."""
+def _federation(machines: Network, folder: Path, home: Path) -> Iterator[Federation]:
+    """A federation that is starting, with the files of the study's home; the study waits, on a machine of its own."""
     inside = {name: machines.on(name) for name in (SERVER, *SITES)}
-    federation = Federation(provision(folder, host=machines.addresses[SERVER], port=8002), folder, inside=inside)
+    variables = {name: {"FEDSFT_HOME": str(home)} for name in inside}
+    kits = provision(folder, host=machines.addresses[SERVER], port=8002)
+    federation = Federation(kits, folder, inside=inside, variables=variables)
     try:
         for name in federation.names:
             federation.start(name)
@@ -65,17 +68,26 @@ def _wait_until(said: str, federation: Federation, study: subprocess.Popen[bytes
     raise AssertionError(f"{CUT_OFF} never said {said!r}\n{federation.end_of_logs()}")
 
 
+@pytest.mark.long
 def test_a_site_whose_link_is_cut_during_a_round_comes_back_and_no_round_is_lost(
     store: Store, build: Callable[..., str], tmp_path: Path
 ) -> None:
     job = build("fedavg", rounds=ROUNDS, max_local_steps=20, max_evaluation_records=8)
-    with network([SERVER, *SITES, STUDY]) as machines, _federation(machines, tmp_path / "federation") as federation:
+    with (
+        network([SERVER, *SITES, STUDY]) as machines,
+        _federation(machines, tmp_path / "federation", store.home) as federation,
+    ):
         machines.slow(CUT_OFF, "8mbit")  # a transfer takes seconds, so that a cut can meet it
         study = subprocess.Popen(
             [
                 *machines.on(STUDY),
                 *(str(BIN / "python"), "-c", RUN_A_JOB),
-                *(str(federation.kits.admin), str(store.job_folder(job)), str(tmp_path / "own"), str(tmp_path / "got")),
+                *(
+                    str(federation.kits.admin),
+                    str(current(store.job_folder(job))),
+                    str(tmp_path / "own"),
+                    str(tmp_path / "got"),
+                ),
             ],
             stdin=subprocess.DEVNULL,
             env={**environment(tmp_path), MARK: federation.mark_of(STUDY)},

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,8 @@ from fedsft_assets.federation.report import JobReport
 from fedsft_assets.federation.tail import Tail
 from fedsft_assets.settings import Settings
 from fedsft_assets.store import Store, split_file
+from fedsft_assets.versions import current
+from fedsft_assets_tests.prepared import build_job
 from fedsft_assets_tests.sockets import scanned
 
 pytestmark = pytest.mark.slow
@@ -46,8 +49,9 @@ def empty_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def system(tmp_path_factory: pytest.TempPathFactory, empty_home: Path) -> Iterator[PocSystem]:
+def system(prepared_home: Path, tmp_path_factory: pytest.TempPathFactory, empty_home: Path) -> Iterator[PocSystem]:
     home = tmp_path_factory.mktemp("poc_home")
+    shutil.copytree(prepared_home, home, symlinks=True, dirs_exist_ok=True)
     environment = {**Settings(home=home).environment(), "HOME": str(empty_home)}
     system = PocSystem(home / "poc", PocSettings(), environment)
     try:
@@ -68,7 +72,7 @@ def test_federated_job_trains_in_a_poc_and_its_files_come_back(
     seen_trainers: dict[int, dict[str, str]] = {}
     with Poc(system, tmp_path / "flare") as poc, scanned(system.mark) as scan:
         poc.prepare(SITES)
-        job_id = poc.submit(store.job_folder(job))
+        job_id = poc.submit(current(store.job_folder(job)))
         while not (state := poc.poll(job_id)).ended:
             lines += poc.new_lines(job_id)
             for trainer in _trainers(system, job_id):
@@ -106,7 +110,7 @@ def test_job_that_is_aborted_while_it_trains_leaves_no_process(
     job = build("fedavg", rounds=500, max_local_steps=2, max_evaluation_records=8)
     with Poc(system, tmp_path / "flare") as poc:
         poc.prepare(SITES)
-        job_id = poc.submit(store.job_folder(job))
+        job_id = poc.submit(current(store.job_folder(job)))
         lines: list[str] = []
         while not any("train_loss" in line for line in lines):
             assert not poc.poll(job_id).ended
@@ -136,12 +140,11 @@ supervisor.main()
 """
 
 
-def test_job_whose_submitter_is_killed_before_it_knows_the_id_is_taken_over(
-    system: PocSystem, store: Store, build: Callable[..., str]
-) -> None:
-    job = build("alpaca", rounds=1, max_local_steps=2, max_evaluation_records=8)
-    folder, workspace, checkpoint = store.job_folder(job), Workspace(store.flare(job)), store.checkpoint(job)
-    testing_file = split_file(store.combined, "testing")
+def test_job_whose_submitter_is_killed_before_it_knows_the_id_is_taken_over(system: PocSystem) -> None:
+    store = Store(system.folder.parent)
+    job = build_job(store, "alpaca", rounds=1, max_local_steps=2, max_evaluation_records=8)
+    folder, workspace, checkpoint = current(store.job_folder(job)), Workspace(store.flare(job)), store.checkpoint(job)
+    testing_file = split_file(current(store.combined), "testing")
     before = {path.name for path in (system.folder / "jobs").glob("*")}
     execution = begin_execution(folder, workspace.folder, "poc")
     options = {"job-folder": folder, "workspace": workspace.folder, "testing-file": testing_file, "into": checkpoint}
@@ -192,5 +195,7 @@ def test_commands_prepare_start_and_stop_the_poc_of_a_home(tmp_path: Path, empty
         code, said = fedsft_poc("stop")
     assert code == 0
     assert said.startswith("ended 4 processes")
+    code, said = fedsft_poc("renew")
+    assert (code, said.splitlines()[0]) == (0, f"POC in {folder}: stopped")
     assert marked_processes(f"poc {folder}") == []
     assert list(empty_home.rglob("*")) == []

@@ -20,7 +20,8 @@ from fedsft_assets.federation.runtime import UnavailableError
 from fedsft_assets.federation.site_files import SITE_HOME
 from fedsft_assets.model.base import create_base_model
 from fedsft_assets.specs import COMBINED
-from fedsft_assets.store import SPLITS, Store, split_file
+from fedsft_assets.store import SPLITS, Store, archive_file, split_file
+from fedsft_assets.versions import current
 from fedsft_assets_tests.environments import environment_of, installing
 from fedsft_assets_tests.prepared import TINY
 from fedsft_assets_tests.provisioned import SERVER, SITES, Federation, provision, running
@@ -41,10 +42,10 @@ def federation(prepared_home: Path, tmp_path_factory: pytest.TempPathFactory) ->
     bins |= dict.fromkeys(SITES, environment_of(installing("site"), folder / "site_environment"))
     homes = {name: folder / "homes" / name for name in bins}
     for name, home in homes.items():
-        _copy(store.base_model(TINY.name), home / "base_models" / f"{TINY.name}.nemo")
+        _copy(archive_file(current(store.base_model(TINY.name))), home / "base_models" / f"{TINY.name}.nemo")
         if name in SITES:
-            _copy(split_file(store.combined, "validation"), home / "datasets" / COMBINED / "validation.jsonl")
-            shutil.copytree(store.splits(DATASET_OF[name]), home / "datasets" / DATASET_OF[name])
+            _copy(split_file(current(store.combined), "validation"), home / "datasets" / COMBINED / "validation.jsonl")
+            shutil.copytree(current(store.splits(DATASET_OF[name])), home / "datasets" / DATASET_OF[name])
     variables = {name: {SITE_HOME: str(home)} for name, home in homes.items()}
     with running(Federation(provision(folder), folder, variables=variables, bins=bins)) as started:
         yield started
@@ -60,9 +61,9 @@ def job(store: Store, build: Callable[..., str]) -> str:
     """A small job, of whose data and base model nothing is left where the plan was made."""
     name = build("fedavg", **SMALL)
     for dataset in DATASETS:
-        shutil.rmtree(store.processed(dataset))
+        shutil.rmtree(current(store.processed(dataset)))
     for split in set(SPLITS) - {"testing"}:
-        split_file(store.combined, split).unlink()
+        split_file(current(store.combined), split).unlink()
     return name
 
 
@@ -73,7 +74,7 @@ def test_a_job_ends_with_its_files_while_all_listen_on_loopback_alone(
     lines: list[str] = []
     with Production(settings, tmp_path / "own") as runtime, scanned(*federation.marks) as scan:
         runtime.prepare(list(SITES))
-        job_id = runtime.submit(store.job_folder(job))
+        job_id = runtime.submit(current(store.job_folder(job)))
         while not (state := runtime.poll(job_id)).ended:
             lines += runtime.new_lines(job_id)
             time.sleep(0.3)
@@ -87,15 +88,15 @@ def test_a_job_ends_with_its_files_while_all_listen_on_loopback_alone(
     assert losses == {(number, site) for number in range(SMALL["rounds"] + 1) for site in (None, *SITES)}
     assert scan.beyond_loopback == []
     # The server's port, and one or two of the job's process at the server and at each site.
-    assert len({one.port for one in scan.sockets}) > 1 + len(SITES)
+    assert len({(one.address, one.port) for one in scan.sockets}) > 1 + len(SITES)
 
 
 def _run(federation: Federation, store: Store, job: str) -> Event:
     """As the study runs it; the last event."""
     *_, last = run_job(
-        job_folder=store.job_folder(job),
+        job_folder=current(store.job_folder(job)),
         workspace=store.flare(job),
-        testing_file=split_file(store.combined, "testing"),
+        testing_file=split_file(current(store.combined), "testing"),
         into=store.checkpoint(job),
         runtime="production",
         environment={"FEDSFT_PRODUCTION__STARTUP_KIT": str(federation.kits.admin), "FEDSFT_HOME": str(store.home)},

@@ -1,6 +1,7 @@
 """Every command of docs/production.md, in its order, in an empty folder, on this machine.
 
-Only installing is done another way: environments with the packages of the extras take a second to link.
+Only installing is done another way: environments with the packages of the extras take a second to link. The shell has
+a umask that lets everybody read, and has exported secrets.
 """
 
 import os
@@ -14,6 +15,7 @@ import pytest
 from fedsft_assets.federation.processes import MARK, stop_marked
 from fedsft_assets.settings import PROJECT
 from fedsft_assets_tests.environments import environment_of, installing
+from fedsft_assets_tests.watched import PLANTED, open_to_others, watching
 
 pytestmark = pytest.mark.slow
 
@@ -52,6 +54,7 @@ def _script() -> str:
     return "\n".join(kept).replace(CHECKOUT, f"export FEDSFT={PROJECT}")
 
 
+@pytest.mark.long
 def test_a_federation_set_up_by_the_document_to_the_letter_trains_a_checkpoint(tmp_path: Path) -> None:
     for extras, name in ((["server"], "server-python"), (["site", "data"], "site-python")):
         environment_of(installing(*extras), tmp_path / name)
@@ -61,20 +64,28 @@ def test_a_federation_set_up_by_the_document_to_the_letter_trains_a_checkpoint(t
     # What a developer's shell may have set is not in the document.
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("FEDSFT_", "PYTHON", "DAGSTER_"))}
     try:
-        done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", _script()],
-            cwd=tmp_path,
-            env={**kept, "HOME": str(home), MARK: mark},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-        )
+        with watching(lambda environment: environment.get(MARK) == mark) as seen:
+            done = subprocess.run(
+                ["bash", "-euo", "pipefail", "-c", _script()],
+                cwd=tmp_path,
+                env={**kept, **PLANTED, "HOME": str(home), MARK: mark},
+                umask=0,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                check=False,
+            )
     finally:
         stop_marked(mark)
     assert done.returncode == 0, done.stdout[-6000:]
-    assert (tmp_path / "study/checkpoints/fedavg/model.nemo").is_file()
+    assert (tmp_path / "study/checkpoints/fedavg/current/model.nemo").is_file()
     for site in ("site-1", "site-2", "site-3"):
         jobs = list((tmp_path / site).glob("*-*-*-*-*/app_*/config/plan.json"))
         assert len(jobs) == 1, f"{site} ran {len(jobs)} jobs"
+    for place in ("kits", "server", "site-1", "site-2", "site-3", "study", "admin"):
+        assert open_to_others(tmp_path / place) == []
+    for program in ("nvflare.private.fed.app.client.worker_process", "fedsft_assets.federation.client"):
+        at_sites = seen.of(program)
+        assert len(at_sites) >= 3
+        assert not [name for environment in at_sites for name in environment.keys() & PLANTED.keys()]

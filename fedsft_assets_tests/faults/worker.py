@@ -9,9 +9,11 @@ from fedsft_assets.federation.events import JobError
 from fedsft_assets.settings import Settings
 from fedsft_assets.store import Store
 from fedsft_assets.tracking import Tracking
+from fedsft_assets.versions import current
 from fedsft_assets_tests.prepared import TINY
 
-LOST = 3  # the exit code of an attempt that another one may go on with
+# Exit codes: of an attempt that another one may go on with, and of one that says why none would.
+LOST, REFUSED = 3, 4
 
 
 def main() -> None:
@@ -19,10 +21,12 @@ def main() -> None:
     tracking, own = Tracking(store.mlflow_uri, store.mlflow_artifacts), Settings(home=store.home).environment()
     try:
         say = partial(print, flush=True)
-        execute_job(job, store, TINY, tracking, {}, say=say, runtime=runtime, environment=own)
+        execute_job(
+            current(store.job_folder(job)), store, TINY, tracking, {}, say=say, runtime=runtime, environment=own
+        )
     except JobError as error:
         print(error, flush=True)
-        sys.exit(LOST if error.lost else 1)
+        sys.exit(LOST if error.lost else REFUSED)
 
 
 if __name__ == "__main__":

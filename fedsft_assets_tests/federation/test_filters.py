@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fedsft_assets.federation.filters import ChangeFilter
+from fedsft_assets.federation.noise import NoiseStream
 from fedsft_assets.specs import FiltersSpec, PrivacySpec
 
 
@@ -68,3 +69,29 @@ def test_noise_has_the_standard_deviation_that_the_spec_says_and_is_never_the_sa
 def test_tensor_that_is_not_of_floats_cannot_be_made_private() -> None:
     with pytest.raises(ValueError, match=r"filters.privacy: steps is not of floats; name it in filters\.exclude"):
         _private(clip=1.0, noise_multiplier=1.0).privatized({"steps": torch.ones(3, dtype=torch.int64)})
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    ("noise", "why"), [(1e-3, "in training; try a lower learning rate, or"), (1e9, "under noise of 2e")]
+)
+def test_change_that_cannot_be_clipped_is_not_sent(odd: float, noise: float, why: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"^filters\.privacy: .* are not finite .* nothing of it was sent: it went astray {why}"
+    ) as told:
+        _private(clip=1.0, noise_multiplier=noise).privatized({"w": torch.ones(400), "v": torch.tensor([1.0, odd])})
+    assert ("learning rate" in str(told.value)) == (noise < 1)
+
+
+def test_what_is_sent_does_not_depend_on_how_a_tensor_lies_in_memory() -> None:
+    across = torch.zeros(30, 70).t()
+    sent = _private(clip=1.0, noise_multiplier=1.0).privatized({"w": across})["w"]
+    assert sent.shape == (70, 30)
+    assert sent.std().item() == pytest.approx(1.0, rel=0.2)
+
+
+def test_norm_of_what_is_sent_before_the_noise_is_never_above_the_clip(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(NoiseStream, "take", lambda _, count: torch.zeros(count, dtype=torch.int64))
+    for scale in (0.3, 1.0, 1e10):
+        changes = {name: change.double() for name, change in _changes(scale).items()}
+        assert _norm(_private(clip=1.0, noise_multiplier=1e-9).privatized(changes)) <= 1.0

@@ -5,9 +5,12 @@ import sys
 from pathlib import Path
 
 _RANK = """
+import os
 import sys
 import torch.distributed as dist
 from fedsft_assets.federation.followers import Followers, Task
+from fedsft_assets.model.devices import MEETING_FILE
+os.environ[MEETING_FILE] = sys.argv[1]
 rank = int(sys.argv[2])
 dist.init_process_group("gloo", store=dist.FileStore(sys.argv[1], 2), rank=rank, world_size=2)
 followers = Followers()

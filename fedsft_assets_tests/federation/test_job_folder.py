@@ -3,8 +3,6 @@
 import io
 import json
 import shutil
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from fedsft_assets import __version__
+from fedsft_assets.data.records import read_records
 from fedsft_assets.federation.job_folder import (
     JobFolderError,
     JobFolderReport,
@@ -20,10 +20,13 @@ from fedsft_assets.federation.job_folder import (
     read_spec,
     verify_job_folder,
 )
+from fedsft_assets.federation.kit_policy import SERVER_PART
 from fedsft_assets.federation.server import FederatedSFT
 from fedsft_assets.settings import PROJECT
 from fedsft_assets.specs import COMBINED, PRESETS, FedProx, JobSpec, PeftSpec, SiteSpec
-from fedsft_assets.store import SPLITS, Store, file_digest, folder_digest, split_file
+from fedsft_assets.store import SPLITS, Store, archive_file, file_digest, folder_digest, split_file
+from fedsft_assets.versions import CURRENT, current
+from fedsft_assets_tests.prepared import made_current, small_splits
 from fedsft_assets_tests.shipped import DATASETS
 
 TINY = PRESETS["tiny"]
@@ -33,13 +36,9 @@ Build = Callable[..., JobFolderReport]
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    """A home with splits of one record each, which say where they belong."""
-    store = Store(tmp_path / "home")
-    for dataset in (*DATASETS, COMBINED):
-        for split in SPLITS:
-            path = split_file(store.splits(dataset), split)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"input": dataset, "output": split}) + "\n")
+    store = small_splits(tmp_path / "home")
+    with made_current(store.base_model("tiny")) as base_model:
+        (base_model / "tiny.nemo").write_text("a base model")
     return store
 
 
@@ -56,29 +55,29 @@ def build(store: Store) -> Build:
 
 def test_folder_has_a_part_for_the_server_and_for_each_site(store: Store, build: Build) -> None:
     report = build("fedavg")
-    folder = store.job_folder("fedavg")
+    folder = current(store.job_folder("fedavg"))
     assert report.files == sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     assert {"meta.json", "job.json", "manifest.json", "app_server/config/config_fed_server.json"} <= set(report.files)
     for site in ("site-1", "site-2", "site-3"):
         assert f"app_{site}/config/config_fed_client.json" in report.files
         assert f"app_{site}/config/plan.json" in report.files
     assert report.digest == folder_digest(folder)
-    assert [path.name for path in folder.parent.iterdir()] == ["fedavg"]
+    assert sorted(path.name for path in folder.parent.iterdir()) == sorted([report.digest, CURRENT])
 
 
 def test_private_data_needs_no_copy_and_has_no_digest(store: Store) -> None:
     spec = JobSpec.load(PROJECT / "jobs" / "fedavg.yaml", list(DATASETS))
     sites = {**spec.sites, "site-2": SiteSpec(dataset="patients", private=True)}
     build_job_folder(spec.model_copy(update={"sites": sites}), TINY, store)
-    plans = {plan.site: plan for plan in read_plans(store.job_folder("fedavg"))}
-    assert plans["site-2"].training_file == split_file(store.processed("patients"), "training")
+    plans = {plan.site: plan for plan in read_plans(current(store.job_folder("fedavg")))}
+    assert plans["site-2"].training_file == Path("processed/patients/private/training.jsonl")
     assert plans["site-2"].digests.keys() == {"validation_file"}
     assert plans["site-1"].digests.keys() == {"training_file", "validation_file"}
 
 
 def test_meta_says_where_each_part_goes_and_that_all_sites_are_needed(store: Store, build: Build) -> None:
     build("fedavg")
-    meta = json.loads((store.job_folder("fedavg") / "meta.json").read_text())
+    meta = json.loads((current(store.job_folder("fedavg")) / "meta.json").read_text())
     assert meta["name"] == "fedavg"
     assert meta["min_clients"] == 3
     assert meta["deploy_map"] == {
@@ -96,16 +95,15 @@ def test_folder_is_accepted_by_nvflares_own_validator(store: Store, build: Build
     build(job)
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
-        for path in sorted(store.job_folder(job).rglob("*")):
-            archive.write(path, f"{job}/{path.relative_to(store.job_folder(job)).as_posix()}")
+        for path in sorted(current(store.job_folder(job)).rglob("*")):
+            archive.write(path, f"{job}/{path.relative_to(current(store.job_folder(job))).as_posix()}")
     accepted, error, _ = JobMetaValidator().validate(job, packed.getvalue())
     assert (accepted, error) == (True, "")
 
 
 def test_plan_tells_a_site_all_that_it_needs(store: Store, build: Build) -> None:
-    report = build("fedavg", rounds=4, batch_size=2)
-    plans = read_plans(store.job_folder("fedavg"))
-    assert plans == report.plans
+    build("fedavg", rounds=4, batch_size=2)
+    plans = [plan.located(store.home) for plan in read_plans(current(store.job_folder("fedavg")))]
     assert [plan.site for plan in plans] == ["site-1", "site-2", "site-3"]
     for plan, dataset in zip(plans, DATASETS, strict=True):
         assert json.loads(plan.training_file.read_text()) == {"input": dataset, "output": "training"}
@@ -116,23 +114,23 @@ def test_plan_tells_a_site_all_that_it_needs(store: Store, build: Build) -> None
         }
         assert (plan.job, plan.rounds, plan.training.batch_size) == ("fedavg", 4, 2)
         assert plan.training.learning_rate == TINY.learning_rate
-        assert plan.base_model == store.base_model("tiny")
+        assert plan.base_model == archive_file(current(store.base_model("tiny")))
         plan.verify_files()
 
 
 def test_centralized_job_trains_on_the_combined_split(store: Store, build: Build) -> None:
-    (plan,) = build("combined").plans
-    assert plan.training_file == split_file(store.combined, "training")
+    (plan,) = read_plans(build("combined").folder)
+    assert plan.located(store.home).training_file == split_file(current(store.combined), "training")
 
 
 def test_folder_holds_the_job_with_its_overrides(store: Store, build: Build) -> None:
     build("fedavg", rounds=4, learning_rate=0.5)
-    spec = read_spec(store.job_folder("fedavg"))
+    spec = read_spec(current(store.job_folder("fedavg")))
     assert (spec.name, spec.kind, spec.rounds, spec.training.learning_rate) == ("fedavg", "federated", 4, 0.5)
 
 
 def _server_arguments(store: Store) -> dict[str, Any]:
-    config = json.loads((store.job_folder("fedavg") / "app_server/config/config_fed_server.json").read_text())
+    config = json.loads((current(store.job_folder("fedavg")) / "app_server/config/config_fed_server.json").read_text())
     (workflow,) = config["workflows"]
     assert workflow["path"] == "fedsft_assets.federation.server.FederatedSFT"
     arguments: dict[str, Any] = workflow["args"]
@@ -145,13 +143,21 @@ def test_server_is_told_the_sites_and_how_to_deal_with_them(store: Store, build:
     )
     arguments = _server_arguments(store)
     assert arguments.pop("algorithm").items() >= {"name": "fedopt", "beta1": 0.5}.items()
+    limits = arguments.pop("limits")
+    assert limits["work"] == {"local_epochs": 1, "max_local_steps": 20, "batch_size": 16}
+    assert limits["records"] == {
+        site: len(read_records(split_file(current(store.splits(name)), "training")))
+        for site, name in {"site-1": "alpaca", "site-2": "dolly", "site-3": "oasst1"}.items()
+    }
     assert arguments == {
         "sites": ["site-1", "site-2", "site-3"],
         "num_rounds": 4,
-        "base_model": str(store.base_model("tiny")),
+        "base_model": str(archive_file(current(store.base_model("tiny"))).relative_to(store.home)),
         "min_sites": 2,
         "site_timeout": 60.0,
+        "max_update_ratio": 10.0,
         "wire": "bf16-diff",
+        "package": __version__,
     }
 
 
@@ -164,70 +170,36 @@ def test_server_gets_what_it_is_told_also_where_that_is_the_default(store: Store
 
 def test_nvflare_starts_a_job_with_as_few_sites_as_a_round_needs(store: Store, build: Build) -> None:
     build("fedavg", min_sites=1)
-    assert json.loads((store.job_folder("fedavg") / "meta.json").read_text())["min_clients"] == 1
+    assert json.loads((current(store.job_folder("fedavg")) / "meta.json").read_text())["min_clients"] == 1
 
 
 def test_sites_are_told_how_to_train_and_what_to_send(store: Store, build: Build) -> None:
     build("fedavg", wire="bf16-diff", algorithm={"name": "fedprox", "mu": 0.5}, filters={"exclude": ["head"]})
-    for plan in read_plans(store.job_folder("fedavg")):
+    for plan in read_plans(current(store.job_folder("fedavg"))):
         assert plan.wire == "bf16-diff"
         assert plan.algorithm == FedProx(name="fedprox", mu=0.5)
         assert plan.filters.exclude == ["head"]
 
 
-# Imports the server part as a server does that has this project's code from the job folder alone.
-_IMPORT = """
-import json, sys
-from importlib.machinery import PathFinder
-
-custom = sys.argv[1]
-
-class OnlyTheJobFolder:
-    def find_spec(self, name, path=None, target=None):
-        top = name.partition(".")[0]
-        if top in ("pydantic", "dagster", "mlflow", "nemo", "lightning", "transformers", "tokenizers", "peft"):
-            raise ModuleNotFoundError(f"a server does not have {name}", name=name)
-        if top != "fedsft_assets":
-            return None
-        spec = PathFinder.find_spec(name, [custom] if path is None else path)
-        if spec is None:
-            raise ModuleNotFoundError(f"the job folder does not have {name}", name=name)
-        return spec
-
-sys.meta_path.insert(0, OnlyTheJobFolder())
-import fedsft_assets.federation.server
-
-loaded = {name: module.__file__ for name, module in sys.modules.items() if name.startswith("fedsft_assets")}
-print(json.dumps([file for file in loaded.values() if file]))
-"""
-
-
-def test_server_runs_with_the_code_that_the_job_folder_carries_and_nothing_else_of_it(
-    store: Store, build: Build, tmp_path: Path
-) -> None:
-    build("fedavg")
-    custom = store.job_folder("fedavg") / "app_server" / "custom"
-    done = subprocess.run(
-        [sys.executable, "-c", _IMPORT, str(custom)], capture_output=True, text=True, check=False, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-    loaded = {Path(file) for file in json.loads(done.stdout.splitlines()[-1])}
-    carried = {path for path in custom.rglob("*.py") if path.name != "__init__.py"}
-    assert loaded == carried
-    assert {path.name for path in carried} >= {"server.py", "journal.py", "averaging.py", "server_state.py"}
-    for path in carried:
-        assert path.read_text() == (PROJECT / path.relative_to(custom)).read_text()
+def test_folder_has_no_code(build: Build) -> None:
+    folder = build("fedavg").folder
+    assert {path.suffix for path in folder.rglob("*") if path.is_file()} == {".json"}
+    assert list(folder.rglob("custom")) == []
+    config = json.loads((folder / "app_server/config/config_fed_server.json").read_text())
+    (workflow,) = config["workflows"]
+    assert workflow["path"] == SERVER_PART
+    assert workflow["args"]["package"] == __version__
 
 
 def test_folder_is_verified_as_it_was_built(store: Store, build: Build) -> None:
     build("fedavg")
-    verify_job_folder(store.job_folder("fedavg"))
-    shutil.copytree(store.job_folder("fedavg"), store.home / "elsewhere")
+    verify_job_folder(current(store.job_folder("fedavg")))
+    shutil.copytree(current(store.job_folder("fedavg")), store.home / "elsewhere")
     verify_job_folder(store.home / "elsewhere")
 
 
 @pytest.mark.parametrize(
-    "name", ["job.json", "app_site-2/config/plan.json", "app_server/custom/fedsft_assets/federation/server.py"]
+    "name", ["job.json", "app_site-2/config/plan.json", "app_server/config/config_fed_server.json"]
 )
 @pytest.mark.parametrize(
     ("change", "said"),
@@ -242,44 +214,43 @@ def test_file_that_is_not_as_it_was_built_is_named(
     store: Store, build: Build, name: str, change: Callable[[Path], object], said: str
 ) -> None:
     build("fedavg")
-    path = store.job_folder("fedavg") / name
+    path = current(store.job_folder("fedavg")) / name
     change(path)
     with pytest.raises(JobFolderError, match=rf"^{path}: {said} since the job folder was built; build it again$"):
-        verify_job_folder(store.job_folder("fedavg"))
+        verify_job_folder(current(store.job_folder("fedavg")))
 
 
 def test_file_that_was_added_is_named(store: Store, build: Build) -> None:
     build("fedavg")
-    added = store.job_folder("fedavg") / "app_site-1" / "custom" / "more.py"
+    added = current(store.job_folder("fedavg")) / "app_site-1" / "custom" / "more.py"
     added.parent.mkdir()
     added.write_text("")
     with pytest.raises(JobFolderError, match=rf"^{added}: was added since the job folder was built; build it again$"):
-        verify_job_folder(store.job_folder("fedavg"))
+        verify_job_folder(current(store.job_folder("fedavg")))
 
 
 def test_folder_without_its_manifest_is_not_as_it_was_built(store: Store, build: Build) -> None:
     build("fedavg")
-    path = store.job_folder("fedavg") / "manifest.json"
+    path = current(store.job_folder("fedavg")) / "manifest.json"
     path.unlink()
     with pytest.raises(JobFolderError, match=rf"^{path} does not exist; build the job folder again$"):
-        verify_job_folder(store.job_folder("fedavg"))
+        verify_job_folder(current(store.job_folder("fedavg")))
 
 
 def test_server_of_a_job_with_adapters_needs_no_base_model(store: Store, build: Build) -> None:
-    (plan, *_) = build("fedavg", peft={"rank": 4}).plans
+    (plan, *_) = read_plans(build("fedavg", peft={"rank": 4}).folder)
     assert plan.training.peft == PeftSpec(rank=4)
-    config = json.loads((store.job_folder("fedavg") / "app_server/config/config_fed_server.json").read_text())
+    config = json.loads((current(store.job_folder("fedavg")) / "app_server/config/config_fed_server.json").read_text())
     assert not config["workflows"][0]["args"].get("base_model")
 
 
 def test_site_runs_the_package_that_is_installed_there(store: Store, build: Build) -> None:
     build("alpaca")
-    folder = store.job_folder("alpaca") / "app_site-1"
+    folder = current(store.job_folder("alpaca")) / "app_site-1"
     config = (folder / "config" / "config_fed_client.json").read_text()
     (executor,) = json.loads(config)["executors"]
     assert executor["executor"] == {"path": "fedsft_assets.federation.installed_trainer.InstalledTrainer", "args": {}}
     assert str(PROJECT) not in config
-    assert not (folder / "custom").exists()
 
 
 def test_same_job_and_data_give_the_same_digest(store: Store, build: Build) -> None:
@@ -289,10 +260,22 @@ def test_same_job_and_data_give_the_same_digest(store: Store, build: Build) -> N
     assert build("fedavg") == first
 
 
+def test_digest_says_nothing_of_where_the_home_is(store: Store, build: Build, tmp_path: Path) -> None:
+    first = build("fedavg").folder
+    moved = Store(store.home.rename(tmp_path / "moved"))
+    spec = JobSpec.load(PROJECT / "jobs" / "fedavg.yaml", list(DATASETS))
+    again = build_job_folder(spec, TINY, moved).folder
+    assert again == moved.home / first.relative_to(store.home)
+    for path in again.rglob("*"):
+        assert not path.is_file() or str(tmp_path).encode() not in path.read_bytes()
+
+
 def test_digest_follows_the_job_and_the_data(store: Store, build: Build) -> None:
     first = build("alpaca").digest
     other_job = build("alpaca", rounds=3).digest
-    split_file(store.combined, "validation").write_text("{}\n")
+    with made_current(store.combined) as combined:
+        for split in SPLITS:
+            split_file(combined, split).write_text("{}\n")
     other_data = build("alpaca").digest
     assert len({first, other_job, other_data}) == 3
 
@@ -300,18 +283,17 @@ def test_digest_follows_the_job_and_the_data(store: Store, build: Build) -> None
 @pytest.mark.parametrize(("dataset", "split"), [("dolly", "training"), (COMBINED, "validation")])
 def test_missing_split_is_named_and_the_old_folder_stays(store: Store, build: Build, dataset: str, split: str) -> None:
     before = build("fedavg").digest
-    path = split_file(store.splits(dataset), split)
+    path = split_file(current(store.splits(dataset)), split)
     path.unlink()
     with pytest.raises(FileNotFoundError, match=f"job fedavg, site-.: {path} does not exist; materialize its asset"):
         build("fedavg", rounds=3)
-    assert folder_digest(store.job_folder("fedavg")) == before
+    assert folder_digest(current(store.job_folder("fedavg"))) == before
 
 
-def test_rebuilt_folder_keeps_nothing_of_the_old_one(store: Store, build: Build) -> None:
-    build("fedavg")
-    stale = store.job_folder("fedavg") / "app_site-9" / "config" / "plan.json"
-    stale.parent.mkdir(parents=True)
-    stale.write_text("{}")
-    assert build("fedavg").digest == folder_digest(store.job_folder("fedavg"))
-    assert not stale.exists()
-    assert [path.name for path in store.job_folder("fedavg").parent.iterdir()] == ["fedavg"]
+def test_versions_of_a_job_folder_stay_side_by_side(store: Store, build: Build) -> None:
+    first, second = build("fedavg").folder, build("fedavg", rounds=3).folder
+    assert first != second
+    assert current(store.job_folder("fedavg")) == second
+    for folder in (first, second):
+        verify_job_folder(folder)
+        assert folder.name == folder_digest(folder)

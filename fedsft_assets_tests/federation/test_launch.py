@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,9 @@ from fedsft_assets.federation.processes import MARK, marked_processes
 from fedsft_assets.federation.record import Workspace
 from fedsft_assets.specs import COMBINED, PRESETS, JobSpec, SiteSpec
 from fedsft_assets.store import SPLITS, Store, split_file
+from fedsft_assets.versions import current
 from fedsft_assets_tests.federation.test_report import REPORT
+from fedsft_assets_tests.prepared import made_current
 
 POINT = Point("val_loss", 7.0, 0, 0)
 
@@ -28,14 +31,17 @@ def store(tmp_path: Path) -> Store:
     """A home with the job folder of `quick`."""
     store = Store(tmp_path / "home")
     for dataset in ("alpaca", COMBINED):
-        for split in SPLITS:
-            path = split_file(store.splits(dataset), split)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("{}\n")
-    store.base_model("tiny").parent.mkdir()
-    store.base_model("tiny").write_text("a base model")
+        with made_current(store.splits(dataset)) as splits:
+            for split in SPLITS:
+                split_file(splits, split).write_text("{}\n")
+    _make_base_model(store, "a base model")
     _build(store)
     return store
+
+
+def _make_base_model(store: Store, content: str) -> None:
+    with made_current(store.base_model("tiny")) as base_model:
+        (base_model / "tiny.nemo").write_text(content)
 
 
 def _build(store: Store, rounds: int = 1) -> None:
@@ -46,7 +52,7 @@ def _build(store: Store, rounds: int = 1) -> None:
 def test_private_data_that_is_elsewhere_is_asked_for_in_production_only(store: Store) -> None:
     spec = JobSpec(name="quick", description="", rounds=1, sites={"site-1": SiteSpec(dataset="patients", private=True)})
     build_job_folder(spec, PRESETS["tiny"], store)
-    folder, workspace = store.job_folder("quick"), store.flare("quick")
+    folder, workspace = current(store.job_folder("quick")), store.flare("quick")
     with pytest.raises(JobError) as error:
         begin_execution(folder, workspace, "simulator")
     assert str(error.value) == (
@@ -69,7 +75,11 @@ def supervised_by(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         program.chmod(0o755)
         monkeypatch.setattr(sys, "executable", str(program))
         events = run_job(
-            store.job_folder("quick"), store.flare("quick"), Path("testing.jsonl"), Path("checkpoint"), **arguments
+            current(store.job_folder("quick")),
+            store.flare("quick"),
+            Path("testing.jsonl"),
+            Path("checkpoint"),
+            **arguments,
         )
         taken = []
         with contextlib.closing(events):
@@ -100,7 +110,7 @@ def test_supervisor_is_told_what_to_do_and_in_which_environment(supervised_by: S
     options = dict(zip(arguments[2::2], arguments[3::2], strict=True))
     assert arguments[:2] == ["-m", "fedsft_assets.federation.supervisor"]
     assert options == {
-        "--job-folder": str(store.job_folder("quick")),
+        "--job-folder": str(current(store.job_folder("quick"))),
         "--workspace": str(store.flare("quick")),
         "--testing-file": "testing.jsonl",
         "--into": "checkpoint",
@@ -172,21 +182,29 @@ def test_job_folder_that_does_not_exist_is_named_and_nothing_is_left(tmp_path: P
 
 
 def test_job_folder_that_was_changed_is_not_run(store: Store) -> None:
-    path = store.job_folder("quick") / "app_site-1" / "config" / "plan.json"
+    path = current(store.job_folder("quick")) / "app_site-1" / "config" / "plan.json"
     path.write_text(path.read_text().replace('"rounds": 1', '"rounds": 9'))
     with pytest.raises(JobError, match=f"^{path}: has changed since the job folder was built; build it again$"):
-        begin_execution(store.job_folder("quick"), store.flare("quick"), "simulator")
+        begin_execution(current(store.job_folder("quick")), store.flare("quick"), "simulator")
     assert not store.flare("quick").exists()
 
 
 def test_base_model_that_is_missing_is_named(store: Store) -> None:
-    store.base_model("tiny").unlink()
-    with pytest.raises(JobError, match=str(store.base_model("tiny"))):
-        begin_execution(store.job_folder("quick"), store.flare("quick"), "simulator")
+    version = current(store.base_model("tiny"))
+    shutil.rmtree(version)
+    with pytest.raises(JobError, match=f"^{version}: is not there"):
+        begin_execution(current(store.job_folder("quick")), store.flare("quick"), "simulator")
+
+
+def test_base_model_that_was_changed_is_not_run(store: Store) -> None:
+    version = current(store.base_model("tiny"))
+    (version / "tiny.nemo").write_text("another")
+    with pytest.raises(JobError, match=f"^{version}: is not what it was when it was made"):
+        begin_execution(current(store.job_folder("quick")), store.flare("quick"), "simulator")
 
 
 def test_journal_that_is_damaged_is_named_by_the_supervisor(store: Store) -> None:
-    folder, workspace = store.job_folder("quick"), store.flare("quick")
+    folder, workspace = current(store.job_folder("quick")), store.flare("quick")
     begin_execution(folder, workspace, "simulator")
     journal = Workspace(workspace).journal
     journal.write_text("spilt\n")
@@ -197,7 +215,7 @@ def test_journal_that_is_damaged_is_named_by_the_supervisor(store: Store) -> Non
 
 
 def test_unfinished_execution_is_taken_up_and_an_ended_one_is_not(store: Store) -> None:
-    where = (store.job_folder("quick"), store.flare("quick"), "simulator")
+    where = (current(store.job_folder("quick")), store.flare("quick"), "simulator")
     first = begin_execution(*where)
     assert begin_execution(*where) == first
     Workspace(store.flare("quick")).end()
@@ -206,16 +224,17 @@ def test_unfinished_execution_is_taken_up_and_an_ended_one_is_not(store: Store) 
 
 @pytest.mark.parametrize("changed", ["job folder", "base model", "runtime"])
 def test_unfinished_execution_of_something_else_is_not_taken_up(store: Store, changed: str) -> None:
-    first = begin_execution(store.job_folder("quick"), store.flare("quick"), "simulator")
+    first = begin_execution(current(store.job_folder("quick")), store.flare("quick"), "simulator")
     if changed == "job folder":
         _build(store, rounds=2)
     elif changed == "base model":
-        store.base_model("tiny").write_text("another base model")
+        _make_base_model(store, "another base model")
+        _build(store)
     runtime = "poc" if changed == "runtime" else "simulator"
-    assert begin_execution(store.job_folder("quick"), store.flare("quick"), runtime).id != first.id
+    assert begin_execution(current(store.job_folder("quick")), store.flare("quick"), runtime).id != first.id
 
 
 def test_rebuilt_job_folder_with_the_same_content_is_the_same_job(store: Store) -> None:
-    first = begin_execution(store.job_folder("quick"), store.flare("quick"), "simulator")
+    first = begin_execution(current(store.job_folder("quick")), store.flare("quick"), "simulator")
     _build(store)
-    assert begin_execution(store.job_folder("quick"), store.flare("quick"), "simulator") == first
+    assert begin_execution(current(store.job_folder("quick")), store.flare("quick"), "simulator") == first

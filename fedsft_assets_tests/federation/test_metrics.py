@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from fedsft_assets.federation.metrics import Point, points_from_data, points_to_data
+from fedsft_assets.federation.metrics import Point, points_to_data
 
 POINTS = [
     Point("val_loss", 7.178342342, 0, 0),
@@ -14,12 +14,12 @@ POINTS = [
 ]
 
 
-def test_points_survive_the_metadata_of_a_result() -> None:
+def test_points_travel_as_plain_values_that_do_not_say_whose_they_are() -> None:
     data = points_to_data(POINTS)
     assert all(isinstance(value, str | int | float | None) for point in data for value in point.values())
-    again = points_from_data(data)
-    assert again == POINTS
-    assert [point.time for point in again] == [point.time for point in POINTS]
+    assert all("site" not in point for point in data)
+    assert [Point(**one, site=point.site) for one, point in zip(data, POINTS, strict=True)] == POINTS
+    assert [one["time"] for one in data] == [point.time for point in POINTS]
 
 
 def test_point_knows_when_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:

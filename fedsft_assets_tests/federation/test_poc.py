@@ -14,15 +14,19 @@ from pathlib import Path
 import psutil
 import pytest
 
+from fedsft_assets.federation.flare import FlareJobs
+from fedsft_assets.federation.flare_session import Timeouts
+from fedsft_assets.federation.journal import JOURNAL_FILE
 from fedsft_assets.federation.poc import Poc
 from fedsft_assets.federation.poc_kits import SERVER, PocSettings
 from fedsft_assets.federation.poc_system import PocSystem
 from fedsft_assets.federation.processes import MARK, marked_processes
-from fedsft_assets.federation.runtime import UnavailableError
-from fedsft_assets.settings import Settings
+from fedsft_assets.federation.runtime import ResultLostError, UnavailableError
+from fedsft_assets.settings import PROJECT, Settings
 
 from ..sockets import Scan
-from .small_jobs import write_job
+from ..watched import PLANTED, open_to_others
+from .small_jobs import small_jobs_allowed, write_job
 
 pytestmark = pytest.mark.slow
 
@@ -31,6 +35,12 @@ SITES = ["site-1", "site-2"]
 
 def _system(home: Path, settings: PocSettings | None = None) -> PocSystem:
     return PocSystem(home / "poc", settings or PocSettings(), Settings(home=home).environment())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _allowed() -> Iterator[None]:
+    with small_jobs_allowed():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +149,9 @@ def test_job_of_a_dead_server_has_ended_when_it_is_aborted(system: PocSystem, po
     while not (state := poc.poll(job_id)).ended:
         time.sleep(0.5)
     assert state.said == "LOST (the server was started anew while it ran)"
+    assert poc.new_lines(job_id) == []
+    with pytest.raises(ResultLostError, match=f"has no result of job {job_id}"):
+        poc.fetch(job_id, tmp_path / "files")
     poc.abort(job_id)
 
 
@@ -154,6 +167,55 @@ def test_sites_share_the_cores_and_write_nothing_to_home(system: PocSystem, poc:
         assert environment["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
         assert environment[MARK] == system.mark
     assert list(empty_home.iterdir()) == []
+
+
+def test_nothing_of_a_poc_is_open_to_others_and_none_of_its_processes_knows_a_secret(
+    systems: Callable[..., PocSystem], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the umask of who starts it, and whatever he has exported."""
+    for name, value in PLANTED.items():
+        monkeypatch.setenv(name, value)
+    system = systems(tmp_path)
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from fedsft_assets.federation.poc_system import PocSettings, PocSystem\n"
+        "from fedsft_assets_tests.federation.small_jobs import small_jobs_allowed\n"
+        "with small_jobs_allowed():\n"
+        "    PocSystem(Path(sys.argv[1]), PocSettings(), {}).prepare(sys.argv[2:])"
+    )
+    subprocess.run([sys.executable, "-c", code, str(system.folder), *SITES], umask=0, check=True, cwd=PROJECT)
+    assert open_to_others(system.folder) == []
+    with Poc(system, tmp_path / "flare") as poc:
+        poc.prepare(SITES)
+        job_id = _start_long_job(poc, tmp_path / "long")
+        environments = [process.environ() for process in marked_processes(system.mark)]
+        assert len(environments) >= 2 * (1 + len(SITES))
+        assert [name for environment in environments for name in PLANTED.keys() & environment.keys()] == []
+        poc.abort(job_id)
+    assert open_to_others(system.folder) == []
+
+
+def test_renewed_poc_has_another_authority_and_lets_nobody_in_with_a_key_of_before(
+    systems: Callable[..., PocSystem], tmp_path: Path
+) -> None:
+    system = systems(tmp_path)
+    with Poc(system, tmp_path / "flare") as poc:
+        poc.prepare(["site-1"])
+    (authority,) = (system.folder / "provision").rglob("state/cert.json")
+    before, stolen = authority.read_text(), tmp_path / "stolen"
+    shutil.copytree(system.admin_kit, stolen)
+    system.renew()
+    assert marked_processes(system.mark) == []
+    assert system.status().said == "stopped"
+    (authority,) = (system.folder / "provision").rglob("state/cert.json")
+    assert json.loads(before)["root_pri_key"] != json.loads(authority.read_text())["root_pri_key"]
+    with Poc(system, tmp_path / "flare") as poc:
+        poc.prepare(["site-1"])
+        config = json.loads((system.admin_kit / "startup" / "fed_admin.json").read_text())
+        (stolen / "startup" / "fed_admin.json").write_text(json.dumps(config))  # whose port may be another
+        thief = FlareJobs(stolen, tmp_path / "thief", timeouts=Timeouts(connect=10, sites=1))
+        with thief, pytest.raises(UnavailableError):
+            thief.prepare(["site-1"])
 
 
 def test_stopped_poc_has_no_process_and_starts_again_with_the_same_jobs(
@@ -251,7 +313,8 @@ def test_poc_whose_folder_was_removed_can_be_stopped(systems: Callable[..., PocS
     system = systems(tmp_path / "home")
     system.start(["site-1"])
     assert len(marked_processes(system.mark)) >= 2
-    shutil.rmtree(tmp_path / "home")  # which some of them may not survive
+    while (tmp_path / "home").exists():  # they write there meanwhile, and some of them may not survive it
+        shutil.rmtree(tmp_path / "home", ignore_errors=True)
     assert system.status().said == "not prepared"
     system.stop()
     assert marked_processes(system.mark) == []
@@ -279,9 +342,17 @@ def test_copy_of_a_home_is_a_poc_of_its_own(systems: Callable[..., PocSystem], t
     assert system.status().said == "running"
 
 
-def test_folder_with_a_space_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UnavailableError, match="my home/poc: NVFlare starts no jobs in a folder with a space"):
-        _system(tmp_path / "my home").prepare(SITES)
+def test_job_runs_wherever_the_home_is(systems: Callable[..., PocSystem], tmp_path: Path) -> None:
+    """In one path, all that a command line is split at or that a shell makes something else of."""
+    home = tmp_path / "a b'c\"d$HOME;e#f&g|h*i`j`k\\l:m ü%z"
+    with Poc(systems(home), home / "flare") as poc:
+        poc.prepare(SITES)
+        job_id = poc.submit(write_job(home / "jobs", SITES, ["begun", "done"]))
+        while not poc.poll(job_id).ended:
+            time.sleep(0.2)
+        assert poc.poll(job_id).succeeded
+        poc.fetch(job_id, home / "result")
+    assert (home / "result" / JOURNAL_FILE).is_file()
 
 
 @pytest.mark.parametrize(

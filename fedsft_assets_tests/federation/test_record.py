@@ -1,12 +1,14 @@
 """What the operator's side keeps of an execution, and when it begins another one."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from fedsft_assets.federation.record import Execution, Workspace
+from fedsft_assets.federation.record import Execution, Workspace, Workspaces
 
 SUBJECT = {"runtime": "simulator", "job_folder": "a", "base_model": "b"}
 
@@ -40,6 +42,47 @@ def test_execution_of_something_else_begins_anew_in_an_empty_folder(workspace: W
     other = workspace.take_up({**SUBJECT, changed: "other"})
     assert other.id != first.id
     assert [path.name for path in workspace.folder.iterdir()] == ["execution.json"]
+
+
+def test_what_mlflow_is_to_know_stays_for_the_next_execution(workspace: Workspace) -> None:
+    workspace.take_up(SUBJECT)
+    workspace.tracking_record.write_text("{}")
+    workspace.end()
+    workspace.take_up(SUBJECT)
+    assert workspace.tracking_record.exists()
+
+
+def test_each_subject_has_a_workspace_of_its_own(tmp_path: Path) -> None:
+    workspaces = Workspaces(tmp_path / "flare" / "fedavg")
+    folders = {workspaces.of({**SUBJECT, name: "other"}).folder for name in SUBJECT}
+    assert len({*folders, workspaces.of(SUBJECT).folder}) == 4
+    assert workspaces.of(dict(reversed(SUBJECT.items()))).folder == workspaces.of(SUBJECT).folder
+
+
+_HOLD = """
+import sys, time
+from pathlib import Path
+from fedsft_assets.federation.record import Workspace
+with Workspace(Path(sys.argv[1])).held():
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_one_process_at_a_time_works_in_a_workspace_and_a_killed_one_lets_go(tmp_path: Path) -> None:
+    workspaces = Workspaces(tmp_path / "flare")
+    workspace = workspaces.of(SUBJECT)
+    waits = []
+    workspace.folder.mkdir(parents=True)
+    with subprocess.Popen([sys.executable, "-c", _HOLD, str(workspace.folder)], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        assert list(workspaces.abandoned()) == []
+        with pytest.raises(BlockingIOError), workspace.held(wait=False):
+            pass
+        with workspace.held(waiting=lambda: waits.append(other.kill())):
+            assert len(waits) == 1
+    assert [found.folder for found in workspaces.abandoned()] == [workspace.folder]
 
 
 def test_ended_execution_is_not_taken_up_again(workspace: Workspace) -> None:

@@ -1,8 +1,10 @@
 """The server part without a server: rounds with sites that answer, fail or say nothing, and what is written down."""
 
 import json
+import math
 import os
 import tarfile
+import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,226 +14,47 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from nvflare.apis.analytix import AnalyticsData, AnalyticsDataType
 from nvflare.apis.event_type import EventType
-from nvflare.apis.fl_constant import FLContextKey, FLMetaKey, ReservedKey, ReturnCode
+from nvflare.apis.fl_constant import FLContextKey, ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable, make_reply
-from nvflare.apis.signal import Signal
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
+from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
-from fedsft_assets.federation import stream_receiving
+from fedsft_assets.federation import presence, stream_receiving
 from fedsft_assets.federation.averaging import TokenWeightedAverage
 from fedsft_assets.federation.exchange import (
     BEST_MODEL,
     EXECUTION_KEY,
     FAILURE_KEY,
     FIRST_KEY,
-    KIND_KEY,
     LAST_MODEL,
     POINTS_KEY,
-    PROGRESS_RECORD,
-    SAMPLES_KEY,
     STATE_ROOT,
     TRAIN_TASK,
     VALIDATE_TASK,
-    VERSION,
-    VERSION_KEY,
     Kind,
     Wire,
 )
 from fedsft_assets.federation.journal import (
     JOURNAL_FILE,
-    Entry,
     Finished,
     Missed,
     Progress,
+    Regroup,
     RoundDone,
     Started,
     Stopped,
     from_line,
 )
-from fedsft_assets.federation.metrics import Point, points_to_data
-from fedsft_assets.federation.server import FederatedSFT, NotEnoughSitesError
+from fedsft_assets.federation.metrics import Point
+from fedsft_assets.federation.presence import Part
+from fedsft_assets.federation.server import NotEnoughSitesError
 from fedsft_assets.federation.server_base_model import own_base_model, read_nemo_weights
 from fedsft_assets.specs import FedAvg, FedOpt
+from fedsft_assets_tests.federation.rounds import BASE, Answer, Server, Site, Weights, copied, play, same, says, weights
 
-Weights = dict[str, torch.Tensor]
-# What a site does with a task: a result, None for silence, or a return code of NVFlare's for a trainer that is gone.
-Answer = FLModel | None | str
-
-
-def _weights(seed: int, size: float = 1.0) -> Weights:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        "embedding": torch.randn(50, 8, generator=generator) * size,
-        "layer.weight": torch.randn(8, 8, generator=generator) * size,
-        "layer.scale": torch.randn((), generator=generator) * size,
-    }
-
-
-def _copy(weights: Weights) -> Weights:
-    return {name: tensor.clone() for name, tensor in weights.items()}
-
-
-def _same(one: Weights, other: Weights) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
-
-
-class Site:
-    """Sends changes that follow from its name and the round alone, and keeps the global model as a site does."""
-
-    def __init__(self, name: str, steps: int = 3, tokens: int = 100, wire: Wire = Wire.FP32) -> None:
-        self.name, self.steps, self.tokens, self.wire = name, steps, tokens, wire
-        self.number = int(name.rsplit("-", 1)[1])
-        self.losses = [7.0, 4.0, 3.0, 2.0]  # of the model after so many rounds
-        self.model: Weights = {}
-        self.given: list[tuple[str, str]] = []
-        self.answers: dict[tuple[str, int], Callable[[FLModel], Answer]] = {}
-
-    def does(self, task: str, round_number: int, answer: Callable[[FLModel], Answer]) -> None:
-        """Something else than usual with the task of that round (0-based)."""
-        self.answers[task, round_number] = answer
-
-    def __call__(self, task: str, received: FLModel) -> Answer:
-        kind = received.meta[KIND_KEY]
-        assert received.meta[VERSION_KEY] == VERSION
-        self.given.append((task, kind))
-        if kind == Kind.CHANGE:
-            for name, change in received.params.items():
-                self.model[name] = self.model[name] + change
-        else:
-            self.model = _copy(received.params)
-        usual = self.validate if task == VALIDATE_TASK else self.train
-        return self.answers.get((task, received.current_round), usual)(received)
-
-    def validate(self, received: FLModel) -> FLModel:
-        return self._result({POINTS_KEY: points_to_data([self._val_loss(received.current_round)])})
-
-    def train(self, received: FLModel, **meta: Any) -> FLModel:
-        number = received.current_round
-        before = 16 * self.steps * number
-        steps = [
-            Point("train_loss", 9.0 - step, number + 1, before + 16 * step, self.name, step, 100 * step)
-            for step in range(1, self.steps + 1)
-        ]
-        points = [self._val_loss(number), *steps, Point("val_loss_local", 0.5, number + 1, before, self.name)]
-        change = {name: tensor * 0.01 for name, tensor in _weights(1000 * self.number + number).items()}
-        if self.wire == Wire.BF16_DIFF:
-            change = {name: tensor.to(torch.bfloat16) for name, tensor in change.items()}
-        known = {
-            KIND_KEY: str(Kind.CHANGE if received.params else Kind.FULL),
-            FLMetaKey.NUM_STEPS_CURRENT_ROUND: self.tokens,
-            SAMPLES_KEY: 16 * self.steps,
-            POINTS_KEY: points_to_data(points),
-        }
-        return self._result({**known, **meta}, change)
-
-    def _val_loss(self, finished: int) -> Point:
-        return Point("val_loss", self.losses[finished], finished, 16 * self.steps * finished, self.name, tokens=40)
-
-    def _result(self, meta: dict[str, Any], params: Weights | None = None) -> FLModel:
-        kind = ParamsType.FULL if params is not None else None
-        return FLModel(params_type=kind, params=params, metrics={}, meta={**meta, "client_name": self.name})
-
-
-class Server(FederatedSFT):
-    """The workflow in a folder of the test's, without NVFlare's engine around it."""
-
-    def __init__(self, folder: Path, sites: Iterable[Site], **arguments: Any) -> None:
-        self.members = {site.name: site for site in sites}
-        super().__init__(**{"sites": list(self.members), "num_rounds": 3, "base_model": "base.nemo", **arguments})
-        self._task_check_period = 0.001
-        self.folder = folder
-        self.engine, self.fl_ctx, self.abort_signal = self, FLContext(), Signal()
-        self.connected = list(self.members)
-        self.panics: list[str] = []
-        self.fobs_context: dict[str, Any] = {}
-        self.run_manager = None
-        self._standing = 0
-        (folder / "job").mkdir(parents=True, exist_ok=True)
-        self.open(folder / "state")
-
-    # In place of NVFlare.
-
-    def get_run_dir(self) -> str:
-        return str(self.folder / "job")
-
-    def get_clients(self) -> list[SimpleNamespace]:
-        return [SimpleNamespace(name=name) for name in self.connected]
-
-    def get_cell(self) -> "Server":
-        return self
-
-    def get_fobs_context(self) -> dict[str, Any]:
-        return self.fobs_context
-
-    def update_fobs_context(self, changes: dict[str, Any]) -> None:
-        self.fobs_context.update(changes)
-
-    def send_model(self, task_name: str, targets: list[str], data: FLModel, callback: Callable[..., None]) -> None:  # type: ignore[override]
-        for name in targets:
-            answer = self.members[name](task_name, data)
-            if isinstance(answer, FLModel):
-                callback(answer)
-            elif answer is None:
-                self._standing += 1
-            else:
-                self._accept_train_result(name, make_reply(answer), self.fl_ctx)
-                self._standing += 1
-
-    def get_num_standing_tasks(self) -> int:
-        return self._standing
-
-    def cancel_all_tasks(self, **_: Any) -> None:  # type: ignore[override]
-        self._standing = 0
-
-    def info(self, msg: str) -> None:
-        pass
-
-    def panic(self, reason: str) -> None:
-        self.panics.append(reason)
-
-    # What tests look at.
-
-    @property
-    def entries(self) -> list[Entry]:
-        path = self.journal.path if self.journal.path.exists() else self.folder / "job" / JOURNAL_FILE
-        return [from_line(line) for line in path.read_text().splitlines()]
-
-    def of(self, kind: type) -> list[Any]:
-        return [entry for entry in self.entries if isinstance(entry, kind)]
-
-    def points(self, name: str, site: str | None = None) -> list[Point]:
-        return [point for point in self.of(Point) if (point.name, point.site) == (name, site)]
-
-    def left(self, name: str) -> Weights:
-        weights: Weights = torch.load(self.folder / "job" / name, weights_only=True)
-        return weights
-
-
-BASE = _weights(0)
-
-
-@pytest.fixture(autouse=True)
-def _base_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = read_nemo_weights
-    monkeypatch.setattr(
-        "fedsft_assets.federation.server.read_nemo_weights",
-        lambda path: _copy(BASE) if path == Path("base.nemo") else real(path),
-    )
-    monkeypatch.setattr("fedsft_assets.federation.server.own_base_model", lambda path, _environment: path)
-    monkeypatch.delenv(STATE_ROOT, raising=False)
-
-
-def _play(server: Server, rounds: int) -> list[Weights]:
-    """Rounds without the last validation; the global model after each."""
-    server._begin()
-    models = []
-    for number in range(server.state.progress.finished, rounds):
-        server.play_round(number)
-        models.append(_copy(server._weights))
-    return models
+pytestmark = pytest.mark.usefixtures("base_model")
 
 
 # What is written down of rounds.
@@ -239,12 +62,12 @@ def _play(server: Server, rounds: int) -> list[Weights]:
 
 def test_round_is_written_down_as_one_curve_of_all_sites_beside_those_of_each(tmp_path: Path) -> None:
     one, other = Site("site-1", steps=3), Site("site-2", steps=2)
-    one.losses[0], other.losses[0] = 7.0, 6.0
+    one.losses[0], other.losses[0] = 7.0, 7.0002
     server = Server(tmp_path, [one, other])
-    other.does(TRAIN_TASK, 0, lambda received: _with(other.train(received), losses=[6.0, 4.0], tokens_of_val=120))
-    _play(server, 1)
-    assert server.points("val_loss") == [Point("val_loss", pytest.approx((7.0 * 40 + 6.0 * 120) / 160), 0, 0)]
-    assert [point.value for point in server.points("val_loss", "site-2")] == [6.0]
+    other.does(TRAIN_TASK, 0, lambda received: _with(other.train(received), losses=[6.0, 4.0]))
+    play(server, 1)
+    assert server.points("val_loss") == [Point("val_loss", pytest.approx(7.0001), 0, 0)]
+    assert [point.value for point in server.points("val_loss", "site-2")] == [7.0002]
     assert server.points("train_loss") == [
         Point("train_loss", 7.0, 1, 32, None, 1, 200),
         Point("train_loss", 5.5, 1, 64, None, 2, 400),
@@ -255,20 +78,18 @@ def test_round_is_written_down_as_one_curve_of_all_sites_beside_those_of_each(tm
     assert server.entries[-1] == RoundDone(1)
 
 
-def _with(result: FLModel, losses: list[float], tokens_of_val: int) -> FLModel:
-    """The same with other losses of its steps, and tokens of its validation."""
+def _with(result: FLModel, losses: list[float]) -> FLModel:
+    """The same with other losses of its steps."""
     steps = iter(losses)
     for point in result.meta[POINTS_KEY]:
         if point["name"] == "train_loss":
             point["value"] = next(steps)
-        if point["name"] == "val_loss":
-            point["tokens"] = tokens_of_val
     return result
 
 
 def test_samples_of_all_sites_add_up_over_rounds(tmp_path: Path) -> None:
     server = Server(tmp_path, [Site("site-1", steps=3), Site("site-2", steps=2)])
-    _play(server, 2)
+    play(server, 2)
     assert [(p.round, p.samples, p.value) for p in server.points("val_loss")] == [(0, 0, 7.0), (1, 80, 4.0)]
     assert [p.samples for p in server.points("train_loss")] == [32, 64, 80, 112, 144, 160]
 
@@ -277,7 +98,7 @@ def test_samples_of_a_site_that_sits_a_round_out_still_count(tmp_path: Path) -> 
     sites = [Site("site-1", steps=2), Site("site-2", steps=2)]
     server = Server(tmp_path, sites, min_sites=1)
     sites[1].does(TRAIN_TASK, 1, lambda _: ReturnCode.EXECUTION_EXCEPTION)
-    _play(server, 3)
+    play(server, 3)
     assert [p.samples for p in server.points("val_loss")] == [0, 64, 96]
     assert [p.samples for p in server.points("train_loss")] == [32, 64, 80, 96, 128, 160]
     assert server.state.progress.samples == {"site-1": 96, "site-2": 64}
@@ -311,7 +132,7 @@ def test_global_model_moves_by_the_mean_change_weighted_by_tokens(tmp_path: Path
     sites = [Site("site-1", tokens=17), Site("site-2", tokens=4_321)]
     server = Server(tmp_path, sites)
     changes = {site.name: site.train(FLModel(params=BASE, current_round=0)).params for site in sites}
-    (after,) = _play(server, 1)
+    (after,) = play(server, 1)
     for name, tensor in after.items():
         parts = [changes[site.name][name].to(torch.float64).numpy() for site in sites]
         expected = BASE[name].to(torch.float64).numpy() + np.average(parts, axis=0, weights=[17, 4_321])
@@ -324,12 +145,12 @@ def test_what_is_added_to_the_global_model_is_the_mean_in_float64_within_what_th
     tmp_path: Path, size: float, wire: str, most: float
 ) -> None:
     tokens = {"site-1": 17, "site-2": 100_003, "site-3": 4_321}
-    changes = {site: _weights(seed, size) for seed, site in enumerate(tokens)}
+    changes = {site: weights(seed, size) for seed, site in enumerate(tokens)}
     travel = torch.bfloat16 if wire == "bf16-diff" else torch.float32
 
     def applied(start: Weights) -> Weights:
         server = Server(tmp_path, map(Site, tokens), wire=wire)
-        server._weights = _copy(start)
+        server._weights = copied(start)
         average = TokenWeightedAverage({name: tuple(tensor.shape) for name, tensor in start.items()})
         for site, change in changes.items():
             average.add(site, {name: tensor.to(travel) for name, tensor in change.items()}, tokens[site])
@@ -344,46 +165,48 @@ def test_what_is_added_to_the_global_model_is_the_mean_in_float64_within_what_th
         error = np.linalg.norm(tensor.to(torch.float64).numpy() - expected) / np.linalg.norm(expected)
         assert error <= most
     # To weights of size 1 just that is added, in float32.
-    assert _same(applied(BASE), {name: tensor + added[name] for name, tensor in BASE.items()})
+    assert same(applied(BASE), {name: tensor + added[name] for name, tensor in BASE.items()})
 
 
 @pytest.mark.parametrize("losses", [[7.0, 2.0, 3.0, 2.5], [7.0, 4.0, 2.0, 3.0], [7.0, 4.0, 3.0, 2.0], [0.1, 3, 2, 3]])
 def test_best_model_is_the_one_that_was_scored_lowest_and_never_the_base(tmp_path: Path, losses: list[float]) -> None:
     sites = [Site("site-1"), Site("site-2")]
-    models = _play(Server(tmp_path / "again", [Site("site-1"), Site("site-2")]), 3)
+    models = play(Server(tmp_path / "again", [Site("site-1"), Site("site-2")]), 3)
     for site in sites:
         site.losses = losses
     server = Server(tmp_path, sites)
     server.run()
     best = min((1, 2, 3), key=losses.__getitem__)
-    assert _same(server.left(BEST_MODEL), models[best - 1])
-    assert _same(server.left(LAST_MODEL), models[2])
-    assert not _same(models[0], models[1])
+    assert same(server.left(BEST_MODEL), models[best - 1])
+    assert same(server.left(LAST_MODEL), models[2])
+    assert not same(models[0], models[1])
 
 
 def test_earlier_model_is_best_when_losses_are_equal(tmp_path: Path) -> None:
     site = Site("site-1")
     site.losses = [7.0, 2.0, 2.0, 2.0]
     server = Server(tmp_path, [site])
-    _play(server, 3)
+    play(server, 3)
     assert server.state.progress.best_round == 1
 
 
-def test_finished_job_leaves_its_files_and_no_state(tmp_path: Path) -> None:
+def test_finished_job_leaves_its_files_and_hands_them_over_once_more_if_it_is_asked_to(tmp_path: Path) -> None:
     server = Server(tmp_path, [Site("site-1")])
     server.run()
-    assert sorted(path.name for path in (tmp_path / "job").iterdir()) == sorted([BEST_MODEL, JOURNAL_FILE, LAST_MODEL])
-    assert not (tmp_path / "state").exists()
-
-
-def test_state_under_a_folder_of_the_operators_is_kept_until_the_operator_ends_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(STATE_ROOT, str(tmp_path))
-    Server(tmp_path, [Site("site-1")]).run()
-    again = Server(tmp_path, [Site("site-1")])
+    left = {path.name: path.read_bytes() for path in (tmp_path / "job").iterdir()}
+    assert sorted(left) == sorted([BEST_MODEL, JOURNAL_FILE, LAST_MODEL])
+    for path in (tmp_path / "job").iterdir():
+        path.unlink()  # NVFlare's server died before it had archived them
+    again = Server(tmp_path, [site := Site("site-1")])
     assert (again.state.progress.finished, again.state.progress.best_round) == (3, 3)
-    assert again.left(BEST_MODEL).keys() == BASE.keys()
+    again.run()
+    assert [task for task, _ in site.given] == [VALIDATE_TASK]  # nothing is trained, nothing released
+    for name in (BEST_MODEL, LAST_MODEL):
+        assert (tmp_path / "job" / name).read_bytes() == left[name]
+    entries = (tmp_path / "job" / JOURNAL_FILE).read_bytes()
+    assert entries.startswith(left[JOURNAL_FILE])
+    more = [from_line(line) for line in entries[len(left[JOURNAL_FILE]) :].decode().splitlines()]
+    assert [entry for entry in more if not isinstance(entry, Point)] == [Started(3), Finished()]
 
 
 # Going on.
@@ -419,31 +242,31 @@ def test_killed_server_is_gone_on_from_bit_for_bit_without_doubled_points(
     whole.run()
 
     killed = Server(tmp_path / "killed", sites(), **arguments)
-    _play(killed, 1)
+    play(killed, 1)
     if moment == "before it commits":
         killed.state.commit_round = _die  # type: ignore[method-assign]
     elif moment == "after it committed":
         commit = killed.state.commit_round
         killed.state.commit_round = lambda *kept: _die(commit(*kept))  # type: ignore[method-assign]
     else:
-        _play(killed, 2)
+        play(killed, 2)
         killed.play_round = _die  # type: ignore[method-assign]
     with pytest.raises(_Killed):
-        _play(killed, 3)
+        play(killed, 3)
 
     again = Server(tmp_path / "killed", sites(), **arguments)
     again.run()
     assert again.of(Started) == [Started(1 if moment == "before it commits" else 2)]
     assert whole.panics == again.panics == []
     for name in (BEST_MODEL, LAST_MODEL):
-        assert _same(again.left(name), whole.left(name))
+        assert same(again.left(name), whole.left(name))
     points = again.of(Point)
     assert sorted(map(repr, (p.identity for p in points))) == sorted(repr(p.identity) for p in whole.of(Point))
     assert {p.identity: p for p in points} == {p.identity: p for p in whole.of(Point)}
 
 
 def test_job_whose_rounds_are_all_done_is_only_scored(tmp_path: Path) -> None:
-    _play(Server(tmp_path, [Site("site-1")]), 3)
+    play(Server(tmp_path, [Site("site-1")]), 3)
     site = Site("site-1")
     again = Server(tmp_path, [site])
     again.run()
@@ -490,10 +313,10 @@ def test_sites_have_the_global_model_bit_for_bit_in_every_round(tmp_path: Path) 
     server = Server(tmp_path, sites, wire="bf16-diff")
     server._begin()
     for number in range(3):
-        before = _copy(server._weights)
+        before = copied(server._weights)
         server.play_round(number)
-        assert all(_same(site.model, before) for site in sites)
-        assert not _same(server._weights, before)
+        assert all(same(site.model, before) for site in sites)
+        assert not same(server._weights, before)
 
 
 def test_in_fp32_every_site_gets_the_whole_model_every_time(tmp_path: Path) -> None:
@@ -510,7 +333,7 @@ def test_job_without_a_base_model_begins_with_the_mean_of_what_sites_begin_with(
             site.does(TRAIN_TASK, number, lambda received, site=site: site.train(received, **{FIRST_KEY: "digest"}))  # type: ignore[misc]
     server = Server(tmp_path, sites, base_model=None)
     first = [site.train(FLModel(params={}, current_round=0)).params for site in sites]
-    models = _play(server, 2)
+    models = play(server, 2)
     for name, tensor in models[0].items():
         torch.testing.assert_close(tensor, (first[0][name] + first[1][name]) / 2)
     assert server.panics == []
@@ -539,7 +362,7 @@ def test_round_goes_on_without_a_site_as_long_as_enough_answer(
     sites = [Site(f"site-{k}") for k in (1, 2, 3)]
     server = Server(tmp_path, sites, min_sites=2, site_timeout=0.05)
     sites[1].does(TRAIN_TASK, 1, answer(sites[1]))
-    _play(server, 2)
+    play(server, 2)
     (said,) = server.of(Missed)
     assert (said.site, said.round, said.reason) == ("site-2", 2, missed)
     assert said.failure == ("Traceback: é" if missed == "its trainer failed" else None)
@@ -557,7 +380,7 @@ def test_site_that_the_server_loses_is_not_waited_for(tmp_path: Path) -> None:
         server.handle_event(EventType.CLIENT_DISCONNECTED, context)
 
     sites[1].does(TRAIN_TASK, 0, disconnects)
-    _play(server, 1)
+    play(server, 1)
     assert server.of(Missed) == [Missed("site-2", 1, "the server has lost it")]
 
 
@@ -617,6 +440,159 @@ def test_last_validation_goes_on_without_a_site_too(tmp_path: Path) -> None:
     assert (tmp_path / "job" / BEST_MODEL).exists()
 
 
+# Sites that come, or come again. Nobody but an operator submits the job again, so that is done while one listens.
+
+_GONE = "it was started again, and its part of the job is gone"
+
+
+def _listens(server: Server) -> None:
+    server._hand_out_journal("", {"offset": 0}, FLContext())
+
+
+def _found(server: Server, lost: Iterable[str] = (), come: Iterable[str] = ()) -> Callable[[FLModel], None]:
+    """While a site has its task, looks find these sites so."""
+
+    def silent(_: FLModel) -> None:
+        assert server._presence
+        for part in (Part.RUNS, Part.GONE, Part.GONE):
+            found = {site: part if site in {*lost, *come} else Part.RUNS for site in server.sites}
+            if part is Part.RUNS:
+                found |= dict.fromkeys(come, Part.AWAY)
+            server._take_presence(*server._presence.take(found))
+
+    return silent
+
+
+def test_round_ends_without_a_site_that_was_started_again_and_then_the_job_ends_to_be_submitted_again(
+    tmp_path: Path,
+) -> None:
+    sites = [Site(f"site-{k}") for k in (1, 2, 3)]
+    server = Server(tmp_path, sites, min_sites=2)  # with half an hour for a site that says nothing
+    server.watch_presence(dict)
+    _listens(server)
+    sites[1].does(TRAIN_TASK, 0, _found(server, lost=["site-2"]))
+    server.run()
+    assert server.of(Missed) == [Missed("site-2", 1, _GONE)]
+    assert server.entries[-2:] == [RoundDone(1), Regroup(["site-2"])]
+    assert len(server.panics) == 1
+    again = Server(tmp_path, [Site(f"site-{k}") for k in (1, 2, 3)], min_sites=2)
+    again.run()
+    assert again.of(RoundDone) == [RoundDone(1), RoundDone(2), RoundDone(3)]
+    assert len(again.of(Missed)) == 1
+
+
+def test_round_that_cannot_do_without_a_site_that_was_started_again_is_done_again_with_it(tmp_path: Path) -> None:
+    sites = [Site("site-1"), Site("site-2")]
+    server = Server(tmp_path, sites)
+    server.watch_presence(dict)
+    _listens(server)
+    sites[1].does(TRAIN_TASK, 1, _found(server, lost=["site-2"]))
+    server.run()
+    assert server.entries[-1] == Regroup(["site-2"])
+    assert server.of(Missed) == server.of(Stopped) == []
+    assert server.of(RoundDone) == [RoundDone(1)]
+
+
+def _ends(server: Server, looks: list[Part], monkeypatch: pytest.MonkeyPatch) -> Callable[[FLModel], Answer]:
+    """The part of site-2 ends once it was seen to run; from then on it is found so, and at last so for ever."""
+    monkeypatch.setattr(presence, "_SECONDS_BETWEEN_LOOKS", 0.01)
+    monkeypatch.setattr("fedsft_assets.federation.server._SECONDS_TO_SEE", 0.2)
+    seen, ended = threading.Event(), threading.Event()
+
+    def look() -> dict[str, Part]:
+        seen.set()
+        part = (looks.pop(0) if len(looks) > 1 else looks[0]) if ended.is_set() else Part.RUNS
+        return {**dict.fromkeys(server.sites, Part.RUNS), "site-2": part}
+
+    def ends(_: FLModel) -> Answer:
+        seen.wait()
+        time.sleep(0.05)  # the look has been taken in
+        ended.set()
+        return ReturnCode.TASK_ABORTED
+
+    server.watch_presence(look)
+    _listens(server)
+    return ends
+
+
+def test_site_that_is_stopped_and_needed_has_time_to_start_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sites = [Site("site-1"), Site("site-2")]
+    server = Server(tmp_path, sites)
+    looks = [Part.RUNS, Part.GONE, *[Part.AWAY] * 40, Part.GONE]
+    sites[1].does(TRAIN_TASK, 1, _ends(server, looks, monkeypatch))
+    server.run()
+    assert server.entries[-1] == Regroup(["site-2"])
+    assert server.of(Stopped) == []
+
+
+def test_site_that_is_there_and_whose_trainer_is_gone_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sites = [Site("site-1"), Site("site-2")]
+    server = Server(tmp_path, sites)
+    sites[1].does(TRAIN_TASK, 1, _ends(server, [Part.RUNS], monkeypatch))
+    server.run()
+    (stopped,) = server.of(Stopped)
+    assert stopped.lost_sites
+
+
+def test_job_goes_on_without_a_site_that_comes_while_nobody_would_submit_it_again(tmp_path: Path) -> None:
+    sites = [Site("site-1"), Site("site-2")]
+    server = Server(tmp_path, sites, min_sites=1)
+    server.watch_presence(dict)
+    sites[1].does(TRAIN_TASK, 0, _found(server, lost=["site-2"]))
+    for number in (1, 2):
+        sites[1].does(TRAIN_TASK, number, lambda _: None)
+    server.run()
+    assert [(one.round, one.reason) for one in server.of(Missed)] == [(1, _GONE), (2, _GONE), (3, _GONE)]
+    assert server.of(Finished) == [Finished()]
+
+
+def test_site_that_is_absent_from_the_start_is_named_at_once_and_taken_in_when_it_comes(tmp_path: Path) -> None:
+    sites = [Site(f"site-{k}") for k in (1, 2, 3)]
+    server = Server(tmp_path, sites, min_sites=2)
+    server.connected = ["site-1", "site-2"]
+    server.watch_presence(lambda: dict.fromkeys(server.sites, Part.RUNS))
+    _listens(server)
+    usual = sites[0].train
+
+    def comes(received: FLModel) -> FLModel:
+        _found(server, come=["site-3"])(received)
+        return usual(received)
+
+    sites[0].does(TRAIN_TASK, 1, comes)
+    server.run()
+    assert server.of(Progress)[0] == Progress("site-3 · is not there; the job goes on without it")
+    assert server.entries[-2:] == [RoundDone(2), Regroup(["site-3"])]
+    again = Server(tmp_path, sites, min_sites=2)
+    again.connected = ["site-1", "site-2"]  # it did not get its part
+    again.watch_presence(dict)
+    assert again.state.progress.sent_for == ["site-3"]
+    again.connected = ["site-1", "site-2", "site-3"]
+    again.watch_presence(dict)
+    assert again.state.progress.sent_for == []
+
+
+def test_site_whose_trainer_said_why_it_gives_up_is_not_taken_in_again(tmp_path: Path) -> None:
+    sites = [Site("site-1"), Site("site-2")]
+    server = Server(tmp_path, sites, min_sites=1)
+    server.watch_presence(dict)
+    _listens(server)
+
+    def fails(received: FLModel) -> Answer:
+        _found(server, lost=["site-2"])(received)
+        return _failing("Traceback")(sites[1])(received)
+
+    sites[1].does(TRAIN_TASK, 0, fails)
+    for number in (1, 2):
+        sites[1].does(TRAIN_TASK, number, lambda _: None)
+    server.run()
+    assert server.of(Regroup) == []
+    assert server.of(Finished) == [Finished()]
+
+
 # Results that are of no use.
 
 
@@ -636,57 +612,38 @@ def _other(**changes: Any) -> Callable[[Site], Callable[[FLModel], Answer]]:
 
 
 @pytest.mark.parametrize(
-    ("answer", "reason"),
+    ("ratio", "why"),
     [
+        (None, "try a lower learning rate"),
+        (0.5, "try a lower learning rate"),
         (
-            _other(meta={FLMetaKey.NUM_STEPS_CURRENT_ROUND: 0}),
-            "round 2: site-2: expected the number of answer tokens it trained on, found 0",
+            2.0,
+            "noise has 2 times the norm of a clipped change in the mean of a round: lower"
+            " filters.privacy.noise_multiplier, or try a lower learning rate",
         ),
         (
-            _other(params={"extra": torch.ones(1)}),
-            "round 2: site-2: tensors differ from those of the global model: extra",
-        ),
-        (
-            _other(meta={KIND_KEY: "full"}),
-            "round 2: site-2: sent 'full' where 'change' was to come; are the versions the same?",
-        ),
-        (
-            _other(meta={KIND_KEY: None}),
-            "round 2: site-2: sent None where 'change' was to come; are the versions the same?",
-        ),
-        (
-            _other(meta={FIRST_KEY: "another"}),
-            "round 2: site-2: began with another base model or other adapters than site-1; all sites need the same"
-            " base model and the same version of this package",
-        ),
-        (
-            _other(params={"layer.scale": torch.tensor(float("nan"))}),
-            "site-2: layer.scale has numbers that are not finite",
+            6.28e11,
+            "noise has 6.28e+11 times the norm of a clipped change in the mean of a round: lower"
+            " filters.privacy.noise_multiplier",
         ),
     ],
-    ids=["no tokens", "another tensor", "another kind", "no kind", "another base model", "not finite"],
 )
-def test_result_that_cannot_be_used_ends_the_job_with_the_reason(
-    tmp_path: Path, answer: Callable[[Site], Callable[[FLModel], Answer]], reason: str
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_job_whose_model_has_gone_astray_says_what_makes_it_so(
+    tmp_path: Path, ratio: float | None, why: str, loss: float
 ) -> None:
-    """NVFlare alone would log it, go on with the other sites, and call the job a success."""
-    sites = [Site("site-1"), Site("site-2")]
-    server = Server(tmp_path, sites, min_sites=1)
-    sites[1].does(TRAIN_TASK, 1, answer(sites[1]))
+    site = Site("site-1")
+    site.losses[1:] = [loss] * 3
+    server = Server(tmp_path, [site], noise_ratio=ratio)
     server.run()
+    reason = f"round 2: site-1: val_loss: found {loss}, expected a finite number; {why}"
     assert server.panics == [reason]
-    assert server.entries[-1] == Stopped(reason, lost_sites=False)
-    assert server.of(RoundDone) == [RoundDone(1)]
-    assert server.state.progress.finished == 1
-
-
-def test_result_that_cannot_be_used_ends_the_job_at_once(tmp_path: Path) -> None:
-    sites = [Site("site-1"), Site("site-2")]
-    server = Server(tmp_path, sites)  # with half an hour for site-2, which is silent
-    sites[0].does(TRAIN_TASK, 0, _other(meta={FLMetaKey.NUM_STEPS_CURRENT_ROUND: None})(sites[0]))
-    sites[1].does(TRAIN_TASK, 0, lambda _: None)
-    server.run()
-    assert server.panics == ["round 1: site-1: expected the number of answer tokens it trained on, found None"]
+    assert server.entries[-1] == Stopped(reason)
+    noise = [entry.text for entry in server.of(Progress) if "noise" in entry.text]
+    assert len(noise) == (ratio is not None and ratio > 1)
+    if noise:  # and before any round
+        assert server.entries[1] == Progress(noise[0])
+        assert noise[0].startswith(f"noise has {ratio:,.3g} times the norm of a clipped change in the mean of a round")
 
 
 def test_site_that_joins_later_must_have_begun_with_the_same_too(tmp_path: Path) -> None:
@@ -744,28 +701,18 @@ def test_aborted_job_does_not_wait_for_tasks_that_nobody_ends_any_more(tmp_path:
 # While sites work.
 
 
-def _said(site: str, text: str, points: list[Point], tag: str = PROGRESS_RECORD) -> FLContext:
-    """The event that NVFlare fires at the server when a site logs."""
-    said = json.dumps({"text": text, "points": points_to_data(points)})
-    data = AnalyticsData(tag, said, AnalyticsDataType.TEXT).to_dxo().to_shareable()
-    data.set_peer_props({ReservedKey.IDENTITY_NAME: site})
-    context = FLContext()
-    context.set_prop(FLContextKey.EVENT_DATA, data, private=True, sticky=False)
-    return context
-
-
 def test_points_that_come_while_a_site_works_are_written_down_once(tmp_path: Path) -> None:
     site = Site("site-1", steps=1)
     server = Server(tmp_path, [site])
     early = Point("train_loss", 8.0, 1, 16, "site-1", 1, 100)
 
     def works(received: FLModel) -> FLModel:
-        server.handle_event("fed.analytix_log_stats", _said("site-1", "site-1 · step 1", [early]))
+        says(server, "site-1", "step 1", [early])
         assert server.entries == [Progress("site-1 · step 1"), early]
         return site.train(received)
 
     site.does(TRAIN_TASK, 0, works)
-    _play(server, 1)
+    play(server, 1)
     assert server.points("train_loss", "site-1") == [early]
 
 
@@ -778,7 +725,7 @@ def test_site_that_says_something_is_waited_for(tmp_path: Path) -> None:
         real = server.get_num_standing_tasks
 
         def standing() -> int:
-            server.handle_event("fed.analytix_log_stats", _said("site-2", "busy", []))
+            says(server, "site-2", "busy")
             if time.monotonic() > begun + 0.6:
                 server.abort_signal.trigger(True)
             return real()
@@ -788,14 +735,7 @@ def test_site_that_says_something_is_waited_for(tmp_path: Path) -> None:
     sites[1].does(TRAIN_TASK, 0, silent_but_for_its_words)
     server.run()
     assert server.of(Missed) == []  # it was the abort that ended the wait
-    assert Progress("busy") in server.entries
-
-
-def test_what_other_programs_log_is_not_written_down(tmp_path: Path) -> None:
-    server = Server(tmp_path, [Site("site-1")])
-    server.handle_event("fed.analytix_log_stats", _said("site-1", "loss", [], tag="their loss"))
-    server.handle_event("another event", FLContext())
-    assert server.entries == []
+    assert Progress("site-2 · busy") in server.entries
 
 
 def test_journal_of_a_running_job_is_handed_out_from_where_the_asker_is(tmp_path: Path) -> None:
@@ -862,7 +802,8 @@ def test_results_wait_on_the_disk_beside_the_state_and_only_while_the_job_runs(t
 
 def test_result_of_a_task_that_is_over_is_not_taken(tmp_path: Path) -> None:
     server = Server(tmp_path, [Site("site-1")])
-    assert server._accept_train_result("site-1", make_reply(ReturnCode.OK), FLContext())
+    answer = FLModelUtils.to_shareable(FLModel(params={}, params_type=ParamsType.FULL))
+    assert server._accept_train_result("site-1", answer, FLContext())
     assert not server._accept_train_result("site-1", make_reply(ReturnCode.OK), FLContext(), is_unknown_task=True)
     assert not server._accept_train_result("site-1", make_reply(ReturnCode.EXECUTION_EXCEPTION), FLContext())
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedsft_assets.federation.server_state import Progress, ServerState
+from fedsft_assets.federation.server_state import Progress, ServerState, remove_archived
 from fedsft_assets.settings import PROJECT
 from fedsft_assets_tests.small_disk import fill, small_disk, why_not
 
@@ -212,3 +212,16 @@ def test_what_state_json_names_is_written_through_before_it(folder: Path, monkey
     state.commit(_weights(1), {"momentum": torch.zeros(1)})
     assert order[:6] == ["fsync", "model-000001.pt", "fsync", "algorithm-000001.pt", "fsync", "state.json"]
     assert json.loads((folder / "state.json").read_text())["finished"] == 1
+
+
+def test_state_of_a_finished_job_goes_when_its_result_is_archived_and_not_before(tmp_path: Path) -> None:
+    states, run_dirs = tmp_path / "states", tmp_path / "jobs"
+    for name in ("archived", "not-archived", "just-archived", "under-way", "own"):
+        state = ServerState(states / name)
+        if name != "under-way":
+            state.hand_over_to(run_dirs / name)
+            os.utime(state.folder / "handed_over.json", times=(0, 0))
+    (states / "just-archived" / "handed_over.json").touch()
+    (run_dirs / "not-archived").mkdir(parents=True)
+    remove_archived(states, but=states / "own")
+    assert {path.name for path in states.iterdir()} == {"not-archived", "just-archived", "under-way", "own"}

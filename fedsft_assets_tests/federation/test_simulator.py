@@ -7,20 +7,22 @@ from pathlib import Path
 
 import pytest
 
-from fedsft_assets.federation.exchange import EXECUTION_KEY
+from fedsft_assets.federation.exchange import EXECUTION_KEY, STUDY_HOME
 from fedsft_assets.federation.job_folder import build_job_folder
 from fedsft_assets.federation.journal import JOURNAL_FILE, Finished, Started, to_line
 from fedsft_assets.federation.processes import MARK, execution_mark, marked_processes
-from fedsft_assets.federation.runtime import UnavailableError
 from fedsft_assets.federation.simulator import Simulator
 from fedsft_assets.specs import COMBINED, PRESETS, JobSpec, SiteSpec
 from fedsft_assets.store import Store, split_file
+from fedsft_assets.versions import current
+from fedsft_assets_tests.prepared import made_current
 
 
 @pytest.fixture
 def mark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     mark = execution_mark(str(tmp_path))
     monkeypatch.setenv(MARK, mark)
+    monkeypatch.setenv(STUDY_HOME, str(tmp_path))
     return mark
 
 
@@ -28,20 +30,16 @@ def _job_folder(home: Path) -> Path:
     """A job folder for the execution `an-execution`, on files that nobody reads."""
     store = Store(home)
     for dataset, split in (("alpaca", "training"), (COMBINED, "validation")):
-        path = split_file(store.splits(dataset), split)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("{}\n", encoding="utf-8")
+        with made_current(store.splits(dataset)) as splits:
+            split_file(splits, split).write_text("{}\n", encoding="utf-8")
+    with made_current(store.base_model("tiny")) as base_model:
+        (base_model / "tiny.nemo").write_text("nobody reads it", encoding="utf-8")
     spec = JobSpec(name="job", description="", rounds=1, sites={"site-1": SiteSpec(dataset="alpaca")})
     build_job_folder(spec, PRESETS["tiny"], store)
-    meta_file = store.job_folder("job") / "meta.json"
+    meta_file = current(store.job_folder("job")) / "meta.json"
     meta = json.loads(meta_file.read_text(encoding="utf-8"))
     meta_file.write_text(json.dumps({**meta, EXECUTION_KEY: "an-execution"}), encoding="utf-8")
-    return store.job_folder("job")
-
-
-def test_folder_with_a_space_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UnavailableError, match=r"my home: has a space in it.*; set FEDSFT_HOME"):
-        Simulator(tmp_path / "my home", 1).prepare(["site-1"])
+    return current(store.job_folder("job"))
 
 
 @pytest.mark.slow
@@ -49,7 +47,7 @@ def test_simulation_that_ends_by_itself_has_failed_whatever_an_earlier_one_left(
     job_folder = _job_folder(tmp_path)
     shutil.rmtree(job_folder / "app_server")  # NVFlare does not take it
     simulator = Simulator(tmp_path / "runtime", 1)
-    simulator.prepare(["site-1"])
+    list(simulator.gather(["site-1"], 1))
     journal = tmp_path / "runtime" / "states" / "an-execution" / JOURNAL_FILE
     journal.parent.mkdir(parents=True)
     journal.write_text(to_line(Started(0)) + to_line(Finished()), encoding="utf-8")
@@ -59,6 +57,7 @@ def test_simulation_that_ends_by_itself_has_failed_whatever_an_earlier_one_left(
             time.sleep(0.1)
         assert not state.succeeded
         assert len(simulator.new_lines(job_id)) == 2
+        assert simulator.journal(job_id) == journal.read_text(encoding="utf-8").splitlines()
         with journal.open("a", encoding="utf-8") as file:
             file.write(to_line(Finished()))
         assert simulator.poll(job_id).succeeded

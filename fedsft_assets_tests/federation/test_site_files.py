@@ -11,8 +11,9 @@ import pytest
 from fedsft_assets.federation.site_files import SITE_HOME, with_own_files
 from fedsft_assets.specs import PRESETS, SitePlan, SpecError, TrainingSpec
 from fedsft_assets.store import file_digest
+from fedsft_assets_tests.watched import open_to_others
 
-STUDY = "/somewhere/else"  # the machine that built the job folder
+DIGEST = "0123" * 16  # of whatever the study has
 FILES = {
     "training_file": "datasets/support/training.jsonl",
     "validation_file": "datasets/combined/validation.jsonl",
@@ -42,9 +43,9 @@ def plan(home: Path) -> SitePlan:
         max_evaluation_records=None,
         seed=1,
         training=PRESETS["tiny"].resolve(TrainingSpec()),
-        training_file=Path(f"{STUDY}/processed/support/training.jsonl"),
-        validation_file=Path(f"{STUDY}/combined/validation.jsonl"),
-        base_model=Path(f"{STUDY}/base_models/tiny.nemo"),
+        training_file=Path(f"processed/support/{DIGEST}/training.jsonl"),
+        validation_file=Path(f"combined/{DIGEST}/validation.jsonl"),
+        base_model=Path(f"base_models/tiny/{DIGEST}/tiny.nemo"),
         digests={"validation_file": file_digest(home / FILES["validation_file"])},
     )
 
@@ -93,11 +94,11 @@ def test_a_file_with_other_content_than_the_job_was_built_for_is_refused(
 @pytest.mark.parametrize(
     ("field", "path", "expected"),
     [
-        ("training_file", "/etc/passwd", "names no split"),
-        ("training_file", "../training.jsonl", "is no plain name"),
-        ("training_file", "/x/.ssh/training.jsonl", "is no plain name"),
+        ("training_file", "/etc/secrets/0/passwd", "names no split"),
+        ("training_file", "../0/training.jsonl", "is no plain name"),
+        ("training_file", "/x/.ssh/0/training.jsonl", "is no plain name"),
         ("training_file", "training.jsonl", "is no plain name"),
-        ("validation_file", "/x/combined/other.jsonl", "names no split"),
+        ("validation_file", "/x/combined/0/other.jsonl", "names no split"),
         ("base_model", "/x/model.bin", "names no .nemo archive"),
         ("base_model", "/x/..", "is no plain name"),
     ],
@@ -193,6 +194,32 @@ def test_a_configured_kit_allows_one_trainer_no_code_and_the_gpus_that_it_is_tol
     done = _fedsft_site(tmp_path, "configure", str(tmp_path))
     assert done.returncode == 1
     assert "has no startup/fed_client.json" in done.stderr
+
+
+def test_a_configured_kit_and_the_sites_files_are_closed_to_others(tmp_path: Path) -> None:
+    """As somebody has unpacked them without a thought."""
+    kit, home = tmp_path / "kit", tmp_path / "home"
+    (home / "datasets" / "alpaca").mkdir(parents=True)
+    (home / "datasets" / "alpaca" / "training.jsonl").write_text("{}")
+    (home / "something else").mkdir()
+    for folder in ("startup", "local"):
+        (kit / folder).mkdir(parents=True)
+    (kit / "startup" / "fed_client.json").write_text("{}")
+    (kit / "startup" / "client.key").write_text("a key")
+    (kit / "local" / "resources.json.default").write_text('{"components": []}')
+    for path in [kit, *kit.rglob("*"), home, *home.rglob("*")]:
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    done = _fedsft_site(home, "configure", str(kit))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == (
+        f"{kit}: this startup kit was open to other accounts of this computer; no longer. Whoever has read client.key"
+        " can act in its name: have it provisioned anew"
+    )
+    assert done.stderr == f"{home}: was open to other accounts of this computer; no longer\n"
+    assert open_to_others(kit) == []
+    assert open_to_others(home) == [home / "something else"]
+    again = _fedsft_site(home, "configure", str(kit))
+    assert (again.stderr, len(again.stdout.splitlines())) == ("", 2)
 
 
 def test_what_starts_the_trainer_takes_no_command_from_a_job() -> None:

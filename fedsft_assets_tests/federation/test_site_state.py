@@ -10,6 +10,7 @@ import torch
 
 from fedsft_assets.federation.exchange import EXECUTION_KEY, SITE_STATE_ROOT
 from fedsft_assets.federation.site_state import SiteState, site_state_folder
+from fedsft_assets_tests.small_disk import fill, small_disk, why_not
 
 CPU = torch.device("cpu")
 
@@ -44,6 +45,31 @@ def test_processes_of_one_site_keep_their_own(tmp_path: Path) -> None:
     assert kept["moments"][0]["step"].item() == 1.0
 
 
+def test_nothing_is_kept_once_no_round_is_left(tmp_path: Path) -> None:
+    folder = tmp_path / "states" / "abc" / "site-1"
+    states = [SiteState(folder, rank) for rank in (0, 1)]
+    for state in states:
+        state.save(1, _moments(0.0))
+    states[0].clear()
+    assert states[1].load(1, CPU) is not None
+    states[1].clear()
+    assert list((tmp_path / "states").iterdir()) == []
+    states[0].clear()  # nor is it missed
+
+
+def test_what_the_server_cannot_go_on_with_is_removed_and_what_may_just_have_begun_is_not(tmp_path: Path) -> None:
+    def kept(execution: str, site: str, minutes: int) -> Path:
+        folder = tmp_path / execution / site
+        SiteState(folder).save(1, _moments(0.0))
+        os.utime(folder, times=(0, time.time() - 60 * minutes))
+        return folder
+
+    known, own = kept("known", "site-1", 99), kept("abc", "site-1", 99)
+    gone, fresh, of_another = kept("gone", "site-1", 11), kept("fresh", "site-1", 9), kept("gone", "site-2", 99)
+    SiteState(own).clear_others(["known"])
+    assert [path.exists() for path in (known, own, gone, fresh, of_another)] == [True, True, False, True, True]
+
+
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     """Where NVFlare runs a job at a site."""
@@ -69,3 +95,18 @@ def test_states_of_which_nothing_was_heard_for_a_month_are_removed(
         os.utime(tmp_path / "states" / name, times=(0, time.time() - days * 86_400))
     site_state_folder(run_dir, "site-1")
     assert {path.name for path in (tmp_path / "states").iterdir()} == {"recent", "abc"}
+
+
+@pytest.mark.skipif(bool(why_not()), reason=str(why_not()))
+def test_full_disk_is_named_and_leaves_what_was_kept_and_room_to_say_so(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", megabytes=4) as disk:
+        state = SiteState(disk / "site-1")
+        state.save(1, _moments(1.0))
+        for room in (0, 200_000):
+            fill(disk / "ballast")
+            os.truncate(disk / "ballast", (disk / "ballast").stat().st_size - room)
+            with pytest.raises(OSError, match=r"^\[Errno 28\] No space left on device: '.*/0-000002\.pt'$"):
+                state.save(2, {"moments": torch.zeros(100_000)})
+            (disk / "said").write_bytes(bytes(room // 2))
+            assert state.load(1, CPU) is not None
+            assert {path.name for path in (disk / "site-1").iterdir()} == {"0-000001.pt"}

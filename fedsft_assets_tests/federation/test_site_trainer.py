@@ -1,8 +1,10 @@
 """A site's trainer with a real tiny model: what it is given, what it sends, and what it says meanwhile."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,10 +21,11 @@ from fedsft_assets.federation.exchange import (
     VERSION_KEY,
     Kind,
 )
-from fedsft_assets.federation.metrics import Point, points_from_data
+from fedsft_assets.federation.metrics import Point, points_to_data
 from fedsft_assets.federation.phases import PhaseClock, metric_name, phase_of
 from fedsft_assets.federation.server import FederatedSFT
 from fedsft_assets.federation.site_exchange import ExchangeError
+from fedsft_assets.federation.site_messages import RoundLimits, points_of
 from fedsft_assets.federation.site_trainer import SiteTrainer
 from fedsft_assets.federation.stream_sending import made
 from fedsft_assets.model.base import create_base_model
@@ -93,8 +96,7 @@ def make_trainer(files: Path, heard: Heard) -> MakeTrainer:
             job="fedavg",
             site=site,
             rounds=3,
-            local_epochs=1,
-            max_local_steps=2,
+            **{"local_epochs": 1, "max_local_steps": 2, **plan},
             max_evaluation_records=None,
             seed=1,
             training=PRESETS["tiny"].resolve(training),
@@ -102,7 +104,6 @@ def make_trainer(files: Path, heard: Heard) -> MakeTrainer:
             training_file=files / "training.jsonl",
             validation_file=files / "validation.jsonl",
             digests={},
-            **plan,
         )
         return _Trainer(given, PhaseClock(), heard, state)
 
@@ -133,7 +134,38 @@ def _sent(params: Weights, round_number: int = 0, kind: Kind = Kind.FULL, versio
     )
 
 
+def _limits(trainer: SiteTrainer) -> RoundLimits:
+    plan = trainer.plan
+    return RoundLimits(
+        work=plan.work,
+        precision=plan.training.precision,
+        max_length=plan.training.max_length,
+        validation_records=len(trainer.validation),
+        records={plan.site: len(trainer.training)},
+    )
+
+
+def _points(data: list[dict[str, Any]], site: str = "site-1") -> list[Point]:
+    return [Point(**point, site=site) for point in data]
+
+
 # What travels.
+
+
+@pytest.mark.parametrize("changes", [{"local_epochs": 1}, {"local_epochs": 2, "max_local_steps": None}])
+def test_what_a_site_says_is_within_what_the_server_believes(
+    make_trainer: MakeTrainer, base: Weights, heard: Heard, changes: dict[str, Any]
+) -> None:
+    trainer = make_trainer(**changes)
+    limits, records = _limits(trainer), len(trainer.training)
+    for number in range(2):
+        update = limits.update(trainer.train(_sent(base, number)).meta, number, records)
+        assert (update.kind, update.records) == ("change", records)
+        for text, points in heard:
+            content = json.dumps({"text": text, "points": points_to_data(points)})
+            assert points_of("site-1", limits.word(content, number).points) == points
+        heard.clear()
+    limits.score(trainer.evaluate(_sent(base, 2)).meta, 2, records)
 
 
 def test_change_that_a_site_sends_is_what_it_trained_minus_what_it_was_given(
@@ -172,7 +204,8 @@ def test_with_bf16_changes_every_site_has_the_servers_model_bit_for_bit(
     make_trainer: MakeTrainer, base: Weights, tmp_path: Path
 ) -> None:
     trainers = [make_trainer(site, wire="bf16-diff") for site in ("site-1", "site-2")]
-    server = FederatedSFT(sites=["site-1", "site-2"], num_rounds=3, base_model="base.nemo", wire="bf16-diff")
+    limits = _limits(trainers[0]).model_dump()
+    server = FederatedSFT(["site-1", "site-2"], num_rounds=3, limits=limits, base_model="base.nemo", wire="bf16-diff")
     server.open(tmp_path / "state")
     server._weights = _copy(base)
     kinds = [[Kind.FULL, Kind.FULL], [Kind.CHANGE, Kind.CHANGE], [Kind.CHANGE, Kind.FULL], [Kind.CHANGE] * 2]
@@ -221,6 +254,46 @@ def test_excluded_tensors_never_leave_a_site(make_trainer: MakeTrainer, base: We
     assert name not in result.params
 
 
+PRIVATE = {"privacy": {"clip": 0.5, "noise_multiplier": 0.01}}
+STEP = 2.0**-24  # of noise of 0.005
+
+
+@pytest.mark.parametrize("wire", ["fp32", "bf16-diff"])
+def test_private_change_is_clipped_and_has_noise_in_whole_steps_whatever_travels(
+    make_trainer: MakeTrainer, base: Weights, wire: str
+) -> None:
+    exact = make_trainer().train(_sent(base)).params
+    sent = make_trainer(wire=wire, filters=PRIVATE).train(_sent(base)).params
+    norm = math.sqrt(sum(change.double().square().sum().item() for change in exact.values()))
+    assert norm > 0.5
+    noise = torch.cat([(sent[name].double() - exact[name] * (0.5 / norm)).view(-1) for name in exact])
+    assert noise.std().item() == pytest.approx(0.005, rel=0.01)
+    for change in sent.values():
+        steps = change.double() / STEP
+        assert torch.equal(steps, steps.round())
+
+
+def test_private_adapters_that_are_sent_whole_have_noise_on_each_number(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(peft=PeftSpec(rank=2), filters=PRIVATE)
+    sent = trainer.train(_sent({})).params
+    change = torch.cat([(sent[name] - first).view(-1) for name, first in trainer.exchange.first.items()])
+    assert change.norm().item() == pytest.approx(math.hypot(0.5, 0.005 * math.sqrt(change.numel())), rel=0.1)
+    assert (change != 0).double().mean() > 0.999
+
+
+@pytest.mark.parametrize("asked", [0, 1, 3])
+def test_private_change_of_a_round_leaves_once_and_of_no_other_round(
+    make_trainer: MakeTrainer, base: Weights, asked: int
+) -> None:
+    trainer = make_trainer(filters=PRIVATE)
+    trainer.train(_sent(base, 1))
+    with pytest.raises(
+        ExchangeError, match=rf"^site-1: was asked for its change of round {asked + 1} of 3 after that of"
+    ):
+        trainer.train(_sent(base, asked))
+    trainer.train(_sent(base, 2))
+
+
 @pytest.mark.parametrize("version", ["0", None])
 @pytest.mark.parametrize("task", ["train", "evaluate"])
 def test_server_of_another_version_is_an_error_that_says_what_to_do(
@@ -251,7 +324,7 @@ def test_model_that_is_not_the_sites_is_an_error_that_names_its_tensors(
 def test_result_says_how_much_was_trained_on(make_trainer: MakeTrainer, base: Weights) -> None:
     trainer = make_trainer()
     result = trainer.train(_sent(base))
-    steps = [point for point in points_from_data(result.meta[POINTS_KEY]) if point.name == "train_loss"]
+    steps = [point for point in _points(result.meta[POINTS_KEY]) if point.name == "train_loss"]
     assert [(point.round, point.step, point.samples, point.site) for point in steps] == [
         (1, 1, 4, "site-1"),
         (1, 2, 8, "site-1"),
@@ -266,7 +339,7 @@ def test_losses_are_those_of_the_given_and_of_the_trained_model(make_trainer: Ma
     before = mean_loss(trainer.model, trainer.validation, trainer.plan.training)
     result = trainer.train(_sent(base, 1))
     after = mean_loss(trainer.model, trainer.validation, trainer.plan.training)
-    points = {point.name: point for point in points_from_data(result.meta[POINTS_KEY])}
+    points = {point.name: point for point in _points(result.meta[POINTS_KEY])}
     assert points["val_loss"] == Point("val_loss", before.loss, 1, 8, "site-1", tokens=before.tokens)
     assert points["val_loss_local"] == Point("val_loss_local", after.loss, 2, 16, "site-1", tokens=after.tokens)
     assert before.loss != after.loss
@@ -278,7 +351,7 @@ def test_every_point_that_is_told_comes_in_the_result_too(
     trainer = make_trainer()
     for number in range(2):
         heard.clear()
-        points = points_from_data(trainer.train(_sent(base, number)).meta[POINTS_KEY])
+        points = _points(trainer.train(_sent(base, number)).meta[POINTS_KEY])
         told = heard.points
         assert {point.name for point in told} == {"val_loss", "train_loss", "val_loss_local"}
         measured = [point for point in points if not phase_of(point.name)]
@@ -289,17 +362,17 @@ def test_every_point_that_is_told_comes_in_the_result_too(
 
 
 def test_seconds_of_every_phase_come_with_the_result(make_trainer: MakeTrainer, base: Weights) -> None:
-    points = points_from_data(make_trainer().train(_sent(base)).meta[POINTS_KEY])
+    points = _points(make_trainer().train(_sent(base)).meta[POINTS_KEY])
     assert {metric_name(phase) for phase in ("load", "tokenize", "validate")} <= {point.name for point in points}
 
 
-def test_what_is_told_names_site_round_and_step(make_trainer: MakeTrainer, heard: Heard, base: Weights) -> None:
+def test_what_is_told_names_round_and_step(make_trainer: MakeTrainer, heard: Heard, base: Weights) -> None:
     trainer = make_trainer()
     assert any("12 records to train on" in text for text in heard.texts)
     heard.clear()
     trainer.train(_sent(base, 1))
-    assert all(text.startswith("site-1 · ") for text in heard.texts)
-    assert any(text.startswith("site-1 · round 2 of 3 · step 2 of 2 · train_loss ") for text in heard.texts)
+    assert not any("site-1" in text for text in heard.texts)  # whose word it is the server knows
+    assert any(text.startswith("round 2 of 3 · step 2 of 2 · train_loss ") for text in heard.texts)
     assert any("val_loss" in text and "after 1 of 3 rounds" in text for text in heard.texts)
 
 
@@ -307,7 +380,7 @@ def test_evaluation_scores_and_changes_nothing(make_trainer: MakeTrainer, base: 
     trainer = make_trainer()
     result = trainer.evaluate(_sent(base, 3))
     assert not result.params
-    assert [p.round for p in points_from_data(result.meta[POINTS_KEY]) if p.name == "val_loss"] == [3]
+    assert [p.round for p in _points(result.meta[POINTS_KEY]) if p.name == "val_loss"] == [3]
     assert _same(dict(trainer.devices.weights()), base)
 
 

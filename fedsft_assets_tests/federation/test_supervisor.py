@@ -3,7 +3,7 @@
 import json
 import os
 import signal
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +14,10 @@ from fedsft_assets.federation.events import Event, JobError
 from fedsft_assets.federation.exchange import EXECUTION_KEY
 from fedsft_assets.federation.journal import (
     Entry,
+    Finished,
     Missed,
     Progress,
+    Regroup,
     RoundDone,
     Started,
     Stopped,
@@ -23,17 +25,19 @@ from fedsft_assets.federation.journal import (
     to_line,
 )
 from fedsft_assets.federation.metrics import Point
+from fedsft_assets.federation.privacy import RELEASES_FILE, Releases
 from fedsft_assets.federation.record import Workspace
 from fedsft_assets.federation.report import MODEL_FILE
-from fedsft_assets.federation.runtime import JobState, ResultLostError, UnavailableError
+from fedsft_assets.federation.runtime import JobState, RefusedError, ResultLostError, UnavailableError
 from fedsft_assets.federation.supervisor import Supervision, explain
 from fedsft_assets.federation.trainer_log import FAILURE_MARK, TrainerFailure
-from fedsft_assets.specs import PRESETS, JobSpec, SitePlan, SiteSpec, TrainingSpec
+from fedsft_assets.specs import PRESETS, FiltersSpec, JobSpec, PrivacySpec, SitePlan, SiteSpec, TrainingSpec
 from fedsft_assets.store import file_digest
 from fedsft_assets_tests.federation.test_report import REPORT
 
 RUNNING, DONE = JobState(False, False, "RUNNING"), JobState(True, True, "FINISHED:COMPLETED")
 FAILED = JobState(True, False, "FINISHED:EXECUTION_EXCEPTION")
+ABNORMAL = JobState(True, False, "FINISHED:ABNORMAL")
 SITES = ["site-1", "site-2"]
 VAL, LATER = Point("val_loss", 7.0, 0, 0, time=1.0), Point("val_loss", 2.0, 1, 16, time=2.0)
 DIED = "RuntimeError: trainer process exited (rc=-9) before task 'train' produced a result"
@@ -50,7 +54,10 @@ class Jobs:
         self.submissions: list[Path] = []
         self.taken: dict[str, str] = {}  # the job of each token
         self.unavailable_at = ""
+        self.refuses = False
+        self.missing: list[str] = []
         self.without_result: set[str] = set()
+        self.without_journal = False
         self._state, self._lines = RUNNING, list[str]()
         self._handed_out = 0
 
@@ -59,13 +66,18 @@ class Jobs:
         self._handed_out = 0
         return self
 
+    def lose_journal(self, kept: int = 0) -> None:
+        """As a server does whose disk is another one."""
+        self._lines = self._lines[:kept]
+
     def _do(self, what: str) -> None:
         self.done.append(what)
         if self.unavailable_at == what:
             raise UnavailableError("the server is away; start it")
 
-    def prepare(self, sites: list[str]) -> None:
-        self._do(f"prepare {' '.join(sites)}")
+    def gather(self, sites: list[str], at_least: int) -> Iterator[str]:
+        self._do(f"gather {at_least} of {' '.join(sites)}")
+        yield from self.missing
 
     def submit(self, job_folder: Path, token: str) -> str:
         job_id = self.taken.setdefault(token, f"job-{len(self.taken) + 1}")
@@ -82,14 +94,20 @@ class Jobs:
         return self._state
 
     def new_lines(self, job_id: str) -> list[str]:  # noqa: ARG002
+        if self.refuses and not self._state.ended:
+            raise RefusedError("user not authorized for the action 'app_command'")
         lines, self._handed_out = self._lines[self._handed_out :], len(self._lines)
         return lines
+
+    def journal(self, job_id: str) -> list[str] | None:  # noqa: ARG002
+        return None if self.without_journal else list(self._lines)
 
     def end_of_log(self, job_id: str, name: str, lines: int) -> str:  # noqa: ARG002
         return "\n".join(self.logs.get(name, "").splitlines()[-lines:])
 
     def abort(self, job_id: str) -> None:
         self._do(f"abort {job_id}")
+        self._state = self._state if self._state.ended else ABNORMAL
 
     def fetch(self, job_id: str, into: Path) -> None:
         self._do(f"fetch {job_id}")
@@ -170,14 +188,14 @@ def test_job_is_submitted_followed_and_fetched(attempt: Attempt, jobs: Jobs, wor
     events, error = _events(one)
     assert error is None
     assert events == [Progress("FLARE job job-1 in the poc"), VAL, Progress("busy"), missed, LATER]
-    assert jobs.done == ["prepare site-1 site-2", "submit", *["poll job-1"] * 3, "fetch job-1"]
+    assert jobs.done == ["gather 1 of site-1 site-2", "submit", *["poll job-1"] * 3, "fetch job-1"]
     assert (workspace.result / "best_global_model.pt").read_text() == "a model"
     execution = workspace.execution()
     assert execution is not None
     assert (execution.job_id, execution.rounds, execution.ended) == ("job-1", 1, False)
     assert execution.status == DONE.said
-    assert list(one.points.values()) == [VAL, LATER]
-    assert one.missed == [missed]
+    assert list(one.history.points.values()) == [VAL, LATER]
+    assert one.history.missed == [missed]
 
 
 def test_submitted_job_folder_names_its_execution_and_the_users_stays_as_it_is(
@@ -254,8 +272,8 @@ def test_running_job_of_an_earlier_attempt_is_taken_over_and_nothing_is_told_twi
     assert error is None
     assert events_again == [Progress("takes over FLARE job job-1"), LATER]
     assert "submit" not in jobs.done
-    assert list(again.points.values()) == [VAL, LATER]
-    assert [one.site for one in again.missed] == ["site-2"]
+    assert list(again.history.points.values()) == [VAL, LATER]
+    assert [one.site for one in again.history.missed] == ["site-2"]
     assert not any(done.startswith("abort") for done in jobs.done)
 
 
@@ -275,16 +293,12 @@ def test_job_that_ended_well_meanwhile_is_fetched(attempt: Attempt, jobs: Jobs, 
 
 
 def test_running_job_of_another_job_folder_is_ended_first(attempt: Attempt, jobs: Jobs, workspace: Workspace) -> None:
-    execution = workspace.execution()
-    assert execution is not None
-    workspace.save(replace(execution, submissions=1, job_id="job-9"))
-    assert workspace.take_up({"runtime": "poc", "job_folder": "changed"}).superseded == ["job-9"]
-    assert workspace.take_up({"runtime": "poc", "job_folder": "changed again"}).superseded == ["job-9"]
+    assert workspace.take_up({"runtime": "poc", "job_folder": "changed"}, ["job-9"]).superseded == ["job-9"]
     jobs.steps = [(RUNNING, []), (DONE, [Started(0), VAL])]
     events, error = _events(attempt())
     assert error is None
     assert events == [
-        Progress("ends FLARE job job-9, which was of another job folder"),
+        Progress("ends FLARE job job-9, which is of another execution"),
         Progress("FLARE job job-1 in the poc"),
         VAL,
     ]
@@ -296,15 +310,131 @@ def test_running_job_of_another_job_folder_is_ended_first(attempt: Attempt, jobs
     assert workspace.take_up({"runtime": "poc"}).superseded == []
 
 
-def test_job_whose_result_the_server_has_lost_is_run_anew_by_the_next_attempt(attempt: Attempt, jobs: Jobs) -> None:
-    jobs.without_result, jobs.steps = {"job-1"}, [(DONE, [Started(0), RoundDone(3), VAL])]
-    error = _failure(attempt())
-    assert (str(error), error.lost) == ("no result of job-1; another attempt runs it anew", True)
-    jobs.steps = [(RUNNING, []), (DONE, [Started(0), RoundDone(3), LATER])]
-    events, none = _events(attempt())
-    assert none is None
-    assert events[-1] == LATER
+def test_job_whose_result_is_lost_is_submitted_once_more_for_its_server_to_hand_it_over(
+    attempt: Attempt, jobs: Jobs, workspace: Workspace
+) -> None:
+    first = workspace.execution()
+    jobs.without_result = {"job-1"}
+    jobs.steps = [(FAILED, [Started(0), VAL, RoundDone(3), LATER, Finished()])]  # as its server's parent dies then
+    jobs.steps += [(FAILED, []), (DONE, [Started(3), Finished()])]
+    one = attempt()
+    events, error = _events(one)
+    assert error is None
+    assert events[-3:] == [
+        Progress("no result of job-1; the job is submitted once more to hand it over"),
+        Progress("goes on after round 3 of 3"),
+        Progress("FLARE job job-2 in the poc"),
+    ]
     assert jobs.done[-1] == "fetch job-2"
+    assert list(one.history.points.values()) == [VAL, LATER]
+    assert first is not None
+    assert {meta_execution(folder) for folder in jobs.submissions} == {first.id}
+
+
+def meta_execution(submitted: Path) -> str:
+    return str(json.loads((submitted / "meta.json").read_text())[EXECUTION_KEY])
+
+
+# A history is one unbroken chain.
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["at once", "by the next attempt"])
+def test_job_that_has_finished_is_finished_however_nvflare_says_that_it_ended(
+    attempt: Attempt, jobs: Jobs, workspace: Workspace, again: bool
+) -> None:
+    jobs.steps = [(RUNNING, [Started(0), VAL, RoundDone(3)])]
+    if again:
+        list(_until(attempt().run(), 2))
+    jobs.steps += [(ABNORMAL, [LATER, Finished()])]
+    one = attempt()
+    _, error = _events(one)
+    assert error is None
+    assert jobs.done[-1] == "fetch job-1"
+    assert list(jobs.taken.values()) == ["job-1"]
+    execution = workspace.execution()
+    assert execution is not None
+    assert execution.status == ABNORMAL.said
+    assert list(one.history.points.values()) == [VAL, LATER]
+
+
+def test_finished_job_that_does_not_end_is_ended_and_fetched(
+    attempt: Attempt, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(supervisor.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(supervisor.time, "sleep", lambda _: now.__setitem__(0, now[0] + 20.0))
+    jobs.steps = [(RUNNING, [Started(0), VAL, RoundDone(3), Finished()]), *[(RUNNING, [])] * 2]
+    jobs.steps += [(JobState(True, False, "FINISHED:ABORTED"), [])]
+    events, error = _events(attempt())
+    assert error is None
+    assert events[-1] == Progress("FLARE job job-1 has finished, but does not end by itself; it is ended")
+    assert jobs.done[-3:] == ["abort job-1", "poll job-1", "fetch job-1"]
+
+
+@pytest.mark.parametrize("journal", ["it is another one", "it goes on with rounds that are lost"])
+def test_server_that_begins_from_zero_begins_another_history_and_none_of_it_is_taken_for_the_first(
+    attempt: Attempt, jobs: Jobs, workspace: Workspace, journal: str
+) -> None:
+    first = workspace.execution()
+    assert first is not None
+    jobs.steps = [(RUNNING, [Started(0), VAL, RoundDone(1), LATER, RoundDone(2)])]
+    list(_until(attempt().run(), 3))
+    if journal == "it is another one":
+        jobs.lose_journal()
+    second = [Started(0), replace(VAL, value=7.5, time=9.0), RoundDone(1), replace(LATER, value=2.5)]
+    jobs.steps = [(FAILED, []), (RUNNING, second)]
+    events, error = _events(attempt())
+    assert error is not None
+    assert error.lost
+    begun = workspace.execution()
+    assert begun is not None
+    assert begun.id != first.id
+    assert (begun.submissions, begun.rounds, begun.seconds, begun.superseded) == (0, 0, 0.0, ["job-2"])
+    assert str(error).startswith(f"history {first.id} cannot go on: its server ")
+    assert str(error).endswith(f"; another attempt begins history {begun.id} from zero")
+    assert [event for event in events if isinstance(event, Point)] == []
+    assert "abort job-2" in jobs.done
+
+    jobs.lose_journal()
+    jobs.steps = [(FAILED, []), (DONE, [*second, RoundDone(2), RoundDone(3), Finished()])]
+    one = attempt()
+    events, none = _events(one)
+    assert none is None
+    assert meta_execution(jobs.submissions[-1]) == begun.id
+    assert [event for event in events if isinstance(event, Point)] == [second[1], second[3]]
+    assert [point.value for point in one.history.points.values()] == [7.5, 2.5]
+    assert [from_line(line) for line in workspace.journal.read_text().splitlines()][:2] == second[:2]
+
+
+def test_history_whose_copy_is_lost_still_knows_its_finished_rounds(
+    attempt: Attempt, jobs: Jobs, workspace: Workspace
+) -> None:
+    jobs.steps = [(RUNNING, [Started(0), VAL, RoundDone(1)])]
+    list(_until(attempt().run(), 2))
+    execution = workspace.execution()
+    assert execution is not None
+    workspace.save(replace(execution, rounds=1))
+    workspace.journal.unlink()
+    jobs.lose_journal()
+    jobs.steps = [(RUNNING, [Started(0)])]
+    assert "its server goes on after round 0, though it had finished round 1" in str(_failure(attempt()))
+
+
+def test_points_after_the_last_round_that_a_server_lost_with_its_power_do_not_break_the_chain(
+    attempt: Attempt, jobs: Jobs, workspace: Workspace
+) -> None:
+    jobs.steps = [(RUNNING, [Started(0), VAL, RoundDone(1), Progress("busy")])]
+    list(_until(attempt().run(), 3))
+    first = workspace.execution()
+    jobs.lose_journal(kept=3)
+    jobs.steps = [(FAILED, []), (DONE, [Started(1), LATER, RoundDone(3), Finished()])]
+    one = attempt()
+    assert _events(one)[1] is None
+    assert list(one.history.points.values()) == [VAL, LATER]
+    last = workspace.execution()
+    assert first is not None
+    assert last is not None
+    assert last.id == first.id
 
 
 @pytest.mark.parametrize("outlives", [True, False], ids=["it failed meanwhile", "it died with its supervisor"])
@@ -330,8 +460,8 @@ def test_result_that_is_here_already_is_not_fetched_again(attempt: Attempt, jobs
     again = attempt()
     assert _events(again) == ([Progress("the job has ended already; its result is here")], None)
     assert jobs.done == []
-    assert list(again.points.values()) == [VAL, LATER]
-    assert [one.round for one in again.missed] == [1]
+    assert list(again.history.points.values()) == [VAL, LATER]
+    assert [one.round for one in again.history.missed] == [1]
 
 
 def test_seconds_are_those_of_all_attempts_also_of_one_that_was_killed(
@@ -388,7 +518,148 @@ def test_sites_that_were_missed_in_a_round_that_is_done_again_do_not_count(attem
     jobs.steps = [(DONE, [Started(0), lost[0], RoundDone(1), lost[1], Started(1), RoundDone(2)])]
     one = attempt()
     _events(one)
-    assert one.missed == [lost[0]]
+    assert one.history.missed == [lost[0]]
+
+
+# What left the sites with noise.
+
+
+@pytest.fixture
+def private(attempt: Attempt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Releases:  # noqa: ARG001
+    """The same job, with noise; the record of releases."""
+    monkeypatch.setenv("FEDSFT_HOME", str(tmp_path / "home"))
+    spec_file = tmp_path / "job_folders" / "fedavg" / "job.json"
+    spec = JobSpec.model_validate_json(spec_file.read_text())
+    filters = FiltersSpec(privacy=PrivacySpec(clip=1.0, noise_multiplier=2.0))
+    spec_file.write_text(spec.model_copy(update={"filters": filters}).model_dump_json())
+    return Releases(tmp_path / "home" / RELEASES_FILE)
+
+
+def _counts(releases: Releases) -> list[int]:
+    return [count for _, count in releases.of("site-1", "alpaca")]
+
+
+def test_each_round_is_a_release_and_each_that_was_cut_off_is_one_more(
+    attempt: Attempt, jobs: Jobs, private: Releases
+) -> None:
+    jobs.steps = [
+        (FAILED, [Started(0), VAL, RoundDone(1)]),
+        (FAILED, []),
+        (FAILED, [Started(1), RoundDone(2), RoundDone(3)]),  # it dies while the last model is scored
+        (FAILED, []),
+        (DONE, [Started(3), Finished()]),
+    ]
+    assert _events(attempt())[1] is None
+    assert _counts(private) == [4]
+
+
+def test_releases_are_charged_before_they_can_happen_and_settled_when_the_job_has_said_all(
+    attempt: Attempt, jobs: Jobs, private: Releases
+) -> None:
+    jobs.unavailable_at = "submit"
+    assert _failure(attempt()).lost
+    assert _counts(private) == [3]
+    jobs.unavailable_at, jobs.steps = "", [(RUNNING, [Started(0), VAL, RoundDone(1)])]
+    list(_until(attempt().run(), 2))
+    assert _counts(private) == [3]
+    jobs.steps = [(FAILED, [Stopped("found 0 tokens")])]  # in the middle of round 2
+    assert str(_failure(attempt())) == "found 0 tokens"
+    assert _counts(private) == [2]
+
+
+def test_releases_of_a_history_that_cannot_go_on_count_for_ever(
+    attempt: Attempt, jobs: Jobs, private: Releases
+) -> None:
+    jobs.steps = [(RUNNING, [Started(0), VAL, RoundDone(1), RoundDone(2)])]
+    list(_until(attempt().run(), 2))
+    jobs.lose_journal()
+    jobs.steps = [(FAILED, []), (RUNNING, [Started(0), replace(VAL, time=9.0)])]
+    assert _failure(attempt()).lost
+    jobs.lose_journal()
+    jobs.steps = [(FAILED, []), (DONE, [Started(0), RoundDone(3), Finished()])]
+    assert _events(attempt())[1] is None
+    # Of the first, two rounds, the third that was cut off, and the one that its server began from zero.
+    assert _counts(private) == [4, 1]
+
+
+def test_rounds_of_a_broken_history_that_were_not_read_before_it_was_ended_count(
+    attempt: Attempt, jobs: Jobs, private: Releases, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    abort = Jobs.abort
+
+    def goes_on_until_then(own: Jobs, job_id: str) -> None:
+        if not own._state.ended:
+            own._lines += [to_line(entry)[:-1] for entry in (RoundDone(1), RoundDone(2))]
+        abort(own, job_id)
+
+    jobs.steps = [(RUNNING, [Started(0), RoundDone(1), VAL])]
+    list(_until(attempt().run(), 2))
+    jobs.lose_journal()
+    jobs.steps = [(FAILED, []), (RUNNING, [Started(0), replace(VAL, time=9.0)])]
+    monkeypatch.setattr(Jobs, "abort", goes_on_until_then)
+    assert _failure(attempt()).lost
+    assert _counts(private)[0] == 2 + 3  # a round and one that was cut off; two and one that was cut off
+    jobs.lose_journal()
+    jobs.without_journal = True
+    jobs.steps = [(FAILED, []), (RUNNING, [Started(0), RoundDone(1), VAL])]
+    list(_until(attempt().run(), 2))
+    jobs.lose_journal()
+    jobs.steps = [(FAILED, []), (RUNNING, [Started(0), replace(VAL, time=9.0)])]
+    assert _failure(attempt()).lost
+    assert _counts(private)[1] >= 2 + 3  # what cannot be read is taken to be all that could be
+
+
+def test_rounds_that_a_stopped_job_cannot_do_any_more_are_not_charged(
+    attempt: Attempt, jobs: Jobs, private: Releases
+) -> None:
+    jobs.outlives = False
+    jobs.steps = [(RUNNING, [Started(0), VAL, RoundDone(1)])]
+    events = attempt().run()
+    list(_until(events, 2))
+    assert _counts(private) == [3]
+    jobs._lines.append(to_line(RoundDone(2))[:-1])  # which nobody has read when it is stopped
+    events.close()  # type: ignore[attr-defined]
+    assert _counts(private) == [3]  # two, and one that was cut off
+    jobs.steps = [(RUNNING, [Started(2), replace(LATER, round=2)])]
+    events = attempt().run()
+    list(_until(events, 2))
+    events.close()  # type: ignore[attr-defined]
+    assert _counts(private) == [4]
+
+
+def test_job_that_is_stopped_in_its_first_round_of_three_has_released_once(
+    attempt: Attempt, jobs: Jobs, private: Releases
+) -> None:
+    jobs.outlives = False
+    jobs.steps = [(RUNNING, [Started(0), VAL])]
+    events = attempt().run()
+    list(_until(events, 2))
+    events.close()  # type: ignore[attr-defined]
+    assert _counts(private) == [1]
+
+
+def test_nothing_is_taken_back_of_a_stopped_job_whose_journal_nobody_has(
+    attempt: Attempt, jobs: Jobs, private: Releases
+) -> None:
+    jobs.outlives, jobs.without_journal = False, True
+    jobs.steps = [(RUNNING, [Started(0), VAL])]
+    events = attempt().run()
+    list(_until(events, 2))
+    events.close()  # type: ignore[attr-defined]
+    assert _counts(private) == [3]
+
+
+def test_copy_of_a_journal_that_is_lost_takes_nothing_back(
+    attempt: Attempt, jobs: Jobs, private: Releases, workspace: Workspace
+) -> None:
+    jobs.outlives = False
+    jobs.steps = [(FAILED, [Started(0)]), (FAILED, [Started(0)]), (FAILED, [Started(0)])]
+    assert _failure(attempt()).lost
+    assert _counts(private) == [3]
+    workspace.journal.unlink()
+    jobs.unavailable_at = "submit"
+    assert _failure(attempt()).lost
+    assert _counts(private) == [3]
 
 
 # Failures.
@@ -399,6 +670,14 @@ def test_job_that_its_server_stopped_fails_with_the_servers_reason_for_good(atte
     error = _failure(attempt())
     assert (str(error), error.lost) == ("round 1: site-2: found 0 tokens", False)
     assert "fetch job-1" not in jobs.done
+
+
+def test_job_that_a_policy_does_not_let_run_is_not_started_again(attempt: Attempt, jobs: Jobs) -> None:
+    said = "FINISHED:FAILED_TO_RUN (site-2: BYOC not permitted)"
+    jobs.steps = [(JobState(ended=True, succeeded=False, said=said, forbidden=True), [])]
+    error = _failure(attempt())
+    assert not error.lost
+    assert str(error).startswith(f"FLARE job job-1 may not run: {said}; see local/authorization.json")
 
 
 def test_job_that_stopped_did_not_succeed_whatever_the_runtime_says(attempt: Attempt, jobs: Jobs) -> None:
@@ -447,12 +726,45 @@ def test_server_that_dies_is_started_again_and_nothing_is_told_twice(
         Progress("FLARE job job-2 in the poc"),
         LATER,
     ]
-    assert one.missed == [missed]
+    assert one.history.missed == [missed]
     kept = [from_line(line) for line in workspace.journal.read_text().splitlines()]
     assert kept == [Started(0), VAL, Progress("busy"), missed, RoundDone(1), Started(1), LATER]
 
 
 STOPPED = Stopped("round 2 has results of 0 of 2 sites; min_sites is 1", lost_sites=True)
+
+
+def test_job_that_ends_for_sites_that_have_come_is_submitted_again_as_often_as_it_gets_on(
+    attempt: Attempt, jobs: Jobs, workspace: Workspace
+) -> None:
+    ended = (FAILED, [Regroup(["site-2"])])
+    for number in range(5):
+        jobs.steps += [(RUNNING, [Started(number), RoundDone(number + 1)]), ended, (FAILED, [])]
+    jobs.steps += [(RUNNING, [Started(5)]), (DONE, [Finished()])]
+    events, error = _events(attempt())
+    assert error is None
+    texts = [event.text for event in events if isinstance(event, Progress)]
+    assert "FLARE job job-1 is submitted again, with site-2 too" in texts
+    assert jobs.done.count("submit") == 6
+    assert jobs.done.count("abort job-1") >= 1
+    execution = workspace.execution()
+    assert execution
+    assert execution.status == DONE.said
+
+
+def test_job_that_ends_for_sites_again_and_again_and_gets_nowhere_fails(attempt: Attempt, jobs: Jobs) -> None:
+    for _ in range(3):
+        jobs.steps += [(RUNNING, [Started(0)]), (FAILED, [Regroup(["site-2"])]), (FAILED, [])]
+    error = _failure(attempt())
+    assert jobs.done.count("submit") == 3
+    assert error.lost
+
+
+def test_who_is_missing_is_told_before_the_job_is_submitted(attempt: Attempt, jobs: Jobs) -> None:
+    jobs.missing = ["without site-2 for now, which takes part once it is there: not connected"]
+    jobs.steps = [(DONE, [Started(0), Finished()])]
+    events, _ = _events(attempt())
+    assert events[0] == Progress(jobs.missing[0])
 
 
 def test_trainers_own_traceback_is_shown_and_another_attempt_would_not_help(attempt: Attempt, jobs: Jobs) -> None:
@@ -539,6 +851,29 @@ def test_site_that_went_silent_is_told_with_the_servers_reason(attempt: Attempt,
     assert (str(error), error.lost) == (f"{STOPPED.reason}\nsite-1: it has said nothing for 30 s", True)
 
 
+@pytest.mark.parametrize("quiet", ["refused", "waiting"])
+def test_only_silence_is_silence(attempt: Attempt, jobs: Jobs, monkeypatch: pytest.MonkeyPatch, quiet: str) -> None:
+    now = [0.0]
+    monkeypatch.setattr(supervisor.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(supervisor.time, "sleep", lambda _: now.__setitem__(0, now[0] + 1000.0))
+    state = replace(RUNNING, said="SUBMITTED (connected sites (1) < min_sites (2))", waiting=quiet == "waiting")
+    jobs.refuses, jobs.steps = quiet == "refused", [(state, [])] * 20
+    events = attempt().run()
+    told = list(_until(events, 2))
+    refusal = "user not authorized for the action 'app_command'; what the job does is known only when it has ended"
+    assert told[-1] == Progress(refusal if quiet == "refused" else f"FLARE job job-1 waits: {state.said}")
+    jobs.steps = [*jobs.steps, (DONE, [Started(0), VAL])]
+    assert list(events) == [VAL]  # it is said once
+
+
+def test_job_whose_server_cannot_be_reached_is_left_alone(attempt: Attempt, jobs: Jobs) -> None:
+    jobs.unavailable_at = "poll job-1"
+    assert _failure(attempt()).lost
+    assert "abort job-1" not in jobs.done
+    jobs.unavailable_at, jobs.steps = "", [(RUNNING, [Started(0)]), (DONE, [VAL])]
+    assert _events(attempt())[0] == [Progress("takes over FLARE job job-1"), VAL]
+
+
 def test_job_in_which_nothing_happens_any_more_is_ended(
     attempt: Attempt, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -618,7 +953,7 @@ def test_supervisor_that_is_told_to_stop_before_it_takes_over_ends_the_job_too(
     list(_until(events, 2))
     events.close()  # type: ignore[attr-defined]
     again = attempt()
-    monkeypatch.setattr(jobs, "prepare", lambda _: supervisor._stop(signal.SIGTERM, None))
+    monkeypatch.setattr(jobs, "gather", lambda *_: supervisor._stop(signal.SIGTERM, None))
     with pytest.raises(SystemExit):
         next(again.run())
     assert jobs.done[-1] == "abort job-1"

@@ -1,6 +1,7 @@
 """Tensors as a stream of pieces: what arrives is what was sent, in memory, on the disk, and added to what is there."""
 
 import gc
+import json
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,7 +19,7 @@ from fedsft_assets.federation.exchange import KIND_KEY, VERSION, VERSION_KEY, Ki
 from fedsft_assets.federation.filters import ChangeFilter
 from fedsft_assets.federation.server_state import ServerState
 from fedsft_assets.federation.site_exchange import ExchangeError, SiteExchange
-from fedsft_assets.federation.stream_receiving import add_to, tensors_stored_in
+from fedsft_assets.federation.stream_receiving import BrokenTensor, add_to, tensors_stored_in
 from fedsft_assets.federation.stream_sending import addend, made, made_when_sent
 from fedsft_assets.federation.tensor_storage import StoredTensor
 from fedsft_assets.federation.tensor_stream import StreamedTensors, send_tensors_as_streams
@@ -75,6 +76,11 @@ def _tensors() -> Tensors:
         "T6": torch.tensor([True, False, True]),
         "T7": torch.randn(33, 3, generator=generator).to(torch.bfloat16),
     }
+
+
+def _said(shape: Any = (20,), dtype: str = "torch.float32", gap: int = 0, tensors: int = 1) -> bytes:
+    """What a stream says of its tensors."""
+    return json.dumps({"piece": 64, "tensors": [["T0", dtype, shape, None, gap]] * tensors}).encode()
 
 
 def _same(one: Tensors, other: Tensors) -> bool:
@@ -154,6 +160,46 @@ def test_what_arrived_in_part_is_an_error_and_its_file_is_used_again(tmp_path: P
         assert error is None
         assert _same({name: tensor.materialize() for name, tensor in arrived.items()}, _tensors())
         assert len(list((tmp_path / "results").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("contents", "why"),
+    [
+        (b"no JSON", "its stream has no contents that can be read (1 validation error for _Said Invalid JSON"),
+        (b"{}", "its stream has no contents that can be read (2 validation errors for _Said piece Field required"),
+        (_said(shape=[-1]), "its stream has no contents that can be read (1 validation error"),
+        (_said(shape=[2.5]), "its stream has no contents that can be read (1 validation error"),
+        (_said(gap=-8), "its stream has no contents that can be read (1 validation error"),
+        (
+            _said(dtype="torch.load"),
+            "its stream has no contents that can be read ('torch.load' is no type of a tensor)",
+        ),
+        (_said(tensors=2), "its stream has no contents that can be read (a tensor is there twice)"),
+        (_said(shape=[10**9]), "4,000,000,000 bytes of tensors, where the model has 4,096 at most"),
+        (_said(shape=[1]), "its stream is longer than its contents say"),
+        (_said(shape=[900]), "its stream ended early"),
+    ],
+)
+def test_stream_that_lies_leaves_what_stands_for_its_tensors_and_takes_no_more_room_than_the_model(
+    tmp_path: Path, pieces: list[Any], monkeypatch: pytest.MonkeyPatch, contents: bytes, why: str
+) -> None:
+    """An error would end the server's process, and with it the job, without a word of who it was."""
+    monkeypatch.setattr(stream_contents.Contents, "to_bytes", lambda _: contents)
+    with tensors_stored_in(tmp_path / "results", at_most=4096):
+        error, tensors = _sent({"T0": torch.ones(20)})
+        assert error is None
+        assert "T0" in tensors
+        assert tensors.make_lazy_ref("T0").why.startswith(why)
+        assert sum(path.stat().st_size for path in (tmp_path / "results").iterdir()) <= 80
+    assert len(pieces) > 1
+
+
+@pytest.mark.usefixtures("pieces")
+def test_tensor_that_is_not_in_a_stream_is_one_that_did_not_come(tmp_path: Path) -> None:
+    with tensors_stored_in(tmp_path / "results"):
+        _, tensors = _sent({"T0": torch.ones(20)})
+        assert isinstance(tensors.make_lazy_ref("T0"), StoredTensor)
+        assert tensors.make_lazy_ref("T9") == BrokenTensor("it is not in the stream")
 
 
 @pytest.mark.usefixtures("pieces")

@@ -51,6 +51,18 @@ def test_round_waits_until_every_site_has_answered(watch: SiteWatch) -> None:
     assert not watch.waits(1)
 
 
+def test_site_that_is_gone_is_told_with_its_reason_in_every_round(watch: SiteWatch) -> None:
+    watch.gone("site-2", "it was started again")
+    for number in (1, 2):
+        watch.done("site-1")
+        watch.done("site-3")
+        assert not watch.waits(2)
+        assert watch.missed("site-2", number) == Missed("site-2", number, "it was started again")
+        watch.begin(SITES)
+    watch.heard("site-2")
+    assert watch.waits(3)
+
+
 def test_site_that_speaks_is_waited_for_as_long_as_it_takes(watch: SiteWatch, clock: Clock) -> None:
     for _ in range(100):
         clock.now += TIMEOUT - 1

@@ -354,6 +354,7 @@ def test_a_process_that_dies_while_it_makes_tokens_leaves_the_turn_to_others(des
 
 
 def test_where_nothing_can_be_written_tokens_are_made_and_not_kept(description: bytes, dolly: Path) -> None:
+    dolly.chmod(0o444)  # for an account that may read and not write, whatever the umask
     dolly.parent.chmod(0o555)
     try:
         printed = [_printed(_start(dolly, description, _MAY_NOT_WRITE + _REPORT)) for _ in range(2)]

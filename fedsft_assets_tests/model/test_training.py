@@ -9,11 +9,9 @@ from fedsft_assets.model.training import (
     Loss,
     TrainingError,
     mean_loss,
-    samples_in_round,
-    steps_in_round,
     train_round,
 )
-from fedsft_assets.specs import PRESETS, TrainingSpec
+from fedsft_assets.specs import PRESETS, FiltersSpec, PrivacySpec, TrainingSpec
 
 TRAINING = PRESETS["tiny"].resolve(TrainingSpec())
 
@@ -25,7 +23,7 @@ def test_training_lowers_the_loss_and_reports_what_it_did(model, tokens, make_pl
     after = mean_loss(model, tokens, TRAINING)
     assert after.loss < 0.6 * before.loss
     assert seen == report.points
-    assert report.steps == len(seen) == steps_in_round(make_plan(local_epochs=4), len(tokens)) == 20
+    assert report.steps == len(seen) == make_plan(local_epochs=4).work.steps(len(tokens)) == 20
     assert report.samples == 4 * len(tokens) == seen[-1].samples
     assert report.tokens == 4 * sum(one.targets() for one in tokens) == sum(point.tokens for point in seen)
     assert report.all_tokens == 4 * sum(len(one) for one in tokens)
@@ -71,11 +69,11 @@ def test_sites_and_rounds_see_the_records_in_another_order(model, tokens, make_p
 
 def test_a_round_is_cut_by_max_local_steps_and_counts_its_samples(model, tokens, make_plan):
     plan = make_plan(rounds=3, local_epochs=2, max_local_steps=7)
-    assert steps_in_round(plan, len(tokens)) == 7
+    assert plan.work.steps(len(tokens)) == 7
     reports = [train_round(model, tokens, plan, round) for round in range(2)]
     assert [report.steps for report in reports] == [7, 7]
     # 18 records: the first pass has 4 batches of 4 and one of 2, the second is cut after two of 4.
-    assert [report.samples for report in reports] == [26, 26] == [samples_in_round(plan, len(tokens))] * 2
+    assert [report.samples for report in reports] == [26, 26] == [plan.work.samples(len(tokens))] * 2
     assert [report.points[-1].samples for report in reports] == [26, 52]
 
 
@@ -102,6 +100,36 @@ def test_a_loss_that_is_not_finite_stops_with_site_round_and_step(model, tokens,
     model.load_weights(weights)
     with pytest.raises(TrainingError, match="site-2: the loss is nan in round 2, step 1 of 5"):
         train_round(model, tokens, make_plan(site="site-2"), 1)
+
+
+@pytest.mark.parametrize(
+    ("noise", "round", "says", "and_not"),
+    [
+        (
+            1e9,
+            1,
+            r"round 2, step 1 of 5, under noise of \S+ times clip from each site in each round; try a lower fi",
+            "rate",
+        ),
+        (1e9, 0, "try a lower one or precision 32$", "noise"),  # of which the base model has none
+        (
+            1e-3,
+            1,
+            "try a lower one or precision 32, or a lower filters.privacy.noise_multiplier: there is noise of",
+            "—",
+        ),
+    ],
+)
+def test_loss_that_is_not_finite_under_much_noise_is_the_noises_fault(
+    model, tokens, make_plan, noise, round, says, and_not
+):
+    weights = model.weights()
+    weights["lm.transformer.wte.weight"].fill_(math.nan)
+    model.load_weights(weights)
+    plan = make_plan().model_copy(update={"filters": FiltersSpec(privacy=PrivacySpec(clip=1, noise_multiplier=noise))})
+    with pytest.raises(TrainingError, match=says) as told:
+        train_round(model, tokens, plan, round)
+    assert and_not not in str(told.value)
 
 
 def test_no_records_are_an_error_that_names_the_site(model, make_plan):

@@ -9,6 +9,7 @@ from typing import Any
 from mlflow.entities import Run
 
 from fedsft_assets.federation.metrics import Point
+from fedsft_assets.federation.record import Workspace
 from fedsft_assets.federation.report import JobReport
 from fedsft_assets.store import Store
 from fedsft_assets.tracking import EXPERIMENT, TrackedJob, Tracking
@@ -73,10 +74,21 @@ def job_points(rounds: int = ROUNDS) -> list[Point]:
     return points
 
 
+def tracking_record(store: Store) -> Path:
+    """What is known of the last execution."""
+    return Workspace(store.flare("fedavg") / "workspace").tracking_record
+
+
 def track(tracking: Tracking, store: Store, execution_id: str = "", **others: Any) -> TrackedJob:
     """A new execution unless its id is given."""
-    params = {"rounds": ROUNDS, "learning_rate": 4e-3, "max_local_steps": None}
-    given = {"say": lambda _: None, "tags": {"dagster.run_id": "abc"}, "note": "FedAvg over two", **others}
+    params = others.pop("params", {"rounds": ROUNDS, "learning_rate": 4e-3, "max_local_steps": None})
+    given = {
+        "say": lambda _: None,
+        "tags": {"dagster.run_id": "abc"},
+        "note": "FedAvg over two",
+        "record": tracking_record(store),
+        **others,
+    }
     return TrackedJob(tracking, store, "fedavg", execution_id or uuid.uuid4().hex, SITES, params, **given)
 
 

@@ -25,6 +25,7 @@ from fedsft_assets_tests.tracking.examples import (
     statuses,
     stored,
     track,
+    tracking_record,
     until,
 )
 from fedsft_assets_tests.tracking.server import HOST, Proxy, TrackingServer, unused_port
@@ -191,7 +192,7 @@ def test_what_a_server_never_took_is_delivered_by_the_command(
             job.log(point)
         registered = finish(job, checkpoint)
     assert (registered.model, registered.version, registered.run_id) == ("fedsft-tiny", None, None)
-    assert not store.tracking_record("fedavg").exists()
+    assert not tracking_record(store).exists()
     (checkpoint / "report.json").unlink()  # what is to be delivered does not depend on what others do later
 
     track_command = [sys.executable, "-m", "fedsft_assets.cli", "track"]

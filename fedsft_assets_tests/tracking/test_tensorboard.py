@@ -22,7 +22,8 @@ _ALL = {"scalars": 0}
 def _read(folder: Path) -> list[tuple[str, str, int, float, str]]:
     """Folder, tag, step, wall time and value of everything in it, sorted, with repeats."""
     found = []
-    (begun,) = folder.iterdir() if folder.is_dir() else [folder]
+    begun, *others = [*folder.glob("*"), folder]  # nothing has begun yet if there is nothing
+    assert others in ([], [folder])
     for place in {path.parent for path in begun.rglob("*tfevents*")}:
         events = EventAccumulator(str(place), size_guidance=_ALL).Reload()
         name = place.relative_to(begun).as_posix()
@@ -113,3 +114,13 @@ def test_a_tracked_job_leaves_its_event_files(
     else:
         run()
     assert _read(store.tensorboard("fedavg")) == _expected(points)
+
+
+def test_another_execution_of_the_job_that_goes_on_keeps_its_curves(tmp_path: Path) -> None:
+    points = job_points()
+    one = EventFiles(tmp_path, points[:4])
+    EventFiles(tmp_path, points).close()
+    one.complete(points)
+    assert len(list(tmp_path.iterdir())) == 2
+    EventFiles(tmp_path).close()
+    assert len(list(tmp_path.iterdir())) == 1

@@ -1,0 +1,107 @@
+"""The values of a JSON file that is one array, one at a time, in memory for a few of them."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from fedsft_assets.data.json_objects import DECODER
+from fedsft_assets.data.not_text import KEEP_BYTES
+from fedsft_assets.data.records import DataError, cut_off, excerpt
+
+_CHARS = 1 << 20  # characters that are read together
+_LONGEST_LITERAL = 12  # no number's rest, `-Infinity` or escaped pair that the next characters complete is longer
+_SPACE = re.compile(r"[ \t\n\r]*")
+
+
+def values(path: Path) -> Iterator[tuple[int, Any]]:
+    """Each value of the array with its number, from 1, decoded as by `json_objects.decode`.
+
+    Raises DataError if the file is something else, ends too early or goes on after the array.
+    """
+    row = 0
+    with path.open(encoding="utf-8-sig", errors=KEEP_BYTES, newline="") as file:
+        text = _Text(file)
+        try:
+            text.expect("[")
+            if text.peek() == "]":
+                text.expect("]")
+            else:
+                separator = ","
+                while separator == ",":
+                    value = text.value()
+                    row += 1
+                    yield row, value
+                    separator = text.expect(",", "]")
+            text.expect("")
+        except _CutOff as error:
+            raise cut_off(path, row + 1, str(error)) from error
+        except (ValueError, RecursionError) as error:
+            reason = "nested too deeply" if isinstance(error, RecursionError) else error
+            raise DataError(
+                f"{path}: after row {row}: is not a JSON array of objects ({reason}); repair the file, or say "
+                "'format: jsonl' if each line is an object"
+            ) from error
+
+
+class _CutOff(Exception):
+    """The text ends where more has to follow; the message is how it ends."""
+
+
+class _Text:
+    """A file's text from a place on, of which only a part is held."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+        self._text = ""
+        self._at = 0
+        self._ended = False
+
+    def peek(self) -> str:
+        """The next character that is no white space; nothing at the end."""
+        while True:
+            space = _SPACE.match(self._text, self._at)
+            self._at = space.end() if space else self._at
+            if self._at < len(self._text) or self._ended:
+                return self._text[self._at : self._at + 1]
+            self._read_on()
+
+    def expect(self, *signs: str) -> str:
+        """The next character, which has to be one of these; the end of the text is an empty one."""
+        found = self.peek()
+        if found not in signs:
+            if not found:
+                raise _CutOff(self._text)
+            wanted = " or ".join(map(repr, signs)) if any(signs) else "the end"
+            raise ValueError(f"expected {wanted}, found {excerpt(self._text[self._at : self._at + 100])!r}")
+        self._at += len(found)
+        return found
+
+    def value(self) -> Any:
+        """The next value, whole. Raises ValueError if it is not JSON."""
+        self.peek()
+        while True:
+            try:
+                value, end = DECODER.raw_decode(self._text, self._at)
+            except json.JSONDecodeError as error:
+                if not self._may_be_incomplete(error):
+                    found = excerpt(self._text[error.pos : error.pos + 100])
+                    raise ValueError(f"{error.msg}, found {found!r}") from error
+                if self._ended:
+                    raise _CutOff(self._text[self._at :]) from error
+            else:
+                if end < len(self._text) or self._ended:
+                    self._at = end
+                    return value
+            self._read_on()
+
+    def _may_be_incomplete(self, error: json.JSONDecodeError) -> bool:
+        return error.msg.startswith("Unterminated string") or error.pos >= len(self._text) - _LONGEST_LITERAL
+
+    def _read_on(self) -> None:
+        """Read as much as is held, at least: a long value is then not begun too often."""
+        rest = self._text[self._at :]
+        if fresh := self._file.read(max(_CHARS, len(rest))):
+            self._text, self._at = rest + fresh, 0
+        self._ended = not fresh

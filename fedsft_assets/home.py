@@ -1,0 +1,221 @@
+"""What a home is for, written down in the home itself: `home.json` names its data, its model, and the folders of its
+datasets and jobs.
+
+Whatever is said neither by an argument nor by the environment comes from there. What a home is for does not change
+once something was made in it. Paths in the home or in the project are written as such, so both can be moved.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from fedsft_assets.access import close_to_others, is_open
+from fedsft_assets.disk import explain
+from fedsft_assets.store import HOME_FOLDERS, publish_file
+
+if TYPE_CHECKING:
+    from fedsft_assets.settings import Settings
+
+HOME_FILE = "home.json"
+_LOCK = ".home.lock"
+_FIXED = ("data", "model", "datasets", "jobs")
+_FOLLOWS = "model_path"  # where the model's archive lies may change: its digest says whether it is another one
+_OPTIONS = ("data", "model")  # of `fedsft study`; the others are environment variables
+_MADE = ("raw", "processed", "combined", "base_models", "job_folders", "checkpoints")
+
+_in_use: list[IO[str]] = []  # locks that this process holds to its end
+
+
+class HomeError(ValueError):
+    """A home that cannot be used as it was asked to; the message is one line."""
+
+
+@dataclass(frozen=True)
+class HomeFile:
+    """What `home.json` says. `place` is where the home was when it was written."""
+
+    place: Path
+    values: dict[str, str]
+
+
+def read_home(home: Path, project: Path) -> HomeFile | None:
+    """What is written down in a home; None if nothing is. Raises HomeError for a file that is something else."""
+    path = home / HOME_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        values = {name: content[name] for name in (*_FIXED, _FOLLOWS) if content.get(name) is not None}
+        place = content["place"]
+        if not all(isinstance(value, str) for value in (place, *values.values())):
+            raise ValueError("every value is a text")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise HomeError(
+            f"{path}: does not say what this home is for ({error!r}); restore it, or remove it if you know"
+        ) from error
+    folders = {"<home>": home, "<project>": project}
+    return HomeFile(Path(place), {name: _absolute(value, folders) for name, value in values.items()})
+
+
+def close_home(home: Path) -> str | None:
+    """Have the home for its owner alone; one line for its user if it was not, as homes of earlier versions are."""
+    known = (home / HOME_FILE).exists() or (home / "poc").exists() or not _is_empty(home)
+    closed = close_to_others(home, HOME_FOLDERS)
+    if closed.refused:
+        return (
+            f"{home}: other accounts of this computer can read it, and it cannot be closed to them ({closed.refused});"
+            " set FEDSFT_HOME to a folder on a disk that knows permissions"
+        )
+    if not known or not closed.count:
+        return None
+    said = f"{home}: was open to other accounts of this computer, with {closed.count:,} files and folders; no longer"
+    if not closed.keys:
+        return said
+    return (
+        f"{said}. Whoever has read the POC's private keys can still become its administrator; renew its certificates:"
+        f" FEDSFT_HOME={shlex.quote(str(home))} fedsft poc renew"
+    )
+
+
+def check_home(settings: Settings) -> None:
+    """Raises HomeError if these settings say something else than what their home is for, or if that is gone.
+
+    A home that others may enter is closed, and standard error says so.
+    """
+    _close(settings.home)
+    if found := read_home(settings.home, settings.project):
+        _check(settings, found)
+
+
+def claim_home(settings: Settings, move: Callable[[Path], object]) -> None:
+    """Write down what this home is for, and keep it so as long as this process lives.
+
+    A home in which nothing was made yet, and that nobody uses, may become another one. `move` is called with the old
+    place of a home that was moved. Raises HomeError as `check_home` does, and for data that is not there.
+    """
+    try:
+        settings.home.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if explain(error, settings.home):
+            raise
+        raise HomeError(f"{settings.home}: no folder can be made there: {error}; set FEDSFT_HOME to one") from error
+    _close(settings.home)
+    with _one_at_a_time(settings.home):
+        alone = _use(settings.home)
+        found = read_home(settings.home, settings.project)
+        if found and not (alone and _is_empty(settings.home)):
+            _check(settings, found)
+        try:
+            _ = settings.source
+        except ValueError as error:
+            raise HomeError(str(error)) from error
+        if found and found.place != settings.home:
+            move(found.place)
+        wanted = settings.purpose
+        if found is None or (found.place, found.values) != (settings.home, wanted):
+            _write(settings, wanted)
+
+
+def _close(home: Path) -> None:
+    if is_open(home) and (said := close_home(home)):
+        print(said, file=sys.stderr)
+
+
+def _check(settings: Settings, found: HomeFile) -> None:
+    file, wanted = settings.home / HOME_FILE, settings.purpose
+    other = {}
+    for name in _FIXED:
+        there, here = found.values.get(name, wanted[name]), wanted[name]
+        gone = there.startswith("/") and not Path(there).exists()
+        if gone and here == there:
+            raise HomeError(
+                f"{file}: {there}, the {_title(name)} of this home, is not there any more; say once where it is now:"
+                f" {_command({name: f'<{_title(name)}>'})}"
+            )
+        if here != there and not (gone and here.startswith("/") and Path(here).exists()):
+            other[name] = here
+    if other:
+        said = ", ".join(f"{_title(name)} {value}" for name, value in other.items())
+        kept = ", ".join(f"{_title(name)} {found.values.get(name)}" for name in {**dict.fromkeys(_OPTIONS), **other})
+        new = {name: value for name, value in wanted.items() if name in other or value != settings.usual.get(name)}
+        raise HomeError(
+            f"{file}: this home is for {kept}, not for {said}; for that, start another home:"
+            f" FEDSFT_HOME={shlex.quote(str(_unused(settings.home)))} {_command(new)}"
+        )
+
+
+def _command(values: Mapping[str, str]) -> str:
+    quoted = {name: value if value.startswith("<") else shlex.quote(value) for name, value in values.items()}
+    variables = [f"FEDSFT_{name.upper()}={value}" for name, value in quoted.items() if name not in _OPTIONS]
+    options = [f"--{name} {value}" for name, value in quoted.items() if name in _OPTIONS]
+    return " ".join([*variables, "fedsft study", *options])
+
+
+def _title(name: str) -> str:
+    return {"datasets": "folder of datasets", "jobs": "folder of jobs"}.get(name, name)
+
+
+def _unused(home: Path) -> Path:
+    number = 2
+    while (other := home.with_name(f"{home.name}-{number}")).exists():
+        number += 1
+    return other
+
+
+def _is_empty(home: Path) -> bool:
+    return not any((home / name).exists() for name in _MADE)
+
+
+def _write(settings: Settings, values: Mapping[str, str]) -> None:
+    # The home first: it may be inside the project.
+    folders = {"<home>": settings.home, "<project>": settings.project}
+    content = {"place": str(settings.home)} | {name: _portable(value, folders) for name, value in values.items()}
+    with publish_file(settings.home / HOME_FILE) as fresh:
+        fresh.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _portable(value: str, folders: Mapping[str, Path]) -> str:
+    if value.startswith("/"):
+        for name, folder in folders.items():
+            if Path(value).is_relative_to(folder):
+                return f"{name}/{Path(value).relative_to(folder).as_posix()}"
+    return value
+
+
+def _absolute(value: str, folders: Mapping[str, Path]) -> str:
+    for name, folder in folders.items():
+        if value.startswith(f"{name}/"):
+            return str(folder / value.removeprefix(f"{name}/"))
+    return value
+
+
+def _use(home: Path) -> bool:
+    """Hold the home for this process; whether no other one does."""
+    lock = (home / _LOCK).open("a")
+    _in_use.append(lock)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        alone = True
+    except BlockingIOError:
+        alone = False
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    return alone
+
+
+@contextmanager
+def _one_at_a_time(home: Path) -> Iterator[None]:
+    handle = os.open(home, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

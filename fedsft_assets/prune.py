@@ -1,0 +1,114 @@
+"""What of a home nobody needs any more: versions that are behind none of what is current, latest or registered.
+
+Plain Python: it is told which versions Dagster's runs are working on and which checkpoints are registered.
+"""
+
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedsft_assets.data.report import SplitReport
+from fedsft_assets.execution import CheckpointInputs
+from fedsft_assets.federation.job_folder import read_plans
+from fedsft_assets.federation.record import Workspace, Workspaces
+from fedsft_assets.store import Store, locked
+from fedsft_assets.versions import CURRENT, current, remove_version, versions_of
+
+_GROUPS = ("raw", "processed", "base_models", "job_folders", "checkpoints", "reports")
+
+
+@dataclass(frozen=True)
+class Unneeded:
+    """A version, or the workspace of an execution, with its bytes on the disk."""
+
+    path: Path
+    bytes: int
+    modified: float
+
+
+def unneeded(store: Store, registered: Iterable[Path], in_use: Iterable[Path]) -> list[Unneeded]:
+    """Versions and workspaces that can go, by their paths.
+
+    Kept are current versions, what the latest execution of each job is of, checkpoints that are `registered`, versions
+    `in_use` by runs that go on, and all that these were made of. Workspaces go whose execution is not the job's latest
+    and in which nobody works.
+    """
+    families = list(_families(store))
+    roots = [current(folder) for folder in families if (folder / CURRENT).is_symlink()]
+    jobs = list((store.home / "flare").glob("*/"))
+    latest = [workspace for folder in jobs if (workspace := Workspaces(folder).latest())]
+    for workspace in latest:
+        execution = workspace.execution()
+        if execution and "job_folder" in execution.subject:
+            roots.append(store.job_folder(workspace.folder.parent.name) / execution.subject["job_folder"])
+    needed = _with_origins(store, [*roots, *registered, *in_use])
+    old = [version for folder in families for version in versions_of(folder) if version not in needed]
+    over = [other.folder for folder in jobs for other in _idle(Workspaces(folder), latest)]
+    return [_measured(path) for path in sorted([*old, *over])]
+
+
+def remove(found: Iterable[Unneeded]) -> list[Unneeded]:
+    """Remove them, but for those that somebody has used again since they were found; returns what is gone."""
+    gone = []
+    for one in found:
+        if one.path.parent.parent.name == "flare":
+            workspace = Workspace(one.path)
+            try:
+                with workspace.held(wait=False):
+                    shutil.rmtree(one.path)
+                    workspace.tracking_record.unlink(missing_ok=True)
+                    one.path.with_suffix(".err").unlink(missing_ok=True)
+            except BlockingIOError:
+                continue
+        else:
+            with locked(one.path.parent):
+                if one.path.stat().st_mtime != one.modified:
+                    continue
+                remove_version(one.path)
+        gone.append(one)
+    return gone
+
+
+def _families(store: Store) -> Iterator[Path]:
+    """The folders that hold versions."""
+    yield store.combined
+    for group in _GROUPS:
+        yield from sorted((store.home / group).glob("*/"))
+
+
+def _with_origins(store: Store, versions: Iterable[Path]) -> set[Path]:
+    """These versions and all that they were made of, as far as they are there."""
+    needed: set[Path] = set()
+    waiting = list(versions)
+    while waiting:
+        version = waiting.pop()
+        if version in needed or not version.is_dir():
+            continue
+        needed.add(version)
+        waiting += _origins(store, version)
+    return needed
+
+
+def _origins(store: Store, version: Path) -> list[Path]:
+    family = version.parent
+    if family == store.combined:
+        return [store.processed(name) / digest for name, digest in SplitReport.read(version).parts.items()]
+    if family.parent.name == "checkpoints":
+        inputs = CheckpointInputs.read(version)
+        return [store.home / inputs.job_folder, (store.home / inputs.base_model).parent, inputs.combined(store)]
+    if family.parent.name == "job_folders":
+        plans = [plan.located(store.home) for plan in read_plans(version)]
+        return [path.parent for plan in plans for path in (plan.base_model, plan.training_file, plan.validation_file)]
+    return []
+
+
+def _idle(workspaces: Workspaces, latest: list[Workspace]) -> Iterator[Workspace]:
+    """Workspaces of executions that are over, or that nobody has gone on with since another one began."""
+    kept = {workspace.folder for workspace in latest}
+    return (other for other in workspaces.abandoned() if other.folder not in kept)
+
+
+def _measured(path: Path) -> Unneeded:
+    size = sum(file.lstat().st_size for file in path.rglob("*") if file.is_file() and file.lstat().st_nlink == 1)
+    return Unneeded(path, size, path.stat().st_mtime)

@@ -1,0 +1,94 @@
+"""What `make` starts: the commands get every word as it was given, wherever the clone and the home are."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from fedsft_assets.settings import PROJECT
+
+SPECIAL = "a b'c\"d$HOME;e#f&g(h)*ü"
+# In place of the virtual environment's Python: says what it was started with.
+_PYTHON = """#!/bin/sh
+for word in "$@"; do echo "word $word"; done
+for name in FEDSFT_HOME XDG_CACHE_HOME MPLCONFIGDIR; do eval 'echo "$name=$'$name'"'; done
+"""
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A clone that is set up, as far as make can see."""
+    folder = tmp_path / f"clone {SPECIAL}"
+    (folder / ".venv/bin").mkdir(parents=True)
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copyfile(PROJECT / name, folder / name)
+    python = folder / ".venv/bin/python"
+    python.write_text(_PYTHON)
+    python.chmod(0o700)
+    (folder / ".venv/.ready").touch()
+    return folder
+
+
+@pytest.fixture
+def make(clone: Path) -> Callable[..., list[str]]:
+    def run(*arguments: str, **variables: str) -> list[str]:
+        names = ("FEDSFT_", "MAKE", "DATA", "MODEL", "OVERRIDES")
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(names)}
+        done = subprocess.run(
+            ["make", "--silent", *arguments],
+            cwd=clone,
+            env={**kept, **variables},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return done.stdout.splitlines()
+
+    return run
+
+
+def _words(lines: Sequence[str]) -> list[str]:
+    return [line.removeprefix("word ") for line in lines if line.startswith("word ")]
+
+
+@pytest.mark.parametrize("target", ["study", "ui"])
+def test_nothing_is_said_for_a_person_who_says_nothing(make: Callable[..., list[str]], target: str) -> None:
+    assert _words(make(target)) == ["-m", "fedsft_assets.cli", target]
+    variables = {"FEDSFT_DATA": "hub", "FEDSFT_MODEL": "gpt-1.3b"}
+    assert _words(make(target, **variables)) == ["-m", "fedsft_assets.cli", target]
+
+
+@pytest.mark.parametrize("target", ["study", "ui"])
+def test_data_and_model_are_passed_on_as_they_are(make: Callable[..., list[str]], target: str) -> None:
+    said = ["-m", "fedsft_assets.cli", target, "--data", SPECIAL, "--model", "$x"]
+    assert _words(make(target, DATA=SPECIAL, MODEL="$x")) == said
+    assert _words(make(target, f"DATA={SPECIAL.replace('$', '$$')}", "MODEL=$$x")) == said
+
+
+def test_the_demo_is_always_the_same(make: Callable[..., list[str]]) -> None:
+    words = ["-m", "fedsft_assets.cli", "study", "--data", "sample", "--model", "tiny"]
+    assert _words(make("demo", DATA="hub", MODEL="gpt-1.3b")) == words
+
+
+def test_overrides_are_words(make: Callable[..., list[str]]) -> None:
+    assert _words(make("study", "OVERRIDES=--rounds 3"))[-2:] == ["--rounds", "3"]
+
+
+def test_home_is_in_the_clone_or_where_it_is_said_to_be(
+    make: Callable[..., list[str]], clone: Path, tmp_path: Path
+) -> None:
+    home = f"{tmp_path}/home {SPECIAL}"
+    for lines, expected in ((make("ui"), f"{clone}/.fedsft"), (make("ui", FEDSFT_HOME=home), home)):
+        assert f"FEDSFT_HOME={expected}" in lines
+        assert f"XDG_CACHE_HOME={expected}/cache" in lines
+        assert f"MPLCONFIGDIR={expected}/cache/matplotlib" in lines
+
+
+def test_tests_write_into_the_home(make: Callable[..., list[str]], tmp_path: Path) -> None:
+    home = f"{tmp_path}/home {SPECIAL}"
+    words = _words(make("test", FEDSFT_HOME=home))
+    assert words[words.index("--basetemp") + 1] == f"{home}/pytest"
+    assert Path(home).is_dir()
