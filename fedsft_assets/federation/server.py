@@ -73,12 +73,14 @@ from fedsft_assets.federation.site_messages import (
     ScoreMessage,
     failure_of,
     points_of,
+    quoted,
 )
 from fedsft_assets.federation.site_update import SiteUpdate
 from fedsft_assets.federation.stream_contents import LARGEST_GAP
 from fedsft_assets.federation.stream_receiving import tensors_stored_in
 from fedsft_assets.federation.stream_sending import addend
 from fedsft_assets.federation.tensor_stream import send_tensors_as_streams
+from fedsft_assets.federation.unreadable_results import tell_of_unreadable_results
 from fedsft_assets.federation.watch import SiteWatch
 from fedsft_assets.model.memory import give_back_freed_memory
 
@@ -168,6 +170,7 @@ class FederatedSFT(ModelController):
         self.engine.register_app_command(JOURNAL_COMMAND, self._hand_out_journal)
         cell = getattr(self.engine.server, "job_cell", None) or self.engine.get_cell()  # the simulator has both
         cell.core_cell.register_request_cb(PROGRESS_CHANNEL, PROGRESS_TOPIC, self._take_progress)
+        tell_of_unreadable_results(self._refuse_unreadable)
         if not fl_ctx.get_prop(FLContextKey.SIMULATE_MODE, False):  # in the simulator nobody comes, or comes again
             require_local_driver("fedsft-server configure")
             job_id = fl_ctx.get_job_id()
@@ -240,7 +243,7 @@ class FederatedSFT(ModelController):
         try:
             FLModelUtils.from_shareable(result)
         except Exception as error:  # which NVFlare would log, and take for an answer
-            self._watch.refuse(client_name, f"its result is no model of NVFlare's: {error}")
+            self._watch.refuse(client_name, f"its result is no model of NVFlare's: {quoted(error)}")
             return False
         return True
 
@@ -567,7 +570,6 @@ class FederatedSFT(ModelController):
         """What a site says while it works; points may come this way before the result that has them too."""
         site = self._sender(message)
         if site is None:
-            self.warning(f"nobody of this job has said what came from {message.get_header(MessageHeaderKey.ORIGIN)}")
             return
         self._watch.heard(site)
         if site in self._watch.refused:
@@ -581,10 +583,18 @@ class FederatedSFT(ModelController):
             self._words.setdefault((site, point.name, point.round, point.step), point)
         self.journal.add([Progress(f"{site} · {said.text}"), *points_of(site, said.points)], durable=False)
 
+    def _refuse_unreadable(self, message: Any, why: str) -> None:
+        if site := self._sender(message):
+            self._watch.refuse(site, f"its result is none that NVFlare can read: {quoted(why)}")
+
     def _sender(self, message: Any) -> str | None:
-        """The site whose token NVFlare has found with the message, as it does with results."""
+        """The site whose token NVFlare has found with the message, as it does with results; the log has any other."""
         token = message.get_header(CellMessageHeaderKeys.TOKEN)
-        return next((client.name for client in self.engine.get_clients() if token and client.token == token), None)
+        for client in self.engine.get_clients():
+            if token and client.token == token:
+                return str(client.name)
+        self.warning(f"nobody of this job has said what came from {message.get_header(MessageHeaderKey.ORIGIN)}")
+        return None
 
     def _hand_out_journal(self, _topic: str, cmd_data: Any, _fl_ctx: FLContext) -> dict[str, Any]:
         self._asked_for_journal = time.monotonic()

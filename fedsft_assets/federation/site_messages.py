@@ -27,7 +27,7 @@ _MOST = 2**53  # of any count: it is exact as a float too, as which others write
 _YEAR_2100 = 4_102_444_800.0  # seconds since the epoch
 _MOST_CHARACTERS, _MOST_OF_A_TRACEBACK = 500, 20_000
 _MOST_POINTS_AT_ONCE = 10_000
-_SHOWN = 80  # characters of what was found
+_SHOWN, _QUOTED = 80, 200  # characters of what was found
 
 
 def _metric(name: str) -> str:
@@ -235,11 +235,16 @@ def _explained(error: ValidationError) -> str:
     return f"{field}: found {_shown(problem['input'])}: {said[:1].lower()}{said[1:]}".removeprefix(": ")
 
 
+def quoted(words: object, most: int = _QUOTED) -> str:
+    """What a site may have had a part in, such as an error's text, as the part of a line, of `most` characters."""
+    said = "".join(character if character.isprintable() else "\ufffd" for character in str(words))
+    return said if len(said) <= most else f"{said[:most]}…"
+
+
 def _shown(found: object) -> str:
     """What was found, in a line that says little of what is large."""
     said = repr(found) if isinstance(found, bool | int | float | str) or found is None else f"a {type(found).__name__}"
-    said = "".join(character if character.isprintable() else "\ufffd" for character in said)
-    return said if len(said) <= _SHOWN else f"{said[:_SHOWN]}…"
+    return quoted(said, _SHOWN)
 
 
 def _require(right: bool, name: str, field: str | None, found: object, expected: str) -> None:

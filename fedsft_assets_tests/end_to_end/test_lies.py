@@ -1,5 +1,6 @@
 """A site of a real job that lies: the job ends with its name, the round and the cause, after one attempt."""
 
+import textwrap
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -15,15 +16,15 @@ from fedsft_assets.versions import current
 pytestmark = pytest.mark.slow
 
 LIAR = "site-2"
-# What is found as `sitecustomize` changes the module of the trainer when that is imported, at one site.
-_CHANGES_THE_TRAINER = """
+# What is found as `sitecustomize` changes a module of the liar's when that is imported.
+_CHANGES = """
 import importlib.abc, importlib.util, sys
 
-NAME = "fedsft_assets.federation.site_trainer"
+NAME, LIAR = {name!r}, {liar!r}
 
 
-def lie(trainer, result):
-{lie}
+def change(module):
+{change}
 
 
 class Finder(importlib.abc.MetaPathFinder):
@@ -36,15 +37,7 @@ class Finder(importlib.abc.MetaPathFinder):
 
         def exec_module(module):
             execute(module)
-            train = module.SiteTrainer.train
-
-            def lying(trainer, received):
-                result = train(trainer, received)
-                if trainer.plan.site == {liar!r} and received.current_round == 1:
-                    lie(trainer, result)
-                return result
-
-            module.SiteTrainer.train = lying
+            change(module)
 
         spec.loader.exec_module = exec_module
         return spec
@@ -52,6 +45,43 @@ class Finder(importlib.abc.MetaPathFinder):
 
 sys.meta_path.insert(0, Finder())
 """
+_TRAINER, _TRAINER_LIES = (
+    "fedsft_assets.federation.site_trainer",
+    """
+train = module.SiteTrainer.train
+
+def lying(trainer, received):
+    result = train(trainer, received)
+    if trainer.plan.site == LIAR and received.current_round == 1:
+        {lie}
+    return result
+
+module.SiteTrainer.train = lying
+""",
+)
+_SITE, _SITE_LIES = (
+    "nvflare.private.fed.client.communicator",
+    """
+from nvflare.fuel.f3.cellnet import cell
+submit, encode = module.Communicator.submit_update, cell.encode_payload
+
+def lying(self, project_name, token, ssid, fl_ctx, client_name, shareable, *others, **more):
+    self.sent = getattr(self, "sent", 0) + 1
+    if client_name == LIAR and self.sent == 2:
+        {lie}
+    return submit(self, project_name, token, ssid, fl_ctx, client_name, shareable, *others, **more)
+
+module.Communicator.submit_update = lying
+""",
+)
+
+
+def _lying(place: Path, module: str, lies: str, lie: str) -> str:
+    """The folder to have on PYTHONPATH."""
+    place.mkdir()
+    change = textwrap.indent(lies.format(lie=lie), "    ")
+    (place / "sitecustomize.py").write_text(_CHANGES.format(name=module, liar=LIAR, change=change))
+    return str(place)
 
 
 @pytest.mark.parametrize(
@@ -81,16 +111,44 @@ def test_lie_ends_the_job_at_once_and_is_the_first_thing_that_is_said(
     lie: str,
     cause: str,
 ) -> None:
-    path = tmp_path / "liar"
-    path.mkdir()
-    (path / "sitecustomize.py").write_text(_CHANGES_THE_TRAINER.format(lie=f"    {lie}", liar=LIAR))
-    monkeypatch.setenv("PYTHONPATH", str(path), prepend=":")
+    monkeypatch.setenv("PYTHONPATH", _lying(tmp_path / "liar", _TRAINER, _TRAINER_LIES, lie), prepend=":")
+    first = _first_line_of_what_ends_it(store, build)
+    assert any(first.startswith(f"round 2: {LIAR}: {one}") for one in cause.split("|")), first
+
+
+@pytest.mark.parametrize(
+    ("lie", "cause"),
+    [
+        (
+            "class Odd: pass\n"
+            "        from nvflare.fuel.utils import fobs\n"
+            "        fobs.register_data_classes(Odd)\n"
+            "        shareable['odd'] = Odd()",
+            "it cannot be decoded: Type 'sitecustomize.",
+        ),
+        (
+            "cell.encode_payload = lambda message, *a, **k: (message.payload is shareable"
+            " and setattr(message, 'payload', [1, 2])) or encode(message, *a, **k)",
+            "it is a list without what NVFlare sends with a result",
+        ),
+    ],
+    ids=["type", "list"],
+)
+def test_result_that_nvflare_cannot_read_ends_the_job_as_any_other_lie(
+    store: Store, build: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lie: str, cause: str
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", _lying(tmp_path / "liar", _SITE, _SITE_LIES, lie), prepend=":")
+    first = _first_line_of_what_ends_it(store, build)
+    assert first.startswith(f"round 2: {LIAR}: its result is none that NVFlare can read: {cause}"), first
+
+
+def _first_line_of_what_ends_it(store: Store, build: Callable[..., str]) -> str:
+    """Of a job that ends after one attempt, and is not to be tried again."""
     job = build("fedavg", rounds=3, max_local_steps=1, max_evaluation_records=2)
     testing, told = split_file(current(store.combined), "testing"), deque[Event]()
     events = run_job(current(store.job_folder(job)), store.flare(job), testing, store.checkpoint(job))
     with pytest.raises(JobError) as error:
         told.extend(events)
-    first = str(error.value).splitlines()[0]
-    assert any(first.startswith(f"round 2: {LIAR}: {one}") for one in cause.split("|")), first
     assert not error.value.lost
     assert not any("started again" in event.text for event in told if isinstance(event, Progress))
+    return str(error.value).splitlines()[0]

@@ -1,0 +1,60 @@
+"""Results that NVFlare cannot read: whoever sent one is told of.
+
+NVFlare's own way is to end the server's process, so that one site could end the job, and nobody would be named.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from nvflare.apis.fl_constant import ServerCommandNames
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import Shareable
+from nvflare.fuel.f3.cellnet import cell as cellnet
+from nvflare.fuel.f3.cellnet.defs import CellChannel
+from nvflare.fuel.f3.message import Message
+from nvflare.fuel.f3.streaming.stream_const import StreamHeaderKey
+from nvflare.private.defs import CellMessageHeaderKeys
+
+_decode = cellnet.decode_payload
+# The machine's own faults, of which the sender knows nothing: NVFlare ends the process, and the job goes on in another.
+_OWN_FAULTS = (MemoryError, OSError)
+
+
+def tell_of_unreadable_results(tell: Callable[[Message, str], object]) -> None:
+    """From now on, call `tell` with each message that should be a result and is none, and what is wrong with it.
+
+    It is answered as that of somebody unknown. Of this process's cells, this is for all.
+    """
+
+    def decode(message: Message, *args: Any, **kwargs: Any) -> None:
+        try:
+            _decode(message, *args, **kwargs)
+        except _OWN_FAULTS:
+            raise
+        except Exception as error:
+            if not _is_result(message):
+                raise
+            _drop(message, f"it cannot be decoded: {error}", tell)
+            return
+        if _is_result(message) and not _is_readable(message.payload):
+            _drop(message, f"it is a {type(message.payload).__name__} without what NVFlare sends with a result", tell)
+
+    cellnet.decode_payload = decode
+
+
+def _is_result(message: Message) -> bool:
+    asked = (message.get_header(StreamHeaderKey.CHANNEL), message.get_header(StreamHeaderKey.TOPIC))
+    return asked == (CellChannel.SERVER_COMMAND, ServerCommandNames.SUBMIT_UPDATE)
+
+
+def _is_readable(payload: object) -> bool:
+    try:
+        return isinstance(payload, Shareable) and isinstance(payload.get_peer_context(), FLContext)
+    except (AttributeError, TypeError):  # its headers are no dictionary
+        return False
+
+
+def _drop(message: Message, why: str, tell: Callable[[Message, str], object]) -> None:
+    tell(message, why)
+    message.payload = Shareable()
+    message.remove_header(CellMessageHeaderKeys.TOKEN)
