@@ -33,6 +33,7 @@ from fedsft_assets.model.archive import (
     read_config,
     read_tokenizer_files,
 )
+from fedsft_assets.model.causality import require_causal
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.language_model import LanguageModel
 from fedsft_assets.model.megatron_import import import_opened, is_megatron, read_source_settings
@@ -243,6 +244,10 @@ def _pretrained(folder: Path, gguf_file: str | None = None) -> tuple[Any, Any]:
             raise ModelError(f"{folder}: the weights cannot be read: {type(error).__name__}: {error}") from error
     if report.get("missing_keys"):
         raise ModelError(f"{folder}: the weights lack {', '.join(sorted(report['missing_keys'])[:5])}")
+    try:
+        require_causal(lm)
+    except ModelError as error:
+        raise ModelError(f"{folder}: {error}") from error
     return lm, tokenizer
 
 

@@ -159,7 +159,7 @@ class LanguageModel(nn.Module):
     @cached_property
     def answer_loss(self) -> AnswerLoss:
         """The loss of batches, in the way that suits this model."""
-        return AnswerLoss(self.lm, pad_id=self.special_tokens.eos)
+        return AnswerLoss(self.lm, pad_id=self.special_tokens.eos, longest=self.max_length)
 
     def forget_answer_loss(self) -> None:
         """Have `answer_loss` made anew: layers of the model are others now."""
