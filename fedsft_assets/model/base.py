@@ -42,6 +42,7 @@ from fedsft_assets.model.megatron_tokenizer import hugging_face_tokenizer, read_
 from fedsft_assets.model.own_archive import copy_archive, own_tokenizer_files
 from fedsft_assets.model.tokenizer import EOS, sample_texts, tiny_tokenizer
 from fedsft_assets.model.tokenizer_files import tokenizer_of
+from fedsft_assets.model.weights_check import read_stored, require_fit, use_numbers
 from fedsft_assets.specs import ModelPreset, PublishedArchive
 from fedsft_assets.store import file_digest
 
@@ -84,7 +85,7 @@ def create_base_model(
     elif preset.name == "tiny":
         lm, tokenizer = _tiny(sample_texts() if texts is None else texts, seed)
     elif preset.name == "smollm2-135m":
-        lm, tokenizer = _pretrained(*_smollm2())
+        lm, tokenizer = _from_gguf(*_smollm2())
     else:
         raise ModelError(f"{preset.name}: this preset has no way to be made here")
     positions = getattr(lm.config, "max_position_embeddings", None)
@@ -186,11 +187,17 @@ def _smollm2() -> tuple[Path, str]:
     return folder, files[0].name
 
 
+def _from_gguf(folder: Path, file: str) -> tuple[Any, Any]:
+    lm, report = _load(folder, gguf_file=file)
+    if report["missing_keys"]:
+        raise ModelError(f"{folder / file}: the weights lack {', '.join(sorted(report['missing_keys'])[:5])}")
+    return lm, _tokenizer(folder, file)
+
+
 def _from_folder(folder: Path) -> tuple[Any, Any]:
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder}: has no config.json; expected a folder that save_pretrained wrote")
-    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
-        raise ModelError(f"{folder}: has no weights (*.safetensors or *.bin)")
+    stored = read_stored(folder)
     if not any(folder.glob("tokenizer*")):
         raise ModelError(f"{folder}: has no tokenizer (tokenizer.json); save it there with tokenizer.save_pretrained")
     try:
@@ -199,7 +206,15 @@ def _from_folder(folder: Path) -> tuple[Any, Any]:
         raise ModelError(f"{folder}: config.json cannot be used: {error}") from error
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ModelError(f"{folder}: config.json: model_type: {config.model_type!r} is not a causal language model")
-    return _pretrained(folder)
+    use_numbers(folder, config, stored)
+    tokenizer = _tokenizer(folder)
+    lm, report = _load(folder, config=config)
+    require_fit(folder, lm, report, stored)
+    try:
+        require_causal(lm)
+    except ModelError as error:
+        raise ModelError(f"{folder}: {error}") from error
+    return lm, tokenizer
 
 
 def load_tokenizer(preset: ModelPreset, downloads: Path | None = None) -> Any:
@@ -233,22 +248,20 @@ def _tokenizer(folder: Path, gguf_file: str | None = None) -> Any:
     return tokenizer
 
 
-def _pretrained(folder: Path, gguf_file: str | None = None) -> tuple[Any, Any]:
-    tokenizer = _tokenizer(folder, gguf_file)
+def _load(folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """The causal LM in fp32, and what transformers reports of its loading."""
     with _quiet_transformers():
         try:
-            lm, report = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, output_loading_info=True, gguf_file=gguf_file, **_LOCAL
+            return AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are reported, and refused with their names
+                **options,
+                **_LOCAL,
             )
         except Exception as error:
             raise ModelError(f"{folder}: the weights cannot be read: {type(error).__name__}: {error}") from error
-    if report.get("missing_keys"):
-        raise ModelError(f"{folder}: the weights lack {', '.join(sorted(report['missing_keys'])[:5])}")
-    try:
-        require_causal(lm)
-    except ModelError as error:
-        raise ModelError(f"{folder}: {error}") from error
-    return lm, tokenizer
 
 
 @contextmanager
