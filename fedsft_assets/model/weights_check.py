@@ -6,6 +6,7 @@ integers for numbers. Files are looked at before they are loaded, the model afte
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ _FLOATS = {"F64", "F32", "F16", "BF16"}
 _BIN_TYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 # How weights may be quantized for transformers to make numbers of them again, exactly and without a GPU.
 _DEQUANTIZED = ("fp8", "mxfp4")
+_EXPERT = re.compile(r"^(?P<layer>.*\bexperts\.)(?P<number>\d+)(?P<weight>\..+)$")
 # Constants that old files hold: causal masks as matrices, and their value for what is masked, of no dimension.
 _MASK = re.compile(r"(^|\.)(attn|attention)\.(bias|masked_bias|causal_mask)$")
 
@@ -59,6 +61,7 @@ def read_stored(folder: Path) -> dict[str, StoredTensor]:
                 " the file is damaged or was cut off: copy or download it again"
             ) from error
         stored.update(found)
+    _require_whole_experts(folder, stored)
     return stored
 
 
@@ -136,6 +139,30 @@ def _require_ties(folder: Path, lm: Any, stored: Mapping[str, StoredTensor]) -> 
                 f" hold two that differ: {target}{_in_file(stored, target)}, {source}{_in_file(stored, source)};"
                 f" set tie_word_embeddings to false if the model has both, or else remove {target} from the weights"
             )
+
+
+def _require_whole_experts(folder: Path, stored: Mapping[str, StoredTensor]) -> None:
+    """Experts that a file holds one by one become one tensor: each must have all weights, in one shape."""
+    layers: dict[str, dict[str, dict[int, str]]] = {}
+    for name in stored:
+        if found := _EXPERT.match(name):
+            layers.setdefault(found["layer"], {}).setdefault(found["weight"], {})[int(found["number"])] = name
+    for layer, kinds in layers.items():
+        numbers = {number for names in kinds.values() for number in names}
+        for weight, names in kinds.items():
+            lost = [f"{layer}{number}{weight}" for number in sorted(numbers - set(names))]
+            if lost:
+                raise ModelError(
+                    f"{folder}: the weights lack {_listed(lost)}, which other experts have; bring all files"
+                )
+            shapes = Counter(stored[name].shape for name in names.values())
+            usual, _ = shapes.most_common(1)[0]
+            for name in names.values():
+                if stored[name].shape != usual:
+                    raise ModelError(
+                        f"{folder}: {name}{_in_file(stored, name)} has shape {stored[name].shape}, other experts'"
+                        f" have {usual}; bring the weights of one model"
+                    )
 
 
 def _weights_files(folder: Path) -> list[str]:

@@ -18,6 +18,9 @@ MASK = torch.ones(1, 1, 64, 64, dtype=torch.bool)
 LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
 GPT = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
 
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2}
+EXPERT = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
+
 
 @pytest.fixture
 def make(model, tmp_path):
@@ -137,6 +140,30 @@ def test_fp8_that_the_configuration_tells_of_becomes_the_numbers_that_it_stands_
     torch.testing.assert_close(made(folder).lm.model.layers[0].mlp.up_proj.weight, expected)
 
 
+def test_mxfp4_that_the_configuration_tells_of_becomes_the_numbers_that_it_stands_for(make):
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    values = torch.cat(
+        [values, -values]
+    )  # https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "num_key_value_heads": 1, "head_dim": 32}
+    folder = make("gpt_oss", **{**LLAMA, **EXPERTS, **sizes})
+    path = folder / "model.safetensors"
+    weights, expected = load_file(path), {}
+    for name in [name for name in weights if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, inner, outer = weights.pop(name).shape
+        fours = torch.randint(16, (experts, outer, inner // 32, 32))
+        exponents = torch.randint(120, 128, (experts, outer, inner // 32, 1))
+        weights[f"{name}_blocks"] = (fours[..., 0::2] | fours[..., 1::2] << 4).to(torch.uint8)
+        weights[f"{name}_scales"] = exponents[..., 0].to(torch.uint8)
+        expected[name] = (values[fours] * 2.0 ** (exponents - 127)).reshape(experts, outer, inner).mT
+    save_file(weights, path, metadata={"format": "pt"})
+    others = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    configure(folder, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": others})
+    found = made(folder).lm.state_dict()
+    assert len(expected) == 6
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", None])
 def test_weights_that_are_quantized_otherwise_are_refused_by_the_method(make, method):
     folder = make()
@@ -152,6 +179,39 @@ def test_weights_of_another_shape_are_refused_with_both_shapes(make):
         r"llama: the weights are not those of.*model\.layers\.0\.mlp\.down_proj\.weight has shape \(32, 48\) in"
         r" model\.safetensors, expected \(32, 64\).* and 4 more; bring config\.json and weights of one model",
     )
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (None, rf"mixtral: the weights lack {EXPERT}, which other experts have"),
+        (
+            torch.ones(24, 32),
+            rf"mixtral: {EXPERT} in model\.safetensors has shape \(24, 32\), other experts' have \(48, 32\)",
+        ),
+        (torch.ones(48, 32, dtype=torch.int8), rf"no floating point numbers: {EXPERT} is I8"),
+        (
+            torch.full((48, 32), float("nan")),
+            r"model\.layers\.1\.mlp\.experts\.gate_up_proj: 1,536 of 12,288 weights are NaN",
+        ),
+    ],
+    ids=["missing", "shape", "int8", "nan"],
+)
+def test_an_expert_that_does_not_fit_is_refused_by_name(make, changed, message):
+    folder = make("mixtral", **{**LLAMA, **EXPERTS})
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    del weights[EXPERT]
+    save_file({**weights, **({} if changed is None else {EXPERT: changed})}, path, metadata={"format": "pt"})
+    refused(folder, message)
+
+
+def test_experts_are_taken_as_they_are(make):
+    folder = make("mixtral", **{**LLAMA, **EXPERTS})
+    ours = made(folder).lm.eval()
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.arange(20)[None]
+    torch.testing.assert_close(ours(ids).logits, theirs(ids).logits)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
