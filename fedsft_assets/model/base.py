@@ -42,6 +42,7 @@ from fedsft_assets.model.megatron_tokenizer import hugging_face_tokenizer, read_
 from fedsft_assets.model.own_archive import copy_archive, own_tokenizer_files
 from fedsft_assets.model.tokenizer import EOS, sample_texts, tiny_tokenizer
 from fedsft_assets.model.tokenizer_files import tokenizer_of
+from fedsft_assets.model.trial import position_limit
 from fedsft_assets.model.weights_check import read_stored, require_fit, use_numbers
 from fedsft_assets.specs import ModelPreset, PublishedArchive
 from fedsft_assets.store import file_digest
@@ -81,23 +82,23 @@ def create_base_model(
     if preset.archive or preset.published:
         return _from_archive(preset, _archive(preset, downloads, say), into, say)
     if preset.folder is not None:
-        lm, tokenizer = _from_folder(preset.folder)
+        lm, tokenizer = _from_folder(preset.folder, say)
     elif preset.name == "tiny":
         lm, tokenizer = _tiny(sample_texts() if texts is None else texts, seed)
     elif preset.name == "smollm2-135m":
         lm, tokenizer = _from_gguf(*_smollm2())
     else:
         raise ModelError(f"{preset.name}: this preset has no way to be made here")
-    positions = getattr(lm.config, "max_position_embeddings", None)
-    max_length = min(preset.max_length, positions) if positions else preset.max_length
+    text = lm.config.get_text_config()
+    max_length = min(preset.max_length, position_limit(text) or preset.max_length)
     model = LanguageModel.wrap(lm, tokenizer, max_length=max_length)
     model.save(into)
     return BaseModelReport(
         title=preset.title,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         vocabulary=len(tokenizer),
-        layers=lm.config.num_hidden_layers,
-        width=lm.config.hidden_size,
+        layers=text.num_hidden_layers,
+        width=text.hidden_size,
         digest=content_digest(into),
     )
 
@@ -144,9 +145,9 @@ def _describe(preset: ModelPreset, archive: Path) -> BaseModelReport:
     """What is in an archive, without loading its weights."""
     config = read_config(archive)
     try:
-        hf = AutoConfig.for_model(**config["hf"])
+        hf = AutoConfig.for_model(**config["hf"]).get_text_config()
         layers, width = hf.num_hidden_layers, hf.hidden_size
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # transformers raises errors of many kinds for a bad configuration
         raise ModelError(f"{archive}: {CONFIG}: hf: is no causal language model: {error}") from error
     with open_weights(archive) as weights:
         parameters = sum(prod(info.shape) for name, info in weights.tensors.items() if name not in weights.shared)
@@ -189,12 +190,11 @@ def _smollm2() -> tuple[Path, str]:
 
 def _from_gguf(folder: Path, file: str) -> tuple[Any, Any]:
     lm, report = _load(folder, gguf_file=file)
-    if report["missing_keys"]:
-        raise ModelError(f"{folder / file}: the weights lack {', '.join(sorted(report['missing_keys'])[:5])}")
+    require_fit(folder / file, lm.config, lm, report, {})
     return lm, _tokenizer(folder, file)
 
 
-def _from_folder(folder: Path) -> tuple[Any, Any]:
+def _from_folder(folder: Path, say: Callable[[str], object]) -> tuple[Any, Any]:
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder}: has no config.json; expected a folder that save_pretrained wrote")
     stored = read_stored(folder)
@@ -202,14 +202,15 @@ def _from_folder(folder: Path) -> tuple[Any, Any]:
         raise ModelError(f"{folder}: has no tokenizer (tokenizer.json); save it there with tokenizer.save_pretrained")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers raises errors of many kinds for a bad configuration
         raise ModelError(f"{folder}: config.json cannot be used: {error}") from error
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ModelError(f"{folder}: config.json: model_type: {config.model_type!r} is not a causal language model")
     use_numbers(folder, config, stored)
     tokenizer = _tokenizer(folder)
     lm, report = _load(folder, config=config)
-    require_fit(folder, lm, report, stored)
+    if left_out := require_fit(folder, config, lm, report, stored):
+        say(f"{folder}: {len(left_out)} tensors for images and sound are left out; {type(lm).__name__} is for text")
     try:
         require_causal(lm)
     except ModelError as error:

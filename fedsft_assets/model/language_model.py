@@ -99,7 +99,7 @@ class LanguageModel(nn.Module):
         files = archive.read_tokenizer_files(path, config)
         try:
             model = cls(config, files)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
+        except Exception as error:  # transformers raises errors of many kinds for a bad configuration
             raise ModelError(f"{path}: cannot be restored: {type(error).__name__}: {error}") from error
         with archive.open_weights(path) as weights:
             require_same_shapes(
@@ -271,7 +271,7 @@ def import_architecture(path: Path) -> None:
 
         try:
             MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.for_model(**hf))]
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except Exception as error:
             raise ModelError(f"{path}: no causal LM: {error}") from error
 
 

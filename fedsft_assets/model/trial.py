@@ -38,7 +38,7 @@ def long_ids(lm: Any, window: int) -> Tensor:
 
 def at_most(lm: Any, count: int) -> int:
     """That many tokens, or as many as the model has positions for."""
-    return min(count, positions(lm.config.get_text_config()) or count)
+    return min(count, position_limit(lm.config.get_text_config()) or count)
 
 
 def largest_window(config: Any, longest: int | None) -> int | None:
@@ -47,19 +47,19 @@ def largest_window(config: Any, longest: int | None) -> int | None:
     `longest` is how many tokens a record may have; None is any number. None if no record outgrows one.
     """
     text = config.get_text_config()
-    limits = [size for size in (longest, positions(text)) if size]
+    limits = [size for size in (longest, position_limit(text)) if size]
     # A window of as many tokens as the longest record is never left.
     windows = [size for size in _windows(text.to_dict()) if all(size < limit for limit in limits)]
     return max(windows, default=None)
 
 
-def positions(config: Any) -> int | None:
+def position_limit(config: Any) -> int | None:
     """How many tokens a record may have according to a text model's configuration; None if it does not say."""
     found = next((size for name in _POSITIONS if isinstance(size := getattr(config, name, None), int)), None)
     return found if found and found > 0 else None
 
 
-_POSITIONS = ("max_position_embeddings", "max_seq_len")  # the second one is MPT's
+_POSITIONS = ("max_position_embeddings", "max_seq_len", "max_target_positions")  # most models, MPT, Whisper's decoder
 
 
 def _windows(config: Mapping[str, Any]) -> Iterator[int]:

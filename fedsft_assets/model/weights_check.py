@@ -29,6 +29,7 @@ _FLOATS = {"F64", "F32", "F16", "BF16"}
 _BIN_TYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 # How weights may be quantized for transformers to make numbers of them again, exactly and without a GPU.
 _DEQUANTIZED = ("fp8", "mxfp4")
+_OTHER_PART = re.compile(r"(^|[._])(vision|visual|image|audio|multi_modal)[._]")
 _EXPERT = re.compile(r"^(?P<layer>.*\bexperts\.)(?P<number>\d+)(?P<weight>\..+)$")
 # Constants that old files hold: causal masks as matrices, and their value for what is masked, of no dimension.
 _MASK = re.compile(r"(^|\.)(attn|attention)\.(bias|masked_bias|causal_mask)$")
@@ -83,10 +84,10 @@ def use_numbers(folder: Path, config: Any, stored: Mapping[str, StoredTensor]) -
         quantization["dequantize"] = True
         return
     odd = {
-        name: tensor
-        for name, tensor in stored.items()
-        if tensor.dtype not in _FLOATS and not _is_mask(name, tensor) and not name.endswith("position_ids")
+        name: tensor for name, tensor in stored.items() if tensor.dtype not in _FLOATS and not _is_mask(name, tensor)
     }
+    own = _integers_of_the_model(config) if odd else set()
+    odd = {name: tensor for name, tensor in odd.items() if name.rpartition(".")[2] not in own}
     if odd:
         named = _listed(f"{name} is {tensor.dtype} in {tensor.file}" for name, tensor in odd.items())
         raise ModelError(
@@ -95,11 +96,24 @@ def use_numbers(folder: Path, config: Any, stored: Mapping[str, StoredTensor]) -
         )
 
 
-def require_fit(folder: Path, lm: Any, report: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -> None:
+def _integers_of_the_model(config: Any) -> set[str]:
+    """The last parts of the names of what the model itself has as integers, such as positions, or experts of tokens."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    tensors = [*lm.named_parameters(), *lm.named_buffers()]
+    return {name.rpartition(".")[2] for name, tensor in tensors if not tensor.is_floating_point()}
+
+
+def require_fit(
+    folder: Path, config: Any, lm: Any, report: Mapping[str, Any], stored: Mapping[str, StoredTensor]
+) -> list[str]:
     """Look at the loaded model, and at what transformers reports of the loading (`output_loading_info`).
 
-    Raises ModelError that names tensors with other shapes, that are missing, that the model does not have, that are
-    tied and differ, or that are not finite.
+    `config` is that of config.json. Where it is of a model for images and sound too, of which transformers takes the
+    part for text, the names of the other tensors are returned. Raises ModelError that names tensors with other shapes,
+    that are missing, that the model does not have, that are tied and differ, or that are not finite.
     """
     mismatched = sorted((name, tuple(found), tuple(wanted)) for name, found, wanted in report["mismatched_keys"])
     if mismatched:
@@ -121,6 +135,8 @@ def require_fit(folder: Path, lm: Any, report: Mapping[str, Any], stored: Mappin
         for name in sorted(report["unexpected_keys"])
         if name not in buffers and not (name in stored and _is_mask(name, stored[name]))
     ]
+    left_out = [name for name in unexpected if type(lm.config) is not type(config) and _OTHER_PART.search(name)]
+    unexpected = [name for name in unexpected if name not in left_out]
     if unexpected:
         named = _listed(f"{name}{_in_file(stored, name)}" for name in unexpected)
         raise ModelError(
@@ -129,6 +145,7 @@ def require_fit(folder: Path, lm: Any, report: Mapping[str, Any], stored: Mappin
         )
     _require_ties(folder, lm, stored)
     require_finite(lm, lambda name: f"{folder}: {name}{_in_file(stored, name)}")
+    return left_out
 
 
 def _require_ties(folder: Path, lm: Any, stored: Mapping[str, StoredTensor]) -> None:

@@ -265,6 +265,7 @@ def test_a_file_that_was_cut_off_is_refused(make):
             {"transformer.h.0.attn.bias": MASK.float(), "transformer.h.0.attn.masked_bias": torch.tensor(-1e4)},
         ),
         ("gptj", {**GPT, "rotary_dim": 8}, {"transformer.h.0.attn.bias": MASK.to(torch.uint8)}),
+        ("openai-gpt", GPT, {"transformer.position_ids": torch.arange(64)[None]}),
         ("gpt_bigcode", GPT, {"transformer.h.0.attn.bias": MASK[0, 0]}),
         ("gpt_neox", LLAMA, {"gpt_neox.layers.0.attention.bias": MASK}),
         ("llama", {}, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}),
@@ -281,6 +282,16 @@ def test_constants_that_older_files_hold_are_no_part_of_the_model(make, kind, co
     change(folder, **constants)
     after = made(folder).state_dict()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_integers_that_a_model_has_itself_are_taken(make):
+    sizes = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 16}
+    folder = make("deepseek_v4", **{**LLAMA, **sizes, "num_hidden_layers": 2, "num_key_value_heads": 1})
+    stored = load_file(folder / "model.safetensors")["model.layers.0.ffn.gate.tid2eid"]
+    assert stored.dtype == torch.int64
+    found = [tensor for name, tensor in made(folder).state_dict().items() if name.endswith("layers.0.mlp.gate.tid2eid")]
+    assert len(found) == 1
+    assert torch.equal(found[0], stored)
 
 
 def test_a_models_own_weights_are_looked_at_without_a_folder_too(model):
