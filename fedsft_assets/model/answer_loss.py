@@ -2,11 +2,13 @@
 
 Two things are tried out on each model rather than believed: whether it can be given rows of records
 without padding, and whether its logits are nothing but its output projection. A model that fails is
-trained on padded batches, or through its own forward pass, with the same result.
+trained on padded batches, or through its own forward pass, with the same result. A third trial is
+whether it is causal at all: one that is not is refused.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -14,10 +16,14 @@ from torch import Tensor, nn
 
 from fedsft_assets.model.attention import packed_attention
 from fedsft_assets.model.batches import Batch, Tokens, pack, pad
+from fedsft_assets.model.causality import require_causal
 from fedsft_assets.model.loss import head_loss, head_only_at, summed_cross_entropy
+from fedsft_assets.model.trial import largest_window, long_ids, some_ids, undisturbed
 
 _TRIED_LENGTHS = (5, 2, 9)
-_AGREEMENT = 1e-3  # of the largest value; a token that sees another record differs by far more
+# Of the largest value. Rounding is below 1e-6; a token that sees another record differs by more than 1e-3.
+_AGREEMENT = 1e-4
+_COMPARED = 8  # tokens at the end of a record
 
 
 class AnswerLoss(nn.Module):
@@ -27,12 +33,17 @@ class AnswerLoss(nn.Module):
     whether batches are rows without padding, `plain_head` whether logits are the output projection alone.
     """
 
-    def __init__(self, lm: Any, pad_id: int) -> None:
+    def __init__(self, lm: Any, pad_id: int, longest: int | None = None) -> None:
+        """Try the model out. No record will have more than `longest` tokens, if that is given.
+
+        Raises ModelError for a model that sees the tokens that it should predict.
+        """
         super().__init__()
         self.lm, self.pad_id = lm, pad_id
-        with _undisturbed(lm):
+        require_causal(lm)
+        with undisturbed(lm):
             self.plain_head = _has_plain_head(lm)
-            self.packs = _packs(lm)
+            self.packs = _packs(lm, longest)
 
     def batch(self, tokens: Sequence[Tokens], answer_only: bool = True) -> Batch:
         """Records as this model takes them."""
@@ -55,30 +66,21 @@ class AnswerLoss(nn.Module):
         if self.plain_head:
             hidden = self.lm.base_model(**inputs)[0].flatten(0, 1)
             return head_loss(hidden.index_select(0, batch.positions), head, batch.targets)
-        with head_only_at(head, batch.positions) as called:
-            logits = self.lm(**inputs).logits.flatten(0, 1)
-        if not called:
-            logits = logits.index_select(0, batch.positions)
-        return summed_cross_entropy(logits, batch.targets)
+        return summed_cross_entropy(_logits_at(self.lm, inputs, batch.positions), batch.targets)
 
 
-@contextmanager
-def _undisturbed(lm: Any) -> Iterator[None]:
-    """For a trial: no dropout, no gradients, and the random state afterwards as before."""
-    training = lm.training
-    lm.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng():
-            yield
-    finally:
-        lm.train(training)
+def _logits_at(lm: Any, inputs: Mapping[str, Any], positions: Tensor) -> Tensor:
+    """The model's logits [N, V] at `positions` [N] of its flattened inputs."""
+    with head_only_at(lm.get_output_embeddings(), positions) as called:
+        logits = lm(**inputs).logits.flatten(0, 1)
+    return logits if called else logits.index_select(0, positions)
 
 
 def _has_plain_head(lm: Any) -> bool:
     head = lm.get_output_embeddings()
     if type(head) is not nn.Linear or lm.base_model is lm:
         return False
-    ids = _some_ids(lm, max(_TRIED_LENGTHS))[None]
+    ids = some_ids(lm, max(_TRIED_LENGTHS))[None]
     # Soft caps leave small logits as they are, and those of random weights are small.
     enlarged = head.register_forward_hook(lambda _module, _args, logits: logits * 1e4)
     try:
@@ -88,28 +90,41 @@ def _has_plain_head(lm: Any) -> bool:
         enlarged.remove()
 
 
-def _packs(lm: Any) -> bool:
+def _packs(lm: Any, longest: int | None) -> bool:
+    """Whether records give the same in a row as each alone.
+
+    Where attention has a window or chunks that a record can outgrow, one of the records does, and another one
+    comes after it: what a token sees must depend on its place in its record, not in the row.
+    """
     if not lm._can_set_attn_implementation():
         return False
-    records = [_some_ids(lm, length) for length in _TRIED_LENGTHS]
+    records = [some_ids(lm, length) for length in _TRIED_LENGTHS]
+    if not _agree_in_a_row(lm, records):
+        return False
+    window = largest_window(lm.config, longest)
+    return window is None or _agree_in_a_row(lm, [records[0], long_ids(lm, window), records[-1]])
+
+
+def _agree_in_a_row(lm: Any, records: list[Tensor]) -> bool:
+    lengths = [len(ids) for ids in records]
+    ends = [torch.arange(max(0, length - _COMPARED), length, device=records[0].device) for length in lengths]
+    starts = [0, *accumulate(lengths)]
+    row = {
+        "input_ids": torch.cat(records)[None],
+        "position_ids": torch.cat([torch.arange(length, device=records[0].device) for length in lengths])[None],
+        "use_cache": False,
+        "record_lengths": lengths,
+    }
     try:
-        alone = torch.cat([lm(input_ids=ids[None], use_cache=False).logits[0] for ids in records])
+        alone = [
+            _logits_at(lm, {"input_ids": ids[None], "use_cache": False}, end)
+            for ids, end in zip(records, ends, strict=True)
+        ]
         with packed_attention(lm):
-            row = lm(
-                input_ids=torch.cat(records)[None],
-                position_ids=torch.cat([torch.arange(len(ids), device=ids.device) for ids in records])[None],
-                use_cache=False,
-                record_lengths=list(_TRIED_LENGTHS),
-            ).logits[0]
+            together = _logits_at(lm, row, torch.cat([end + start for end, start in zip(ends, starts, strict=False)]))
     except (TypeError, ValueError, RuntimeError):
         return False  # an argument that it does not know, or a shape that it does not expect
-    return _agree(row, alone)
-
-
-def _some_ids(lm: Any, count: int) -> Tensor:
-    """Token ids of all over the vocabulary, other ones for each count."""
-    embeddings = lm.get_input_embeddings()
-    return (torch.arange(count, device=embeddings.weight.device) * 7919 + count) % embeddings.num_embeddings
+    return _agree(together, torch.cat(alone))
 
 
 def _agree(one: Tensor, other: Tensor) -> bool:

@@ -43,6 +43,8 @@ _LOADING_OPTIONS = {
     *("attn_implementation", "auto_map", "dtype", "experts_implementation"),
     *("quantization_config", "torch_dtype", "transformers_version"),
 }
+# How transformers writes numbers that JSON does not have: {"__float__": "Infinity"}.
+_NO_JSON_NUMBERS = ("Infinity", "-Infinity", "NaN")
 _ARTIFACT = re.compile(r"nemo:[0-9a-f]{32}_(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)")
 
 
@@ -150,12 +152,25 @@ def content_digest(path: Path) -> str:
 
 
 def describe(hf: dict[str, Any]) -> dict[str, Any]:
-    """A Hugging Face configuration without what tells transformers where to load from and what code to run."""
+    """A Hugging Face configuration without what tells transformers where to load from and what code to run.
+
+    Infinity and NaN, which JSON does not have and transformers writes as an object, become numbers again.
+    """
     return {
-        key: describe(value) if isinstance(value, dict) else value
+        key: _described(value)
         for key, value in hf.items()
         if key not in _LOADING_OPTIONS and not str(key).startswith("_")
     }
+
+
+def _described(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_described(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"__float__"} and value["__float__"] in _NO_JSON_NUMBERS:
+        return float(value["__float__"])
+    return describe(value)
 
 
 def artifact_key(name: str) -> str:

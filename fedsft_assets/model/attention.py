@@ -78,8 +78,8 @@ def _sight(query: Tensor, window: int | None) -> dict[str, Any]:
     if window is None or length <= window:
         return {"is_causal": True}
     position = torch.arange(length, device=query.device)
-    distance = position[:, None] - position
-    return {"attn_mask": (distance >= 0) & (distance < window)}
+    own = position[:, None]
+    return {"attn_mask": (position <= own) & (position > own - window)}
 
 
 def _attend_in_one_kernel(

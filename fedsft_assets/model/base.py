@@ -33,6 +33,7 @@ from fedsft_assets.model.archive import (
     read_config,
     read_tokenizer_files,
 )
+from fedsft_assets.model.causality import require_causal
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.language_model import LanguageModel
 from fedsft_assets.model.megatron_import import import_opened, is_megatron, read_source_settings
@@ -41,6 +42,8 @@ from fedsft_assets.model.megatron_tokenizer import hugging_face_tokenizer, read_
 from fedsft_assets.model.own_archive import copy_archive, own_tokenizer_files
 from fedsft_assets.model.tokenizer import EOS, sample_texts, tiny_tokenizer
 from fedsft_assets.model.tokenizer_files import tokenizer_of
+from fedsft_assets.model.trial import position_limit
+from fedsft_assets.model.weights_check import read_stored, require_fit, use_numbers
 from fedsft_assets.specs import ModelPreset, PublishedArchive
 from fedsft_assets.store import file_digest
 
@@ -79,23 +82,23 @@ def create_base_model(
     if preset.archive or preset.published:
         return _from_archive(preset, _archive(preset, downloads, say), into, say)
     if preset.folder is not None:
-        lm, tokenizer = _from_folder(preset.folder)
+        lm, tokenizer = _from_folder(preset.folder, say)
     elif preset.name == "tiny":
         lm, tokenizer = _tiny(sample_texts() if texts is None else texts, seed)
     elif preset.name == "smollm2-135m":
-        lm, tokenizer = _pretrained(*_smollm2())
+        lm, tokenizer = _from_gguf(*_smollm2())
     else:
         raise ModelError(f"{preset.name}: this preset has no way to be made here")
-    positions = getattr(lm.config, "max_position_embeddings", None)
-    max_length = min(preset.max_length, positions) if positions else preset.max_length
+    text = lm.config.get_text_config()
+    max_length = min(preset.max_length, position_limit(text) or preset.max_length)
     model = LanguageModel.wrap(lm, tokenizer, max_length=max_length)
     model.save(into)
     return BaseModelReport(
         title=preset.title,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         vocabulary=len(tokenizer),
-        layers=lm.config.num_hidden_layers,
-        width=lm.config.hidden_size,
+        layers=text.num_hidden_layers,
+        width=text.hidden_size,
         digest=content_digest(into),
     )
 
@@ -142,9 +145,9 @@ def _describe(preset: ModelPreset, archive: Path) -> BaseModelReport:
     """What is in an archive, without loading its weights."""
     config = read_config(archive)
     try:
-        hf = AutoConfig.for_model(**config["hf"])
+        hf = AutoConfig.for_model(**config["hf"]).get_text_config()
         layers, width = hf.num_hidden_layers, hf.hidden_size
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # transformers raises errors of many kinds for a bad configuration
         raise ModelError(f"{archive}: {CONFIG}: hf: is no causal language model: {error}") from error
     with open_weights(archive) as weights:
         parameters = sum(prod(info.shape) for name, info in weights.tensors.items() if name not in weights.shared)
@@ -185,20 +188,34 @@ def _smollm2() -> tuple[Path, str]:
     return folder, files[0].name
 
 
-def _from_folder(folder: Path) -> tuple[Any, Any]:
+def _from_gguf(folder: Path, file: str) -> tuple[Any, Any]:
+    lm, report = _load(folder, gguf_file=file)
+    require_fit(folder / file, lm.config, lm, report, {})
+    return lm, _tokenizer(folder, file)
+
+
+def _from_folder(folder: Path, say: Callable[[str], object]) -> tuple[Any, Any]:
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder}: has no config.json; expected a folder that save_pretrained wrote")
-    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
-        raise ModelError(f"{folder}: has no weights (*.safetensors or *.bin)")
+    stored = read_stored(folder)
     if not any(folder.glob("tokenizer*")):
         raise ModelError(f"{folder}: has no tokenizer (tokenizer.json); save it there with tokenizer.save_pretrained")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers raises errors of many kinds for a bad configuration
         raise ModelError(f"{folder}: config.json cannot be used: {error}") from error
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ModelError(f"{folder}: config.json: model_type: {config.model_type!r} is not a causal language model")
-    return _pretrained(folder)
+    use_numbers(folder, config, stored)
+    tokenizer = _tokenizer(folder)
+    lm, report = _load(folder, config=config)
+    if left_out := require_fit(folder, config, lm, report, stored):
+        say(f"{folder}: {len(left_out)} tensors for images and sound are left out; {type(lm).__name__} is for text")
+    try:
+        require_causal(lm)
+    except ModelError as error:
+        raise ModelError(f"{folder}: {error}") from error
+    return lm, tokenizer
 
 
 def load_tokenizer(preset: ModelPreset, downloads: Path | None = None) -> Any:
@@ -232,18 +249,20 @@ def _tokenizer(folder: Path, gguf_file: str | None = None) -> Any:
     return tokenizer
 
 
-def _pretrained(folder: Path, gguf_file: str | None = None) -> tuple[Any, Any]:
-    tokenizer = _tokenizer(folder, gguf_file)
+def _load(folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """The causal LM in fp32, and what transformers reports of its loading."""
     with _quiet_transformers():
         try:
-            lm, report = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, output_loading_info=True, gguf_file=gguf_file, **_LOCAL
+            return AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are reported, and refused with their names
+                **options,
+                **_LOCAL,
             )
         except Exception as error:
             raise ModelError(f"{folder}: the weights cannot be read: {type(error).__name__}: {error}") from error
-    if report.get("missing_keys"):
-        raise ModelError(f"{folder}: the weights lack {', '.join(sorted(report['missing_keys'])[:5])}")
-    return lm, tokenizer
 
 
 @contextmanager

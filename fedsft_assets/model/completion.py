@@ -19,6 +19,7 @@ from fedsft_assets.model.batches import encode, prompt_prefix
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.generation import GenerationSettings
 from fedsft_assets.model.prompt_template import template
+from fedsft_assets.model.trial import position_limit
 
 _UNFINISHED = "\ufffd"  # what a part of a character's bytes decodes to
 
@@ -65,8 +66,8 @@ def chat_tokens(tokenizer: Any, turns: Sequence[Turn], room: int | None = None) 
 
 def prompt_room(lm: Any, settings: GenerationSettings) -> int | None:
     """How many tokens a prompt can have, so that the answer fits too; None if the model has no limit."""
-    positions = getattr(lm.config, "max_position_embeddings", None)
-    return positions - _most_new_tokens(positions, settings) if positions else None
+    most = position_limit(lm.config.get_text_config())
+    return most - _most_new_tokens(most, settings) if most else None
 
 
 def complete(
@@ -204,15 +205,15 @@ def _fitted(
     """The prompts with as much of their end as there is room for, and how many tokens an answer can have."""
     if not all(prompts):
         raise ModelError("a prompt has no tokens; give it some text")
-    room = prompt_room(lm, settings)
-    if room is None:
+    room, most = prompt_room(lm, settings), position_limit(lm.config.get_text_config())
+    if room is None or most is None:
         return list(prompts), settings.max_new_tokens
     bos = prompt_prefix(tokenizer)
     fitted = []
     for prompt in prompts:
         kept = bos if prompt[: len(bos)] == bos else []
         fitted.append(prompt if len(prompt) <= room else kept + prompt[len(prompt) - room + len(kept) :])
-    return fitted, _most_new_tokens(lm.config.max_position_embeddings, settings)
+    return fitted, _most_new_tokens(most, settings)
 
 
 def _seeds(settings: GenerationSettings, count: int) -> list[int]:

@@ -24,6 +24,7 @@ from fedsft_assets.model.lean import lean_imports
 from fedsft_assets.model.prompt_template import DEFAULT_TEMPLATE, template
 from fedsft_assets.model.tensor_file import TensorInfo
 from fedsft_assets.model.tokenizer_files import tokenizer_files, tokenizer_of
+from fedsft_assets.model.trainable import require_equal_ties, require_finite, require_floats, require_same_shapes
 
 with lean_imports():
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -67,7 +68,8 @@ class LanguageModel(nn.Module):
         """The model with the weights of a Hugging Face causal LM, in fp32, and its tokenizer.
 
         Raises ModelError if the tokenizer has no EOS token or more tokens than the model has
-        embeddings, or if the configuration alone does not give a model of the same tensors.
+        embeddings, if the configuration alone does not give a model of the same tensors, or if these
+        are not weights that can be trained.
         """
         if tokenizer.eos_token_id is None:
             raise ModelError(f"{type(tokenizer).__name__}: the tokenizer has no EOS token, so no answer could end")
@@ -77,8 +79,12 @@ class LanguageModel(nn.Module):
         files = tokenizer_files(tokenizer)
         hf = archive.describe(json.loads(lm.config.to_json_string()))
         model = cls({"hf": hf, "max_length": max_length, "prompt_template": prompt_template}, files)
+        weights = {f"lm.{name}": tensor for name, tensor in lm.state_dict().items()}
+        require_finite(lm)
+        require_floats(model.state_dict(), {name: tensor.dtype for name, tensor in weights.items()})
+        require_equal_ties(model.tied(), weights.get)
         try:
-            model.lm.load_state_dict(lm.state_dict())
+            model.load_state_dict(weights)
         except RuntimeError as error:
             raise ModelError(f"{type(lm).__name__} cannot be rebuilt from its configuration: {error}") from error
         return model
@@ -93,16 +99,21 @@ class LanguageModel(nn.Module):
         files = archive.read_tokenizer_files(path, config)
         try:
             model = cls(config, files)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
+        except Exception as error:  # transformers raises errors of many kinds for a bad configuration
             raise ModelError(f"{path}: cannot be restored: {type(error).__name__}: {error}") from error
         with archive.open_weights(path) as weights:
-            _require_same(
+            require_same_shapes(
                 {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
                 {name: info.shape for name, info in weights.tensors.items()},
                 f"{path}: {archive.WEIGHTS} does not hold the weights of the model that {archive.CONFIG} describes",
             )
+            where = f"{path}: {archive.WEIGHTS}: "
+            kinds = {name: info.dtype for name, info in weights.tensors.items()}
+            require_floats(model.state_dict(), kinds, where)
+            apart = {name: first for name, first in model.tied().items() if not weights.share(name, first)}
+            require_equal_ties(apart, weights.read, where)
             with torch.no_grad():
-                for name, tensor in model.distinct_parameters().items():  # whatever the file ties
+                for name, tensor in model.distinct_parameters().items():
                     tensor.copy_(weights.read(name))
         return model
 
@@ -114,15 +125,13 @@ class LanguageModel(nn.Module):
         if self.adapters_only:
             raise ModelError(f"{path}: merge the model's adapters before it is saved")
         tensors = self.state_dict(keep_vars=True)
-        first = {id(tensor): name for name, tensor in self.distinct_parameters().items()}
-        shared = {name: first[id(tensor)] for name, tensor in tensors.items() if first[id(tensor)] != name}
         archive.write_archive(
             path,
             {"hf": self.hf, "max_length": self.max_length, "prompt_template": self.prompt_template},
             self.tokenizer_files,
             {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()},
             lambda name: tensors[name].detach().cpu().contiguous(),
-            shared,
+            self.tied(),
         )
 
     @cached_property
@@ -159,7 +168,7 @@ class LanguageModel(nn.Module):
     @cached_property
     def answer_loss(self) -> AnswerLoss:
         """The loss of batches, in the way that suits this model."""
-        return AnswerLoss(self.lm, pad_id=self.special_tokens.eos)
+        return AnswerLoss(self.lm, pad_id=self.special_tokens.eos, longest=self.max_length)
 
     def forget_answer_loss(self) -> None:
         """Have `answer_loss` made anew: layers of the model are others now."""
@@ -179,6 +188,12 @@ class LanguageModel(nn.Module):
             for name, tensor in self.state_dict(keep_vars=True).items()
             if id(tensor) not in seen and not seen.add(id(tensor))  # type: ignore[func-returns-value]
         }
+
+    def tied(self) -> dict[str, str]:
+        """The other names of tied tensors, each with the first name of the same tensor."""
+        first: dict[int, str] = {}
+        tensors = self.state_dict(keep_vars=True)
+        return {name: kept for name, tensor in tensors.items() if (kept := first.setdefault(id(tensor), name)) != name}
 
     def weights(self) -> dict[str, Tensor]:
         """All weights as they travel: copies on the CPU, fp32, each tied tensor once under its first name."""
@@ -202,7 +217,7 @@ class LanguageModel(nn.Module):
 
     def require_same(self, weights: Mapping[str, Tensor]) -> None:
         """Raises ModelError if these are not tensors of the names and shapes that `weights` gives."""
-        _require_same(
+        require_same_shapes(
             {name: tuple(tensor.shape) for name, tensor in self.distinct_parameters().items()},
             {name: tuple(tensor.shape) for name, tensor in weights.items()},
             "these are not the weights of this model",
@@ -256,7 +271,7 @@ def import_architecture(path: Path) -> None:
 
         try:
             MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.for_model(**hf))]
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except Exception as error:
             raise ModelError(f"{path}: no causal LM: {error}") from error
 
 
@@ -269,16 +284,3 @@ def empty_lm(hf: Mapping[str, Any]) -> Any:
         lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     lm.tie_weights()  # a part of the initialization that was left out
     return lm
-
-
-def _require_same(own: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]], claim: str) -> None:
-    problems = [f"missing {name}" for name in own if name not in given]
-    problems += [f"unexpected {name}" for name in given if name not in own]
-    problems += [
-        f"{name} has shape {given[name]}, expected {shape}"
-        for name, shape in own.items()
-        if name in given and given[name] != shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ModelError(f"{claim}: {'; '.join(problems[:5])}{more}")

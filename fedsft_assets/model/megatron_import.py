@@ -28,6 +28,7 @@ from fedsft_assets.model.prompt_template import DEFAULT_TEMPLATE
 from fedsft_assets.model.tensor_file import TensorFile, TensorInfo, type_names
 from fedsft_assets.model.tokenizer import EOS
 from fedsft_assets.model.tokenizer_files import tokenizer_files
+from fedsft_assets.model.trainable import require_finite_values
 
 _TYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -153,6 +154,7 @@ def _convert(
     def read(name: str) -> Tensor:
         weight, found, rows = places[name]
         tensor = tensors.read(found, (0, shape.vocabulary) if name == word else rows)
+        require_finite_values(f"{source.path}: {found}", tensor)
         progress.add(infos[name].nbytes)
         return to_hf(weight, tensor[0] if rows else tensor, shape.heads)
 

@@ -16,6 +16,7 @@ from fedsft_assets.model.archive import (
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.megatron_source import MegatronSource
 from fedsft_assets.model.tensor_file import TensorFile
+from fedsft_assets.model.trainable import require_finite_values
 
 _BLOCK = 1 << 20
 
@@ -30,13 +31,16 @@ def own_tokenizer_files(source: MegatronSource) -> dict[str, bytes]:
 def copy_archive(source: MegatronSource, into: Path) -> None:
     """Write the archive `into`, whole or not at all: configuration, tokenizer and weights, and nothing else.
 
-    Raises ModelError if they are not all there, or the weights are no tensors.
+    Raises ModelError if they are not all there, or the weights are no tensors of finite numbers.
     """
     names = [CONFIG, *_artifacts(source), WEIGHTS]
     if WEIGHTS not in source.members:
         raise ModelError(f"{source.path}: has no {WEIGHTS}; not a .nemo archive, or truncated")
-    with TensorFile(source.members[WEIGHTS].open(), f"{source.path}: {WEIGHTS}"):
-        pass  # its description is read, and refused if it is none
+    where = f"{source.path}: {WEIGHTS}"
+    with source.members[WEIGHTS].open() as file, TensorFile(file, where) as weights:
+        for name, info in weights.tensors.items():
+            if info.dtype.is_floating_point and name not in weights.shared:
+                require_finite_values(f"{where}: {name}", weights.read(name))
     with new_tar(into) as file:
         for name in names:
             with source.members[name].open() as member, tar_member(file, name):

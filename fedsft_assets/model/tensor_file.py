@@ -106,6 +106,10 @@ class TensorFile:
     def __exit__(self, *_: object) -> None:
         self._tensors.clear()
 
+    def share(self, name: str, other: str) -> bool:
+        """Whether two names have the same values because they are the same ones."""
+        return self.shared.get(name, name) == self.shared.get(other, other)
+
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """One tensor, or its rows from the first to before the second, contiguous and in memory of its own."""
         tensor = self._tensors[name]

@@ -24,9 +24,11 @@ from fedsft_assets.model.archive import (
     read_tokenizer_files,
     write_archive,
 )
+from fedsft_assets.model.base import create_base_model
 from fedsft_assets.model.language_model import LanguageModel
 from fedsft_assets.model.sft_model import SFTModel
 from fedsft_assets.model.tensor_file import TensorInfo
+from fedsft_assets.specs import model_preset
 
 Members = dict[str, bytes]
 
@@ -309,3 +311,40 @@ def test_a_header_that_asks_for_gigabytes_is_refused(tmp_path):
         file.truncate(5 << 30)  # takes no space
     with pytest.raises(ModelError, match=r"header\.nemo: .*bytes at once are more than"):
         read_config(path)
+
+
+@pytest.fixture
+def with_weight(base, tmp_path) -> Callable[[str, torch.Tensor], Path]:
+    """Write the base archive again with another tensor under a name."""
+
+    def make(name: str, tensor: torch.Tensor) -> Path:
+        config = read_config(base[0])
+        with open_weights(base[0]) as weights:
+            values = {**{name: weights.read(name) for name in weights.tensors}, name: tensor}
+        infos = {name: TensorInfo(value.dtype, tuple(value.shape)) for name, value in values.items()}
+        path = tmp_path / "other.nemo"
+        write_archive(path, config, read_tokenizer_files(base[0], config), infos, values.__getitem__)
+        return path
+
+    return make
+
+
+def test_a_head_of_its_own_in_a_model_that_ties_it_is_refused(base, with_weight):
+    head = LanguageModel.load(base[0]).lm.lm_head.weight.detach().clone()
+    assert LanguageModel.load(with_weight("lm.lm_head.weight", head)).max_length == 256
+    head[3] += 1
+    with pytest.raises(ModelError, match=r"other\.nemo: .*lm_head\.weight is another tensor than lm\.transformer\.wte"):
+        LanguageModel.load(with_weight("lm.lm_head.weight", head))
+
+
+def test_integers_for_weights_are_refused(with_weight):
+    path = with_weight("lm.transformer.ln_f.weight", torch.ones(192, dtype=torch.int8))
+    with pytest.raises(ModelError, match=r"other\.nemo: .*lm\.transformer\.ln_f\.weight: has values of int8, expected"):
+        LanguageModel.load(path)
+
+
+def test_an_archive_with_nan_in_its_weights_does_not_become_a_base_model(with_weight, tmp_path):
+    path = with_weight("lm.transformer.ln_f.weight", torch.full((192,), float("nan")))
+    with pytest.raises(ModelError, match=r"other\.nemo: .*lm\.transformer\.ln_f\.weight: 192 of 192 weights are NaN"):
+        create_base_model(model_preset(str(path)), tmp_path / "x.nemo", 1)
+    assert not (tmp_path / "x.nemo").exists()

@@ -364,3 +364,13 @@ def test_an_import_loads_neither_nemo_nor_torchs_distributed_checkpoints(core, t
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PROJECT)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(convert, tmp_path, value):
+    tensors = random_tensors(LEGACY, torch.float16)
+    name = next(name for name in tensors if name.endswith("layers.1.mlp.dense_h_to_4h.weight"))
+    tensors[name][0, 0] = value
+    with pytest.raises(ModelError, match=rf"megatron\.nemo: \S*{name}: 1 of [\d,]+ weights are NaN or infinite"):
+        convert(members(SETTINGS, tensors))
+    assert not (tmp_path / "ours.nemo").exists()
