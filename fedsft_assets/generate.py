@@ -49,7 +49,7 @@ class Conversation:
         if self.chat:
             tokens = chat_tokens(model.tokenizer, turns, prompt_room(model.lm, self.settings))
         else:
-            tokens = plain_tokens(model.tokenizer, text, model.prompt_template)
+            tokens = plain_tokens(model.text_encoder, text, model.prompt_template)
         said = ""
         try:
             with model.evaluating(), closing(stream(model.lm, model.tokenizer, tokens, self.settings)) as pieces:

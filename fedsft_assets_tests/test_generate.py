@@ -82,7 +82,7 @@ def command(environment: dict[str, str]) -> Callable[..., subprocess.CompletedPr
 
 
 def _answer(model: LanguageModel, text: str, settings: GenerationSettings = SETTINGS) -> str:
-    tokens = plain_tokens(model.tokenizer, text, model.prompt_template)
+    tokens = plain_tokens(model.text_encoder, text, model.prompt_template)
     return complete(model.lm.eval(), model.tokenizer, [tokens], settings)[0]
 
 

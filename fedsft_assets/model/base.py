@@ -17,7 +17,6 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
@@ -42,6 +41,7 @@ from fedsft_assets.model.megatron_tokenizer import hugging_face_tokenizer, read_
 from fedsft_assets.model.own_archive import copy_archive, own_tokenizer_files
 from fedsft_assets.model.tokenizer import EOS, sample_texts, tiny_tokenizer
 from fedsft_assets.model.tokenizer_files import tokenizer_of
+from fedsft_assets.model.tokenizer_folder import has_tokenizer, read_tokenizer_folder
 from fedsft_assets.model.trial import position_limit
 from fedsft_assets.model.weights_check import read_stored, require_fit, use_numbers
 from fedsft_assets.specs import ModelPreset, PublishedArchive
@@ -198,7 +198,7 @@ def _from_folder(folder: Path, say: Callable[[str], object]) -> tuple[Any, Any]:
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder}: has no config.json; expected a folder that save_pretrained wrote")
     stored = read_stored(folder)
-    if not any(folder.glob("tokenizer*")):
+    if not has_tokenizer(folder):
         raise ModelError(f"{folder}: has no tokenizer (tokenizer.json); save it there with tokenizer.save_pretrained")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -240,13 +240,7 @@ def _tokenizer_of(files: Mapping[str, bytes]) -> Any:
 
 def _tokenizer(folder: Path, gguf_file: str | None = None) -> Any:
     with _quiet_transformers():
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file, **_LOCAL)
-        except Exception as error:  # the tokenizers library raises bare Exception for a bad file
-            raise ModelError(f"{folder}: the tokenizer cannot be read: {error}") from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+        return read_tokenizer_folder(folder, gguf_file)
 
 
 def _load(folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:

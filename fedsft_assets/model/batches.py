@@ -2,9 +2,10 @@
 
 Relation to NeMo's GPTSFTDataset: the same records (`input`, `output`), the same kind of template, the
 space before `{output}` tokenized with the answer, EOS appended and learned, loss on the answer only,
-the context given up before the answer. Different: the context loses its beginning (NeMo's default
-drops its end), an answer that is cut gets no EOS because it does not end there, and a special token
-spelled out in a record stays plain text, so that data cannot end an answer.
+the context given up before the answer. Different: prompt and answer are tokenized as one text, the
+context loses its beginning (NeMo's default drops its end), an answer that is cut gets no EOS because it
+does not end there, and a special token spelled out in a record stays plain text, so that data cannot
+end an answer.
 """
 
 import random
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from fedsft_assets.data.records import Record
 from fedsft_assets.model.prompt_template import DEFAULT_TEMPLATE, template
+from fedsft_assets.model.text_encoder import TextEncoder
 
 _BATCHES_IN_A_BUCKET = 32
 
@@ -86,25 +88,20 @@ def tokenize(
     The prompt loses its beginning first (never the BOS token, never its last token); the answer
     loses its end, EOS included, only if it does not fit even then. `truncated` counts both.
     """
-    records = list(records)
-    if not records:
-        return []
-    style = template(prompt_template)
-    bos = next(iter(prompt_prefix(tokenizer)), None)
-    prompts = encode(tokenizer, [style.prompt(record["input"]) for record in records])
-    answers = encode(tokenizer, [style.answer(record["output"]) for record in records])
+    records, style, encoder = list(records), template(prompt_template), TextEncoder.of(tokenizer)
+    prompts = [style.prompt(record["input"]) for record in records]
+    answers = [style.answer(record["output"]) for record in records]
     return [
-        cut(prompt, answer, max_length, bos, tokenizer.eos_token_id)
-        for prompt, answer in zip(prompts, answers, strict=True)
+        cut(ids[:prompt], ids[prompt:], max_length, encoder.front, tokenizer.eos_token_id)
+        for ids, prompt in encoder.records(prompts, answers)
     ]
 
 
-def cut(prompt: list[int], answer: list[int], max_length: int, bos: int | None, eos: int) -> Tokens:
-    """One record of at most `max_length` tokens, with `bos` in front, if there is one, and `eos` at the end.
+def cut(prompt: list[int], answer: list[int], max_length: int, front: Sequence[int], eos: int) -> Tokens:
+    """One record of at most `max_length` tokens, `front` (BOS, more, or nothing) before it and `eos` at the end.
 
-    Raises ValueError if there is no room for BOS and a token of the prompt.
+    Raises ValueError if there is no room for `front` and a token of the prompt.
     """
-    front = [] if bos is None else [bos]
     longest_answer = max_length - len(front) - 1
     if longest_answer < 0:
         raise ValueError(f"max_length is {max_length}; expected room for BOS and one token of the prompt")
@@ -123,17 +120,6 @@ def truncated(tokens: Iterable[Tokens]) -> Truncated:
     """Counts of what `tokenize` had to cut."""
     tokens = list(tokens)
     return Truncated(sum(one.context_cut for one in tokens), sum(one.answer_cut for one in tokens))
-
-
-def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Token ids of plain texts: nothing is added, and no text becomes a special token."""
-    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-
-
-def prompt_prefix(tokenizer: Any) -> list[int]:
-    """The BOS token if the tokenizer puts one before a text, else nothing."""
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and tokenizer("a")["input_ids"][0] == bos else []
 
 
 def training_batches(tokens: Sequence[Tokens], batch_size: int, seed: int | str, epoch: int) -> list[list[int]]:

@@ -15,10 +15,10 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from fedsft_assets.model.batches import encode, prompt_prefix
 from fedsft_assets.model.errors import ModelError
-from fedsft_assets.model.generation import GenerationSettings
+from fedsft_assets.model.generation import GenerationSettings, end_tokens
 from fedsft_assets.model.prompt_template import template
+from fedsft_assets.model.text_encoder import TextEncoder, front_tokens
 from fedsft_assets.model.trial import position_limit
 
 _UNFINISHED = "\ufffd"  # what a part of a character's bytes decodes to
@@ -32,9 +32,9 @@ class Turn:
     text: str
 
 
-def plain_tokens(tokenizer: Any, text: str, prompt_template: str) -> list[int]:
+def plain_tokens(encoder: TextEncoder, text: str, prompt_template: str) -> list[int]:
     """The tokens of a prompt as in training: in the template of that name, and nothing in it is a special token."""
-    return prompt_prefix(tokenizer) + encode(tokenizer, [template(prompt_template).prompt(text)])[0]
+    return encoder.front + encoder.prompts([template(prompt_template).prompt(text)])[0]
 
 
 def chat_tokens(tokenizer: Any, turns: Sequence[Turn], room: int | None = None) -> list[int]:
@@ -82,8 +82,8 @@ def complete(
     """What the model appends to each prompt, given as tokens: text without EOS, special tokens and outer blanks.
 
     An answer has at most half of the model's positions. A prompt that leaves no room for it loses its beginning,
-    but not its BOS token. Prompts are read in batches, padded on the left. Raises ModelError for a prompt without
-    tokens, and if the model gives no numbers.
+    but not what its tokenizer puts before every text. Prompts are read in batches, padded on the left. Raises
+    ModelError for a prompt without tokens, and if the model gives no numbers.
     """
     prompts, most = _fitted(lm, tokenizer, prompts, settings)
     ends, seeds = _end_tokens(lm, tokenizer), _seeds(settings, len(prompts))
@@ -208,10 +208,10 @@ def _fitted(
     room, most = prompt_room(lm, settings), position_limit(lm.config.get_text_config())
     if room is None or most is None:
         return list(prompts), settings.max_new_tokens
-    bos = prompt_prefix(tokenizer)
+    front = front_tokens(tokenizer.backend_tokenizer)
     fitted = []
     for prompt in prompts:
-        kept = bos if prompt[: len(bos)] == bos else []
+        kept = front if prompt[: len(front)] == front else []
         fitted.append(prompt if len(prompt) <= room else kept + prompt[len(prompt) - room + len(kept) :])
     return fitted, _most_new_tokens(most, settings)
 
@@ -224,8 +224,7 @@ def _seeds(settings: GenerationSettings, count: int) -> list[int]:
 
 def _end_tokens(lm: Any, tokenizer: Any) -> set[int]:
     """All that the tokenizer and the model call EOS; a chat model has one for a turn and one for a text."""
-    named = [tokenizer.eos_token_id, lm.config.eos_token_id, lm.generation_config.eos_token_id]
-    return {token for one in named if one is not None for token in (one if isinstance(one, list) else [one])}
+    return set(end_tokens(tokenizer.eos_token_id, lm.config.eos_token_id, lm.generation_config.eos_token_id))
 
 
 def _no_token(lm: Any, tokenizer: Any) -> Tensor:

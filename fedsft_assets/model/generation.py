@@ -1,6 +1,7 @@
 """How answers are generated: what a user can say about it, checked. Imports nothing heavy."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedsft_assets.model.errors import ModelError
@@ -32,3 +33,9 @@ class GenerationSettings:
         ):
             if not fits:
                 raise ModelError(f"{field}: expected {expected}, found {getattr(self, field)}")
+
+
+def end_tokens(*named: int | Sequence[int] | None) -> list[int]:
+    """The ids that end an answer, each once, of what several places call EOS: one, several, or none."""
+    every = [[one] if isinstance(one, int) else one or [] for one in named]
+    return list(dict.fromkeys(token for some in every for token in some))

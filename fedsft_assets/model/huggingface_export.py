@@ -14,6 +14,7 @@ import torch
 
 from fedsft_assets.model.archive import CONFIG, open_weights, read_config, read_tokenizer_files
 from fedsft_assets.model.errors import ModelError
+from fedsft_assets.model.generation import end_tokens
 from fedsft_assets.model.progress import ByteProgress
 from fedsft_assets.model.tensor_file import TensorFile, TensorInfo, type_names
 from fedsft_assets.store import publish_folder
@@ -163,17 +164,18 @@ def _header(infos: Mapping[str, TensorInfo]) -> bytes:
 
 
 def _generation(hf: Any, tokenizer_folder: Path, where: str) -> Any:
-    """How to generate: answers end with the tokenizer's EOS, and padded rows of the token table are never chosen."""
+    """How to generate: every EOS ends an answer, and padded rows of the token table are never chosen."""
     from transformers import AutoTokenizer, GenerationConfig
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception for a bad file
         raise ModelError(f"{where} cannot be read: {error}") from error
+    ends = end_tokens(tokenizer.eos_token_id, hf.eos_token_id)
     padded = range(max(tokenizer.get_vocab().values()) + 1, hf.get_text_config().vocab_size)
     return GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=ends if len(ends) > 1 else tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         suppress_tokens=list(padded) or None,
     )

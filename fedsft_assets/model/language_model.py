@@ -5,7 +5,7 @@ archive as NeMo sees it.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from fedsft_assets.model import archive
 from fedsft_assets.model.answer_loss import AnswerLoss
 from fedsft_assets.model.errors import ModelError
-from fedsft_assets.model.generation import GenerationSettings
+from fedsft_assets.model.generation import GenerationSettings, end_tokens
 from fedsft_assets.model.lean import lean_imports
 from fedsft_assets.model.prompt_template import DEFAULT_TEMPLATE, template
 from fedsft_assets.model.tensor_file import TensorInfo
+from fedsft_assets.model.text_encoder import TextEncoder, front_tokens
 from fedsft_assets.model.tokenizer_files import tokenizer_files, tokenizer_of
 from fedsft_assets.model.trainable import require_equal_ties, require_finite, require_floats, require_same_shapes
 
@@ -37,9 +38,9 @@ _FASTER_ACTIVATIONS = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytor
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Ids that begin and end a record; `bos` is None for a tokenizer that puts nothing in front."""
+    """Ids that begin and end a record; `front` are those that the tokenizer puts before every text, if any."""
 
-    bos: int | None
+    front: Sequence[int]
     eos: int
 
 
@@ -65,9 +66,9 @@ class LanguageModel(nn.Module):
 
     @classmethod
     def wrap(cls, lm: Any, tokenizer: Any, max_length: int, prompt_template: str = DEFAULT_TEMPLATE) -> Self:
-        """The model with the weights of a Hugging Face causal LM, in fp32, and its tokenizer.
+        """The model with the weights of a Hugging Face causal LM, in fp32, its tokenizer, and all its EOS tokens.
 
-        Raises ModelError if the tokenizer has no EOS token or more tokens than the model has
+        Raises ModelError if the tokenizer has no EOS token, no fast form or more tokens than the model has
         embeddings, if the configuration alone does not give a model of the same tensors, or if these
         are not weights that can be trained.
         """
@@ -77,7 +78,13 @@ class LanguageModel(nn.Module):
         if len(tokenizer) > embeddings:
             raise ModelError(f"the tokenizer has {len(tokenizer)} tokens, the model has embeddings for {embeddings}")
         files = tokenizer_files(tokenizer)
+        if "tokenizer.json" not in files:
+            raise ModelError(f"{type(tokenizer).__name__}: has no fast form; save it with a tokenizer.json")
         hf = archive.describe(json.loads(lm.config.to_json_string()))
+        ends = end_tokens(hf.get("eos_token_id"))
+        every_end = end_tokens(ends, getattr(lm.generation_config, "eos_token_id", None))
+        if every_end != ends:  # an archive has no other place for what only the settings for generation say
+            hf["eos_token_id"] = every_end
         model = cls({"hf": hf, "max_length": max_length, "prompt_template": prompt_template}, files)
         weights = {f"lm.{name}": tensor for name, tensor in lm.state_dict().items()}
         require_finite(lm)
@@ -153,17 +160,17 @@ class LanguageModel(nn.Module):
     def special_tokens(self) -> SpecialTokens:
         """What begins and ends a record, read from the tokenizer's files: far faster than loading the tokenizer."""
         raw = Tokenizer.from_buffer(self.tokenizer_json)
-        said = json.loads(self.tokenizer_files.get("tokenizer_config.json", b"{}"))
-        named = {}
-        for field in ("bos_token", "eos_token"):
-            text = said.get(field)
-            text = text.get("content") if isinstance(text, dict) else text
-            named[field] = raw.token_to_id(text) if isinstance(text, str) else None
-        eos = named["eos_token"]
+        text = json.loads(self.tokenizer_files.get("tokenizer_config.json", b"{}")).get("eos_token")
+        text = text.get("content") if isinstance(text, dict) else text
+        eos = raw.token_to_id(text) if isinstance(text, str) else None
         if eos is None:
             raise ModelError("tokenizer_config.json: eos_token: not a token of tokenizer.json, so no answer could end")
-        front = raw.encode("a").ids[:1]
-        return SpecialTokens(named["bos_token"] if front == [named["bos_token"]] else None, eos)
+        return SpecialTokens(front_tokens(raw), eos)
+
+    @cached_property
+    def text_encoder(self) -> TextEncoder:
+        """What makes tokens of prompts, as of records in training."""
+        return TextEncoder(self.tokenizer_json)
 
     @cached_property
     def answer_loss(self) -> AnswerLoss:
@@ -237,7 +244,7 @@ class LanguageModel(nn.Module):
         tokens = [
             chat_tokens(self.tokenizer, [Turn("user", text)], prompt_room(self.lm, settings))
             if chat
-            else plain_tokens(self.tokenizer, text, self.prompt_template)
+            else plain_tokens(self.text_encoder, text, self.prompt_template)
             for text in prompts
         ]
         with self.evaluating():

@@ -7,6 +7,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from fedsft_assets.model.prompt_template import DEFAULT_TEMPLATE
+from fedsft_assets.model.text_encoder import front_tokens
 from fedsft_assets.model.tokenized import tokenized
 from fedsft_assets.store import SPLITS, split_file
 
@@ -19,7 +20,7 @@ def token_lengths(folder: Path, tokenizer: Tokenizer) -> Lengths:
     What a trainer sees before it cuts: template, input, output, and the tokens that begin and end them.
     The tokens are kept beside the splits, where trainers find them.
     """
-    added = len(tokenizer.encode("a").ids) - len(tokenizer.encode("a", add_special_tokens=False).ids) + 1
+    added = len(front_tokens(tokenizer)) + 1
     description = tokenizer.to_str().encode()
     splits = [tokenized(split_file(folder, split), description, DEFAULT_TEMPLATE) for split in SPLITS]
     return np.concatenate([np.diff(tokens.starts) + added for tokens in splits]).astype(np.int32)

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -27,14 +27,14 @@ import tokenizers
 from tokenizers import Tokenizer
 
 from fedsft_assets.data.records import DataError, Record, iterate_records
-from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.prompt_template import PromptTemplate, template
+from fedsft_assets.model.text_encoder import TextEncoder
 from fedsft_assets.store import file_digest, publish_file
 
 if TYPE_CHECKING:
     from fedsft_assets.model.batches import Tokens
 
-_FORMAT = 1
+_FORMAT = 2
 _BATCH = 512  # records
 _BATCHES = 8  # in memory at once
 _KEPT = 3  # tokenizers, for one content of a split
@@ -47,7 +47,8 @@ _log = logging.getLogger(__name__)
 class Tokenized:
     """The N records of one JSONL split as tokens, uncut, without BOS and EOS.
 
-    `ids` int32 [T] are the prompt and then the answer of each record, one record after another;
+    `ids` int32 [T] are the prompt and then the answer of each record, one record after another, as `TextEncoder` has
+    them;
     `starts` int64 [N + 1] say where each begins and the last one ends; `prompts` int32 [N] how many
     of a record's ids are its prompt's.
     """
@@ -56,17 +57,21 @@ class Tokenized:
     starts: npt.NDArray[np.int64]
     prompts: npt.NDArray[np.int32]
 
-    def records(self, max_length: int, bos: int | None, eos: int, most: int | None = None) -> list[Tokens]:
+    def records(self, max_length: int, front: Sequence[int], eos: int, most: int | None = None) -> list[Tokens]:
         """The first `most` records as a trainer takes them, in the split's order, none longer than `max_length`.
 
-        `bos` stands in front unless it is None, `eos` at the end; what does not fit is cut by `batches.cut`.
+        `front` stands before each, `eos` at the end; what does not fit is cut by `batches.cut`.
         """
         from fedsft_assets.model.batches import cut
 
         starts = self.starts[: len(self.prompts[:most]) + 1].tolist()
         return [
             cut(
-                self.ids[start : start + prompt].tolist(), self.ids[start + prompt : end].tolist(), max_length, bos, eos
+                self.ids[start : start + prompt].tolist(),
+                self.ids[start + prompt : end].tolist(),
+                max_length,
+                front,
+                eos,
             )
             for start, end, prompt in zip(starts, starts[1:], self.prompts.tolist(), strict=False)
         ]
@@ -90,7 +95,7 @@ def tokenized(records_file: Path, tokenizer: bytes | Tokenizer, prompt_template:
     with _turn(records_file):
         tokens = _read(kept)
         if tokens is None:
-            tokens = _make(records_file, _encoder(description), style)
+            tokens = _make(records_file, TextEncoder(description), style)
             if _digest(records_file) == content:  # else it was replaced, and these are the new one's tokens
                 _keep(tokens, kept)
                 _tidy(records_file, start)
@@ -104,18 +109,6 @@ def _digest(records_file: Path) -> str:
         raise DataError(f"{records_file}: cannot be read: {error.strerror}; make it before what needs it") from error
 
 
-def _encoder(description: bytes) -> Tokenizer:
-    """A tokenizer that takes texts as they are: nothing is cut or padded, and no text becomes a special token."""
-    try:
-        encoder = Tokenizer.from_buffer(description)
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise ModelError(f"tokenizer.json: cannot be read: {error}; save it with a current tokenizers") from error
-    encoder.no_truncation()
-    encoder.no_padding()
-    encoder.encode_special_tokens = True
-    return encoder
-
-
 @lru_cache(maxsize=2)  # a large vocabulary takes a good part of a second, and every split asks for it
 def _way(description: bytes, prompt_template: str) -> str:
     """SHA-256 in hex over all that decides the ids of a record, and nothing else.
@@ -123,11 +116,7 @@ def _way(description: bytes, prompt_template: str) -> str:
     So a preset's tokenizer and the one in an archive made from it share their tokens, though
     transformers adds special tokens, padding and a post-processor to the latter.
     """
-    said = orjson.loads(_encoder(description).to_str())  # as this version says it, whichever wrote it
-    # Special tokens are matched only to be passed over, where they may hide one that is not special.
-    added = said["added_tokens"] if any(not token["special"] for token in said["added_tokens"]) else []
-    parts = [said["normalizer"], said["pre_tokenizer"], said["model"], added]
-    way = [_FORMAT, tokenizers.__version__, template(prompt_template).text, parts]
+    way = [_FORMAT, tokenizers.__version__, template(prompt_template).text, TextEncoder(description).way]
     return hashlib.sha256(orjson.dumps(way, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
@@ -153,14 +142,15 @@ def _read(kept: Path) -> Tokenized | None:
         return None
 
 
-def _make(records_file: Path, encoder: Tokenizer, style: PromptTemplate) -> Tokenized:
+def _make(records_file: Path, encoder: TextEncoder, style: PromptTemplate) -> Tokenized:
     def encode(records: list[Record]) -> tuple[array[int], list[int]]:
-        """The ids of some records, and how many each prompt and each answer has, in turns."""
-        texts = [text for r in records for text in (style.prompt(r["input"]), style.answer(r["output"]))]
-        ids, counts = array("i"), []
-        for encoding in encoder.encode_batch_fast(texts, add_special_tokens=False):
-            ids.fromlist(encoding.ids)
-            counts.append(len(encoding))
+        """The ids of some records, and how many each record and its prompt have, in turns."""
+        prompts = [style.prompt(record["input"]) for record in records]
+        answers = [style.answer(record["output"]) for record in records]
+        ids, counts = array("i"), list[int]()
+        for whole, prompt in encoder.records(prompts, answers):
+            ids.fromlist(whole)
+            counts += (len(whole), prompt)
         return ids, counts
 
     batches = _batches(records_file)
@@ -170,8 +160,8 @@ def _make(records_file: Path, encoder: Tokenizer, style: PromptTemplate) -> Toke
             for some_ids, some_counts in pool.map(encode, group):
                 ids.extend(some_ids)
                 counts.fromlist(some_counts)
-    prompts, answers = np.array(counts, np.int32).reshape(-1, 2).T
-    starts = np.concatenate([[0], np.cumsum(prompts + answers, dtype=np.int64)])
+    wholes, prompts = np.array(counts, np.int32).reshape(-1, 2).T
+    starts = np.concatenate([[0], np.cumsum(wholes, dtype=np.int64)])
     return Tokenized(np.asarray(ids, np.int32), starts, prompts.copy())
 
 

@@ -2,50 +2,51 @@
 
 import hashlib
 from collections.abc import Iterable
+from importlib.metadata import version
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from fedsft_assets.data.sample import sample_examples
 from fedsft_assets.model.archive import CONFIG
-from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.prompt_template import DEFAULT_TEMPLATE, template
 from fedsft_assets.specs import ModelPreset
 from fedsft_assets.store import publish_file
 
 EOS = "<|endoftext|>"
 _TINY_VOCABULARY = 1280
+_WEIGHTS = (".safetensors", ".bin", ".gguf")
 
 
 def preset_tokenizer(preset: ModelPreset, cache: Path, downloads: Path | None = None) -> Tokenizer:
-    """The preset's tokenizer. Those that are slow to load are kept in the folder `cache`.
+    """The tokenizer of the preset's base model. Those that are slow to load are kept in the folder `cache`.
 
     A published archive is downloaded into `downloads`. Raises ModelError, and HubError if that fails.
     """
-    if preset.name == "tiny" and not preset.archive:
+    if preset.name == "tiny" and not preset.folder and not preset.archive:
         return tiny_tokenizer(sample_texts())
-    kept = (preset.folder or cache / _identity(preset)) / "tokenizer.json"
+    # Not a folder's own tokenizer.json: what transformers makes of it, and the base model has, may be another one.
+    kept = cache / _identity(preset) / "tokenizer.json"
     if not kept.is_file():
         from fedsft_assets.model.base import load_tokenizer
 
-        backend = getattr(load_tokenizer(preset, downloads), "backend_tokenizer", None)
-        if backend is None:
-            raise ModelError(f"{preset.name}: its tokenizer has no fast form; save it with a tokenizer.json")
-        if preset.folder:
-            return backend
+        tokenizer = load_tokenizer(preset, downloads)
         with publish_file(kept) as path:
-            backend.save(str(path))
+            tokenizer.backend_tokenizer.save(str(path))
     return Tokenizer.from_file(str(kept))
 
 
 def _identity(preset: ModelPreset) -> str:
-    """Names the preset and, for an archive of the user's, its content as far as place, size and time tell it."""
-    if preset.archive is None:
+    """Names the preset and, for a folder or archive of the user's, its content by place, size and time of its files."""
+    if preset.folder:
+        places = [path for path in sorted(preset.folder.iterdir()) if path.suffix not in _WEIGHTS]
+    elif preset.archive:
+        places = [preset.archive / CONFIG if preset.archive.is_dir() else preset.archive]
+    else:
         return preset.name
-    place = preset.archive / CONFIG if preset.archive.is_dir() else preset.archive
-    state = place.stat()
-    told = hashlib.sha256(f"{place}\0{state.st_size}\0{state.st_mtime_ns}".encode()).hexdigest()
-    return f"{preset.name}-{told[:16]}"
+    states = [(str(place), place.stat()) for place in places]
+    told = [version("transformers"), *(f"{place}\0{state.st_size}\0{state.st_mtime_ns}" for place, state in states)]
+    return f"{preset.name}-{hashlib.sha256(chr(0).join(told).encode()).hexdigest()[:16]}"
 
 
 def sample_texts() -> list[str]:

@@ -78,7 +78,7 @@ def split_tokens(model: LanguageModel, records_file: Path, max_length: int, most
     """The first `most` records of a JSONL split as tokens for this model, each cut to `max_length` and its limit."""
     special = model.special_tokens
     tokens = tokenized(records_file, model.tokenizer_json, model.prompt_template)
-    return tokens.records(min(max_length, model.max_length), special.bos, special.eos, most)
+    return tokens.records(min(max_length, model.max_length), special.front, special.eos, most)
 
 
 def train_round(

@@ -6,13 +6,13 @@ from fedsft_assets.model.batches import (
     micro_batches,
     pack,
     pad,
-    prompt_prefix,
     template,
     tokenize,
     training_batches,
     truncated,
 )
 from fedsft_assets.model.errors import ModelError
+from fedsft_assets_tests.model.hf_tokenizers import hf_tokenizer
 
 
 def test_targets_are_the_answer_and_eos_only(model):
@@ -85,23 +85,11 @@ def test_a_special_token_spelled_out_in_a_record_stays_text(model):
     assert record.ids.count(model.tokenizer.eos_token_id) == 1
 
 
-class _WithBos:
-    """A tokenizer that begins every text with BOS, as Llama's does; one token a letter."""
-
-    bos_token_id, eos_token_id = 1, 2
-
-    def __call__(self, texts, add_special_tokens=True, **_):
-        if isinstance(texts, str):
-            return {"input_ids": [1] * add_special_tokens + [ord(letter) for letter in texts]}
-        return {"input_ids": [self(text, add_special_tokens)["input_ids"] for text in texts]}
-
-
 def test_bos_begins_a_record_once_and_survives_truncation():
-    tokenizer = _WithBos()
-    assert prompt_prefix(tokenizer) == [1]
+    tokenizer = hf_tokenizer("with BOS")
     whole, cut = (tokenize([{"input": "abc" * 9, "output": "d"}], tokenizer, n)[0] for n in (100, 12))
-    assert whole.ids[0] == cut.ids[0] == 1
-    assert whole.ids.count(1) == cut.ids.count(1) == 1
+    assert whole.ids[0] == cut.ids[0] == tokenizer.bos_token_id
+    assert whole.ids.count(tokenizer.bos_token_id) == cut.ids.count(tokenizer.bos_token_id) == 1
     assert len(cut) == 12
 
 

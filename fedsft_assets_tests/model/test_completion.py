@@ -11,10 +11,10 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fedsft_assets.model.batches import prompt_prefix
 from fedsft_assets.model.completion import Turn, chat_tokens, complete, plain_tokens, prompt_room, stream
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.generation import GenerationSettings
+from fedsft_assets.model.text_encoder import TextEncoder, front_tokens
 from fedsft_assets.model.tokenizer import EOS, tiny_tokenizer
 
 POSITIONS = 96
@@ -65,7 +65,7 @@ def trained(tokenizer: Any) -> Any:
     optimizer = torch.optim.AdamW(lm.parameters(), lr=3e-3)
     records = []
     for question, answer in ANSWERS.items():
-        prompt = plain_tokens(tokenizer, question, "answer")
+        prompt = plain_tokens(TextEncoder.of(tokenizer), question, "answer")
         learned = [*tokenizer(f" {answer}", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         records.append((torch.tensor([prompt + learned]), torch.tensor([[-100] * len(prompt) + learned])))
     for _ in range(150):
@@ -77,7 +77,8 @@ def trained(tokenizer: Any) -> Any:
 
 
 def _prompts(tokenizer: Any, texts: list[str] = QUESTIONS) -> list[list[int]]:
-    return [plain_tokens(tokenizer, text, "answer") for text in texts]
+    encoder = TextEncoder.of(tokenizer)
+    return [plain_tokens(encoder, text, "answer") for text in texts]
 
 
 @contextmanager
@@ -194,7 +195,7 @@ def test_an_answer_is_cut_at_max_new_tokens(trained: Any, tokenizer: Any) -> Non
 
 
 def test_a_prompt_longer_than_the_model_reads_loses_its_beginning(lm: Any, tokenizer: Any) -> None:
-    prompt = plain_tokens(tokenizer, "snow is white. " * 200 + QUESTIONS[0], "answer")
+    prompt = plain_tokens(TextEncoder.of(tokenizer), "snow is white. " * 200 + QUESTIONS[0], "answer")
     room = prompt_room(lm, GREEDY)
     assert room == POSITIONS - GREEDY.max_new_tokens
     assert complete(lm, tokenizer, [prompt], GREEDY) == complete(lm, tokenizer, [prompt[-room:]], GREEDY)
@@ -206,8 +207,8 @@ def test_a_cut_prompt_keeps_its_bos_token(lm: Any, tokenizer: Any) -> None:
     bos = bpe.token_to_id("<s>")
     bpe.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
     with_bos = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token=EOS, pad_token=EOS)
-    assert prompt_prefix(with_bos) == [bos]
-    prompt = plain_tokens(with_bos, "snow " * 200, "answer")
+    assert front_tokens(bpe) == [bos]
+    prompt = plain_tokens(TextEncoder.of(with_bos), "snow " * 200, "answer")
     assert prompt[0] == bos
     assert prompt.count(bos) == 1
     assert len(tokenizer) > bos  # so that the model has an embedding for it
@@ -220,7 +221,7 @@ def test_a_cut_prompt_keeps_its_bos_token(lm: Any, tokenizer: Any) -> None:
 def test_a_question_keeps_half_of_the_window_however_long_the_answer_may_be(lm: Any, tokenizer: Any) -> None:
     settings = GenerationSettings(max_new_tokens=1000)
     assert prompt_room(lm, settings) == POSITIONS // 2
-    prompt = plain_tokens(tokenizer, "snow " * 300, "answer")
+    prompt = plain_tokens(TextEncoder.of(tokenizer), "snow " * 300, "answer")
     with _widths_read(lm) as widths:
         complete(lm, tokenizer, [prompt], settings)
     assert widths[0] == POSITIONS // 2
@@ -320,7 +321,7 @@ def test_no_prompts_give_no_answers(lm: Any, tokenizer: Any) -> None:
 
 
 def test_a_special_token_in_a_plain_prompt_is_text(tokenizer: Any) -> None:
-    assert tokenizer.eos_token_id not in plain_tokens(tokenizer, f"a {EOS} b", "answer")
+    assert tokenizer.eos_token_id not in plain_tokens(TextEncoder.of(tokenizer), f"a {EOS} b", "answer")
 
 
 @pytest.fixture

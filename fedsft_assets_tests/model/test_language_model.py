@@ -159,7 +159,7 @@ def test_loss_is_right_when_the_projection_is_not_called_as_a_module(model, toke
 
 
 def test_special_tokens_are_those_of_the_loaded_tokenizer(model):
-    assert model.special_tokens == language_model.SpecialTokens(bos=None, eos=model.tokenizer.eos_token_id)
+    assert model.special_tokens == language_model.SpecialTokens(front=[], eos=model.tokenizer.eos_token_id)
 
 
 def test_an_archive_without_the_tokenizers_fast_form_says_so(model):

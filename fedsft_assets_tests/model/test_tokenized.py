@@ -22,9 +22,10 @@ from fedsft_assets.data.splits import split_dataset
 from fedsft_assets.model import tokenized as module
 from fedsft_assets.model.archive import read_config, read_tokenizer_files
 from fedsft_assets.model.base import create_base_model
-from fedsft_assets.model.batches import prompt_prefix, tokenize
+from fedsft_assets.model.batches import tokenize
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.lengths import token_lengths
+from fedsft_assets.model.text_encoder import front_tokens
 from fedsft_assets.model.tokenized import Tokenized, tokenized
 from fedsft_assets.model.tokenizer import preset_tokenizer, sample_texts, tiny_tokenizer
 from fedsft_assets.specs import model_preset
@@ -93,12 +94,12 @@ def _assert_as_tokenize(records_file: Path, tokenizer: Any, template: str, lengt
     kept = tokenized(records_file, tokenizer.backend_tokenizer.to_str().encode(), template)
     assert len(_kept(records_file)) == 1
     records = read_records(records_file)
-    bos = next(iter(prompt_prefix(tokenizer)), None)
+    front = front_tokens(tokenizer.backend_tokenizer)
     for length in lengths:
         expected = tokenize(records, tokenizer, length, template)
         for tokens in (made, kept):
-            assert tokens.records(length, bos, tokenizer.eos_token_id) == expected
-            assert tokens.records(length, bos, tokenizer.eos_token_id, most=3) == expected[:3]
+            assert tokens.records(length, front, tokenizer.eos_token_id) == expected
+            assert tokens.records(length, front, tokenizer.eos_token_id, most=3) == expected[:3]
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -172,8 +173,8 @@ def test_a_tokenizer_that_cuts_and_pads_does_neither_here_and_stays_as_it_is(des
 def test_a_length_without_room_for_a_prompt_is_refused(description: bytes, dolly: Path) -> None:
     tokens = tokenized(dolly, description, _TEMPLATE)
     with pytest.raises(ValueError, match="max_length is 1; expected room for BOS"):
-        tokens.records(1, bos=0, eos=0)
-    assert {len(record) for record in tokens.records(2, bos=0, eos=0)} == {2}
+        tokens.records(1, front=[0], eos=0)
+    assert {len(record) for record in tokens.records(2, front=[0], eos=0)} == {2}
 
 
 def test_an_empty_split_has_no_tokens_and_they_are_kept_too(
@@ -182,7 +183,7 @@ def test_an_empty_split_has_no_tokens_and_they_are_kept_too(
     empty = _split(tmp_path / "empty", [])
     for _ in range(2):
         tokens = tokenized(empty, description, _TEMPLATE)
-        assert tokens.records(64, None, 0) == []
+        assert tokens.records(64, [], 0) == []
         assert (tokens.ids.shape, tokens.starts.tolist(), tokens.prompts.shape) == ((0,), [0], (0,))
     assert make_counts == [empty]
 
