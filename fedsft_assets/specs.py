@@ -83,12 +83,18 @@ class TrainingSpec(_Spec):
     learning_rate_schedule: Annotated[ScheduleSpan, Field(description="one over all rounds, or one in each")] = "job"
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     gradient_clip: Annotated[float, Field(ge=0, description="norm; 0 clips nothing")] = 1.0
-    precision: Annotated[Precision | None, Field(description="auto is bf16-mixed where the hardware has it")] = None
+    precision: Annotated[Precision | None, Field(description="auto is the preset's; its auto, what is faster")] = None
     activation_checkpointing: bool | None = None
     optimizer_state: Annotated[OptimizerState, Field(description="what a site does with it between rounds")] = "keep"
     devices: Annotated[int, Field(ge=1, description="of one site's trainer")] | None = None
     strategy: Annotated[Strategy, Field(description="how several devices share the work")] | None = None
     peft: PeftSpec | None = None
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _as_text(cls, said: Any) -> Any:
+        """`precision: 32` is a number in YAML."""
+        return "32" if type(said) is int and said == 32 else said
 
 
 class FedAvg(_Spec):
@@ -584,9 +590,9 @@ class ModelPreset:
     extra: str | None = None
 
     def resolve(self, training: TrainingSpec) -> ResolvedTraining:
-        """The job's training values, with the preset's where the job says nothing."""
+        """The job's training values, with the preset's where the job says nothing, or `auto`."""
         own = {key: getattr(self, key) for key in _OF_THE_PRESET}
-        said = training.model_dump(exclude_none=True)
+        said = {key: value for key, value in training.model_dump(exclude_none=True).items() if value != "auto"}
         return ResolvedTraining(**{**own, **said})
 
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from fedsft_assets.specs import (
     FedProx,
     FiltersSpec,
     JobSpec,
+    Precision,
     PrivacySpec,
     Scaffold,
     SitePlan,
@@ -328,6 +330,16 @@ def test_the_tiny_preset_computes_in_fp32_whatever_the_processor_can() -> None:
     assert PRESETS["tiny"].resolve(TrainingSpec()).precision == "32"
     assert PRESETS["tiny"].resolve(TrainingSpec(precision="bf16-mixed")).precision == "bf16-mixed"
     assert PRESETS["gpt-1.3b"].resolve(TrainingSpec()).precision == "auto"
+
+
+@pytest.mark.parametrize("own", ["32", "bf16-mixed", "auto"])
+def test_auto_in_a_job_file_is_no_wish_and_leaves_the_presets_precision(write_job: WriteJob, own: Precision) -> None:
+    preset = replace(PRESETS["smollm2-135m"], precision=own)
+    job = JobSpec.load(write_job(f"{GOOD}training: {{precision: auto}}"), NAMES)
+    assert preset.resolve(job.training).precision == own
+    assert preset.resolve(job.override(precision="16-mixed").training).precision == "16-mixed"
+    said = JobSpec.load(write_job(f"{GOOD}training: {{precision: 32}}"), NAMES)  # in YAML, a number
+    assert preset.resolve(said.training).precision == "32"
 
 
 @pytest.mark.parametrize("name", list(PRESETS))

@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 
 
 def split_loss(archive: Path, records_file: Path, plan: SitePlan) -> Loss:
-    """Load the archive and score a JSONL split as the sites of `plan` do: as many records, cut to the same length."""
+    """Load the archive and score a JSONL split as the sites of `plan` do: as many records, cut to the same length.
+
+    Where their precision is `auto`, it is in fp32 on a CPU, whatever they have decided: scores compare.
+    """
     from fedsft_assets.model.language_model import LanguageModel
     from fedsft_assets.model.training import mean_loss, split_tokens
 

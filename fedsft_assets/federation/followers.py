@@ -8,7 +8,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -53,6 +53,22 @@ def start_all(devices: int, folder: Path) -> None:
     ]
     sys.stdout.flush()
     os.execve(sys.executable, command, environment)
+
+
+def word_of_rank_0(name: str, say: Callable[[], str]) -> str:
+    """What `say` gives at rank 0, for all processes that torchrun started at this site; the others wait for it.
+
+    Each name is for one word. Processes meet where `MEETING_FILE` says, and need no group for it.
+    """
+    import torch.distributed as dist
+
+    from fedsft_assets.model.devices import MEETING_FILE
+
+    store = dist.FileStore(f"{os.environ[MEETING_FILE]}-{name}", int(os.environ["WORLD_SIZE"]))
+    store.set_timeout(_LONGEST_WAIT)
+    if os.environ["RANK"] == "0":
+        store.set(name, say())
+    return store.get(name).decode()
 
 
 class Followers:

@@ -41,10 +41,13 @@ class SiteState:
                 other.unlink()
 
     def clear(self) -> None:
-        """Keep nothing: no round is left."""
+        """Keep nothing of the rounds: none is left.
+
+        What the site computes in stays (`site_precision`): a server that fails now asks for the last score again.
+        """
         for path in self._folder.glob(f"{self._rank}-*"):
             path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # another process of the site keeps something yet
+        with contextlib.suppress(OSError):  # something is kept yet
             self._folder.rmdir()
             self._folder.parent.rmdir()
 

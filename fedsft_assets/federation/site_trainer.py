@@ -25,12 +25,13 @@ from fedsft_assets.federation.followers import Task
 from fedsft_assets.federation.metrics import TRAIN_LOSS, VAL_LOSS, VAL_LOSS_LOCAL, Point, points_to_data
 from fedsft_assets.federation.phases import PhaseClock
 from fedsft_assets.federation.site_exchange import ExchangeError, SiteExchange, Weight
+from fedsft_assets.federation.site_precision import site_precision
 from fedsft_assets.federation.site_state import SiteState
 from fedsft_assets.federation.stream_receiving import add_to
 from fedsft_assets.model.archive import content_digest
 from fedsft_assets.model.batches import truncated
 from fedsft_assets.model.corrections import ControlVariates, Correction, Proximal
-from fedsft_assets.model.devices import devices_for, resolve_precision
+from fedsft_assets.model.devices import devices_for
 from fedsft_assets.model.language_model import LanguageModel
 from fedsft_assets.model.optimizer import Moments
 from fedsft_assets.model.training import StepPoint, mean_loss, split_tokens, train_round
@@ -62,11 +63,13 @@ class SiteTrainer:
                 # No weights of the base model travel, so only its digest shows that all sites have the same.
                 adapters = add_adapters(self.model, plan.training.peft, plan.seed)
                 self.first_digest = f"{content_digest(plan.base_model)} {adapters.digest()}"
-            self.devices = devices_for(self.model, plan.training)
         with clock.phase("tokenize"):
             length = plan.training.max_length
             self.training = split_tokens(self.model, plan.training_file, length)
             self.validation = split_tokens(self.model, plan.validation_file, length, plan.max_evaluation_records)
+        with clock.phase("load"):
+            precision, why = site_precision(self.model, self.training, plan, state, self._wait)
+            self.devices = devices_for(self.model, plan.training.model_copy(update={"precision": precision}))
         # With adapters, the server has no first model: all sites begin with the same ones of their own.
         first = dict(self.devices.weights()) if plan.training.peft else {}
         self.moments: Moments | None = None
@@ -79,12 +82,15 @@ class SiteTrainer:
         self._control: Tensors = {}  # this site's usual direction, where the algorithm wants it
         self._unsaid: list[Point] = []
         self._last_line, self._tokens_since = time.monotonic(), 0
-        self._say(f"{self.devices.device} · precision {resolve_precision(plan.training.precision)} · {self._batches}")
+        self._say(f"{self.devices.device} · precision {precision}{why and f' ({why})'} · {self._batches}")
         self._say(f"{len(self.training):,} records to train on · {self._cut}")
         if plan.training.peft:
             trained = sum(tensor.numel() for tensor in self.model.distinct_parameters().values())
             whole = sum(parameter.numel() for parameter in self.model.parameters())
             self._say(f"adapters of rank {plan.training.peft.rank} · {trained:,} of {whole:,} parameters are trained")
+
+    def _wait(self) -> None:
+        self._tell("waits for its turn on this machine", [])
 
     @property
     def _batches(self) -> str:

@@ -61,19 +61,23 @@ class Devices(Protocol):
         """As LanguageModel.load_weights; those of rank 0 count."""
 
 
-def resolve_precision(precision: Precision) -> Precision:
-    """What `auto` means on this machine: bf16 where the hardware computes in it, else fp32.
+def precisions() -> list[Precision]:
+    """What `auto` may become on this machine, first of all what it is where nothing is tried.
 
-    CPUs without bf16 instructions emulate it, slower than fp32 by orders of magnitude.
+    A GPU that computes in bf16 does so: its matrix units are several times as fast as in fp32, attention in one kernel
+    takes 16 bits only, and a pass in fp32 may not fit into its memory. On a CPU that has the instructions, only a trial
+    can tell; without them bf16 is emulated, slower than fp32 by orders of magnitude.
     """
-    if precision != "auto":
-        return precision
     if torch.cuda.is_available():
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        capabilities = torch.cpu.get_capabilities()
-        native = any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return "bf16-mixed" if native else "32"
+        return ["bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32"]
+    capabilities = torch.cpu.get_capabilities()
+    native = any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return ["32", "bf16-mixed"] if native else ["32"]
+
+
+def untried(precision: Precision) -> Precision:
+    """The precision, or what `auto` means without a trial: on all CPUs the same, so that scores are too."""
+    return precisions()[0] if precision == "auto" else precision
 
 
 def devices_for(model: LanguageModel, training: ResolvedTraining) -> Devices:
@@ -95,7 +99,7 @@ class OneDevice:
         self.device = compute_device()
         model.to(self.device)
         self._module: nn.Module = model.answer_loss
-        self._dtype = _DTYPES.get(resolve_precision(precision))
+        self._dtype = _DTYPES.get(untried(precision))
         self._scaler = torch.amp.GradScaler(self.device.type) if self._dtype == torch.float16 else None
 
     def loss(self, batch: Batch) -> Tensor:

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from fedsft_assets.model.answer_loss import AnswerLoss
 from fedsft_assets.model.batches import Batch
-from fedsft_assets.model.devices import MEETING_FILE, autocast, require_devices, resolve_precision
+from fedsft_assets.model.devices import MEETING_FILE, autocast, require_devices, untried
 from fedsft_assets.model.language_model import LanguageModel, compute_device
 from fedsft_assets.model.own_connections import require_own_connections
 from fedsft_assets.specs import ResolvedTraining
@@ -123,7 +123,7 @@ class _Mixed(MixedPrecision):
 
 def _precision(training: ResolvedTraining, kind: str) -> _Mixed | None:
     """Said as a plugin: Lightning turns the name `16-mixed` into bf16 on a CPU."""
-    precision = resolve_precision(training.precision)
+    precision = untried(training.precision)
     if precision == "32":
         return None
     scaler = torch.amp.GradScaler(kind) if precision == "16-mixed" else None

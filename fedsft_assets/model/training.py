@@ -115,13 +115,13 @@ def train_round(
         correction.begin(model)
     points: list[StepPoint] = []
     started = time.perf_counter()
-    with _training(devices, training, seed=_seed(plan, f"dropout of round {round}")):
+    with training_mode(devices, training, seed=_seed(plan, f"dropout of round {round}")):
         for step, (indices, rate) in enumerate(zip(batches, rates, strict=True), start=1):
             step_started = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = rate
             targets = sum(tokens[index].targets(training.answer_only_loss) for index in indices)
-            loss = _add_gradients(devices, tokens, indices, training, targets)
+            loss = add_gradients(devices, tokens, indices, training, targets)
             if not math.isfinite(loss):
                 what_to_do = f"at learning rate {rate:.3g}; try a lower one or precision 32"
                 if plan.filters.privacy and round > 0:  # the model of the first round has no noise yet
@@ -192,7 +192,7 @@ def round_batches(tokens: Sequence[Tokens], plan: SitePlan, round: int) -> list[
     return every[: plan.max_local_steps]
 
 
-def _add_gradients(
+def add_gradients(
     devices: Devices, tokens: Sequence[Tokens], indices: Sequence[int], training: ResolvedTraining, targets: int
 ) -> float:
     """Add the gradient of the batch's mean loss, micro-batch by micro-batch, and return that loss."""
@@ -234,7 +234,7 @@ def _learning_rates(plan: SitePlan, round: int, steps: int) -> list[float]:
 
 
 @contextmanager
-def _training(devices: Devices, training: ResolvedTraining, seed: int) -> Iterator[None]:
+def training_mode(devices: Devices, training: ResolvedTraining, seed: int) -> Iterator[None]:
     """Within the block the model is in training mode, as the plan says; afterwards it has no gradients."""
     model = devices.model
     model.train()

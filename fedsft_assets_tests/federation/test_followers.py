@@ -24,10 +24,32 @@ print("left" if not dist.is_initialized() else "still there")
 """
 
 
+_WORD = """
+import os
+import sys
+import time
+from fedsft_assets.federation.followers import word_of_rank_0
+from fedsft_assets.model.devices import MEETING_FILE
+os.environ.update({MEETING_FILE: sys.argv[1], "RANK": sys.argv[2], "WORLD_SIZE": "2"})
+time.sleep(int(sys.argv[2]))
+print(word_of_rank_0("precision", lambda: f"said by {sys.argv[2]}"))
+"""
+
+
 def test_followers_do_what_rank_0_tells_until_nothing_is_left_and_all_leave_their_groups(tmp_path: Path) -> None:
+    assert _said(_RANK, tmp_path) == ["left\n", "[('train', 3), ('evaluate', 4)]\nleft\n"]
+
+
+def test_word_of_rank_0_is_that_of_all_and_is_left_in_no_file(tmp_path: Path) -> None:
+    assert _said(_WORD, tmp_path) == ["said by 0\n"] * 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def _said(code: str, folder: Path) -> list[str]:
+    """What two ranks print that run the code and meet in the folder."""
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", _RANK, str(tmp_path / "meeting"), str(rank)], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", code, str(folder / "meeting"), str(rank)], stdout=subprocess.PIPE, text=True
         )
         for rank in range(2)
     ]
@@ -37,4 +59,4 @@ def test_followers_do_what_rank_0_tells_until_nothing_is_left_and_all_leave_thei
         for rank in ranks:
             rank.kill()
     assert [rank.returncode for rank in ranks] == [0, 0]
-    assert said == ["left\n", "[('train', 3), ('evaluate', 4)]\nleft\n"]
+    return said

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,14 @@ from fedsft_assets.federation.phases import PhaseClock, metric_name, phase_of
 from fedsft_assets.federation.server import FederatedSFT
 from fedsft_assets.federation.site_exchange import ExchangeError
 from fedsft_assets.federation.site_messages import RoundLimits, points_of
+from fedsft_assets.federation.site_precision import site_precision
 from fedsft_assets.federation.site_trainer import SiteTrainer
 from fedsft_assets.federation.stream_sending import made
 from fedsft_assets.model.base import create_base_model
 from fedsft_assets.model.language_model import LanguageModel
 from fedsft_assets.model.training import mean_loss
-from fedsft_assets.specs import PRESETS, PeftSpec, SitePlan, TrainingSpec
+from fedsft_assets.specs import PRESETS, PeftSpec, Precision, SitePlan, TrainingSpec
+from fedsft_assets_tests.model.slower import slower_in
 
 Weights = dict[str, torch.Tensor]
 _COLOURS = {"grass": "green", "snow": "white", "coal": "black", "blood": "red", "the sea": "blue", "gold": "yellow"}
@@ -89,9 +92,13 @@ def heard() -> Heard:
 @pytest.fixture
 def make_trainer(files: Path, heard: Heard) -> MakeTrainer:
     def make(
-        site: str = "site-1", state: Path | None = None, peft: PeftSpec | None = None, **plan: object
+        site: str = "site-1",
+        state: Path | None = None,
+        peft: PeftSpec | None = None,
+        precision: Precision = "32",
+        **plan: object,
     ) -> SiteTrainer:
-        training = TrainingSpec(batch_size=4, learning_rate=3e-3, max_length=64, precision="32", peft=peft)
+        training = TrainingSpec(batch_size=4, learning_rate=3e-3, max_length=64, peft=peft)
         given = SitePlan(
             job="fedavg",
             site=site,
@@ -99,7 +106,7 @@ def make_trainer(files: Path, heard: Heard) -> MakeTrainer:
             **{"local_epochs": 1, "max_local_steps": 2, **plan},
             max_evaluation_records=None,
             seed=1,
-            training=PRESETS["tiny"].resolve(training),
+            training=replace(PRESETS["tiny"], precision=precision).resolve(training),
             base_model=files / "tiny.nemo",
             training_file=files / "training.jsonl",
             validation_file=files / "validation.jsonl",
@@ -398,3 +405,28 @@ def test_trainer_that_is_started_again_goes_on_as_if_it_had_not_ended(
         assert _same(again.train(_sent(base, 1)).params, expected)
     anew = make_trainer()
     assert not _same(anew.train(_sent(base, 1)).params, expected)
+
+
+# What it computes in.
+
+
+def test_trainer_that_is_started_again_computes_in_what_was_decided_also_after_its_last_score(
+    make_trainer: MakeTrainer, heard: Heard, base: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, other = (make_trainer(precision=precision).train(_sent(base)) for precision in ("bf16-mixed", "32"))
+    assert not _same(expected.params, other.params)
+    first = make_trainer(precision="auto", state=tmp_path / "kept")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    with slower_in(first.model, "32", seconds=0.1):
+        (tmp_path / "kept" / "precision.json").unlink()  # of what this machine found
+        trial = site_precision(first.model, first.training, first.plan, tmp_path / "kept", lambda: None)
+    assert trial.precision == "bf16-mixed"
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)  # the machine is another now
+    for _ in range(2):
+        heard.clear()
+        again = make_trainer(precision="auto", state=tmp_path / "kept")
+        assert "cpu · precision bf16-mixed (as decided when this execution began) · " in heard.texts[0]
+        assert _same(again.train(_sent(base)).params, expected.params)
+        again.evaluate(_sent(base, 3))
+        assert [path.name for path in (tmp_path / "kept").iterdir()] == ["precision.json"]

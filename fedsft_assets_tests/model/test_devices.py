@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fedsft_assets.model.batches import Tokens
-from fedsft_assets.model.devices import OneDevice, resolve_precision
+from fedsft_assets.model.devices import OneDevice, precisions, untried
 from fedsft_assets.model.language_model import LanguageModel
 from fedsft_assets.model.training import RoundReport, train_round
 from fedsft_assets.specs import SitePlan
@@ -160,21 +160,22 @@ def test_clipping_in_fp16_sees_gradients_without_their_scale(
 
 
 @pytest.mark.parametrize(
-    ("capabilities", "expected"),
+    ("capabilities", "choices"),
     [
-        ({}, "32"),
-        ({"avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, "32"),
-        ({"avx512_bf16": True}, "bf16-mixed"),
-        ({"amx_bf16": True}, "bf16-mixed"),
-        ({"bf16": True}, "bf16-mixed"),
+        ({}, ["32"]),
+        ({"avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, ["32"]),
+        ({"avx512_bf16": True}, ["32", "bf16-mixed"]),
+        ({"amx_bf16": True}, ["32", "bf16-mixed"]),
+        ({"bf16": True}, ["32", "bf16-mixed"]),
     ],
 )
-def test_auto_is_bf16_on_a_cpu_that_computes_in_it(
-    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], expected: str
+def test_auto_on_a_cpu_is_fp32_unless_bf16_is_tried_where_it_is_not_emulated(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], choices: list[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    assert resolve_precision("auto") == expected
+    assert precisions() == choices
+    assert untried("auto") == "32"
 
 
 @pytest.mark.parametrize(("native", "expected"), [(True, "bf16-mixed"), (False, "32")])
@@ -184,13 +185,13 @@ def test_auto_is_bf16_on_a_gpu_that_computes_in_it(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     # An emulated bf16 is none.
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
-    assert resolve_precision("auto") == expected
+    assert precisions() == [untried("auto")] == [expected]
 
 
 @pytest.mark.parametrize("precision", ["32", "bf16-mixed", "16-mixed"])
 def test_a_precision_that_is_said_stays(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
-    assert resolve_precision(precision) == precision  # type: ignore[arg-type]
+    assert untried(precision) == precision  # type: ignore[arg-type]
 
 
 def test_schedule_of_a_round_begins_anew_and_that_of_a_job_goes_on(
