@@ -1,6 +1,7 @@
 """Any archive of ours made into a Hugging Face folder, for `AutoModelForCausalLM` and `AutoTokenizer`.
 
-The same values bit for bit, in the type that they have, written tensor by tensor in the safetensors format.
+The same values bit for bit, in the type that they have, written tensor by tensor in the safetensors format, under the
+names and in the words that transformers 4.57 and 5 both read.
 """
 
 import json
@@ -12,15 +13,16 @@ from typing import Any
 
 import torch
 
-from fedsft_assets.model.archive import CONFIG, open_weights, read_config, read_tokenizer_files
+from fedsft_assets.model.archive import CONFIG, WEIGHTS, open_weights, read_config, read_tokenizer_files
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.generation import end_tokens
+from fedsft_assets.model.huggingface_config import TOKENIZER_CONFIG, tokenizer_config, write_config
+from fedsft_assets.model.huggingface_weights import PublishedWeights
 from fedsft_assets.model.progress import ByteProgress
-from fedsft_assets.model.tensor_file import TensorFile, TensorInfo, type_names
+from fedsft_assets.model.tensor_file import TensorInfo, type_names
 from fedsft_assets.store import publish_folder
 
 _SHARD = 5_000_000_000
-_PREFIX = "lm."
 # Names of types in the safetensors format: https://github.com/huggingface/safetensors#format
 _TYPES = {
     torch.float64: "F64",
@@ -61,15 +63,17 @@ def export_huggingface(
     tokenizer_files = read_tokenizer_files(archive, config)
     hf = _configuration(config["hf"], f"{archive}: {CONFIG}")
     with open_weights(archive) as tensors:
-        infos = _own_tensors(archive, tensors, tied=hf.tie_word_embeddings)
+        _require_common_types(tensors.tensors, f"{archive}: {WEIGHTS}")
+        weights = PublishedWeights(config["hf"], tensors, f"{archive}: {WEIGHTS}")
+        infos = weights.infos
         hf.dtype = _main_type(infos.values())
         shards = _shards(infos, shard)
         with publish_folder(into) as fresh:
             for name, content in tokenizer_files.items():
-                (fresh / name).write_bytes(content)
+                (fresh / name).write_bytes(tokenizer_config(content) if name == TOKENIZER_CONFIG else content)
             _generation(hf, fresh, f"{archive}: the tokenizer's files").save_pretrained(fresh)
-            hf.save_pretrained(fresh)
-            _write_weights(fresh, tensors, infos, shards, say)
+            write_config(hf, fresh, f"{archive}: {CONFIG}")
+            _write_weights(fresh, weights, shards, say)
     return HuggingFaceReport(
         architecture=hf.architectures[0],
         parameters=sum(prod(info.shape) for info in infos.values()),
@@ -94,12 +98,13 @@ def _configuration(described: Mapping[str, Any], where: str) -> Any:
     return config
 
 
-def _own_tensors(archive: Path, tensors: TensorFile, tied: bool) -> dict[str, TensorInfo]:
-    """The tensors to write, by their names in the archive: tied ones once, since loading ties them again."""
-    for name, info in tensors.tensors.items():
-        if not name.startswith(_PREFIX) or info.dtype not in _TYPES:
-            raise ModelError(f"{archive}: {name}: {info.dtype}: expected a tensor {_PREFIX}… of a common type")
-    return {name: info for name, info in tensors.tensors.items() if not tied or name not in tensors.shared}
+def _require_common_types(infos: Mapping[str, TensorInfo], where: str) -> None:
+    for name, info in infos.items():
+        if info.dtype not in _TYPES:
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _TYPES)
+            raise ModelError(
+                f"{where}: {name}: {info.dtype}: has no form in the safetensors format; one of {known} has"
+            )
 
 
 def _main_type(infos: Iterable[TensorInfo]) -> torch.dtype:
@@ -127,26 +132,24 @@ def _shards(infos: Mapping[str, TensorInfo], most: int) -> dict[str, list[str]]:
 
 
 def _write_weights(
-    folder: Path,
-    tensors: TensorFile,
-    infos: Mapping[str, TensorInfo],
-    shards: Mapping[str, list[str]],
-    say: Callable[[str], object],
+    folder: Path, weights: PublishedWeights, shards: Mapping[str, list[str]], say: Callable[[str], object]
 ) -> None:
-    total = sum(info.nbytes for info in infos.values())
+    total = sum(info.nbytes for info in weights.infos.values())
     progress = ByteProgress(total, "written", say)
+    tensors = weights.each()
     for file_name, names in shards.items():
         with (folder / file_name).open("wb") as file:
-            file.write(_header({name.removeprefix(_PREFIX): infos[name] for name in names}))
+            file.write(_header({name: weights.infos[name] for name in names}))
             for name in names:
-                tensor = tensors.read(name)
+                found, tensor = next(tensors)
+                assert found == name, "files are filled in the order of the tensors"
                 file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
                 progress.add(tensor.nbytes)
                 del tensor
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": total},
-            "weight_map": {name.removeprefix(_PREFIX): file for file, names in shards.items() for name in names},
+            "weight_map": {name: file for file, names in shards.items() for name in names},
         }
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
