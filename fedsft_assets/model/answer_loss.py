@@ -57,10 +57,10 @@ class AnswerLoss(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """The sum of the losses of a batch's targets, in nats; a scalar in fp32."""
-        inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+        inputs = {"input_ids": batch.input_ids, "use_cache": False}
         if batch.lengths is not None:
-            inputs["record_lengths"] = batch.lengths
-        else:
+            inputs.update(position_ids=batch.position_ids, record_lengths=batch.lengths)
+        else:  # each record begins a row, where a model counts by itself: RoBERTa does not begin at 0
             inputs["attention_mask"] = batch.attention_mask
         head = self.lm.get_output_embeddings()
         if self.plain_head:
@@ -84,7 +84,10 @@ def _has_plain_head(lm: Any) -> bool:
     # Soft caps leave small logits as they are, and those of random weights are small.
     enlarged = head.register_forward_hook(lambda _module, _args, logits: logits * 1e4)
     try:
-        plain = head(lm.base_model(input_ids=ids, use_cache=False)[0])
+        hidden = lm.base_model(input_ids=ids, use_cache=False)[0]
+        if hidden.shape[-1] != head.in_features:
+            return False
+        plain = head(hidden)
         return _agree(lm(input_ids=ids, use_cache=False).logits, plain)
     finally:
         enlarged.remove()
