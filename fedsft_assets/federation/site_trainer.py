@@ -62,6 +62,7 @@ class SiteTrainer:
                 # No weights of the base model travel, so only its digest shows that all sites have the same.
                 adapters = add_adapters(self.model, plan.training.peft, plan.seed)
                 self.first_digest = f"{content_digest(plan.base_model)} {adapters.digest()}"
+                trained = adapters.description()
             self.devices = devices_for(self.model, plan.training)
         with clock.phase("tokenize"):
             length = plan.training.max_length
@@ -82,9 +83,7 @@ class SiteTrainer:
         self._say(f"{self.devices.device} · precision {resolve_precision(plan.training.precision)} · {self._batches}")
         self._say(f"{len(self.training):,} records to train on · {self._cut}")
         if plan.training.peft:
-            trained = sum(tensor.numel() for tensor in self.model.distinct_parameters().values())
-            whole = sum(parameter.numel() for parameter in self.model.parameters())
-            self._say(f"adapters of rank {plan.training.peft.rank} · {trained:,} of {whole:,} parameters are trained")
+            self._say(trained)
 
     @property
     def _batches(self) -> str:
