@@ -64,7 +64,7 @@ class PeftSpec(_Spec):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: Annotated[
         list[str] | None,
-        Field(min_length=1, description="layers' names; unless said, all linear ones but the output's"),
+        Field(min_length=1, description="names of layers and experts; unless said, all but the output's"),
     ] = None
 
 

@@ -63,6 +63,7 @@ class SiteTrainer:
                 # No weights of the base model travel, so only its digest shows that all sites have the same.
                 adapters = add_adapters(self.model, plan.training.peft, plan.seed)
                 self.first_digest = f"{content_digest(plan.base_model)} {adapters.digest()}"
+                trained = adapters.description()
         with clock.phase("tokenize"):
             length = plan.training.max_length
             self.training = split_tokens(self.model, plan.training_file, length)
@@ -85,9 +86,7 @@ class SiteTrainer:
         self._say(f"{self.devices.device} · precision {precision}{why and f' ({why})'} · {self._batches}")
         self._say(f"{len(self.training):,} records to train on · {self._cut}")
         if plan.training.peft:
-            trained = sum(tensor.numel() for tensor in self.model.distinct_parameters().values())
-            whole = sum(parameter.numel() for parameter in self.model.parameters())
-            self._say(f"adapters of rank {plan.training.peft.rank} · {trained:,} of {whole:,} parameters are trained")
+            self._say(trained)
 
     def _wait(self) -> None:
         self._tell("waits for its turn on this machine", [])

@@ -1,4 +1,4 @@
-"""LoRA: small adapters beside a model's linear layers, which are trained while its own weights stay as they are.
+"""LoRA: small adapters beside a model's linear layers and experts, which are trained while its own weights stay.
 
 Imported only where a job says `peft:`, for the peft library takes a while to load.
 """
@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
+from fedsft_assets.model.adapter_targets import Targets, choose_targets, shortest
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.language_model import LanguageModel
 from fedsft_assets.model.lean import lean_imports
@@ -35,6 +35,19 @@ class Adapters:
 
     model: LanguageModel
     tuner: Any  # peft's LoraModel around model.lm; no part of the model, so that names stay
+    targets: Targets
+
+    def description(self) -> str:
+        """What is trained, beside what, and what stays without an adapter: for whoever starts a training."""
+        trained = sum(tensor.numel() for tensor in self.model.distinct_parameters().values())
+        whole = sum(parameter.numel() for parameter in self.model.parameters())
+        left_out = self.targets.left_out
+        return (
+            f"adapters of rank {self.tuner.peft_config[_NAME].r} · {trained:,} of {whole:,} parameters"
+            f" ({trained / whole:.1%}) are trained, beside {', '.join(self.targets.names)}, which are"
+            f" {self.targets.share:.1%} of the model"
+            + (f" · {', '.join(left_out)} cannot have one" if left_out else "")
+        )
 
     def digest(self) -> str:
         """SHA-256 of the adapters' names and values, in hex."""
@@ -47,7 +60,9 @@ class Adapters:
         """Write adapter_config.json and adapter_model.safetensors, as peft.PeftModel.from_pretrained reads them."""
         folder.mkdir(parents=True, exist_ok=True)
         config = self.tuner.peft_config[_NAME]
-        config.target_modules = sorted(config.target_modules)  # a set's order would be another one in each process
+        # A set's order would be another one in each process.
+        config.target_modules = sorted(config.target_modules)
+        config.target_parameters = sorted(config.target_parameters or ()) or None
         config.save_pretrained(str(folder))
         weights = {
             f"{_PEFT_PREFIX}{name.removeprefix('lm.')}": tensor.contiguous()
@@ -64,22 +79,28 @@ class Adapters:
 
 
 def add_adapters(model: LanguageModel, peft: PeftSpec, seed: int) -> Adapters:
-    """Put adapters beside the linear layers of the model, in place; from then on only they are trained and travel.
+    """Put adapters beside linear layers and experts of the model, in place; only they are trained and travel then.
 
     They change no result yet: of their two factors, B is zero. A depends on `seed` and the layer's name alone, and is
-    the same bit for bit on every machine. Raises ModelError if `target_modules` names no such layer.
+    the same bit for bit on every machine. Raises ModelError if `target_modules` names nothing that can have an adapter.
     """
     if model.adapters_only:
         raise ModelError("the model has adapters already; merge them first")
     lm = model.lm
-    layers = _target_layers(lm, peft.target_modules)
+    targets = choose_targets(lm, peft.target_modules)
+    if targets.experts and peft.dropout:
+        raise ModelError(
+            f"training.peft.dropout: {peft.dropout}: peft has no dropout for experts, and {type(lm).__name__} has some;"
+            " say 0, or name other target_modules"
+        )
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=peft.rank,
         lora_alpha=peft.alpha,  # type: ignore[arg-type]  # peft divides it by the rank, so it need not be whole
         lora_dropout=peft.dropout,
-        target_modules=_shortest(lm, layers),
-        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in layers.values()),
+        target_modules=shortest(targets.layers, (name for name, _ in lm.named_modules()), parts=1),
+        target_parameters=shortest(targets.experts, (name for name, _ in lm.named_parameters()), parts=2) or None,
+        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in targets.layers.values()),
         inference_mode=False,
     )
     with torch.random.fork_rng():
@@ -91,38 +112,10 @@ def add_adapters(model: LanguageModel, peft: PeftSpec, seed: int) -> Adapters:
         for name, tensor in model.distinct_parameters().items():
             if ".lora_A." in name:
                 tensor.copy_(_initial(tuple(tensor.shape), f"{seed}/{name}"))
-    return Adapters(model, tuner)
+    return Adapters(model, tuner, targets)
 
 
 def _initial(shape: tuple[int, ...], seed: str) -> torch.Tensor:
     """Uniform in +-1 / sqrt(columns), as peft draws factor A, in steps that round alike everywhere."""
     generator = torch.Generator().manual_seed(seed_of(seed))
     return (torch.rand(shape, generator=generator) * 2 - 1) * (1 / math.sqrt(shape[1]))
-
-
-def _target_layers(lm: Any, names: list[str] | None) -> dict[str, nn.Module]:
-    """The linear layers, but for the output projection, that have one of these names or end in one; without, all."""
-    head = lm.get_output_embeddings()
-    linear = {
-        name: layer for name, layer in lm.named_modules() if isinstance(layer, nn.Linear | Conv1D) and layer is not head
-    }
-    chosen = {name: layer for name, layer in linear.items() if names is None or any(_ends(name, end) for end in names)}
-    unknown = [end for end in names or () if not any(_ends(name, end) for name in linear)]
-    if unknown or not chosen:
-        there = ", ".join(sorted({name.rpartition(".")[2] for name in linear})) or "none"
-        raise ModelError(
-            f"training.peft.target_modules: {', '.join(unknown) or 'all'}: no linear layer of {type(lm).__name__} is"
-            f" called that; there are {there} (the output projection gets no adapter)"
-        )
-    return chosen
-
-
-def _shortest(lm: Any, layers: dict[str, nn.Module]) -> list[str]:
-    """Names for peft: the last parts of the layers' names, or whole names where others end like them."""
-    ends = sorted({name.rpartition(".")[2] for name in layers})
-    others = (name for name, _ in lm.named_modules() if name not in layers)
-    return sorted(layers) if any(_ends(name, end) for name in others for end in ends) else ends
-
-
-def _ends(name: str, end: str) -> bool:
-    return name == end or name.endswith(f".{end}")

@@ -43,6 +43,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "phimoe": _LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2},
     "granitemoe": _LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2},
     "gpt_oss": _WIDTH | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": _YARN},
+    "deepseek_v3": _LLAMA
+    | {
+        "num_key_value_heads": 4,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 8),
+    },
     "jamba": _WIDTH
     | {
         "num_experts": 4,
@@ -59,7 +70,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "falcon_mamba": _SSM,
 }
 DENSE = ["gpt2", "llama", "gpt_neox", "persimmon", "gemma3_text"]
-EXPERTS = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "granitemoe", "gpt_oss", "jamba"]
+EXPERTS = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "granitemoe", "gpt_oss", "deepseek_v3", "jamba"]
 MAMBA = ["mamba", "falcon_mamba"]
 
 
