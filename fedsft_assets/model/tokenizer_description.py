@@ -74,9 +74,8 @@ def words_end_at_spaces(said: Description) -> bool:
     after anything but white space, and no rule looks from one part to the other. False where that is not sure.
     """
     model = said["model"]
-    if model["type"] not in ("BPE", "Unigram") or any(not token["special"] for token in said["added_tokens"]):
-        return False
-    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix") or model.get("dropout"):
+    marked = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix") or model.get("dropout")
+    if model["type"] not in ("BPE", "Unigram") or marked or _added_reach_out(said):
         return False
     parts = [*_parts(said["normalizer"], _LOCAL_NORMALIZERS), *_parts(said["pre_tokenizer"], _LOCAL_PRE_TOKENIZERS)]
     if not all(local and not _looks_around(part) for local, part in parts):
@@ -88,6 +87,14 @@ def words_end_at_spaces(said: Description) -> bool:
     if spaces[-1] not in tokens:
         return False  # a space is unknown to it, as other characters are, and unknown ones may become one token
     return not any(space in token.lstrip(spaces + blanks) for token in tokens for space in spaces)
+
+
+def _added_reach_out(said: Description) -> bool:
+    """Whether tokens that are added and not special may take the space after them, or a dummy prefix behind them."""
+    plain = [token for token in said["added_tokens"] if not token["special"]]
+    if any(token["rstrip"] or " " in token["content"] for token in plain):
+        return True
+    return bool(plain) and without_dummy_prefix(said) != said
 
 
 def _vocabulary(model: Description) -> Iterator[str]:

@@ -16,7 +16,7 @@ from fedsft_assets.specs import PRESETS
 # SmolLM2's is read out of a model's file, which takes seconds.
 KINDS = [
     *("tiny", pytest.param("smollm2", marks=pytest.mark.slow), "with BOS", "with added tokens"),
-    *("as Llama 2's", "as GLM's", "of words across spaces", "Unigram", "WordLevel", "WordPiece"),
+    *("as Llama 2's", "as GLM's", "as Qwen's", "of words across spaces", "Unigram", "WordLevel", "WordPiece"),
 ]
 CONTROLS = ["<unk>", "<s>", "</s>", "<pad>"]
 
@@ -37,6 +37,7 @@ def _trained(kind: str) -> Any:
         "with added tokens": _with_added_tokens,
         "as Llama 2's": _as_llama_2s,
         "as GLM's": _as_glms,
+        "as Qwen's": _as_qwens,
         "of words across spaces": _of_words_across_spaces,
         "Unigram": _unigram,
         "WordLevel": _word_level,
@@ -133,6 +134,13 @@ def _as_glms() -> Any:
     front = [(token, bpe.token_to_id(token)) for token in ("[gMASK]", "<sop>")]
     bpe.post_processor = processors.TemplateProcessing(single="[gMASK] <sop> $A", special_tokens=front)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, pad_token=EOS)
+
+
+def _as_qwens() -> Any:
+    """Added tokens that are not special, one word each."""
+    tokenizer = _tiny()
+    tokenizer.add_tokens(["<tool_call>", AddedToken("answer", single_word=True, lstrip=True)])
+    return tokenizer
 
 
 def _unigram() -> Any:

@@ -24,7 +24,7 @@ from fedsft_assets_tests.model.hf_tokenizers import CONTROLS, KINDS, hf_tokenize
 from fedsft_assets_tests.shipped import DATASETS
 
 _FRONTS = {
-    **{kind: [] for kind in ("tiny", "smollm2", "with added tokens")},
+    **{kind: [] for kind in ("tiny", "smollm2", "with added tokens", "as Qwen's")},
     "as GLM's": ["[gMASK]", "<sop>"],
 }
 _ODD = [
@@ -35,6 +35,8 @@ _ODD = [
     ("ends in a line\n\n", "\n begins with one"),
     ("Grüße, 世界 🙂 ﬁ", "\u0301 世界\x00 "),
     ("(punctuation:", ") ends, and begins ..."),
+    ("what follows the <tool_call>", " answer answers<tool_call>is an answer"),
+    ("an answer", " answer<tool_call> answer"),
 ]
 
 
@@ -167,7 +169,8 @@ def test_a_character_that_is_a_special_token_stays_in_texts() -> None:
 
 def test_prompts_are_encoded_once_where_words_end_at_spaces() -> None:
     said = {
-        kind: json.loads(hf_tokenizer(kind).backend_tokenizer.to_str()) for kind in ("tiny", "as Llama 2's", "Unigram")
+        kind: json.loads(hf_tokenizer(kind).backend_tokenizer.to_str())
+        for kind in ("tiny", "as Llama 2's", "as Qwen's", "Unigram")
     }
     assert all(map(words_end_at_spaces, said.values()))
 
