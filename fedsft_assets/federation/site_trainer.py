@@ -87,6 +87,8 @@ class SiteTrainer:
         self._say(f"{len(self.training):,} records to train on · {self._cut}")
         if plan.training.peft:
             self._say(trained)
+        if router := self.model.answer_loss.router:
+            self._say(f"the router's loss, which keeps the experts in even use, is trained too: times {router:g}")
 
     def _wait(self) -> None:
         self._tell("waits for its turn on this machine", [])

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from fedsft_assets.model.attention import packed_attention
 from fedsft_assets.model.batches import Batch, Tokens, pack, pad
 from fedsft_assets.model.causality import require_causal
-from fedsft_assets.model.loss import head_loss, head_only_at, summed_cross_entropy
+from fedsft_assets.model.loss import head_input, head_loss, head_only_at, summed_cross_entropy
+from fedsft_assets.model.router_loss import gradient_of, router_coefficient
 from fedsft_assets.model.trial import largest_window, long_ids, some_ids, undisturbed
 
 _TRIED_LENGTHS = (5, 2, 9)
@@ -30,7 +31,8 @@ class AnswerLoss(nn.Module):
     """The summed loss of batches under the Hugging Face model `lm`.
 
     A sum, so that the means over batches, micro-batches and devices can be weighted by tokens. `packs` says
-    whether batches are rows without padding, `plain_head` whether logits are the output projection alone.
+    whether batches are rows without padding, `plain_head` whether logits are the output projection alone, and `router`
+    what the loss of a mixture's router counts, 0 where it is not trained.
     """
 
     def __init__(self, lm: Any, pad_id: int, longest: int | None = None) -> None:
@@ -40,6 +42,7 @@ class AnswerLoss(nn.Module):
         """
         super().__init__()
         self.lm, self.pad_id = lm, pad_id
+        self.router = router_coefficient(lm)
         require_causal(lm)
         with undisturbed(lm):
             self.plain_head = _has_plain_head(lm)
@@ -56,17 +59,35 @@ class AnswerLoss(nn.Module):
             yield
 
     def forward(self, batch: Batch) -> Tensor:
-        """The sum of the losses of a batch's targets, in nats; a scalar in fp32."""
+        """The sum of the losses of a batch's targets, in nats; a scalar in fp32.
+
+        In training, its gradient is also that of the router's loss for as many targets; its value never is.
+        """
         inputs = {"input_ids": batch.input_ids, "use_cache": False}
         if batch.lengths is not None:
             inputs.update(position_ids=batch.position_ids, record_lengths=batch.lengths)
         else:  # each record begins a row, where a model counts by itself: RoBERTa does not begin at 0
             inputs["attention_mask"] = batch.attention_mask
         head = self.lm.get_output_embeddings()
+        if self.router and self.lm.training:
+            return self._with_router(head, batch, inputs)
         if self.plain_head:
             hidden = self.lm.base_model(**inputs)[0].flatten(0, 1)
             return head_loss(hidden.index_select(0, batch.positions), head, batch.targets)
         return summed_cross_entropy(_logits_at(self.lm, inputs, batch.positions), batch.targets)
+
+    def _with_router(self, head: Any, batch: Batch, inputs: dict[str, Any]) -> Tensor:
+        """The same by the model's own forward pass, which alone makes the router's loss."""
+        if self.plain_head:
+            with head_input(head) as hidden:
+                output = self.lm(**inputs, output_router_logits=True)
+            loss = head_loss(hidden[0].flatten(0, 1).index_select(0, batch.positions), head, batch.targets)
+        else:
+            with head_only_at(head, batch.positions) as called:
+                output = self.lm(**inputs, output_router_logits=True)
+            logits = output.logits.flatten(0, 1)
+            loss = summed_cross_entropy(logits if called else logits.index_select(0, batch.positions), batch.targets)
+        return loss + gradient_of(output, self.router * len(batch.targets))
 
 
 def _logits_at(lm: Any, inputs: Mapping[str, Any], positions: Tensor) -> Tensor:

@@ -121,6 +121,22 @@ def head_only_at(head: nn.Module | None, positions: Tensor) -> Iterator[list[boo
             handle.remove()
 
 
+@contextmanager
+def head_input(head: nn.Module) -> Iterator[list[Tensor]]:
+    """Within the block, the output projection makes no logits; yields a list that gets what it would make them of."""
+    hidden: list[Tensor] = []
+
+    def keep(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden.append(args[0])
+        return (args[0][:, :0], *args[1:])
+
+    handle = head.register_forward_pre_hook(keep)
+    try:
+        yield hidden
+    finally:
+        handle.remove()
+
+
 def _add_product(total: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
     """total += d_logits^T hidden, in one pass over `total` where types allow it."""
     if total.dtype == d_logits.dtype == hidden.dtype and not torch.is_autocast_enabled(total.device.type):
