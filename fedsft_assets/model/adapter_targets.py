@@ -4,8 +4,9 @@ Experts of a layer are one parameter of three dimensions, [experts, …, …], a
 `target_parameters`. Imported only where a job says `peft:`.
 """
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -99,16 +100,28 @@ def _passed_by(lm: Any, linear: Mapping[str, nn.Module]) -> set[str]:
         for name, layer in linear.items()
         if type(layer).forward not in (nn.Linear.forward, Conv1D.forward)
     }
-    embeddings = lm.get_input_embeddings()
-    ids = torch.arange(9, device=embeddings.weight.device)[None] % embeddings.num_embeddings
-    training = lm.training
-    lm.train()
+    tried, values = lm, cast(AbstractContextManager[None], nullcontext())
+    if lm.get_input_embeddings().weight.is_meta:
+        tried, values = copy.deepcopy(lm).to(torch.bfloat16), _no_values()
+    embeddings, training = tried.get_input_embeddings(), tried.training
+    layers = {name: layer for name, layer in tried.named_modules() if name in linear}
+    tried.train()
     try:
-        with _watched(linear) as taken, torch.no_grad(), torch.random.fork_rng():
-            lm(input_ids=ids, use_cache=False)
+        with _watched(layers) as taken, torch.no_grad(), torch.random.fork_rng(), values:
+            ids = torch.arange(9, device=embeddings.weight.device)[None] % embeddings.num_embeddings
+            tried(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     finally:
-        lm.train(training)
+        tried.train(training)
     return found | {_last(name, 1) for name in taken}
+
+
+@contextmanager
+def _no_values() -> Iterator[None]:
+    """A model on the meta device computes within the block, in bf16: experts' products have no other type there."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("meta"):
+        yield
 
 
 @contextmanager

@@ -10,12 +10,13 @@ from transformers import AutoModelForCausalLM
 
 from fedsft_assets.federation.averaging import TokenWeightedAverage
 from fedsft_assets.model.adapters import add_adapters
+from fedsft_assets.model.archive import read_config
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.huggingface_export import export_huggingface
 from fedsft_assets.model.language_model import LanguageModel
 from fedsft_assets.model.training import train_round
 from fedsft_assets.specs import PeftSpec
-from fedsft_assets_tests.model.small_models import EXPERTS, MAMBA, small_model
+from fedsft_assets_tests.model.small_models import DENSE, EXPERTS, MAMBA, small_model
 
 PEFT = PeftSpec(rank=2, alpha=8)
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -186,3 +187,14 @@ def test_archives_of_equal_merged_models_have_equal_bytes(archive, tokens, make_
         adapters.merge()
         model.save(tmp_path / f"{name}.nemo")
     assert (tmp_path / "one.nemo").read_bytes() == (tmp_path / "other.nemo").read_bytes()
+
+
+@of_kinds(*DENSE, *EXPERTS, *MAMBA)
+def test_a_model_without_values_gets_the_same_adapters(archive):
+    model = LanguageModel.load(archive)
+    with torch.device("meta"):
+        empty = LanguageModel(read_config(archive), {})
+        said = add_adapters(empty, PEFT, seed=1).description()
+    assert said == add_adapters(model, PEFT, seed=1).description()
+    found = {name: tensor.shape for name, tensor in empty.distinct_parameters().items()}
+    assert found == {name: tensor.shape for name, tensor in model.distinct_parameters().items()}
