@@ -61,7 +61,7 @@ def test_nothing_is_tried_where_there_is_no_choice_or_no_record(
 
 @pytest.mark.skipif("bf16-mixed" not in precisions(), reason="this processor does not compute in bf16")
 def test_wide_layers_are_faster_in_bf16_on_a_processor_that_has_it(model: LanguageModel, make_plan: MakePlan) -> None:
-    config = GPT2Config(vocab_size=model.lm.config.vocab_size, n_layer=1, n_embd=1024, n_head=8, n_positions=256)
+    config = GPT2Config(vocab_size=model.lm.config.vocab_size, n_layer=1, n_embd=512, n_head=8, n_positions=256)
     wide = LanguageModel.wrap(GPT2LMHeadModel(config), model.tokenizer, 256)
     tokens = [Tokens(list(range(length)), prompt=length // 2) for length in range(100, 180, 10)]
     assert faster_precision(wide, tokens, make_plan(batch_size=4)).precision == "bf16-mixed"
