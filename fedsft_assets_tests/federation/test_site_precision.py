@@ -1,6 +1,8 @@
 """What `auto` is at a site: tried once in an execution, with a real tiny model, and kept."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,11 @@ from fedsft_assets.federation.site_state import SiteState
 from fedsft_assets.federation.turns import TURNS, make_turns, turn
 from fedsft_assets.model.base import create_base_model
 from fedsft_assets.model.batches import Tokens
+from fedsft_assets.model.devices import MEETING_FILE
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.language_model import LanguageModel
 from fedsft_assets.model.precision_trial import Trial
+from fedsft_assets.settings import PROJECT
 from fedsft_assets.specs import PRESETS, Precision, ResolvedTraining, SitePlan, TrainingSpec
 from fedsft_assets_tests.model.slower import slower_in
 
@@ -131,3 +135,50 @@ def test_devices_that_torchrun_did_not_start_are_an_error(
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(ModelError, match=r"devices: 2, but 1 processes run; start .* torchrun --nproc-per-node 2"):
         site_precision(model, TOKENS, _plan(base, devices=2), None, lambda: None)
+
+
+_RANK = """
+import os
+import sys
+from pathlib import Path
+import torch
+from fedsft_assets.federation.site_precision import site_precision
+from fedsft_assets.model.batches import Tokens
+from fedsft_assets.model.devices import devices_for
+from fedsft_assets.model.language_model import LanguageModel
+from fedsft_assets.specs import SitePlan
+from fedsft_assets_tests.model.slower import slower_in
+folder = Path(sys.argv[1])
+torch.cpu.get_capabilities = lambda: {"avx512_bf16": True}
+plan = SitePlan.model_validate_json((folder / "plan.json").read_text())
+model = LanguageModel.load(plan.base_model)
+tokens = [Tokens(list(range(length)), prompt=3) for length in range(6, 14)]
+with slower_in(model, "32" if os.environ["RANK"] == "0" else "bf16-mixed", seconds=0.1):
+    precision, _ = site_precision(model, tokens, plan, folder / "state", lambda: None)
+devices = devices_for(model, plan.training.model_copy(update={"precision": precision}))
+(folder / f"{devices.rank}-of-{devices.count}").write_text(precision)
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_devices_of_one_site_compute_in_what_rank_0_has_decided(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text(_plan(base, devices=2).model_dump_json())
+    (tmp_path / "rank.py").write_text(_RANK)
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--local-addr", "127.0.0.1"),
+        *("--rdzv-backend", "c10d", "--rdzv-conf", "store_type=file", "--rdzv-endpoint", str(tmp_path / "torchrun")),
+        *("--log-dir", str(tmp_path), str(tmp_path / "rank.py"), str(tmp_path)),
+    ]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(PROJECT),
+        "OMP_NUM_THREADS": "1",
+        MEETING_FILE: str(tmp_path / "meeting"),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [(tmp_path / f"{rank}-of-2").read_text() for rank in range(2)] == ["bf16-mixed"] * 2
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["precision.json"]
