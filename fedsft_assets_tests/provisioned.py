@@ -19,8 +19,12 @@ from typing import Any
 
 import psutil
 
+from fedsft_assets.federation.events import Event
+from fedsft_assets.federation.launch import run_job
 from fedsft_assets.federation.poc_kits import BUILDERS
 from fedsft_assets.federation.processes import MARK, marked_processes, stop_marked
+from fedsft_assets.store import Store, split_file
+from fedsft_assets.versions import current
 from fedsft_assets_tests.tracking.server import unused_port
 
 SITES = ("site-1", "site-2", "site-3")
@@ -230,3 +234,15 @@ def running(federation: Federation) -> Iterator[Federation]:
     finally:
         for name in federation.names:
             federation.stop(name)
+
+
+def events_of_job(federation: Federation, store: Store, job: str) -> Iterator[Event]:
+    """What happens while the study runs a job in the federation, as `run_job` tells it."""
+    return run_job(
+        job_folder=current(store.job_folder(job)),
+        workspace=store.flare(job),
+        testing_file=split_file(current(store.combined), "testing"),
+        into=store.checkpoint(job),
+        runtime="production",
+        environment={"FEDSFT_PRODUCTION__STARTUP_KIT": str(federation.kits.admin), "FEDSFT_HOME": str(store.home)},
+    )

@@ -13,7 +13,6 @@ import pytest
 
 from fedsft_assets.federation.events import Event, JobError
 from fedsft_assets.federation.exchange import LAST_MODEL
-from fedsft_assets.federation.launch import run_job
 from fedsft_assets.federation.production import Production, ProductionSettings
 from fedsft_assets.federation.report import MODEL_FILE, JobReport
 from fedsft_assets.federation.runtime import UnavailableError
@@ -24,7 +23,7 @@ from fedsft_assets.store import SPLITS, Store, archive_file, split_file
 from fedsft_assets.versions import current
 from fedsft_assets_tests.environments import environment_of, installing
 from fedsft_assets_tests.prepared import TINY
-from fedsft_assets_tests.provisioned import SERVER, SITES, Federation, provision, running
+from fedsft_assets_tests.provisioned import SERVER, SITES, Federation, events_of_job, provision, running
 from fedsft_assets_tests.shipped import DATASETS
 from fedsft_assets_tests.sockets import scanned
 
@@ -93,14 +92,7 @@ def test_a_job_ends_with_its_files_while_all_listen_on_loopback_alone(
 
 def _run(federation: Federation, store: Store, job: str) -> Event:
     """As the study runs it; the last event."""
-    *_, last = run_job(
-        job_folder=current(store.job_folder(job)),
-        workspace=store.flare(job),
-        testing_file=split_file(current(store.combined), "testing"),
-        into=store.checkpoint(job),
-        runtime="production",
-        environment={"FEDSFT_PRODUCTION__STARTUP_KIT": str(federation.kits.admin), "FEDSFT_HOME": str(store.home)},
-    )
+    *_, last = events_of_job(federation, store, job)
     return last
 
 

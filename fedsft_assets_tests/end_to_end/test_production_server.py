@@ -9,18 +9,17 @@ import pytest
 
 from fedsft_assets.federation.events import Event
 from fedsft_assets.federation.journal import JOURNAL_FILE, Progress
-from fedsft_assets.federation.launch import run_job
 from fedsft_assets.federation.metrics import Point
 from fedsft_assets.federation.production import Production, ProductionSettings
 from fedsft_assets.federation.record import Workspace
 from fedsft_assets.federation.report import JobReport
 from fedsft_assets.federation.runtime import RefusedError
-from fedsft_assets.store import Store, split_file
-from fedsft_assets.versions import current
+from fedsft_assets.store import Store
 from fedsft_assets_tests.provisioned import (
     SERVER,
     SITES,
     Federation,
+    events_of_job,
     provision,
     running,
     session,
@@ -46,14 +45,7 @@ Act = Callable[[Event], None]
 
 def _run(federation: Federation, store: Store, job: str, act: Act) -> tuple[list[Event], JobReport]:
     events = []
-    for event in run_job(
-        job_folder=current(store.job_folder(job)),
-        workspace=store.flare(job),
-        testing_file=split_file(current(store.combined), "testing"),
-        into=store.checkpoint(job),
-        runtime="production",
-        environment={"FEDSFT_PRODUCTION__STARTUP_KIT": str(federation.kits.admin), "FEDSFT_HOME": str(store.home)},
-    ):
+    for event in events_of_job(federation, store, job):
         print(time.strftime("%H:%M:%S"), event)
         events.append(event)
         act(event)

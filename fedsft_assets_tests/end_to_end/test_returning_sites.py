@@ -11,12 +11,10 @@ import pytest
 
 from fedsft_assets.federation.events import Event
 from fedsft_assets.federation.journal import Progress
-from fedsft_assets.federation.launch import run_job
 from fedsft_assets.federation.processes import marked_processes
 from fedsft_assets.federation.report import JobReport
-from fedsft_assets.store import Store, split_file
-from fedsft_assets.versions import current
-from fedsft_assets_tests.provisioned import SERVER, SITES, Federation, provision, running
+from fedsft_assets.store import Store
+from fedsft_assets_tests.provisioned import SERVER, SITES, Federation, events_of_job, provision, running
 from fedsft_assets_tests.tracking.examples import until
 
 pytestmark = pytest.mark.slow
@@ -39,14 +37,7 @@ def _run(
 ) -> list[Event]:
     """Run the job as the study does, and do something once it has told what `at` waits for."""
     events, done = [], False
-    for event in run_job(
-        job_folder=current(store.job_folder(job)),
-        workspace=store.flare(job),
-        testing_file=split_file(current(store.combined), "testing"),
-        into=store.checkpoint(job),
-        runtime="production",
-        environment={"FEDSFT_PRODUCTION__STARTUP_KIT": str(federation.kits.admin), "FEDSFT_HOME": str(store.home)},
-    ):
+    for event in events_of_job(federation, store, job):
         events.append(event)
         print(time.strftime("%X"), event, flush=True)
         if not done and isinstance(event, Progress) and at(event.text):

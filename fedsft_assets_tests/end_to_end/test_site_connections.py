@@ -12,13 +12,11 @@ import pytest
 
 from fedsft_assets.federation.flare import FlareJobs
 from fedsft_assets.federation.flare_session import Timeouts
-from fedsft_assets.federation.launch import run_job
 from fedsft_assets.federation.processes import MARK, marked_processes, stop_marked
 from fedsft_assets.federation.report import JobReport
 from fedsft_assets.federation.runtime import UnavailableError
-from fedsft_assets.store import Store, split_file
-from fedsft_assets.versions import current
-from fedsft_assets_tests.provisioned import SERVER, Federation, environment, provision, running
+from fedsft_assets.store import Store
+from fedsft_assets_tests.provisioned import SERVER, Federation, environment, events_of_job, provision, running
 from fedsft_assets_tests.tracking.examples import until
 
 pytestmark = pytest.mark.slow
@@ -85,14 +83,7 @@ def _jobs(federation: Federation, folder: Path, seconds: float) -> FlareJobs:
 
 def _trains(federation: Federation, store: Store, job: str) -> bool:
     """Whether a job gets to its end."""
-    *_, last = run_job(
-        job_folder=current(store.job_folder(job)),
-        workspace=store.flare(job),
-        testing_file=split_file(current(store.combined), "testing"),
-        into=store.checkpoint(job),
-        runtime="production",
-        environment={"FEDSFT_PRODUCTION__STARTUP_KIT": str(federation.kits.admin), "FEDSFT_HOME": str(store.home)},
-    )
+    *_, last = events_of_job(federation, store, job)
     return isinstance(last, JobReport)
 
 

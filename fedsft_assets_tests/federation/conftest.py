@@ -1,9 +1,11 @@
+import time
 from pathlib import Path
 
 import pytest
 
 from fedsft_assets.federation.exchange import STATE_ROOT
 from fedsft_assets.federation.server_base_model import read_nemo_weights
+from fedsft_assets_tests.federation.clock import Clock
 from fedsft_assets_tests.federation.rounds import BASE, copied
 
 
@@ -17,3 +19,10 @@ def base_model(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr("fedsft_assets.federation.server.own_base_model", lambda path, _environment: path)
     monkeypatch.delenv(STATE_ROOT, raising=False)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(time, "monotonic", clock)
+    return clock

@@ -1,31 +1,15 @@
 """What looks at sites say, by a clock that the tests turn."""
 
-import time
 from collections.abc import Iterable
 
-import pytest
-
 from fedsft_assets.federation.presence import Part, Presence
+from fedsft_assets_tests.federation.clock import Clock
 
 SITES = ("site-1", "site-2", "site-3")
 RUNS, GONE, AWAY = Part.RUNS, Part.GONE, Part.AWAY
 COMES_AGAIN = "site-2 · was started again, and its part of the job is gone; it takes part from the next round on"
 COMES = "site-3 · is connected now; it takes part from the next round on"
 Found = tuple[list[str], list[str]]
-
-
-class Clock:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(time, "monotonic", clock)
-    return clock
 
 
 def _looks(presence: Presence, site: str, parts: Iterable[Part], clock: Clock, seconds: float = 3.0) -> list[Found]:

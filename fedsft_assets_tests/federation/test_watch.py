@@ -1,28 +1,13 @@
 """Whom a round waits for, by a clock that the tests turn."""
 
-import time
-
 import pytest
 
 from fedsft_assets.federation.journal import Missed
 from fedsft_assets.federation.watch import SiteWatch
+from fedsft_assets_tests.federation.clock import Clock
 
 SITES = ("site-1", "site-2", "site-3")
 TIMEOUT = 30.0
-
-
-class Clock:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(time, "monotonic", clock)
-    return clock
 
 
 @pytest.fixture
