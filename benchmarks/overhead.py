@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
@@ -60,8 +60,7 @@ class Benchmark:
 
     def _study(self) -> list[Target]:
         """All contenders in turn, as often as wanted, so that a slow minute meets them all."""
-        part = replace(Part(), shuffled=not self._args.same_batches)
-        given = self._input(STUDY, part.quick() if self._args.quick else part)
+        given = self._input(STUDY, Part().quick() if self._args.quick else Part())
         contenders = self._contenders(given)
         contenders.warm_up(self._args.contender)
         runs: Runs = {name: [] for name in self._args.contender}
@@ -204,11 +203,6 @@ def _arguments() -> argparse.Namespace:
         default=str(_FLOWER if _FLOWER.is_file() else sys.executable),
         metavar="PYTHON",
         help="interpreter with the extra `rivals` (default: that of .venv/flower if there is one, else this one)",
-    )
-    parser.add_argument(
-        "--same-batches",
-        action="store_true",
-        help="the others take our batches too, in which records have similar lengths, where a data loader shuffles",
     )
     parser.add_argument("--sites", type=int, nargs="+", default=_SITES, help="numbers of sites (default 3 10 30 100)")
     parser.add_argument("--sites-repeats", type=int, default=1, help="runs of each number of sites (default 1)")

@@ -5,7 +5,6 @@ Our side gets a FEDSFT_HOME as the data assets leave it, tokens included; the ot
 
 import json
 import math
-import random
 import sys
 from collections.abc import Sequence
 from itertools import cycle, islice
@@ -149,20 +148,10 @@ def _tokenizer(records: Sequence[Record]) -> Any:
 
 def _site(model: LanguageModel, plan: SitePlan, part: Part) -> SiteInput:
     tokens = _tokens(model, plan.training_file, part)
-    batches = [round_batches(tokens, plan, round) for round in range(part.rounds)]
+    batches = [round_batches(tokens, plan, round, model.answer_loss.packs) for round in range(part.rounds)]
     schedule = Schedule(part.learning_rate, part.rounds * part.steps)
     rates = [[schedule.at(round * part.steps + step) for step in range(part.steps)] for round in range(part.rounds)]
-    if part.shuffled:
-        batches = [shuffled_batches(one, f"{SEED}/{plan.site}/{round}") for round, one in enumerate(batches)]
     return SiteInput(plan.site, _rows(tokens), batches, rates)
-
-
-def shuffled_batches(batches: Sequence[Sequence[int]], seed: str) -> list[list[int]]:
-    """The same records in as many batches of the same sizes, in an order that has nothing to do with their lengths."""
-    records = [index for batch in batches for index in batch]
-    random.Random(seed).shuffle(records)
-    rest = iter(records)
-    return [[next(rest) for _ in batch] for batch in batches]
 
 
 def _tokens(model: LanguageModel, split: Path, part: Part) -> list[Tokens]:

@@ -15,8 +15,7 @@ class Part:
     """Each site does `steps` optimizer steps of `batch_size` records in each of `rounds` rounds.
 
     It scores each model that it receives on `evaluation_records` records, and the final one. Records are cut to
-    `max_length` tokens. A round's records are the same for all; `shuffled` has the rivals put them into batches as a
-    shuffling data loader does, else they take our batches, in which records have similar lengths.
+    `max_length` tokens. All take the same batches: shuffled ones, as a data loader makes them.
     """
 
     rounds: int = 3
@@ -25,7 +24,6 @@ class Part:
     evaluation_records: int = 64
     max_length: int = 256
     learning_rate: float = 1e-3
-    shuffled: bool = True
 
     def quick(self) -> Self:
         """The same in a few small steps: shows that all of it runs, not what it costs."""

@@ -64,7 +64,7 @@ def _ratios(
 
 def _passes(model: LanguageModel, tokens: Sequence[Tokens], plan: SitePlan) -> list[list[int]]:
     """Of each of the first batches, the micro-batch of middling length: records of each, by number."""
-    training = plan.training
-    limits = (training.micro_batch_size, training.micro_batch_tokens, model.answer_loss.packs)
-    cut = [micro_batches(tokens, batch, *limits) for batch in round_batches(tokens, plan, 0)[:_MOST_PASSES]]
+    training, packed = plan.training, model.answer_loss.packs
+    limits = (training.micro_batch_size, training.micro_batch_tokens, packed)
+    cut = [micro_batches(tokens, batch, *limits) for batch in round_batches(tokens, plan, 0, packed)[:_MOST_PASSES]]
     return [parts[len(parts) // 2] for parts in cut]

@@ -104,7 +104,7 @@ def train_round(
         raise TrainingError(f"{plan.site}: no records to train on in {plan.training_file}")
     training = plan.training
     devices = devices or OneDevice(model, training.precision)
-    batches = round_batches(tokens, plan, round) if batches is None else batches
+    batches = round_batches(tokens, plan, round, model.answer_loss.packs) if batches is None else batches
     rates = _learning_rates(plan, round, len(batches))
     optimizer = build_optimizer(
         model.parameters(), rates[0], training.weight_decay, fused=training.precision != "16-mixed", moments=moments
@@ -184,11 +184,11 @@ def mean_loss(
     return Loss(devices.total(total).item() / count, count)
 
 
-def round_batches(tokens: Sequence[Tokens], plan: SitePlan, round: int) -> list[list[int]]:
-    """Indices of the records of each step of a round, all local epochs in a row."""
-    seed = _seed(plan, "order")
+def round_batches(tokens: Sequence[Tokens], plan: SitePlan, round: int, packed: bool) -> list[list[int]]:
+    """Indices of the records of each step of a round, all local epochs in a row, for a model that `packed` says of."""
+    seed, size = _seed(plan, "order"), plan.training.batch_size
     epochs = range(round * plan.local_epochs, (round + 1) * plan.local_epochs)
-    every = [batch for epoch in epochs for batch in training_batches(tokens, plan.training.batch_size, seed, epoch)]
+    every = [batch for epoch in epochs for batch in training_batches(tokens, size, seed, epoch, packed)]
     return every[: plan.max_local_steps]
 
 

@@ -102,26 +102,41 @@ def _of_lengths(*lengths: int) -> list[Tokens]:
     return [Tokens([0] * length, prompt=1) for length in lengths]
 
 
-def test_training_batches_hold_every_record_once_and_only_the_last_is_short():
+@pytest.mark.parametrize("packed", [True, False])
+def test_training_batches_hold_every_record_once_and_only_the_last_is_short(packed):
     tokens = _of_lengths(*range(2, 105))
-    batches = training_batches(tokens, 8, seed=3, epoch=0)
+    batches = training_batches(tokens, 8, seed=3, epoch=0, packed=packed)
     assert sorted(index for batch in batches for index in batch) == list(range(len(tokens)))
     assert [len(batch) for batch in batches] == [8] * 12 + [7]
 
 
-def test_training_batches_depend_on_seed_and_epoch_only():
+@pytest.mark.parametrize("packed", [True, False])
+def test_training_batches_depend_on_seed_and_epoch_only(packed):
     tokens = _of_lengths(*range(2, 105))
-    assert training_batches(tokens, 8, 3, 1) == training_batches(tokens, 8, 3, 1)
-    assert training_batches(tokens, 8, 3, 1) != training_batches(tokens, 8, 3, 2)
-    assert training_batches(tokens, 8, 3, 1) != training_batches(tokens, 8, 4, 1)
+    assert training_batches(tokens, 8, 3, 1, packed) == training_batches(tokens, 8, 3, 1, packed)
+    assert training_batches(tokens, 8, 3, 1, packed) != training_batches(tokens, 8, 3, 2, packed)
+    assert training_batches(tokens, 8, 3, 1, packed) != training_batches(tokens, 8, 4, 1, packed)
 
 
-def test_training_batches_hardly_pad_and_do_not_come_by_length():
-    tokens = _of_lengths(*[2 + (7 * index) % 97 for index in range(400)])
-    batches = training_batches(tokens, 8, 3, 0)
-    longest = [max(len(tokens[index]) for index in batch) for batch in batches]
-    padded = sum(8 * length for length in longest)
-    assert padded < 1.1 * sum(len(one) for one in tokens)
+_MIXED = [2 + (7 * index) % 97 for index in range(400)]
+
+
+def test_records_that_are_packed_come_in_an_order_that_has_nothing_to_do_with_their_lengths():
+    batches = training_batches(_of_lengths(*_MIXED), 8, 3, 0, packed=True)
+    assert batches == training_batches(_of_lengths(*reversed(_MIXED)), 8, 3, 0, packed=True)
+
+
+def test_records_that_are_padded_are_sorted_within_small_windows_alone():
+    shuffled = training_batches(_of_lengths(*_MIXED), 8, 3, 0, packed=True)
+    batches = training_batches(_of_lengths(*_MIXED), 8, 3, 0, packed=False)
+    place = {index: number // 4 for number, batch in enumerate(shuffled) for index in batch}
+    windows = [{place[index] for index in batch} for batch in batches]
+    assert all(len(window) == 1 for window in windows)
+    assert len(set.union(*windows)) == 13
+    assert windows != sorted(windows, key=max)  # and windows do not come one after the other
+    longest = [max(_MIXED[index] for index in batch) for batch in batches]
+    padding = sum(8 * length for length in longest) / sum(_MIXED) - 1
+    assert padding < 0.25 < sum(8 * max(_MIXED[index] for index in batch) for batch in shuffled) / sum(_MIXED) - 1
     assert longest != sorted(longest)
 
 

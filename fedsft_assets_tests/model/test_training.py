@@ -9,6 +9,7 @@ from fedsft_assets.model.training import (
     Loss,
     TrainingError,
     mean_loss,
+    round_batches,
     train_round,
 )
 from fedsft_assets.specs import PRESETS, FiltersSpec, PrivacySpec, TrainingSpec
@@ -65,6 +66,30 @@ def test_sites_and_rounds_see_the_records_in_another_order(model, tokens, make_p
         return train_round(model, tokens, make_plan(site=site, max_local_steps=1), round).points[0].loss
 
     assert len({first_loss("site-1", 0), first_loss("site-2", 0), first_loss("site-1", 1)}) == 3
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_rows_are_trained_on_as_they_come_and_padded_records_by_length_within_small_windows(
+    model, tokens, make_plan, packed, monkeypatch
+):
+    model.answer_loss.packs = packed
+    plan, seen = make_plan(batch_size=2), []
+    make = model.answer_loss.batch
+
+    def watched(records, answer_only=True):
+        seen.append([len(one) for one in records])
+        return make(records, answer_only)
+
+    monkeypatch.setattr(model.answer_loss, "batch", watched)
+    train_round(model, tokens, plan, 0)
+    assert seen == _lengths(tokens, round_batches(tokens, plan, 0, packed))
+    differences = sum(max(batch) - min(batch) for batch in seen)
+    shuffled = sum(max(batch) - min(batch) for batch in _lengths(tokens, round_batches(tokens, plan, 0, packed=True)))
+    assert differences == shuffled if packed else differences < shuffled / 2
+
+
+def _lengths(tokens, batches):
+    return [[len(tokens[index]) for index in batch] for batch in batches]
 
 
 def test_a_round_is_cut_by_max_local_steps_and_counts_its_samples(model, tokens, make_plan):
