@@ -94,10 +94,10 @@ def _make(_: Path, into: Path) -> None:
     import torch
     import yaml
 
-    from fedsft_assets.model.archive import CONFIG, WEIGHTS, artifact_member, new_tar, tar_member
-    from fedsft_assets.model.megatron_layout import LEGACY, PREFIX, GPTShape, weights
-    from fedsft_assets.model.tensor_file import TensorInfo
-    from fedsft_assets.model.tensor_writer import write_tensors
+    from fedsft_assets.model.archive.nemo_archive import CONFIG, WEIGHTS, artifact_member, new_tar, tar_member
+    from fedsft_assets.model.archive.torch_reader import TensorInfo
+    from fedsft_assets.model.archive.torch_writer import write_tensors
+    from fedsft_assets.model.megatron.layout import LEGACY, PREFIX, GPTShape, weights
 
     shape = GPTShape(layers=24, hidden=2048, heads=16, ffn=8192, positions=2048, vocabulary=_ROWS)
     infos = {PREFIX[LEGACY] + weight.legacy: TensorInfo(torch.float16, weight.shape) for weight in weights(shape)}
@@ -126,13 +126,13 @@ def _tokenizer() -> tuple[bytes, bytes]:
 
 
 def _export(source: Path, into: Path) -> None:
-    from fedsft_assets.model.megatron_export import export_megatron
+    from fedsft_assets.model.megatron.export import export_megatron
 
     export_megatron(source, into, "megatron-core")
 
 
 def _import(source: Path, into: Path) -> None:
-    from fedsft_assets.model.megatron_import import import_megatron
+    from fedsft_assets.model.megatron.import_ import import_megatron
 
     report = import_megatron(source, into, 2048)
     status = Path("/proc/self/status").read_text()

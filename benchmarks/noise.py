@@ -17,8 +17,8 @@ import torch
 
 from benchmarks.data import Target
 from benchmarks.transfer_model import Shape, random_tensors
-from fedsft_assets.federation.filters import ChangeFilter
-from fedsft_assets.specs import FiltersSpec, PrivacySpec
+from fedsft_assets.federation.site.update_filters import ChangeFilter
+from fedsft_assets.specs.job import FiltersSpec, PrivacySpec
 
 _PRIVACY = PrivacySpec(clip=1.0, noise_multiplier=0.001)
 _WIDTH, _POSITIONS = 2048, 2048

@@ -34,7 +34,8 @@ _GPT2 = "transformers.models.gpt2.modeling_gpt2"
 _CONTENDERS = {
     OURS: _Contender(
         "benchmarks.overhead_ours",
-        "fedsft_assets.federation.supervisor, fedsft_assets.federation.server, fedsft_assets.federation.site_trainer",
+        "fedsft_assets.federation.supervisor.supervisor, fedsft_assets.federation.server.controller,"
+        " fedsft_assets.federation.site.trainer",
     ),
     PLAIN: _Contender("benchmarks.overhead_plain", _GPT2),
     FLOWER: _Contender("benchmarks.overhead_flower", _GPT2, options=("--cpus", "1"), flower=True),

@@ -17,13 +17,16 @@ from benchmarks.overhead_input import HEADS, LAYERS, SEED, VOCABULARY, WIDTH, In
 from benchmarks.training_data import make_splits
 from fedsft_assets.data.records import Record, dump_records, read_records
 from fedsft_assets.federation.job_folder import build_job_folder, read_plans
-from fedsft_assets.model.batches import Tokens
 from fedsft_assets.model.language_model import LanguageModel
-from fedsft_assets.model.optimizer import Schedule
 from fedsft_assets.model.prompt_template import DEFAULT_TEMPLATE, template
-from fedsft_assets.model.tokenizer import EOS
-from fedsft_assets.model.training import round_batches, split_tokens
-from fedsft_assets.specs import COMBINED, JobSpec, ModelPreset, SitePlan, SiteSpec
+from fedsft_assets.model.tokenizer.tiny import EOS
+from fedsft_assets.model.training.batches import Tokens
+from fedsft_assets.model.training.local_training import round_batches, split_tokens
+from fedsft_assets.model.training.optimizer import Schedule
+from fedsft_assets.specs.dataset import COMBINED
+from fedsft_assets.specs.job import JobSpec, SiteSpec
+from fedsft_assets.specs.model_preset import ModelPreset
+from fedsft_assets.specs.plan import SitePlan
 from fedsft_assets.store import Store, split_file
 from fedsft_assets.versions import add_version, adding, current, make_current
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from benchmarks.overhead_input import Input
 from benchmarks.overhead_notes import Note, Scored, Trained, note
-from fedsft_assets.federation.launch import run_job
-from fedsft_assets.federation.metrics import Point
-from fedsft_assets.federation.report import MODEL_FILE, JobReport
+from fedsft_assets.federation.protocol.job_report import MODEL_FILE, JobReport
+from fedsft_assets.federation.protocol.points import Point
+from fedsft_assets.federation.supervisor.launch import run_job
 from fedsft_assets.store import Store, split_file
 from fedsft_assets.versions import current
 

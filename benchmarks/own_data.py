@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks.data_files import FOLDERS
 from fedsft_assets.data.combine import combine
 from fedsft_assets.data.splits import split_dataset
-from fedsft_assets.specs import load_datasets
+from fedsft_assets.specs.dataset import load_datasets
 
 PROJECT = Path(__file__).resolve().parents[1]
 

@@ -67,7 +67,7 @@ class TrainingInput:
 def make_input(samples: Path, folder: Path, part: Part) -> None:
     """Write the input of a part under `folder`. Raises ValueError if there are too few records for its steps."""
     from fedsft_assets.data.records import read_records
-    from fedsft_assets.model.batches import tokenize
+    from fedsft_assets.model.training.batches import tokenize
     from fedsft_assets.store import split_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,7 @@ def make_input(samples: Path, folder: Path, part: Part) -> None:
 def make_splits(samples: Path, folder: Path) -> dict[str, Path]:
     from fedsft_assets.data.combine import combine
     from fedsft_assets.data.splits import split_dataset
-    from fedsft_assets.specs import load_datasets
+    from fedsft_assets.specs.dataset import load_datasets
 
     datasets = load_datasets(PROJECT / "datasets")
     folders = {name: folder / name for name in (*FOLDERS, "combined")}
@@ -109,7 +109,7 @@ def make_splits(samples: Path, folder: Path) -> dict[str, Path]:
 
 def _make_model(part: Part, archive: Path) -> Any:
     from benchmarks.training_ours import preset
-    from fedsft_assets.model.base import create_base_model
+    from fedsft_assets.model.base_model import create_base_model
     from fedsft_assets.model.language_model import LanguageModel
 
     if part.model == "gpt2-small":
@@ -125,7 +125,7 @@ def _gpt2_small(max_length: int) -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
     from fedsft_assets.model.language_model import LanguageModel
-    from fedsft_assets.model.tokenizer import EOS, sample_texts, tiny_tokenizer
+    from fedsft_assets.model.tokenizer.tiny import EOS, sample_texts, tiny_tokenizer
 
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=tiny_tokenizer(sample_texts()), eos_token=EOS, bos_token=EOS, pad_token=EOS
@@ -139,7 +139,8 @@ def _gpt2_small(max_length: int) -> Any:
 
 def _write_plan(part: Part, target: TrainingInput, splits: dict[str, Path]) -> None:
     from benchmarks.training_ours import site_plan
-    from fedsft_assets.store import file_digest, split_file
+    from fedsft_assets.files import file_digest
+    from fedsft_assets.store import split_file
 
     training, validation = split_file(splits["alpaca"], "training"), split_file(splits["combined"], "validation")
     digests = {"training_file": file_digest(training), "validation_file": file_digest(validation)}

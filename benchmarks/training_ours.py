@@ -6,10 +6,12 @@ from typing import Any
 from benchmarks.training_data import SEED, TrainingInput
 from benchmarks.training_parts import Part
 from benchmarks.training_watch import Watch
-from fedsft_assets.model.batches import Tokens
 from fedsft_assets.model.language_model import LanguageModel
-from fedsft_assets.model.training import train_round
-from fedsft_assets.specs import PRESETS, ModelPreset, SitePlan, TrainingSpec
+from fedsft_assets.model.training.batches import Tokens
+from fedsft_assets.model.training.local_training import train_round
+from fedsft_assets.specs.job import TrainingSpec
+from fedsft_assets.specs.model_preset import PRESETS, ModelPreset
+from fedsft_assets.specs.plan import SitePlan
 
 # The learning rate falls over all rounds of a job; in a job this long it is as good as constant in the first.
 _ROUNDS = 10**6

@@ -9,10 +9,12 @@ from benchmarks.data_files import FOLDERS
 from benchmarks.training_data import TrainingInput
 from benchmarks.training_ours import preset
 from fedsft_assets.federation.job_folder import build_job_folder
-from fedsft_assets.federation.launch import run_job
-from fedsft_assets.federation.report import JobReport
-from fedsft_assets.specs import COMBINED, JobSpec
-from fedsft_assets.store import Store, link_or_copy, split_file
+from fedsft_assets.federation.protocol.job_report import JobReport
+from fedsft_assets.federation.supervisor.launch import run_job
+from fedsft_assets.files import link_or_copy
+from fedsft_assets.specs.dataset import COMBINED
+from fedsft_assets.specs.job import JobSpec
+from fedsft_assets.store import Store, split_file
 from fedsft_assets.versions import add_version, adding, current, make_current
 
 _JOB = "fedavg"

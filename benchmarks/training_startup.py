@@ -13,10 +13,10 @@ def start(plan_file: Path) -> float:
     """CPU seconds until the first batch of the plan's first round enters the model."""
     import nvflare.client  # noqa: F401 the trainer's process needs it before its first batch
 
-    from fedsft_assets.federation.client import started_clock
-    from fedsft_assets.federation.site_trainer import SiteTrainer
-    from fedsft_assets.model.training import train_round
-    from fedsft_assets.specs import SitePlan
+    from fedsft_assets.federation.site.process import started_clock
+    from fedsft_assets.federation.site.trainer import SiteTrainer
+    from fedsft_assets.model.training.local_training import train_round
+    from fedsft_assets.specs.plan import SitePlan
 
     watch = Watch()
     plan = SitePlan.model_validate_json(plan_file.read_text(encoding="utf-8"))

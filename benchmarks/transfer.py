@@ -35,7 +35,7 @@ from benchmarks.data import BenchmarkError, Target, print_targets, say
 from benchmarks.transfer_job import Exchange, environment, our_job, stock_job
 from benchmarks.transfer_model import Shape, write_archive
 from benchmarks.transfer_watch import MemoryWatch, Peaks
-from fedsft_assets.federation.processes import MARK, stop_marked
+from fedsft_assets.federation.runtimes.processes import MARK, stop_marked
 
 OURS, STOCK = "ours", "stock"
 TINY = "tiny"

@@ -33,10 +33,11 @@ class Exchange:
 
 def our_job(exchange: Exchange, archive: Path, diaries: Path, root: Path) -> Path:
     """The job folder of this project for the exchange, with a trainer that does not train."""
-    from fedsft_assets.federation.exchange import EXECUTION_KEY
     from fedsft_assets.federation.job_folder import export_job
-    from fedsft_assets.federation.site_messages import RoundLimits
-    from fedsft_assets.specs import JobSpec, LocalWork, SiteSpec
+    from fedsft_assets.federation.protocol.messages import EXECUTION_KEY
+    from fedsft_assets.federation.protocol.site_messages import RoundLimits
+    from fedsft_assets.specs.job import JobSpec, SiteSpec
+    from fedsft_assets.specs.plan import LocalWork
 
     wire = "bf16-diff" if exchange.bf16 else "fp32"
     spec = JobSpec(
@@ -117,8 +118,8 @@ def environment(folder: Path, ours: bool) -> dict[str, str]:
     }
     if not ours:
         return common
-    from fedsft_assets.federation.allocator import ENVIRONMENT
-    from fedsft_assets.federation.exchange import SITE_STATE_ROOT, STATE_ROOT
+    from fedsft_assets.federation.protocol.messages import SITE_STATE_ROOT, STATE_ROOT
+    from fedsft_assets.federation.transport.allocator import ENVIRONMENT
 
     states = {STATE_ROOT: str(folder / "states"), SITE_STATE_ROOT: str(folder / "site_states")}
     return {**common, **states, **ENVIRONMENT}

@@ -57,9 +57,9 @@ def random_tensors(shape: Shape, dtype: torch.dtype, seed: int) -> Iterator[tupl
 
 def write_archive(shape: Shape, into: Path) -> None:
     """A `.nemo` archive of float32 weights, as far as the server reads one."""
-    from fedsft_assets.model.archive import WEIGHTS, new_tar, tar_member
-    from fedsft_assets.model.tensor_file import TensorInfo
-    from fedsft_assets.model.tensor_writer import write_tensors
+    from fedsft_assets.model.archive.nemo_archive import WEIGHTS, new_tar, tar_member
+    from fedsft_assets.model.archive.torch_reader import TensorInfo
+    from fedsft_assets.model.archive.torch_writer import write_tensors
 
     infos = {name: TensorInfo(torch.float32, dimensions) for name, dimensions in shape.tensors().items()}
     tensors = random_tensors(shape, torch.float32, seed=0)

@@ -97,12 +97,12 @@ class _Ours:
     """The wire of a site around weights that nobody holds: they are made of the given ones when they are asked for."""
 
     def __init__(self, wire: str) -> None:
-        from fedsft_assets.federation.exchange import Wire
-        from fedsft_assets.federation.filters import ChangeFilter
-        from fedsft_assets.federation.site_exchange import SiteExchange
-        from fedsft_assets.federation.stream_receiving import add_to
-        from fedsft_assets.federation.tensor_stream import send_tensors_as_streams
-        from fedsft_assets.specs import FiltersSpec
+        from fedsft_assets.federation.protocol.messages import Wire
+        from fedsft_assets.federation.site.global_model import SiteExchange
+        from fedsft_assets.federation.site.update_filters import ChangeFilter
+        from fedsft_assets.federation.transport.install import send_tensors_as_streams
+        from fedsft_assets.federation.transport.receiving import add_to
+        from fedsft_assets.specs.job import FiltersSpec
 
         self.site = ""
         self.exchange = SiteExchange("a site", Wire(wire), ChangeFilter(FiltersSpec()), {})
@@ -114,8 +114,15 @@ class _Ours:
         from nvflare.apis.fl_constant import FLMetaKey
         from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 
-        from fedsft_assets.federation.exchange import FIRST_KEY, KIND_KEY, POINTS_KEY, RECORDS_KEY, SAMPLES_KEY, Kind
-        from fedsft_assets.federation.metrics import TRAIN_LOSS, VAL_LOSS, VAL_LOSS_LOCAL, Point, points_to_data
+        from fedsft_assets.federation.protocol.messages import (
+            FIRST_KEY,
+            KIND_KEY,
+            POINTS_KEY,
+            RECORDS_KEY,
+            SAMPLES_KEY,
+            Kind,
+        )
+        from fedsft_assets.federation.protocol.points import TRAIN_LOSS, VAL_LOSS, VAL_LOSS_LOCAL, Point, points_to_data
 
         done = received.current_round
         self.exchange.take(received)

@@ -10,7 +10,7 @@ from typing import Self
 
 import psutil
 
-from fedsft_assets.federation.processes import marked_processes
+from fedsft_assets.federation.runtimes.processes import marked_processes
 
 _SECONDS_BETWEEN_SAMPLES = 0.1
 _SECONDS_BETWEEN_LOOKS = 1.0  # for processes that are new

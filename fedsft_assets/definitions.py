@@ -2,21 +2,22 @@
 
 import dagster as dg
 
-from fedsft_assets.assets.base_model import base_model
-from fedsft_assets.assets.checkpoint import checkpoint_asset
-from fedsft_assets.assets.comparison import comparison_asset
-from fedsft_assets.assets.inference import inference_asset
-from fedsft_assets.assets.job_folder import job_folder_asset
-from fedsft_assets.assets.raw import raw_asset
-from fedsft_assets.assets.splits import combined_asset, processed_asset
-from fedsft_assets.automation import full_study, new_data_sensor, undelivered_tracking, weekly_study
-from fedsft_assets.checks import data_checks
+from fedsft_assets.defs.assets.base_model import base_model
+from fedsft_assets.defs.assets.checkpoint import checkpoint_asset
+from fedsft_assets.defs.assets.comparison import comparison_asset
+from fedsft_assets.defs.assets.inference import inference_asset
+from fedsft_assets.defs.assets.job_folder import job_folder_asset
+from fedsft_assets.defs.assets.raw import raw_asset
+from fedsft_assets.defs.assets.splits import combined_asset, processed_asset
+from fedsft_assets.defs.automation import full_study, new_data_sensor, undelivered_tracking, weekly_study
+from fedsft_assets.defs.checks import data_checks
+from fedsft_assets.defs.poc_jobs import poc_start_job, poc_stop_job
+from fedsft_assets.defs.resources import resources
 from fedsft_assets.evaluation.prompts import load_prompts
 from fedsft_assets.home import check_home
-from fedsft_assets.poc_ops import poc_start_job, poc_stop_job
-from fedsft_assets.resources import resources
 from fedsft_assets.settings import Settings
-from fedsft_assets.specs import load_datasets, load_jobs
+from fedsft_assets.specs.dataset import load_datasets
+from fedsft_assets.specs.job import load_jobs
 
 settings = Settings()
 check_home(settings)

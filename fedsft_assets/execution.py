@@ -10,21 +10,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from fedsft_assets.data.report import SplitReport
+from fedsft_assets.data.split_report import SplitReport
 from fedsft_assets.evaluation.comparison import plot
 from fedsft_assets.federation.job_folder import SPEC_FILE, read_plans, read_spec
-from fedsft_assets.federation.journal import EntryError, Missed, Progress, from_line
-from fedsft_assets.federation.launch import held_workspace, run_job
-from fedsft_assets.federation.metrics import Point
-from fedsft_assets.federation.privacy import RELEASES_FILE, Releases, ReleasesError
-from fedsft_assets.federation.record import Workspaces
-from fedsft_assets.federation.report import REPORT_FILE, JobReport
-from fedsft_assets.federation.tail import Tail
-from fedsft_assets.specs import JobSpec, ModelPreset, PrivacySpec, SitePlan
-from fedsft_assets.store import Store, link_or_copy, split_file
+from fedsft_assets.federation.protocol.job_report import REPORT_FILE, JobReport
+from fedsft_assets.federation.protocol.journal import EntryError, Missed, Progress, from_line
+from fedsft_assets.federation.protocol.points import Point
+from fedsft_assets.federation.protocol.tail import Tail
+from fedsft_assets.federation.supervisor.launch import held_workspace, run_job
+from fedsft_assets.federation.supervisor.privacy import RELEASES_FILE, Releases, ReleasesError
+from fedsft_assets.federation.supervisor.workspace import Workspaces
+from fedsft_assets.files import link_or_copy
+from fedsft_assets.specs.job import JobSpec, PrivacySpec
+from fedsft_assets.specs.model_preset import ModelPreset
+from fedsft_assets.specs.plan import SitePlan
+from fedsft_assets.store import Store, split_file
 from fedsft_assets.tracking import Outbox, Registered, TrackedJob, Tracking
-from fedsft_assets.tracking.job import close_as_killed
 from fedsft_assets.tracking.record import Execution
+from fedsft_assets.tracking.tracked_job import close_as_killed
 from fedsft_assets.versions import adding, make_current
 
 CHART_FILE = "val_loss.png"

@@ -20,7 +20,8 @@ from typing import IO, TYPE_CHECKING
 
 from fedsft_assets.access import close_to_others, is_open
 from fedsft_assets.disk import explain
-from fedsft_assets.store import HOME_FOLDERS, publish_file
+from fedsft_assets.files import publish_file
+from fedsft_assets.store import HOME_FOLDERS
 
 if TYPE_CHECKING:
     from fedsft_assets.settings import Settings

@@ -8,11 +8,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedsft_assets.data.report import SplitReport
+from fedsft_assets.data.split_report import SplitReport
 from fedsft_assets.execution import CheckpointInputs
 from fedsft_assets.federation.job_folder import read_plans
-from fedsft_assets.federation.record import Workspace, Workspaces
-from fedsft_assets.store import Store, locked
+from fedsft_assets.federation.supervisor.workspace import Workspace, Workspaces
+from fedsft_assets.files import locked
+from fedsft_assets.store import Store
 from fedsft_assets.versions import CURRENT, current, remove_version, versions_of
 
 _GROUPS = ("raw", "processed", "base_models", "job_folders", "checkpoints", "reports")

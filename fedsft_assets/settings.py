@@ -13,10 +13,12 @@ from pydantic import Field, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from fedsft_assets.federation.poc_kits import PocSettings
-from fedsft_assets.federation.production import ProductionSettings
+from fedsft_assets.federation.runtimes.poc.kits import PocSettings
+from fedsft_assets.federation.runtimes.production import ProductionSettings
 from fedsft_assets.home import read_home
-from fedsft_assets.specs import HUB, PRESETS, SAMPLE, CheckSettings, SplitSettings
+from fedsft_assets.specs.dataset import HUB, SAMPLE
+from fedsft_assets.specs.limits import CheckSettings, SplitSettings
+from fedsft_assets.specs.model_preset import PRESETS
 from fedsft_assets.store import Store
 from fedsft_assets.tracking import Tracking
 from fedsft_assets.tracking.uri import URI, take_credentials

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from fedsft_assets.store import (
+from fedsft_assets.files import (
     folder_digest,
     fsync,
     fsync_tree,

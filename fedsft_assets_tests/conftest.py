@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsft_assets.data.sample import write_sample
+from fedsft_assets.data.sources.sample import write_sample
 from fedsft_assets.settings import PROJECT
 from fedsft_assets.tracking import Tracking
 from fedsft_assets_tests.shipped import DATASETS

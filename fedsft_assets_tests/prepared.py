@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from fedsft_assets.data.combine import combine
-from fedsft_assets.data.sources import fetch
+from fedsft_assets.data.sources.fetch import fetch
 from fedsft_assets.data.splits import split_dataset
 from fedsft_assets.federation.job_folder import build_job_folder
 from fedsft_assets.settings import PROJECT
-from fedsft_assets.specs import COMBINED, PRESETS, JobSpec
+from fedsft_assets.specs.dataset import COMBINED
+from fedsft_assets.specs.job import JobSpec
+from fedsft_assets.specs.model_preset import PRESETS
 from fedsft_assets.store import SPLITS, Store, split_file
 from fedsft_assets.versions import adding, current, make_current
 from fedsft_assets_tests.shipped import DATASETS
@@ -21,7 +23,7 @@ TINY = PRESETS["tiny"]
 
 def prepare_home(home: Path) -> Store:
     """A home with the sample's splits and the tiny base model."""
-    from fedsft_assets.model.base import create_base_model
+    from fedsft_assets.model.base_model import create_base_model
 
     store = Store(home)
     for dataset in DATASETS.values():

@@ -19,10 +19,10 @@ from typing import Any
 
 import psutil
 
-from fedsft_assets.federation.events import Event
-from fedsft_assets.federation.launch import run_job
-from fedsft_assets.federation.poc_kits import BUILDERS
-from fedsft_assets.federation.processes import MARK, marked_processes, stop_marked
+from fedsft_assets.federation.protocol.events import Event
+from fedsft_assets.federation.runtimes.poc.kits import BUILDERS
+from fedsft_assets.federation.runtimes.processes import MARK, marked_processes, stop_marked
+from fedsft_assets.federation.supervisor.launch import run_job
 from fedsft_assets.store import Store, split_file
 from fedsft_assets.versions import current
 from fedsft_assets_tests.tracking.server import unused_port
@@ -97,7 +97,7 @@ def environment(folder: Path, bin_folder: Path = BIN) -> dict[str, str]:
 
 def _configure_server(kit: Path) -> None:
     (kit / "tmp").mkdir()
-    command = [sys.executable, "-m", "fedsft_assets.federation.server_kit", "configure", str(kit)]
+    command = [sys.executable, "-m", "fedsft_assets.cli.server", "configure", str(kit)]
     subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
 
 
@@ -111,7 +111,7 @@ def take_rights_at_server(kit: Path, *rights: str) -> None:
 
 
 def _configure_site(kit: Path) -> None:
-    command = [sys.executable, "-m", "fedsft_assets.federation.site_files", "configure", str(kit)]
+    command = [sys.executable, "-m", "fedsft_assets.cli.site", "configure", str(kit)]
     subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
 
 

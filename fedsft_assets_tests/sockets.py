@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from fedsft_assets.federation.processes import marked_processes
+from fedsft_assets.federation.runtimes.processes import marked_processes
 
 _SECONDS_BETWEEN_LOOKS = 0.2
 _LISTENS = 0x10000  # Linux' __SO_ACCEPTCON

@@ -19,7 +19,7 @@ from multiprocessing.connection import Client
 from pathlib import Path
 from typing import Any
 
-from fedsft_assets.federation.forked_python import LENGTH
+from fedsft_assets.federation.runtimes.simulator.forked_python import LENGTH
 from fedsft_assets.settings import PROJECT
 
 NOBODY = 65534
@@ -156,7 +156,7 @@ _WAYS: dict[str, Callable[..., Got]] = {"join": _join, "pickle": _pickle, "call"
 
 
 def main() -> None:
-    from fedsft_assets.federation import local_driver
+    from fedsft_assets.federation.connections import local_driver
 
     local_driver.use_local_driver()
     local_driver.require_own_user = lambda _: None  # who listens may be anybody

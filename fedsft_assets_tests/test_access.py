@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from fedsft_assets.access import OTHERS, close_to_others, is_open, said_of_kit
+from fedsft_assets.files import publish_file, publish_folder
 from fedsft_assets.settings import PROJECT
-from fedsft_assets.store import publish_file, publish_folder
 from fedsft_assets.versions import adding
 from fedsft_assets_tests.watched import open_to_others
 

@@ -125,7 +125,7 @@ def test_code_location_loads_without_anything_heavy() -> None:
 @pytest.mark.slow
 def test_trainer_at_a_site_needs_nothing_of_dagster_or_mlflow() -> None:
     # The process begins as the client, and loads the trainer when it knows its plan.
-    loaded = _loaded_by("fedsft_assets.federation.client") | _loaded_by("fedsft_assets.federation.site_trainer")
+    loaded = _loaded_by("fedsft_assets.federation.site.process") | _loaded_by("fedsft_assets.federation.site.trainer")
     assert {"nvflare", "torch"} <= loaded
     assert not loaded & {"dagster", "dagster_shared", "mlflow"}
 
@@ -156,7 +156,7 @@ def test_what_runs_at_a_site_or_server_imports_no_tracking() -> None:
 
 def test_server_part_needs_only_what_every_part_needs() -> None:
     """The extra `server` brings nothing else; NVFlare brings numpy."""
-    todo, done, imports = ["fedsft_assets.federation.server"], set(), set()
+    todo, done, imports = ["fedsft_assets.federation.server.controller"], set(), set()
     while todo:
         module = todo.pop()
         done.add(module)

@@ -8,11 +8,12 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from fedsft_assets.assets.job_folder import job_folder_asset
+from fedsft_assets.defs.assets.job_folder import job_folder_asset
+from fedsft_assets.defs.resources import made_by, resources
 from fedsft_assets.federation.job_folder import read_plans
-from fedsft_assets.resources import made_by, resources
 from fedsft_assets.settings import Settings
-from fedsft_assets.specs import COMBINED, JobSpec, SiteSpec
+from fedsft_assets.specs.dataset import COMBINED
+from fedsft_assets.specs.job import JobSpec, SiteSpec
 from fedsft_assets.store import SPLITS, Store, split_file
 from fedsft_assets.versions import Verdict, adding, current, judge
 from fedsft_assets_tests.prepared import made_current

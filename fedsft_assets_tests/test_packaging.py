@@ -17,7 +17,7 @@ NOT_AT_A_SITE = {
     *("dagster", "dagster-webserver", "mlflow", "mlflow-skinny", "pandas", "pyarrow", "datasets", "matplotlib"),
     *("nemo-toolkit", "scikit-learn", "scipy", "onnx", "py3langid", "tabulate", "pydantic-settings"),
 }
-CLIENT_SIDE = ["fedsft_assets.federation.client", "fedsft_assets.federation.site_files"]
+CLIENT_SIDE = ["fedsft_assets.federation.site.process", "fedsft_assets.cli.site"]
 
 
 def test_a_site_gets_neither_dagster_nor_mlflow_nor_anything_of_the_study() -> None:
@@ -71,11 +71,11 @@ import sys
 from pathlib import Path
 import nvflare.client
 from nvflare.app_common.abstract.fl_model import FLModel
-import fedsft_assets.federation.client
-from fedsft_assets.federation.exchange import KIND_KEY, VERSION, VERSION_KEY, Kind
-from fedsft_assets.federation.phases import PhaseClock
-from fedsft_assets.federation.site_trainer import SiteTrainer
-from fedsft_assets.specs import SitePlan
+import fedsft_assets.federation.site.process
+from fedsft_assets.federation.protocol.messages import KIND_KEY, VERSION, VERSION_KEY, Kind
+from fedsft_assets.federation.protocol.phases import PhaseClock
+from fedsft_assets.federation.site.trainer import SiteTrainer
+from fedsft_assets.specs.plan import SitePlan
 plan = SitePlan.model_validate_json(Path(sys.argv[1]).read_text())
 trainer = SiteTrainer(plan, PhaseClock(), lambda text, points: print(text))
 first = {} if plan.training.peft else dict(trainer.devices.weights())
@@ -92,10 +92,12 @@ print("unwanted", unwanted)
 def test_a_round_is_trained_with_what_a_site_installs_and_nothing_else(
     tmp_path: Path, peft: dict[str, int] | None
 ) -> None:
-    from fedsft_assets.data.sample import write_sample
+    from fedsft_assets.data.sources.sample import write_sample
     from fedsft_assets.data.splits import split_dataset
-    from fedsft_assets.model.base import create_base_model
-    from fedsft_assets.specs import PRESETS, PeftSpec, SitePlan, TrainingSpec
+    from fedsft_assets.model.base_model import create_base_model
+    from fedsft_assets.specs.job import PeftSpec, TrainingSpec
+    from fedsft_assets.specs.model_preset import PRESETS
+    from fedsft_assets.specs.plan import SitePlan
     from fedsft_assets_tests.shipped import DATASETS
 
     tiny, dolly = PRESETS["tiny"], DATASETS["dolly"]

@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from fedsft_assets.data.report import SplitReport
+from fedsft_assets.data.split_report import SplitReport
 from fedsft_assets.execution import CheckpointInputs
 from fedsft_assets.federation.job_folder import build_job_folder
-from fedsft_assets.federation.launch import held_workspace
-from fedsft_assets.federation.record import Workspaces
+from fedsft_assets.federation.supervisor.launch import held_workspace
+from fedsft_assets.federation.supervisor.workspace import Workspaces
 from fedsft_assets.prune import remove, unneeded
-from fedsft_assets.specs import COMBINED, PRESETS, JobSpec, SiteSpec, SplitSettings
+from fedsft_assets.specs.dataset import COMBINED
+from fedsft_assets.specs.job import JobSpec, SiteSpec
+from fedsft_assets.specs.limits import SplitSettings
+from fedsft_assets.specs.model_preset import PRESETS
 from fedsft_assets.store import SPLITS, Store, split_file
 from fedsft_assets.versions import Verdict, adding, current, judge, make_current, read_verdict, versions_of
 from fedsft_assets_tests.prepared import made_current

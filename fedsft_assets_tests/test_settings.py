@@ -12,9 +12,9 @@ import dagster as dg
 import pytest
 from pydantic import ValidationError
 
-from fedsft_assets.resources import MLflowResource, resources
+from fedsft_assets.defs.resources import MLflowResource, resources
 from fedsft_assets.settings import PROJECT, Settings
-from fedsft_assets.specs import CheckSettings, SplitSettings
+from fedsft_assets.specs.limits import CheckSettings, SplitSettings
 from fedsft_assets.tracking import Tracking
 from fedsft_assets.tracking.outbox import explained
 from fedsft_assets_tests.watched import ENCODED, PASSWORD, USER

@@ -8,7 +8,7 @@ import sys
 import psutil
 import pytest
 
-from fedsft_assets.federation.processes import MARK
+from fedsft_assets.federation.runtimes.processes import MARK
 from fedsft_assets_tests.sockets import OpenSocket, Scan, scanned
 
 _OPEN = """

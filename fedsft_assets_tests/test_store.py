@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from fedsft_assets.store import HashedFile, Store, file_digest, folder_digest, publish_file, publish_folder, split_file
+from fedsft_assets.files import HashedFile, file_digest, folder_digest, publish_file, publish_folder
+from fedsft_assets.store import Store, split_file
 
 _STOP_INSIDE_FOLDER = """
 import sys, time

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsft_assets.store import folder_digest, publish_folder
+from fedsft_assets.files import folder_digest, publish_folder
 from fedsft_assets.versions import (
     CURRENT,
     NoVersionError,

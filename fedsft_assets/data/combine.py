@@ -15,9 +15,10 @@ import numpy.typing as npt
 
 from fedsft_assets.data.hashing import Hashes, byte_hashes, mixed
 from fedsft_assets.data.records import DataError
-from fedsft_assets.data.report import SplitReport
-from fedsft_assets.specs import COMBINED
-from fedsft_assets.store import SPLITS, HashedFile, file_digest, publish_folder, split_file
+from fedsft_assets.data.split_report import SplitReport
+from fedsft_assets.files import HashedFile, file_digest, publish_folder
+from fedsft_assets.specs.dataset import COMBINED
+from fedsft_assets.store import SPLITS, split_file
 
 _BLOCK = 1 << 21  # bytes of lines that are read together
 _LINES = 4096  # lines that are written together

@@ -14,7 +14,7 @@ import numpy as np
 from fedsft_assets.data.arrow import texts
 from fedsft_assets.data.hashing import Hashes, prompt_hashes
 from fedsft_assets.data.records import excerpt, iterate_records
-from fedsft_assets.data.report import SplitReport
+from fedsft_assets.data.split_report import SplitReport
 from fedsft_assets.store import SPLITS, split_file
 from fedsft_assets.versions import title
 

@@ -17,13 +17,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fedsft_assets.data.arrow import BLANK_LINE, EMPTY, flags
-from fedsft_assets.data.datasets import read_examples
-from fedsft_assets.data.examples import Examples, Rejected
+from fedsft_assets.data.formats.examples import Examples, Rejected
+from fedsft_assets.data.formats.readers import read_examples
 from fedsft_assets.data.hashing import Hashes, Seen, mixed, prompt_hashes
 from fedsft_assets.data.records import DataError, Record, dump_records
-from fedsft_assets.data.report import SplitReport
-from fedsft_assets.specs import DatasetSpec, SplitSettings
-from fedsft_assets.store import SPLITS, HashedFile, publish_file, publish_folder, split_file
+from fedsft_assets.data.split_report import SplitReport
+from fedsft_assets.files import HashedFile, publish_file, publish_folder
+from fedsft_assets.specs.dataset import DatasetSpec
+from fedsft_assets.specs.limits import SplitSettings
+from fedsft_assets.store import SPLITS, split_file
 
 REJECTED_FILE = "rejected.jsonl"
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedsft_assets.evaluation.prompts import ExamplePrompt
-from fedsft_assets.model.generation import GenerationSettings
-from fedsft_assets.store import publish_file
+from fedsft_assets.files import publish_file
+from fedsft_assets.model.generation_settings import GenerationSettings
 
 _NO_TEXT = "*(no text)*"
 _MARKUP = re.compile(r"[\\`*_\[\]<>|~&$]")

@@ -8,9 +8,9 @@ from typing import Any, get_args
 
 from tabulate import tabulate
 
-from fedsft_assets.federation.report import JobReport
-from fedsft_assets.specs import JobKind
-from fedsft_assets.store import publish_file
+from fedsft_assets.federation.protocol.job_report import JobReport
+from fedsft_assets.files import publish_file
+from fedsft_assets.specs.job import JobKind
 
 _HEADERS = (
     "job",

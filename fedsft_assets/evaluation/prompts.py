@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from fedsft_assets.specs import read_yaml, validated
+from fedsft_assets.specs.yaml_file import read_yaml, validated
 
 _Text = Annotated[str, StringConstraints(strip_whitespace=True)]
 

@@ -14,9 +14,12 @@ from typing import Self
 
 from fedsft_assets import __version__
 from fedsft_assets.federation.noise_ratio import NoiseRatio, noise_ratio
-from fedsft_assets.federation.site_messages import RoundLimits
-from fedsft_assets.specs import JobSpec, ModelPreset, SitePlan
-from fedsft_assets.store import Store, archive_file, count_records, file_digest, split_file
+from fedsft_assets.federation.protocol.site_messages import RoundLimits
+from fedsft_assets.files import file_digest
+from fedsft_assets.specs.job import JobSpec
+from fedsft_assets.specs.model_preset import ModelPreset
+from fedsft_assets.specs.plan import SitePlan
+from fedsft_assets.store import Store, archive_file, count_records, split_file
 from fedsft_assets.versions import adding, current, make_current
 
 SPEC_FILE = "job.json"
@@ -180,8 +183,8 @@ def export_job(
     """Write the part of a job folder that NVFlare defines, as `root/<job>`."""
     from nvflare.job_config.api import FedJob
 
-    from fedsft_assets.federation.installed_trainer import InstalledTrainer
-    from fedsft_assets.federation.server import FederatedSFT
+    from fedsft_assets.federation.server.controller import FederatedSFT
+    from fedsft_assets.federation.site.executor import InstalledTrainer
 
     min_sites = spec.min_sites or len(spec.sites)
     job = FedJob(name=spec.name, min_clients=min_sites)

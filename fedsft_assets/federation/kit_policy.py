@@ -9,15 +9,19 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fedsft_assets.store import publish_file
+from fedsft_assets.files import publish_file
 
-SERVER_PART = "fedsft_assets.federation.server.FederatedSFT"
-TRAINER = "fedsft_assets.federation.installed_trainer.InstalledTrainer"
+SERVER_PART = "fedsft_assets.federation.server.controller.FederatedSFT"
+TRAINER = "fedsft_assets.federation.site.executor.InstalledTrainer"
 LOG_STREAMER = "nvflare.app_common.logging.job_log_streamer.JobLogStreamer"  # NVFlare adds it to every job
-CONNECTION = {"id": "site_connection", "path": "fedsft_assets.federation.site_connection.SiteConnection", "args": {}}
+CONNECTION = {
+    "id": "site_connection",
+    "path": "fedsft_assets.federation.connections.site_connection.SiteConnection",
+    "args": {},
+}
 SERVER_CONNECTIONS = {
     "id": "server_connections",
-    "path": "fedsft_assets.federation.server_connections.ServerConnections",
+    "path": "fedsft_assets.federation.connections.server_connections.ServerConnections",
     "args": {},
 }
 # What a job may configure.

@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedsft_assets.specs import JobSpec, PrivacySpec, SpecError
+from fedsft_assets.specs.job import JobSpec, PrivacySpec
+from fedsft_assets.specs.yaml_file import SpecError
 
 # Noise of more than so many times what all rounds together can change at most leaves nothing of what sites learn: in 12
 # rounds of the tiny preset, the loss fell from 7.2 to 6.4 at 10 times, and rose to 7.5 at 15 times.
@@ -66,15 +67,15 @@ def _sent_numbers(spec: JobSpec, base_model: Path) -> int:
     """How many numbers a site sends; no weight is read."""
     import torch
 
-    from fedsft_assets.federation.filters import ChangeFilter
-    from fedsft_assets.model.archive import read_config
+    from fedsft_assets.federation.site.update_filters import ChangeFilter
+    from fedsft_assets.model.archive.nemo_archive import read_config
     from fedsft_assets.model.language_model import LanguageModel
 
     chosen = ChangeFilter(spec.filters)
     with torch.device("meta"):
         model = LanguageModel(read_config(base_model), {})
         if spec.training.peft:
-            from fedsft_assets.model.adapters import add_adapters
+            from fedsft_assets.model.training.lora import add_adapters
 
             add_adapters(model, spec.training.peft, spec.seed)
     return sum(tensor.numel() for name, tensor in model.distinct_parameters().items() if chosen.keeps(name))

@@ -16,16 +16,16 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from fedsft_assets.model import archive
-from fedsft_assets.model.answer_loss import AnswerLoss
+from fedsft_assets.model.archive import nemo_archive as archive
+from fedsft_assets.model.archive.torch_reader import TensorInfo
 from fedsft_assets.model.errors import ModelError
-from fedsft_assets.model.generation import GenerationSettings, end_tokens
+from fedsft_assets.model.generation_settings import GenerationSettings, end_tokens
 from fedsft_assets.model.lean import lean_imports
 from fedsft_assets.model.prompt_template import DEFAULT_TEMPLATE, template
-from fedsft_assets.model.tensor_file import TensorInfo
-from fedsft_assets.model.text_encoder import TextEncoder, front_tokens
-from fedsft_assets.model.tokenizer_files import tokenizer_files, tokenizer_of
+from fedsft_assets.model.tokenizer.encode import TextEncoder, front_tokens
+from fedsft_assets.model.tokenizer.files import tokenizer_files, tokenizer_of
 from fedsft_assets.model.trainable import require_equal_ties, require_finite, require_floats, require_same_shapes
+from fedsft_assets.model.training.answer_loss import AnswerLoss
 
 with lean_imports():
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -238,7 +238,7 @@ class LanguageModel(nn.Module):
         Prompts get the template of training, or the tokenizer's chat template; one that leaves no room for the
         answer loses its beginning.
         """
-        from fedsft_assets.model.completion import Turn, chat_tokens, complete, plain_tokens, prompt_room
+        from fedsft_assets.model.text_generation import Turn, chat_tokens, complete, plain_tokens, prompt_room
 
         settings = settings or GenerationSettings()
         tokens = [

@@ -5,8 +5,8 @@ thread of `TrackedJob`, each one once, whatever happens to the tracking server o
 what the server has not taken when a job ends waits in the `Outbox`.
 """
 
-from fedsft_assets.tracking.job import Registered, TrackedJob
+from fedsft_assets.tracking.mlflow_store import CHAMPION, EXPERIMENT, Tracking
 from fedsft_assets.tracking.outbox import Outbox
-from fedsft_assets.tracking.server import CHAMPION, EXPERIMENT, Tracking
+from fedsft_assets.tracking.tracked_job import Registered, TrackedJob
 
 __all__ = ["CHAMPION", "EXPERIMENT", "Outbox", "Registered", "TrackedJob", "Tracking"]

@@ -13,10 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from fedsft_assets.federation.metrics import Point
+from fedsft_assets.federation.protocol.points import Point
+from fedsft_assets.tracking.mlflow_store import CHAMPION, Tracking
+from fedsft_assets.tracking.mlflow_values import JOB, Value, value_of, values_of
 from fedsft_assets.tracking.record import Ending, Execution, Registration
-from fedsft_assets.tracking.server import CHAMPION, Tracking
-from fedsft_assets.tracking.values import JOB, Value, value_of, values_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

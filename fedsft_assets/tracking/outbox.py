@@ -16,12 +16,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fedsft_assets.credentials import redact
-from fedsft_assets.federation.metrics import Point
-from fedsft_assets.store import publish_folder
+from fedsft_assets.federation.protocol.points import Point
+from fedsft_assets.files import publish_folder
 from fedsft_assets.tracking.delivery import Delivery, NotKeptError
+from fedsft_assets.tracking.mlflow_store import ANSWER_SECONDS, Tracking, answer_within
+from fedsft_assets.tracking.mlflow_values import distinct
 from fedsft_assets.tracking.record import Ending, Execution
-from fedsft_assets.tracking.server import ANSWER_SECONDS, Tracking, answer_within
-from fedsft_assets.tracking.values import distinct
 
 _EXECUTION = "execution.json"
 _POINTS = "points.jsonl"

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from fedsft_assets.store import publish_file
+from fedsft_assets.files import publish_file
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
-from fedsft_assets.store import Store, publish_file
+from fedsft_assets.files import publish_file
+from fedsft_assets.store import Store
 
 _SECONDS_TO_WAIT = 60.0  # for others who write into the database
 _TEXT = re.compile(r"CHAR|TEXT|CLOB|JSON", re.IGNORECASE)  # in the declared type of a column

@@ -15,9 +15,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedsft_assets.federation.metrics import Point
-from fedsft_assets.store import locked
-from fedsft_assets.tracking.values import JOB, distinct
+from fedsft_assets.federation.protocol.points import Point
+from fedsft_assets.files import locked
+from fedsft_assets.tracking.mlflow_values import JOB, distinct
 
 if TYPE_CHECKING:
     from tensorboard.summary.writer.record_writer import RecordWriter

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from benchmarks.noise import _PRIVACY, _with_seed
-from fedsft_assets.federation.filters import ChangeFilter
+from fedsft_assets.federation.site.update_filters import ChangeFilter
 from fedsft_assets.settings import PROJECT
-from fedsft_assets.specs import FiltersSpec
+from fedsft_assets.specs.job import FiltersSpec
 
 
 def test_both_ways_clip_and_blur_alike():

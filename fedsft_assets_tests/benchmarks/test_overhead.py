@@ -17,7 +17,7 @@ from benchmarks.overhead_input import Input, Part, Rows, SiteInput
 from benchmarks.overhead_notes import Note, Scored, Trained, note, read_notes
 from benchmarks.overhead_ours import notes
 from benchmarks.overhead_tree import Cost
-from fedsft_assets.federation.metrics import Point
+from fedsft_assets.federation.protocol.points import Point
 from fedsft_assets.settings import PROJECT
 
 _COST = Cost(begun=1000.0, ended=1060.0, cpu_seconds=100.0, rss_gb=2.0, pss_gb=1.5, processes=4, other_cpu_seconds=7.0)

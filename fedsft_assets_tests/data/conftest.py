@@ -6,7 +6,7 @@ from pathlib import Path
 import orjson
 import pytest
 
-from fedsft_assets.specs import DatasetSpec
+from fedsft_assets.specs.dataset import DatasetSpec
 from fedsft_assets_tests.shipped import DATASETS
 
 Row = dict[str, str | None]

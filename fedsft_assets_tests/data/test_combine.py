@@ -6,10 +6,12 @@ import pytest
 
 from fedsft_assets.data.combine import combine
 from fedsft_assets.data.records import DataError, Record, read_records
-from fedsft_assets.data.report import SplitReport
+from fedsft_assets.data.split_report import SplitReport
 from fedsft_assets.data.splits import split_dataset
-from fedsft_assets.specs import DatasetSpec, SplitSettings
-from fedsft_assets.store import SPLITS, folder_digest, split_file
+from fedsft_assets.files import folder_digest
+from fedsft_assets.specs.dataset import DatasetSpec
+from fedsft_assets.specs.limits import SplitSettings
+from fedsft_assets.store import SPLITS, split_file
 from fedsft_assets_tests.data.conftest import Row, WriteDolly
 from fedsft_assets_tests.shipped import DATASETS
 

@@ -15,10 +15,12 @@ from fedsft_assets.data.quality import (
     prompt_overlap,
 )
 from fedsft_assets.data.records import DataError, Record, dump_records
-from fedsft_assets.data.report import SplitReport
+from fedsft_assets.data.split_report import SplitReport
 from fedsft_assets.data.splits import split_dataset
-from fedsft_assets.specs import ConversationsSpec, DatasetSpec, SplitSettings
-from fedsft_assets.store import SPLITS, file_digest, split_file
+from fedsft_assets.files import file_digest
+from fedsft_assets.specs.dataset import ConversationsSpec, DatasetSpec
+from fedsft_assets.specs.limits import SplitSettings
+from fedsft_assets.store import SPLITS, split_file
 from fedsft_assets_tests.shipped import DATASETS
 
 WriteSplits = Callable[..., Path]

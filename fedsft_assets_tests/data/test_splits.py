@@ -14,11 +14,13 @@ import pytest
 
 from fedsft_assets.data.hashing import prompt_hashes
 from fedsft_assets.data.records import DataError, read_records
-from fedsft_assets.data.report import SplitReport
+from fedsft_assets.data.split_report import SplitReport
 from fedsft_assets.data.splits import REJECTED_FILE, split_dataset, to_inputs
+from fedsft_assets.files import folder_digest
 from fedsft_assets.settings import PROJECT
-from fedsft_assets.specs import ConversationsSpec, DatasetSpec, SplitSettings
-from fedsft_assets.store import SPLITS, folder_digest, split_file
+from fedsft_assets.specs.dataset import ConversationsSpec, DatasetSpec
+from fedsft_assets.specs.limits import SplitSettings
+from fedsft_assets.store import SPLITS, split_file
 from fedsft_assets_tests.data.conftest import Row, WriteDolly
 from fedsft_assets_tests.shipped import DATASETS
 
@@ -272,7 +274,7 @@ import sys
 from pathlib import Path
 from fedsft_assets.data import splits
 from fedsft_assets.data.splits import split_dataset
-from fedsft_assets.specs import DatasetSpec, load_datasets
+from fedsft_assets.specs.dataset import DatasetSpec, load_datasets
 
 class Slow(splits._Writer):
     def write(self, examples):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsft_assets.federation.processes import stop_marked
+from fedsft_assets.federation.runtimes.processes import stop_marked
 from fedsft_assets.store import Store
 from fedsft_assets_tests.prepared import build_job, prepare_home
 

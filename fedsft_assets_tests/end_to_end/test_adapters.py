@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedsft_assets.federation.exchange import BEST_MODEL, LAST_MODEL
 from fedsft_assets.federation.job_folder import build_job_folder, read_plans
-from fedsft_assets.federation.journal import Progress
-from fedsft_assets.federation.launch import run_job
-from fedsft_assets.federation.record import Workspace
-from fedsft_assets.federation.report import MODEL_FILE, JobReport
-from fedsft_assets.specs import JobSpec
+from fedsft_assets.federation.protocol.job_report import MODEL_FILE, JobReport
+from fedsft_assets.federation.protocol.journal import Progress
+from fedsft_assets.federation.protocol.messages import BEST_MODEL, LAST_MODEL
+from fedsft_assets.federation.supervisor.launch import run_job
+from fedsft_assets.federation.supervisor.workspace import Workspace
+from fedsft_assets.specs.job import JobSpec
 from fedsft_assets.store import Store, archive_file, split_file
 from fedsft_assets.versions import current
 from fedsft_assets_tests.prepared import TINY
@@ -36,9 +36,9 @@ training:
 def test_adapters_of_two_sites_become_a_checkpoint(store: Store, tmp_path: Path) -> None:
     from peft import PeftModel
 
-    from fedsft_assets.evaluation.losses import split_loss
-    from fedsft_assets.model.adapters import ADAPTER_FOLDER
     from fedsft_assets.model.language_model import LanguageModel
+    from fedsft_assets.model.split_loss import split_loss
+    from fedsft_assets.model.training.lora import ADAPTER_FOLDER
 
     (tmp_path / "lora.yaml").write_text(JOB)
     spec = JobSpec.load(tmp_path / "lora.yaml", list(DATASETS))

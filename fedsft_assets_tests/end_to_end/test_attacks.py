@@ -13,10 +13,10 @@ import psutil
 import pytest
 from nvflare.fuel.flare_api.api_spec import AuthorizationError
 
-from fedsft_assets.federation.exchange import EXECUTION_KEY
-from fedsft_assets.federation.poc_kits import PocSettings
-from fedsft_assets.federation.poc_system import PocSystem
-from fedsft_assets.federation.processes import marked_processes
+from fedsft_assets.federation.protocol.messages import EXECUTION_KEY
+from fedsft_assets.federation.runtimes.poc.kits import PocSettings
+from fedsft_assets.federation.runtimes.poc.system import PocSystem
+from fedsft_assets.federation.runtimes.processes import marked_processes
 from fedsft_assets.settings import Settings
 from fedsft_assets.store import Store
 from fedsft_assets.versions import current
@@ -38,8 +38,8 @@ class Stranger(Original):
 """
 SERVER_CONFIG = "app_server/config/config_fed_server.json"
 SITE_CONFIG = f"app_{SITE}/config/config_fed_client.json"
-SERVER_PART = ("fedsft_assets.federation.server", "FederatedSFT")
-TRAINER = ("fedsft_assets.federation.installed_trainer", "InstalledTrainer")
+SERVER_PART = ("fedsft_assets.federation.server.controller", "FederatedSFT")
+TRAINER = ("fedsft_assets.federation.site.executor", "InstalledTrainer")
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from fedsft_assets.federation.events import Event
-from fedsft_assets.federation.journal import Progress
-from fedsft_assets.federation.launch import run_job
-from fedsft_assets.federation.poc_kits import PocSettings
-from fedsft_assets.federation.poc_system import PocSystem
-from fedsft_assets.federation.processes import marked_processes
-from fedsft_assets.federation.report import JobReport
+from fedsft_assets.federation.protocol.events import Event
+from fedsft_assets.federation.protocol.job_report import JobReport
+from fedsft_assets.federation.protocol.journal import Progress
+from fedsft_assets.federation.runtimes.poc.kits import PocSettings
+from fedsft_assets.federation.runtimes.poc.system import PocSystem
+from fedsft_assets.federation.runtimes.processes import marked_processes
+from fedsft_assets.federation.supervisor.launch import run_job
 from fedsft_assets.settings import PROJECT, Settings
 from fedsft_assets.store import Store, split_file
 from fedsft_assets.versions import current
@@ -39,7 +39,7 @@ _FLARE = {
     "nvflare.private.fed.app.client.worker_process unix": 1,
 }
 LISTENERS = {
-    "simulator": {"fedsft_assets.federation.fork_server unix": 4},
+    "simulator": {"fedsft_assets.federation.runtimes.simulator.fork_server unix": 4},
     "poc": {**_FLARE, "nvflare.private.fed.app.client.client_train unix": 3},  # all sites of the study are there
     "production": _FLARE,
 }

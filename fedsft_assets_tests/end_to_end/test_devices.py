@@ -8,13 +8,13 @@ from typing import Any
 import psutil
 import pytest
 
-from fedsft_assets.federation.events import Event, JobError
 from fedsft_assets.federation.job_folder import build_job_folder, read_plans
-from fedsft_assets.federation.journal import Progress
-from fedsft_assets.federation.launch import run_job
-from fedsft_assets.federation.processes import marked_processes
-from fedsft_assets.federation.report import JobReport
-from fedsft_assets.specs import JobSpec
+from fedsft_assets.federation.protocol.events import Event, JobError
+from fedsft_assets.federation.protocol.job_report import JobReport
+from fedsft_assets.federation.protocol.journal import Progress
+from fedsft_assets.federation.runtimes.processes import marked_processes
+from fedsft_assets.federation.supervisor.launch import run_job
+from fedsft_assets.specs.job import JobSpec
 from fedsft_assets.store import Store, split_file
 from fedsft_assets.versions import current
 from fedsft_assets_tests.prepared import TINY
@@ -59,7 +59,7 @@ def _trainers(store: Store) -> list[psutil.Process]:
     found = []
     for process in marked_processes(str(store.flare("wide"))):
         with contextlib.suppress(psutil.Error):  # it ended since it was listed
-            if "fedsft_assets.federation.client" in process.cmdline():
+            if "fedsft_assets.federation.site.process" in process.cmdline():
                 found.append(process)
     return found
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from fedsft_assets.federation.events import Event, JobError
-from fedsft_assets.federation.journal import Progress
-from fedsft_assets.federation.launch import begin_execution, run_job
-from fedsft_assets.federation.processes import marked_processes
-from fedsft_assets.federation.record import Workspace
-from fedsft_assets.federation.report import JobReport
+from fedsft_assets.federation.protocol.events import Event, JobError
+from fedsft_assets.federation.protocol.job_report import JobReport
+from fedsft_assets.federation.protocol.journal import Progress
+from fedsft_assets.federation.runtimes.processes import marked_processes
+from fedsft_assets.federation.supervisor.launch import begin_execution, run_job
+from fedsft_assets.federation.supervisor.workspace import Workspace
 from fedsft_assets.settings import PROJECT
 from fedsft_assets.store import Store, split_file
 from fedsft_assets.versions import current

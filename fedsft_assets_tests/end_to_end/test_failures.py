@@ -13,11 +13,11 @@ import psutil
 import pytest
 
 from fedsft_assets.execution import execute_job
-from fedsft_assets.federation.events import Event, JobError
 from fedsft_assets.federation.job_folder import read_plans
-from fedsft_assets.federation.journal import Progress
-from fedsft_assets.federation.launch import run_job
-from fedsft_assets.federation.processes import marked_processes
+from fedsft_assets.federation.protocol.events import Event, JobError
+from fedsft_assets.federation.protocol.journal import Progress
+from fedsft_assets.federation.runtimes.processes import marked_processes
+from fedsft_assets.federation.supervisor.launch import run_job
 from fedsft_assets.store import Store, split_file
 from fedsft_assets.tracking import Tracking
 from fedsft_assets.versions import current
@@ -28,8 +28,8 @@ pytestmark = pytest.mark.slow
 _RUN = """
 import sys
 from pathlib import Path
-from fedsft_assets.federation.journal import Progress
-from fedsft_assets.federation.launch import run_job
+from fedsft_assets.federation.protocol.journal import Progress
+from fedsft_assets.federation.supervisor.launch import run_job
 for event in run_job(*map(Path, sys.argv[1:])):
     print(event, flush=True)
 """
@@ -48,7 +48,7 @@ def _trainers(job: str, store: Store) -> list[psutil.Process]:
     found = []
     for process in marked_processes(str(store.flare(job))):
         with contextlib.suppress(psutil.Error):  # it ended since it was listed
-            if "fedsft_assets.federation.client" in process.cmdline():
+            if "fedsft_assets.federation.site.process" in process.cmdline():
                 found.append(process)
     return found
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from fedsft_assets.execution import ExecutedJob, execute_job
-from fedsft_assets.federation.events import JobError
-from fedsft_assets.federation.privacy import RELEASES_FILE, epsilon
+from fedsft_assets.federation.protocol.events import JobError
+from fedsft_assets.federation.supervisor.privacy import RELEASES_FILE, epsilon
 from fedsft_assets.store import Store
 from fedsft_assets.tracking import Tracking
 from fedsft_assets.tracking.delivery import EXECUTION_TAG

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from fedsft_assets.execution import ExecutedJob, execute_job
-from fedsft_assets.federation.processes import marked_processes
-from fedsft_assets.federation.report import MODEL_FILE, JobReport
+from fedsft_assets.federation.protocol.job_report import MODEL_FILE, JobReport
+from fedsft_assets.federation.runtimes.processes import marked_processes
 from fedsft_assets.store import Store, split_file
 from fedsft_assets.tracking import CHAMPION, Tracking
 from fedsft_assets.versions import current
@@ -24,9 +24,10 @@ _RESTORE = """
 import json, sys
 from pathlib import Path
 from fedsft_assets.model.language_model import LanguageModel
-from fedsft_assets.model.generation import GenerationSettings
-from fedsft_assets.model.training import mean_loss, split_tokens
-from fedsft_assets.specs import PRESETS, TrainingSpec
+from fedsft_assets.model.generation_settings import GenerationSettings
+from fedsft_assets.model.training.local_training import mean_loss, split_tokens
+from fedsft_assets.specs.job import TrainingSpec
+from fedsft_assets.specs.model_preset import PRESETS
 archive, records, prompt = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 model = LanguageModel.load(archive)
 loss = mean_loss(model, split_tokens(model, records, 256), PRESETS["tiny"].resolve(TrainingSpec(batch_size=7))).loss
@@ -59,7 +60,10 @@ def test_federated_job_ends_with_a_checkpoint_that_is_tracked_and_registered(
 
     assert scan.beyond_loopback == []
     assert scan.sockets  # the server's, at least
-    assert scan.programs >= {"fedsft_assets.federation.supervisor", "fedsft_assets.federation.simulator"}
+    assert scan.programs >= {
+        "fedsft_assets.federation.supervisor.supervisor",
+        "fedsft_assets.federation.runtimes.simulator.runtime",
+    }
     assert report == JobReport.read(current(store.checkpoint(job)))
     assert report.kind == "federated"
     assert len(report.val_loss) == len(report.samples) == ROUNDS + 1

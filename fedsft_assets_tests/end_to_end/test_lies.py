@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fedsft_assets.federation.events import Event, JobError
-from fedsft_assets.federation.journal import Progress
-from fedsft_assets.federation.launch import run_job
+from fedsft_assets.federation.protocol.events import Event, JobError
+from fedsft_assets.federation.protocol.journal import Progress
+from fedsft_assets.federation.supervisor.launch import run_job
 from fedsft_assets.store import Store, split_file
 from fedsft_assets.versions import current
 
@@ -46,7 +46,7 @@ class Finder(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Finder())
 """
 _TRAINER, _TRAINER_LIES = (
-    "fedsft_assets.federation.site_trainer",
+    "fedsft_assets.federation.site.trainer",
     """
 train = module.SiteTrainer.train
 
@@ -97,7 +97,7 @@ def _lying(place: Path, module: str, lies: str, lie: str) -> str:
             "a message: train_loss: round: found 10, expected abo",
         ),
         (
-            "from fedsft_assets.federation.stream_contents import Contents; Contents.to_bytes = lambda _: b'{}'",
+            "from fedsft_assets.federation.transport.header import Contents; Contents.to_bytes = lambda _: b'{}'",
             "model.embedding.weight: its stream has no contents that can be read|",
         ),
     ],

@@ -5,11 +5,11 @@ import os
 import pytest
 
 from fedsft_assets.federation.job_folder import build_job_folder
-from fedsft_assets.federation.launch import run_job
-from fedsft_assets.federation.metrics import Point
-from fedsft_assets.federation.report import JobReport
+from fedsft_assets.federation.protocol.job_report import JobReport
+from fedsft_assets.federation.protocol.points import Point
+from fedsft_assets.federation.supervisor.launch import run_job
 from fedsft_assets.settings import PROJECT
-from fedsft_assets.specs import JobSpec, SiteSpec
+from fedsft_assets.specs.job import JobSpec, SiteSpec
 from fedsft_assets.store import Store, split_file
 from fedsft_assets.versions import current
 from fedsft_assets_tests.prepared import TINY

@@ -8,11 +8,11 @@ import psutil
 import pytest
 
 from fedsft_assets.federation import job_folder
-from fedsft_assets.federation.events import JobError
-from fedsft_assets.federation.journal import Missed, Progress
-from fedsft_assets.federation.launch import run_job
-from fedsft_assets.federation.processes import marked_processes
-from fedsft_assets.federation.report import JobReport
+from fedsft_assets.federation.protocol.events import JobError
+from fedsft_assets.federation.protocol.job_report import JobReport
+from fedsft_assets.federation.protocol.journal import Missed, Progress
+from fedsft_assets.federation.runtimes.processes import marked_processes
+from fedsft_assets.federation.supervisor.launch import run_job
 from fedsft_assets.store import Store, split_file
 from fedsft_assets.versions import current
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 _SHORT = {"rounds": 4, "max_local_steps": 20, "max_evaluation_records": 8}
 
 
-_TRAINER, _SITE = "fedsft_assets.federation.client", "fedsft_assets.federation.simulated_site"
+_TRAINER, _SITE = "fedsft_assets.federation.site.process", "fedsft_assets.federation.runtimes.simulator.site"
 
 
 def _processes(store: Store, job: str, site: str, module: str) -> list[psutil.Process]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsft_assets.federation.processes import MARK, stop_marked
+from fedsft_assets.federation.runtimes.processes import MARK, stop_marked
 from fedsft_assets.settings import PROJECT
 from fedsft_assets.store import Store
 from fedsft_assets.versions import current
@@ -29,7 +29,7 @@ SECONDS_CUT = 30.0
 RUN_A_JOB = """
 import json, sys, time
 from pathlib import Path
-from fedsft_assets.federation.production import Production, ProductionSettings
+from fedsft_assets.federation.runtimes.production import Production, ProductionSettings
 kit, job_folder, own, into = map(Path, sys.argv[1:])
 with Production(ProductionSettings(startup_kit=kit), own) as runtime:
     runtime.prepare(["site-1", "site-2", "site-3"])

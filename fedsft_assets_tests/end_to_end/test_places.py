@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsft_assets.federation.processes import MARK, marked_processes
+from fedsft_assets.federation.runtimes.processes import MARK, marked_processes
 from fedsft_assets.settings import PROJECT, Settings
 from fedsft_assets.store import Store
 from fedsft_assets.tracking import Tracking

@@ -14,16 +14,16 @@ import psutil
 import pytest
 import torch
 
-from fedsft_assets.federation.exchange import BEST_MODEL, LAST_MODEL
-from fedsft_assets.federation.journal import JOURNAL_FILE, Progress
-from fedsft_assets.federation.launch import begin_execution, run_job
-from fedsft_assets.federation.poc import Poc
-from fedsft_assets.federation.poc_kits import PocSettings
-from fedsft_assets.federation.poc_system import PocSystem
-from fedsft_assets.federation.processes import MARK, marked_processes
-from fedsft_assets.federation.record import Workspace
-from fedsft_assets.federation.report import JobReport
-from fedsft_assets.federation.tail import Tail
+from fedsft_assets.federation.protocol.job_report import JobReport
+from fedsft_assets.federation.protocol.journal import JOURNAL_FILE, Progress
+from fedsft_assets.federation.protocol.messages import BEST_MODEL, LAST_MODEL
+from fedsft_assets.federation.protocol.tail import Tail
+from fedsft_assets.federation.runtimes.poc.kits import PocSettings
+from fedsft_assets.federation.runtimes.poc.runtime import Poc
+from fedsft_assets.federation.runtimes.poc.system import PocSystem
+from fedsft_assets.federation.runtimes.processes import MARK, marked_processes
+from fedsft_assets.federation.supervisor.launch import begin_execution, run_job
+from fedsft_assets.federation.supervisor.workspace import Workspace
 from fedsft_assets.settings import Settings
 from fedsft_assets.store import Store, split_file
 from fedsft_assets.versions import current
@@ -39,7 +39,7 @@ PROGRAMS = {
     "nvflare.private.fed.app.client.client_train",
     "nvflare.private.fed.app.server.runner_process",
     "nvflare.private.fed.app.client.worker_process",
-    "fedsft_assets.federation.client",
+    "fedsft_assets.federation.site.process",
 }
 
 
@@ -61,7 +61,7 @@ def system(prepared_home: Path, tmp_path_factory: pytest.TempPathFactory, empty_
 
 
 def _trainers(system: PocSystem, job_id: str) -> list[psutil.Process]:
-    return [p for p in system.job_processes(job_id) if "fedsft_assets.federation.client" in p.cmdline()]
+    return [p for p in system.job_processes(job_id) if "fedsft_assets.federation.site.process" in p.cmdline()]
 
 
 def test_federated_job_trains_in_a_poc_and_its_files_come_back(
@@ -129,7 +129,7 @@ def test_job_that_is_aborted_while_it_trains_leaves_no_process(
 _SUPERVISOR_KILLED_BEFORE_IT_WRITES_THE_ID = """
 import os, signal
 from fedsft_assets.federation import supervisor
-from fedsft_assets.federation.record import Workspace
+from fedsft_assets.federation.supervisor.workspace import Workspace
 save = Workspace.save
 def killed(workspace, execution):
     if execution.job_id:
@@ -166,7 +166,7 @@ def test_job_whose_submitter_is_killed_before_it_knows_the_id_is_taken_over(syst
     with scanned(system.mark, str(workspace.folder)) as scan:
         events = list(run_job(folder, workspace.folder, testing_file, checkpoint, "poc", environment=home))
     assert scan.beyond_loopback == []
-    assert "fedsft_assets.federation.supervisor" in scan.programs
+    assert "fedsft_assets.federation.supervisor.supervisor" in scan.programs
     report = events[-1]
     assert isinstance(report, JobReport)
     assert Progress(f"takes over FLARE job {report.job_id}") in events

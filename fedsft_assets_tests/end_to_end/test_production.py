@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from fedsft_assets.federation.events import Event, JobError
-from fedsft_assets.federation.exchange import LAST_MODEL
-from fedsft_assets.federation.production import Production, ProductionSettings
-from fedsft_assets.federation.report import MODEL_FILE, JobReport
-from fedsft_assets.federation.runtime import UnavailableError
-from fedsft_assets.federation.site_files import SITE_HOME
-from fedsft_assets.model.base import create_base_model
-from fedsft_assets.specs import COMBINED
+from fedsft_assets.federation.protocol.events import Event, JobError
+from fedsft_assets.federation.protocol.job_report import MODEL_FILE, JobReport
+from fedsft_assets.federation.protocol.messages import LAST_MODEL
+from fedsft_assets.federation.runtimes.interface import UnavailableError
+from fedsft_assets.federation.runtimes.production import Production, ProductionSettings
+from fedsft_assets.federation.site.files import SITE_HOME
+from fedsft_assets.model.base_model import create_base_model
+from fedsft_assets.specs.dataset import COMBINED
 from fedsft_assets.store import SPLITS, Store, archive_file, split_file
 from fedsft_assets.versions import current
 from fedsft_assets_tests.environments import environment_of, installing
@@ -102,7 +102,7 @@ def test_the_study_gets_a_checkpoint_from_sites_whose_data_it_cannot_see(
     with scanned(*federation.marks, str(store.flare(job))) as scan:
         report = _run(federation, store, job)
     assert scan.beyond_loopback == []
-    assert {"fedsft_assets.federation.supervisor", "fedsft_assets.federation.client"} <= scan.programs
+    assert {"fedsft_assets.federation.supervisor.supervisor", "fedsft_assets.federation.site.process"} <= scan.programs
     assert isinstance(report, JobReport)
     assert len(report.val_loss) == SMALL["rounds"] + 1
     assert report.last_val_loss < report.base_val_loss

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsft_assets.federation.processes import MARK, stop_marked
+from fedsft_assets.federation.runtimes.processes import MARK, stop_marked
 from fedsft_assets.settings import PROJECT
 from fedsft_assets_tests.environments import environment_of, installing
 from fedsft_assets_tests.watched import PLANTED, open_to_others, watching
@@ -85,7 +85,7 @@ def test_a_federation_set_up_by_the_document_to_the_letter_trains_a_checkpoint(t
         assert len(jobs) == 1, f"{site} ran {len(jobs)} jobs"
     for place in ("kits", "server", "site-1", "site-2", "site-3", "study", "admin"):
         assert open_to_others(tmp_path / place) == []
-    for program in ("nvflare.private.fed.app.client.worker_process", "fedsft_assets.federation.client"):
+    for program in ("nvflare.private.fed.app.client.worker_process", "fedsft_assets.federation.site.process"):
         at_sites = seen.of(program)
         assert len(at_sites) >= 3
         assert not [name for environment in at_sites for name in environment.keys() & PLANTED.keys()]

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from fedsft_assets.federation.events import Event
-from fedsft_assets.federation.journal import JOURNAL_FILE, Progress
-from fedsft_assets.federation.metrics import Point
-from fedsft_assets.federation.production import Production, ProductionSettings
-from fedsft_assets.federation.record import Workspace
-from fedsft_assets.federation.report import JobReport
-from fedsft_assets.federation.runtime import RefusedError
+from fedsft_assets.federation.protocol.events import Event
+from fedsft_assets.federation.protocol.job_report import JobReport
+from fedsft_assets.federation.protocol.journal import JOURNAL_FILE, Progress
+from fedsft_assets.federation.protocol.points import Point
+from fedsft_assets.federation.runtimes.interface import RefusedError
+from fedsft_assets.federation.runtimes.production import Production, ProductionSettings
+from fedsft_assets.federation.supervisor.workspace import Workspace
 from fedsft_assets.store import Store
 from fedsft_assets_tests.provisioned import (
     SERVER,

@@ -9,10 +9,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fedsft_assets.federation.events import Event
-from fedsft_assets.federation.journal import Progress
-from fedsft_assets.federation.processes import marked_processes
-from fedsft_assets.federation.report import JobReport
+from fedsft_assets.federation.protocol.events import Event
+from fedsft_assets.federation.protocol.job_report import JobReport
+from fedsft_assets.federation.protocol.journal import Progress
+from fedsft_assets.federation.runtimes.processes import marked_processes
 from fedsft_assets.store import Store
 from fedsft_assets_tests.provisioned import SERVER, SITES, Federation, events_of_job, provision, running
 from fedsft_assets_tests.tracking.examples import until

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fedsft_assets.federation.processes import MARK, marked_processes
+from fedsft_assets.federation.runtimes.processes import MARK, marked_processes
 from fedsft_assets.settings import PROJECT
 from fedsft_assets.store import HOME_FOLDERS
 from fedsft_assets_tests.watched import ENCODED, PLANTED, USER, WORDS, Seen, holding, open_to_others, watching
@@ -24,13 +24,13 @@ pytestmark = pytest.mark.slow
 JOB = "description: a quick job\nsites:\n  site-1: {dataset: alpaca}\nrounds: 1\nmax_local_steps: 2\n"
 # Whose processes there are, by a word of their command lines.
 SITES = {
-    "simulator": ["fedsft_assets.federation.simulator", "fedsft_assets.federation.client"],
+    "simulator": ["fedsft_assets.federation.runtimes.simulator.runtime", "fedsft_assets.federation.site.process"],
     "poc": [
         "nvflare.private.fed.app.server.server_train",
         "nvflare.private.fed.app.client.client_train",
         "nvflare.private.fed.app.server.runner_process",
         "nvflare.private.fed.app.client.worker_process",
-        "fedsft_assets.federation.client",
+        "fedsft_assets.federation.site.process",
     ],
 }
 
@@ -102,7 +102,7 @@ def test_secrets_stay_with_the_study_and_files_with_their_owner(
     assert holding(home, [*WORDS, USER]) == {}
     assert holding(temporary, [*WORDS, USER]) == {}
 
-    for word in ["fedsft_assets.federation.supervisor", *SITES[runtime]]:
+    for word in ["fedsft_assets.federation.supervisor.supervisor", *SITES[runtime]]:
         assert seen.of(word), word
     _is_given_nothing(seen, mark)
 

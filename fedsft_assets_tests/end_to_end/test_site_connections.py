@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from fedsft_assets.federation.flare import FlareJobs
-from fedsft_assets.federation.flare_session import Timeouts
-from fedsft_assets.federation.processes import MARK, marked_processes, stop_marked
-from fedsft_assets.federation.report import JobReport
-from fedsft_assets.federation.runtime import UnavailableError
+from fedsft_assets.federation.protocol.job_report import JobReport
+from fedsft_assets.federation.runtimes.flare.jobs import FlareJobs
+from fedsft_assets.federation.runtimes.flare.session import Timeouts
+from fedsft_assets.federation.runtimes.interface import UnavailableError
+from fedsft_assets.federation.runtimes.processes import MARK, marked_processes, stop_marked
 from fedsft_assets.store import Store
 from fedsft_assets_tests.provisioned import SERVER, Federation, environment, events_of_job, provision, running
 from fedsft_assets_tests.tracking.examples import until
@@ -146,7 +146,7 @@ def test_a_kit_of_another_federation_says_so_in_its_log_and_before_it_is_started
     until(lambda: f"not connected: {why}" in _said(kit), "the site says why it cannot connect")
 
     def reach(kit: Path) -> "subprocess.CompletedProcess[str]":
-        command = [sys.executable, "-m", "fedsft_assets.federation.site_files", "reach", str(kit)]
+        command = [sys.executable, "-m", "fedsft_assets.cli.site", "reach", str(kit)]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
     assert why in reach(kit).stderr

@@ -9,11 +9,11 @@ from markdown_it import MarkdownIt
 
 from fedsft_assets.evaluation.answers import Answers, answer
 from fedsft_assets.evaluation.prompts import ExamplePrompt
-from fedsft_assets.model.base import create_base_model
+from fedsft_assets.model.base_model import create_base_model
 from fedsft_assets.model.errors import ModelError
-from fedsft_assets.model.generation import GenerationSettings
+from fedsft_assets.model.generation_settings import GenerationSettings
 from fedsft_assets.model.language_model import LanguageModel
-from fedsft_assets.specs import PRESETS
+from fedsft_assets.specs.model_preset import PRESETS
 
 PROMPTS = [ExamplePrompt(question="What is 2 | 3?"), ExamplePrompt(question="Why?", context="It is so.\nIt was so.")]
 GREEDY = GenerationSettings(max_new_tokens=8)

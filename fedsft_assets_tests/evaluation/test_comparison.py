@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedsft_assets.evaluation.comparison import NotComparableError, compare, plot, write_table
-from fedsft_assets.federation.report import JobReport
+from fedsft_assets.federation.protocol.job_report import JobReport
 
 BASE_TEST_LOSS = 7.25
 

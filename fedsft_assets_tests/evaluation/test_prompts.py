@@ -6,7 +6,7 @@ import pytest
 
 from fedsft_assets.evaluation.prompts import ExamplePrompt, load_prompts
 from fedsft_assets.settings import Settings
-from fedsft_assets.specs import SpecError
+from fedsft_assets.specs.yaml_file import SpecError
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 
 from fedsft_assets.federation.job_folder import read_plans, read_spec
-from fedsft_assets.federation.processes import marked_processes
-from fedsft_assets.federation.record import Workspace, Workspaces
+from fedsft_assets.federation.runtimes.processes import marked_processes
+from fedsft_assets.federation.supervisor.workspace import Workspace, Workspaces
 from fedsft_assets.store import Store
 from fedsft_assets.versions import current
 from fedsft_assets_tests.faults.faults import SITE_TIMEOUT, Fault, Kind, Plan, Target, When

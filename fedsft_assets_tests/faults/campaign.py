@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fedsft_assets.federation.job_folder import read_spec
-from fedsft_assets.federation.processes import marked_processes, stop_marked
-from fedsft_assets.federation.record import Workspace
+from fedsft_assets.federation.runtimes.processes import marked_processes, stop_marked
+from fedsft_assets.federation.supervisor.workspace import Workspace
 from fedsft_assets.store import Store
 from fedsft_assets.versions import current
 from fedsft_assets_tests.faults import comparison

@@ -13,19 +13,19 @@ from typing import Any
 import torch
 
 from fedsft_assets.execution import journal_points
-from fedsft_assets.federation.exchange import LAST_MODEL
 from fedsft_assets.federation.job_folder import read_spec
-from fedsft_assets.federation.journal import JOURNAL_FILE, RoundDone, Started, from_line
-from fedsft_assets.federation.merged_curves import merged_val_loss
-from fedsft_assets.federation.metrics import Point
-from fedsft_assets.federation.phases import phase_of
-from fedsft_assets.federation.record import Workspace
-from fedsft_assets.federation.report import JobReport, global_curve
-from fedsft_assets.specs import JobSpec
+from fedsft_assets.federation.protocol.job_report import JobReport, global_curve
+from fedsft_assets.federation.protocol.journal import JOURNAL_FILE, RoundDone, Started, from_line
+from fedsft_assets.federation.protocol.messages import LAST_MODEL
+from fedsft_assets.federation.protocol.phases import phase_of
+from fedsft_assets.federation.protocol.points import Point
+from fedsft_assets.federation.server.curves import merged_val_loss
+from fedsft_assets.federation.supervisor.workspace import Workspace
+from fedsft_assets.specs.job import JobSpec
 from fedsft_assets.store import Store, split_file
 from fedsft_assets.tracking import Tracking
 from fedsft_assets.tracking.delivery import EXECUTION_TAG
-from fedsft_assets.tracking.values import JOB, distinct, value_of, values_of
+from fedsft_assets.tracking.mlflow_values import JOB, distinct, value_of, values_of
 from fedsft_assets.versions import current
 from fedsft_assets_tests.faults.same_participation import POINTS_OF_THE_MISSING, SCORES
 

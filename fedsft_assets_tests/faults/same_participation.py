@@ -18,15 +18,24 @@ from typing import TypeVar
 import torch
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 
-from fedsft_assets.federation.checkpoint import make_checkpoint
-from fedsft_assets.federation.exchange import BEST_MODEL, KIND_KEY, POINTS_KEY, TRAIN_TASK, VERSION, VERSION_KEY, Kind
 from fedsft_assets.federation.job_folder import home_of, read_plans, read_spec, round_limits
-from fedsft_assets.federation.metrics import Point
-from fedsft_assets.federation.phases import PhaseClock, phase_of
-from fedsft_assets.federation.server import FederatedSFT
-from fedsft_assets.federation.site_trainer import SiteTrainer
-from fedsft_assets.federation.stream_sending import made
-from fedsft_assets.specs import JobSpec, SitePlan
+from fedsft_assets.federation.protocol.messages import (
+    BEST_MODEL,
+    KIND_KEY,
+    POINTS_KEY,
+    TRAIN_TASK,
+    VERSION,
+    VERSION_KEY,
+    Kind,
+)
+from fedsft_assets.federation.protocol.phases import PhaseClock, phase_of
+from fedsft_assets.federation.protocol.points import Point
+from fedsft_assets.federation.server.controller import FederatedSFT
+from fedsft_assets.federation.site.trainer import SiteTrainer
+from fedsft_assets.federation.supervisor.checkpoint import make_checkpoint
+from fedsft_assets.federation.transport.sending import made
+from fedsft_assets.specs.job import JobSpec
+from fedsft_assets.specs.plan import SitePlan
 
 T = TypeVar("T")
 
@@ -104,7 +113,7 @@ def main() -> None:
     rounds.run()
     points = [point for point in rounds.of_the_missing if not phase_of(point.name)]
     (into / POINTS_OF_THE_MISSING).write_text(json.dumps([asdict(point) for point in points]))
-    command = [sys.executable, "-m", "fedsft_assets.federation.checkpoint"]
+    command = [sys.executable, "-m", "fedsft_assets.federation.supervisor.checkpoint"]
     made_of_it = make_checkpoint(command, dict(os.environ), job_folder, into / BEST_MODEL, testing_file, into)
     (into / SCORES).write_text(json.dumps(asdict(made_of_it)))
 

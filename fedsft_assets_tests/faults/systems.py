@@ -13,10 +13,10 @@ from typing import Protocol
 
 import psutil
 
-from fedsft_assets.federation.exchange import STUDY_HOME
-from fedsft_assets.federation.poc_kits import PocSettings
-from fedsft_assets.federation.poc_system import PocSystem
-from fedsft_assets.federation.processes import marked_processes, stop_marked
+from fedsft_assets.federation.protocol.messages import STUDY_HOME
+from fedsft_assets.federation.runtimes.poc.kits import PocSettings
+from fedsft_assets.federation.runtimes.poc.system import PocSystem
+from fedsft_assets.federation.runtimes.processes import marked_processes, stop_marked
 from fedsft_assets.settings import Settings
 from fedsft_assets.store import Store
 from fedsft_assets_tests.faults.faults import Target
@@ -24,14 +24,14 @@ from fedsft_assets_tests.provisioned import SERVER, Federation, provision
 
 _NVFLARE = "nvflare.private.fed.app"
 _IN_ALL = {
-    Target.SUPERVISOR: "fedsft_assets.federation.supervisor",
-    Target.TRAINER: "fedsft_assets.federation.client",
+    Target.SUPERVISOR: "fedsft_assets.federation.supervisor.supervisor",
+    Target.TRAINER: "fedsft_assets.federation.site.process",
 }
 _IN_THE_SIMULATOR = {
     **_IN_ALL,
-    Target.SERVER: "fedsft_assets.federation.simulator",
-    Target.SITE: "fedsft_assets.federation.simulated_site",
-    Target.FORK_SERVER: "fedsft_assets.federation.fork_server",
+    Target.SERVER: "fedsft_assets.federation.runtimes.simulator.runtime",
+    Target.SITE: "fedsft_assets.federation.runtimes.simulator.site",
+    Target.FORK_SERVER: "fedsft_assets.federation.runtimes.simulator.fork_server",
 }
 _WITH_PARENTS = {
     **_IN_ALL,

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedsft_assets.federation.merged_curves import merged_val_loss
-from fedsft_assets.federation.metrics import Point
-from fedsft_assets.specs import JobSpec, SiteSpec
+from fedsft_assets.federation.protocol.points import Point
+from fedsft_assets.federation.server.curves import merged_val_loss
+from fedsft_assets.specs.job import JobSpec, SiteSpec
 from fedsft_assets_tests.faults.comparison import Result, differences
 
 _SITES = ("site-1", "site-2", "site-3")

@@ -4,9 +4,9 @@ import os
 import time
 from pathlib import Path
 
-from fedsft_assets.federation.journal import JOURNAL_FILE, Progress, to_line
-from fedsft_assets.federation.record import Execution, Workspace
-from fedsft_assets.federation.report import REPORT_FILE
+from fedsft_assets.federation.protocol.job_report import REPORT_FILE
+from fedsft_assets.federation.protocol.journal import JOURNAL_FILE, Progress, to_line
+from fedsft_assets.federation.supervisor.workspace import Execution, Workspace
 from fedsft_assets_tests.faults.faults import Fault, Kind, Target, When
 from fedsft_assets_tests.faults.view import View
 

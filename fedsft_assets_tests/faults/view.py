@@ -3,11 +3,11 @@
 import time
 from pathlib import Path
 
-from fedsft_assets.federation.journal import JOURNAL_FILE, Finished, RoundDone, from_line
-from fedsft_assets.federation.metrics import Point
-from fedsft_assets.federation.record import Execution, Workspace
-from fedsft_assets.federation.report import REPORT_FILE
-from fedsft_assets.federation.tail import Tail
+from fedsft_assets.federation.protocol.job_report import REPORT_FILE
+from fedsft_assets.federation.protocol.journal import JOURNAL_FILE, Finished, RoundDone, from_line
+from fedsft_assets.federation.protocol.points import Point
+from fedsft_assets.federation.protocol.tail import Tail
+from fedsft_assets.federation.supervisor.workspace import Execution, Workspace
 from fedsft_assets_tests.faults.faults import Fault, When
 
 

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from fedsft_assets.execution import execute_job
-from fedsft_assets.federation.events import JobError
+from fedsft_assets.federation.protocol.events import JobError
 from fedsft_assets.settings import Settings
 from fedsft_assets.store import Store
 from fedsft_assets.tracking import Tracking

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from fedsft_assets.federation.exchange import STATE_ROOT
-from fedsft_assets.federation.server_base_model import read_nemo_weights
+from fedsft_assets.federation.protocol.messages import STATE_ROOT
+from fedsft_assets.federation.server.base_model import read_nemo_weights
 from fedsft_assets_tests.federation.clock import Clock
 from fedsft_assets_tests.federation.rounds import BASE, copied
 
@@ -14,10 +14,10 @@ def base_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """`base.nemo` is the base model of the tests' own, whose weights are BASE."""
     real = read_nemo_weights
     monkeypatch.setattr(
-        "fedsft_assets.federation.server.read_nemo_weights",
+        "fedsft_assets.federation.server.controller.read_nemo_weights",
         lambda path: copied(BASE) if path == Path("base.nemo") else real(path),
     )
-    monkeypatch.setattr("fedsft_assets.federation.server.own_base_model", lambda path, _environment: path)
+    monkeypatch.setattr("fedsft_assets.federation.server.controller.own_base_model", lambda path, _environment: path)
     monkeypatch.delenv(STATE_ROOT, raising=False)
 
 

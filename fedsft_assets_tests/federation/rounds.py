@@ -16,7 +16,8 @@ from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey
 from nvflare.fuel.f3.message import Message
 from nvflare.private.defs import CellMessageHeaderKeys
 
-from fedsft_assets.federation.exchange import (
+from fedsft_assets.federation.protocol.journal import JOURNAL_FILE, Entry, from_line
+from fedsft_assets.federation.protocol.messages import (
     KIND_KEY,
     POINTS_KEY,
     RECORDS_KEY,
@@ -27,15 +28,10 @@ from fedsft_assets.federation.exchange import (
     Kind,
     Wire,
 )
-from fedsft_assets.federation.journal import (
-    JOURNAL_FILE,
-    Entry,
-    from_line,
-)
-from fedsft_assets.federation.metrics import Point, points_to_data
-from fedsft_assets.federation.server import FederatedSFT
-from fedsft_assets.federation.site_messages import RoundLimits
-from fedsft_assets.specs import LocalWork
+from fedsft_assets.federation.protocol.points import Point, points_to_data
+from fedsft_assets.federation.protocol.site_messages import RoundLimits
+from fedsft_assets.federation.server.controller import FederatedSFT
+from fedsft_assets.specs.plan import LocalWork
 
 Weights = dict[str, torch.Tensor]
 # What a site does with a task: a result, None for silence, or a return code of NVFlare's for a trainer that is gone.

@@ -8,8 +8,8 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.impl.controller import Controller
 from nvflare.apis.signal import Signal
 
-from fedsft_assets.federation.exchange import JOURNAL_COMMAND
-from fedsft_assets.federation.journal import JOURNAL_FILE
+from fedsft_assets.federation.protocol.journal import JOURNAL_FILE
+from fedsft_assets.federation.protocol.messages import JOURNAL_COMMAND
 
 
 class Scribe(Controller):

@@ -21,10 +21,13 @@ from fedsft_assets.federation.job_folder import (
     verify_job_folder,
 )
 from fedsft_assets.federation.kit_policy import SERVER_PART
-from fedsft_assets.federation.server import FederatedSFT
+from fedsft_assets.federation.server.controller import FederatedSFT
+from fedsft_assets.files import file_digest, folder_digest
 from fedsft_assets.settings import PROJECT
-from fedsft_assets.specs import COMBINED, PRESETS, FedProx, JobSpec, PeftSpec, SiteSpec
-from fedsft_assets.store import SPLITS, Store, archive_file, file_digest, folder_digest, split_file
+from fedsft_assets.specs.dataset import COMBINED
+from fedsft_assets.specs.job import FedProx, JobSpec, PeftSpec, SiteSpec
+from fedsft_assets.specs.model_preset import PRESETS
+from fedsft_assets.store import SPLITS, Store, archive_file, split_file
 from fedsft_assets.versions import CURRENT, current
 from fedsft_assets_tests.prepared import made_current, small_splits
 from fedsft_assets_tests.shipped import DATASETS
@@ -132,7 +135,7 @@ def test_folder_holds_the_job_with_its_overrides(store: Store, build: Build) -> 
 def _server_arguments(store: Store) -> dict[str, Any]:
     config = json.loads((current(store.job_folder("fedavg")) / "app_server/config/config_fed_server.json").read_text())
     (workflow,) = config["workflows"]
-    assert workflow["path"] == "fedsft_assets.federation.server.FederatedSFT"
+    assert workflow["path"] == "fedsft_assets.federation.server.controller.FederatedSFT"
     arguments: dict[str, Any] = workflow["args"]
     return arguments
 
@@ -249,7 +252,7 @@ def test_site_runs_the_package_that_is_installed_there(store: Store, build: Buil
     folder = current(store.job_folder("alpaca")) / "app_site-1"
     config = (folder / "config" / "config_fed_client.json").read_text()
     (executor,) = json.loads(config)["executors"]
-    assert executor["executor"] == {"path": "fedsft_assets.federation.installed_trainer.InstalledTrainer", "args": {}}
+    assert executor["executor"] == {"path": "fedsft_assets.federation.site.executor.InstalledTrainer", "args": {}}
     assert str(PROJECT) not in config
 
 

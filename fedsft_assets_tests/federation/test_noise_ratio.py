@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from fedsft_assets.federation.filters import ChangeFilter
 from fedsft_assets.federation.job_folder import build_job_folder
 from fedsft_assets.federation.noise_ratio import NoiseRatio, noise_ratio
-from fedsft_assets.model.adapters import add_adapters
-from fedsft_assets.model.base import create_base_model
+from fedsft_assets.federation.site.update_filters import ChangeFilter
+from fedsft_assets.model.base_model import create_base_model
 from fedsft_assets.model.language_model import LanguageModel
+from fedsft_assets.model.training.lora import add_adapters
 from fedsft_assets.settings import PROJECT
-from fedsft_assets.specs import PRESETS, FiltersSpec, JobSpec, PeftSpec, PrivacySpec, SpecError
+from fedsft_assets.specs.job import FiltersSpec, JobSpec, PeftSpec, PrivacySpec
+from fedsft_assets.specs.model_preset import PRESETS
+from fedsft_assets.specs.yaml_file import SpecError
 from fedsft_assets.store import Store
 from fedsft_assets.versions import NoVersionError, current
 from fedsft_assets_tests.prepared import made_current, small_splits

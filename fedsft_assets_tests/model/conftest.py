@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedsft_assets.model.base import BaseModelReport, create_base_model
-from fedsft_assets.model.batches import Tokens, tokenize
+from fedsft_assets.model.base_model import BaseModelReport, create_base_model
 from fedsft_assets.model.language_model import LanguageModel
-from fedsft_assets.specs import PRESETS, SitePlan, TrainingSpec
+from fedsft_assets.model.training.batches import Tokens, tokenize
+from fedsft_assets.specs.job import TrainingSpec
+from fedsft_assets.specs.model_preset import PRESETS
+from fedsft_assets.specs.plan import SitePlan
 
 SEED = 7
 _COLOURS = {"grass": "green", "snow": "white", "coal": "black", "blood": "red", "the sea": "blue", "gold": "yellow"}

@@ -10,8 +10,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from fedsft_assets.model.tokenizer import EOS, sample_texts, tiny_tokenizer
-from fedsft_assets.specs import PRESETS
+from fedsft_assets.model.tokenizer.tiny import EOS, sample_texts, tiny_tokenizer
+from fedsft_assets.specs.model_preset import PRESETS
 
 # SmolLM2's is read out of a model's file, which takes seconds.
 KINDS = [
@@ -54,7 +54,7 @@ def skip_without_smollm2() -> None:
 
 @cache
 def _smollm2() -> Any:
-    from fedsft_assets.model.base import load_tokenizer
+    from fedsft_assets.model.base_model import load_tokenizer
 
     return load_tokenizer(PRESETS["smollm2-135m"])
 

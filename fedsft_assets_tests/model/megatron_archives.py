@@ -14,7 +14,7 @@ import yaml
 from tokenizers import pre_tokenizers
 from torch import Tensor
 
-from fedsft_assets.model.megatron_layout import LEGACY, PREFIX, GPTShape, Layout, weights
+from fedsft_assets.model.megatron.layout import LEGACY, PREFIX, GPTShape, Layout, weights
 
 SHAPE = GPTShape(layers=3, hidden=24, heads=3, ffn=96, positions=32, vocabulary=384)
 VOCABULARY = {

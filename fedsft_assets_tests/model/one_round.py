@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from fedsft_assets.model.adapters import add_adapters
-from fedsft_assets.model.batches import Tokens
-from fedsft_assets.model.devices import devices_for
 from fedsft_assets.model.language_model import LanguageModel
-from fedsft_assets.model.training import mean_loss, train_round
-from fedsft_assets.specs import SitePlan
+from fedsft_assets.model.training.batches import Tokens
+from fedsft_assets.model.training.choose_devices import devices_for
+from fedsft_assets.model.training.local_training import mean_loss, train_round
+from fedsft_assets.model.training.lora import add_adapters
+from fedsft_assets.specs.plan import SitePlan
 
 
 def train(plan: SitePlan, tokens: list[Tokens], padded: bool) -> dict[str, object]:

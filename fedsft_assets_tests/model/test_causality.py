@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fedsft_assets.model.answer_loss import AnswerLoss
-from fedsft_assets.model.base import create_base_model
+from fedsft_assets.model.base_model import create_base_model
 from fedsft_assets.model.causality import require_causal
 from fedsft_assets.model.errors import ModelError
-from fedsft_assets.specs import model_preset
+from fedsft_assets.model.training.answer_loss import AnswerLoss
+from fedsft_assets.specs.model_preset import model_preset
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 ONE_KEY = {**SMALL, "num_key_value_heads": 1, "head_dim": 16}

@@ -16,14 +16,16 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from fedsft_assets.model import language_model, tensor_writer
-from fedsft_assets.model.answer_loss import AnswerLoss
-from fedsft_assets.model.archive import content_digest
-from fedsft_assets.model.batches import Tokens, pad
+from fedsft_assets.model import language_model
+from fedsft_assets.model.archive import torch_writer as tensor_writer
+from fedsft_assets.model.archive.nemo_archive import content_digest
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.language_model import LanguageModel
-from fedsft_assets.model.training import mean_loss
-from fedsft_assets.specs import PRESETS, TrainingSpec
+from fedsft_assets.model.training.answer_loss import AnswerLoss
+from fedsft_assets.model.training.batches import Tokens, pad
+from fedsft_assets.model.training.local_training import mean_loss
+from fedsft_assets.specs.job import TrainingSpec
+from fedsft_assets.specs.model_preset import PRESETS
 
 PROJECT = Path(__file__).parents[2]
 TRAINING = PRESETS["tiny"].resolve(TrainingSpec())
@@ -215,13 +217,14 @@ def test_a_new_process_restores_the_same_model_from_the_archive_alone(model, tok
     model.save(saved)
     script = """
 import json, sys, pathlib
-from fedsft_assets.model.archive import content_digest
+from fedsft_assets.model.archive.nemo_archive import content_digest
 from fedsft_assets.model.language_model import LanguageModel
-from fedsft_assets.model.batches import tokenize
-from fedsft_assets.model.training import mean_loss
+from fedsft_assets.model.training.batches import tokenize
+from fedsft_assets.model.training.local_training import mean_loss
 import torch
 torch.set_num_threads(1)
-from fedsft_assets.specs import PRESETS, TrainingSpec
+from fedsft_assets.specs.job import TrainingSpec
+from fedsft_assets.specs.model_preset import PRESETS
 path = pathlib.Path("saved.nemo")
 model = LanguageModel.load(path)
 tokens = tokenize(json.loads(sys.argv[1]), model.tokenizer, model.max_length)

@@ -6,7 +6,7 @@ import sys
 _CODE = """
 import functools, sys
 before = functools.lru_cache
-import fedsft_assets.model.attention
+import fedsft_assets.model.training.packed_attention
 assert functools.lru_cache is before
 assert sys.modules.get("scipy", "absent") == "absent"
 from transformers.utils.import_utils import create_import_structure_from_path as structure

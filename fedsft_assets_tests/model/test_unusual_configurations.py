@@ -8,14 +8,14 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from fedsft_assets.model.archive import content_digest, describe, read_config
-from fedsft_assets.model.base import create_base_model
-from fedsft_assets.model.batches import tokenize
+from fedsft_assets.model.archive.nemo_archive import content_digest, describe, read_config
+from fedsft_assets.model.base_model import create_base_model
 from fedsft_assets.model.errors import ModelError
-from fedsft_assets.model.generation import GenerationSettings
-from fedsft_assets.model.huggingface_export import export_huggingface
+from fedsft_assets.model.generation_settings import GenerationSettings
+from fedsft_assets.model.huggingface.export import export_huggingface
 from fedsft_assets.model.language_model import LanguageModel
-from fedsft_assets.specs import model_preset
+from fedsft_assets.model.training.batches import tokenize
+from fedsft_assets.specs.model_preset import model_preset
 
 SMALL = {
     **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsft_assets.federation.report import MODEL_FILE
+from fedsft_assets.federation.protocol.job_report import MODEL_FILE
 from fedsft_assets.store import Store
 from fedsft_assets.tracking import EXPERIMENT, Tracking
 from fedsft_assets_tests.tracking.examples import REPORT

@@ -8,12 +8,12 @@ from typing import Any
 
 from mlflow.entities import Run
 
-from fedsft_assets.federation.metrics import Point
-from fedsft_assets.federation.record import Workspace
-from fedsft_assets.federation.report import JobReport
+from fedsft_assets.federation.protocol.job_report import JobReport
+from fedsft_assets.federation.protocol.points import Point
+from fedsft_assets.federation.supervisor.workspace import Workspace
 from fedsft_assets.store import Store
 from fedsft_assets.tracking import EXPERIMENT, TrackedJob, Tracking
-from fedsft_assets.tracking.values import JOB, values_of
+from fedsft_assets.tracking.mlflow_values import JOB, values_of
 
 SITES = ["site-1", "site-2"]
 ROUNDS = 2

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from fedsft_assets.federation.metrics import Point
+from fedsft_assets.federation.protocol.points import Point
 from fedsft_assets.store import Store
 from fedsft_assets.tracking import EXPERIMENT, Outbox, Tracking
-from fedsft_assets.tracking import job as job_module
+from fedsft_assets.tracking import tracked_job as job_module
 from fedsft_assets_tests.tracking.examples import (
     RESULTS,
     curve,
@@ -300,7 +300,7 @@ def test_a_killed_process_goes_on_in_the_same_mlflow_runs(
 _KILLED = """
 import json, sys
 from pathlib import Path
-from fedsft_assets.federation.metrics import Point
+from fedsft_assets.federation.protocol.points import Point
 from fedsft_assets.store import Store
 from fedsft_assets.tracking import Tracking
 from fedsft_assets_tests.tracking.examples import track

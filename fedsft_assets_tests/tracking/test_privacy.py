@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from fedsft_assets.execution import close_abandoned, privacy_spent
-from fedsft_assets.federation.privacy import RELEASES_FILE, Releases, epsilon
-from fedsft_assets.federation.record import Workspaces
+from fedsft_assets.federation.supervisor.privacy import RELEASES_FILE, Releases, epsilon
+from fedsft_assets.federation.supervisor.workspace import Workspaces
 from fedsft_assets.store import Store
 from fedsft_assets.tracking import Outbox, TrackedJob, Tracking
 from fedsft_assets_tests.tracking.examples import REPORT, SITES, curve, job_points, runs, statuses, track

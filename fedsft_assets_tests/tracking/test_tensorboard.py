@@ -10,7 +10,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 
-from fedsft_assets.federation.metrics import Point
+from fedsft_assets.federation.protocol.points import Point
 from fedsft_assets.store import Store
 from fedsft_assets.tracking import Tracking
 from fedsft_assets.tracking.tensorboard import EventFiles
@@ -83,7 +83,7 @@ def test_writing_needs_neither_torch_nor_tensorflow(tmp_path: Path) -> None:
     code = """
 import sys
 from pathlib import Path
-from fedsft_assets.federation.metrics import Point
+from fedsft_assets.federation.protocol.points import Point
 from fedsft_assets.tracking.tensorboard import EventFiles
 EventFiles(Path(sys.argv[1])).complete([Point("val_loss", 1.0, 0, 0)])
 print({name.split(".")[0] for name in sys.modules} & {"torch", "tensorflow", "dagster", "mlflow"})

@@ -1,0 +1,1 @@
+"""Commands, one file each: `fedsft`, `fedsft-generate`, `fedsft-site` and `fedsft-server`."""

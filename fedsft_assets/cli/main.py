@@ -1,0 +1,219 @@
+"""The command `fedsft`: run the study, open the user interfaces, take models in and out."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+from pydantic import ValidationError
+
+from fedsft_assets.cli import poc as poc_command
+from fedsft_assets.cli import versions as versions_command
+from fedsft_assets.cli.generate import find_archive
+from fedsft_assets.credentials import redact, redact_error
+from fedsft_assets.defs.assets.job_folder import JobOverrides
+from fedsft_assets.disk import explain
+from fedsft_assets.home import HomeError, close_home
+from fedsft_assets.model.errors import ModelError
+from fedsft_assets.settings import Settings
+from fedsft_assets.specs.yaml_file import SpecError
+from fedsft_assets.tracking import Outbox
+from fedsft_assets.ui.token import TokenFileError
+from fedsft_assets.versions import short
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+    from fedsft_assets.model.huggingface.export import HuggingFaceReport
+    from fedsft_assets.model.megatron.export import MegatronReport
+    from fedsft_assets.model.megatron.import_ import ImportReport
+    from fedsft_assets.model.megatron.layout import Layout
+
+# Command-line names and types of the values that Dagster's launchpad offers for a job folder.
+_OVERRIDES = {
+    name.replace("_", "-"): next(kind for kind in get_args(field.annotation) if kind is not type(None))
+    for name, field in JobOverrides.model_fields.items()
+}
+# What `export` writes, and Megatron's layouts among it.
+_FORMATS: "dict[str, Layout | None]" = {
+    "megatron": "legacy",
+    "megatron-core": "megatron-core",
+    "huggingface": None,
+}
+_PATIENT_SECONDS = 60.0  # for one answer of the tracking server, where somebody waits for it
+
+
+def main() -> None:
+    """Whatever the command ends with, no secret is in it."""
+    try:
+        _main()
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            end.code = redact(end.code)
+        raise
+    except Exception as error:
+        redact_error(error)
+        raise
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(prog="fedsft", description="Federated supervised fine-tuning, compared.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    study = commands.add_parser("study", help="materialize everything, from raw data to the comparison")
+    _add_purpose(study)
+    overrides = study.add_argument_group("in place of the values in the job files")
+    for name, kind in _OVERRIDES.items():
+        overrides.add_argument(f"--{name}", type=kind)
+    _add_purpose(commands.add_parser("ui", help="Dagster and MLflow in the browser, on this machine only"))
+    commands.add_parser("tensorboard", help="the curves of all jobs in TensorBoard, on this machine only")
+    commands.add_parser("track", help="deliver what a tracking server did not take when jobs ended")
+    export = commands.add_parser("export", help="write a checkpoint for NeMo 2.4.1's Megatron-GPT, or for Hugging Face")
+    export.add_argument("--checkpoint", required=True, help="a .nemo archive, the name of a job, or 'base_model'")
+    export.add_argument("--format", required=True, choices=_FORMATS)
+    export.add_argument("--into", required=True, type=Path, help="the .nemo archive, or the new folder")
+    take = commands.add_parser("import", help="make an archive of this project's of a Megatron-GPT archive of NeMo's")
+    take.add_argument("archive", type=Path, metavar="ARCHIVE", help="a .nemo archive, or the folder of its files")
+    take.add_argument("--into", required=True, type=Path, help="the .nemo archive to write")
+    take.add_argument("--max-length", type=int, default=1024, help="tokens of the longest record (default: 1024)")
+    poc_command.add_commands(commands)
+    versions_command.add_commands(commands)
+    args = parser.parse_args()
+    run = {
+        "study": _study,
+        "ui": _ui,
+        "export": _export,
+        "import": _import,
+        "poc": poc_command.run,
+        "accept": versions_command.run_accept,
+        "prune": versions_command.run_prune,
+        "track": _track,
+        "tensorboard": _tensorboard,
+    }[args.command]
+    try:
+        settings = _settings(args)
+    except HomeError as error:
+        sys.exit(str(error))
+    try:
+        run(args, settings)
+    except (HomeError, TokenFileError) as error:
+        sys.exit(str(error))
+    except Exception as error:
+        if said := explain(error, settings.home):
+            sys.exit(said)
+        raise
+
+
+def _add_purpose(parser: argparse.ArgumentParser) -> None:
+    """What else a home remembers: without these, what it is for already."""
+    parser.add_argument("--data", help="'sample', 'hub', or a folder laid out as the published repositories are")
+    parser.add_argument("--model", help="a model preset or a Hugging Face causal LM folder")
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    """All processes that are started read the same settings, from the environment. Exits with what is wrong."""
+    for name in ("data", "model"):
+        if said := getattr(args, name, None):
+            os.environ[f"FEDSFT_{name.upper()}"] = said
+    try:
+        settings = Settings()
+    except ValidationError as error:
+        sys.exit("\n".join(map(_wrong_setting, error.errors())))
+    os.environ.update(settings.environment())
+    if said := close_home(settings.home):
+        print(said, file=sys.stderr)
+    return settings
+
+
+def _wrong_setting(error: "ErrorDetails") -> str:
+    name = "__".join(str(part) for part in error["loc"])
+    variable = name if name.isupper() else f"FEDSFT_{name.upper()}"
+    said = error["msg"].removeprefix("Value error, ")
+    return f"{variable}: {said}" if error["type"] == "value_error" else f"{variable}: {error['input']!r}: {said}"
+
+
+def _study(args: argparse.Namespace, settings: Settings) -> None:
+    from fedsft_assets.cli.study import StudyFailedError, prepare_instance, run_study
+    from fedsft_assets.defs.resources import made_by
+
+    prepare_instance(settings)
+    try:
+        overrides = {name.replace("-", "_"): getattr(args, name.replace("-", "_")) for name in _OVERRIDES}
+        run_id = run_study(overrides, settings)
+    except StudyFailedError as error:
+        sys.exit(str(error))
+    store = settings.store
+    comparison, inference = (short(made_by(store, run_id, [report])) for report in ("comparison", "inference"))
+    print(f"\n{(comparison / 'comparison.md').read_text(encoding='utf-8')}")
+    for title, path in (
+        ("plot", comparison / "comparison.png"),
+        ("answers", inference / "inference.md"),
+        ("checkpoints", store.home / "checkpoints"),
+        ("MLflow store", settings.mlflow_uri or store.home / "mlflow.db"),
+    ):
+        print(f"{title + ':':13} {_short(path)}")
+    print(f"{'look at it:':13} make ui")
+
+
+def _export(args: argparse.Namespace, settings: Settings) -> None:
+    from fedsft_assets.model.huggingface.export import export_huggingface
+    from fedsft_assets.model.megatron.export import export_megatron
+
+    try:
+        archive = find_archive(args.checkpoint, settings.store, settings.model)
+        layout = _FORMATS[args.format]
+        if layout is None:
+            folder = export_huggingface(archive, args.into, say=print)
+            print(f"{args.into}: {folder.architecture}, {_size(folder)}, in {', '.join(folder.files)}")
+        else:
+            made = export_megatron(archive, args.into, layout, say=print)
+            print(f"{args.into}: {layout} layout, {_size(made)}; {made.tokens} tokens in {made.shape.vocabulary} rows")
+    except (ModelError, SpecError, OSError) as error:
+        sys.exit(str(error))
+
+
+def _import(args: argparse.Namespace, _: Settings) -> None:
+    from fedsft_assets.model.megatron.import_ import import_megatron
+
+    if args.max_length < 2:
+        sys.exit(f"--max-length: {args.max_length} tokens are too few for a prompt and an answer")
+    if args.into.resolve() == args.archive.resolve():
+        sys.exit(f"--into: {args.into} is the archive itself; name another file")
+    try:
+        report = import_megatron(args.archive, args.into, args.max_length, say=print)
+    except (ModelError, OSError) as error:
+        sys.exit(str(error))
+    print(f"{args.into}: {_size(report)}; records of up to {report.max_length} tokens")
+
+
+def _size(report: "HuggingFaceReport | MegatronReport | ImportReport") -> str:
+    return f"{report.parameters:,} parameters in {', '.join(report.types)}"
+
+
+def _short(path: Path | str) -> Path | str:
+    here = Path.cwd()
+    return path.relative_to(here) if isinstance(path, Path) and path.is_relative_to(here) else path
+
+
+def _ui(_: argparse.Namespace, settings: Settings) -> None:
+    from fedsft_assets.cli.study import prepare_instance
+    from fedsft_assets.cli.ui import serve, study_servers
+
+    prepare_instance(settings)
+    serve(settings, study_servers(settings))
+
+
+def _tensorboard(_: argparse.Namespace, settings: Settings) -> None:
+    from fedsft_assets.cli.ui import serve, tensorboard_server
+
+    serve(settings, [tensorboard_server(settings)])
+
+
+def _track(_: argparse.Namespace, settings: Settings) -> None:
+    outbox = Outbox(settings.store.outbox)
+    if not outbox.entries():
+        print("nothing waits for the tracking server")
+        return
+    left = outbox.deliver(settings.tracking, print, answer_seconds=_PATIENT_SECONDS)
+    if left:
+        sys.exit("\n".join(f"{entry.job}: not delivered: {entry.reason}; {entry.folder} stays" for entry in left))

@@ -1,0 +1,53 @@
+"""The commands `fedsft poc prepare|start|status|stop|renew`: the POC by hand, for all sites of the job files."""
+
+import argparse
+import sys
+import time
+
+from fedsft_assets.federation.runtimes.choose import poc_system, sites_of_jobs
+from fedsft_assets.federation.runtimes.interface import UnavailableError
+from fedsft_assets.federation.runtimes.poc.operation import describe, start
+from fedsft_assets.settings import Settings
+from fedsft_assets.specs.yaml_file import SpecError
+
+_HELP = {
+    "prepare": "make the startup kits of a server, an admin and all sites of the job files; starts nothing",
+    "start": "start what does not run, and wait until all sites are connected; jobs do this by themselves",
+    "status": "which processes run, and which jobs",
+    "stop": "end all processes of the POC, with the jobs that run in it",
+    "renew": "stop it and make all startup kits anew, with other keys and certificates",
+}
+_FOR_ALL_SITES = ("prepare", "start", "renew")
+
+
+def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `poc` and what it can be told to the command line."""
+    poc = commands.add_parser(
+        "poc", help="an NVFlare system of processes on this machine: prepare, start, status, stop, renew"
+    )
+    actions = poc.add_subparsers(dest="action", required=True)
+    for action, said in _HELP.items():
+        actions.add_parser(action, help=said)
+
+
+def run(args: argparse.Namespace, settings: Settings) -> None:
+    """Do it and say how it is then; exits with a message if it cannot be done, and `status` with 3 if nothing runs."""
+    begun = time.monotonic()
+    try:
+        system = poc_system(settings, sites_of_jobs(settings) if args.action in _FOR_ALL_SITES else [])
+        match args.action:
+            case "prepare":
+                system.prepare()
+            case "start":
+                start(system)
+            case "stop":
+                count = system.stop()
+                print(f"ended {count} processes in {time.monotonic() - begun:.1f} s")
+            case "renew":
+                system.renew()
+    except (UnavailableError, SpecError) as error:
+        sys.exit(str(error))
+    status = system.status()
+    print(describe(status))
+    if args.action == "status" and status.said in ("stopped", "not prepared"):
+        sys.exit(3)

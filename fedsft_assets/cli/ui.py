@@ -1,0 +1,144 @@
+"""The user interfaces of Dagster, MLflow and TensorBoard over one FEDSFT_HOME, on loopback only, behind a token."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import FrameType
+
+from fedsft_assets.federation.runtimes.processes import MARK, stop_marked
+from fedsft_assets.process_env import child_environment
+from fedsft_assets.settings import PROJECT, Settings
+from fedsft_assets.ui.process import Start
+from fedsft_assets.ui.token import link, new_token, read_token
+
+_HOST = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Server:
+    """A process of a user interface: its command, and where it is to be found if it has pages.
+
+    It gets `listener` to serve its pages on, which listens from the beginning, so that nobody else can in its place.
+    One that runs studies needs what its user has exported; no other is told secrets.
+    """
+
+    title: str
+    url: str | None
+    command: list[str]
+    needs_secrets: bool = False
+    listener: socket.socket | None = None
+
+
+def serve(settings: Settings, servers: Sequence[Server]) -> None:
+    """Start the servers, say where they are, and stop them when this process is told to stop or one of them ends.
+
+    Raises TokenFileError.
+    """
+    # SIGINT too: the background of a script ignores it, and Dagster's processes would then ignore SIGTERM as well.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    token = read_token(settings.ui_token_file) if settings.ui_token_file else new_token()
+    mark = f"ui of {settings.home} by {os.getpid()}"
+    running: list[subprocess.Popen[bytes]] = []
+    # Closed to others, unlike the place that it is in, where they could listen first.
+    with tempfile.TemporaryDirectory(prefix="fedsft-", ignore_cleanup_errors=True) as folder:
+        try:
+            for server in servers:
+                if server.url:
+                    shown = server.url if settings.ui_token_file else link(server.url, token)
+                    print(f"{server.title + ':':12} {shown}", flush=True)
+                running.append(_start(server, token, folder, mark))
+            if settings.ui_token_file:
+                print(f"add ?token=… with what is in {settings.ui_token_file}", flush=True)
+            print("ready in half a minute; stop with Ctrl-C", flush=True)
+            while all(process.poll() is None for process in running):
+                time.sleep(0.5)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            stop_marked(mark)
+
+
+def _start(server: Server, token: str, folder: str, mark: str) -> "subprocess.Popen[bytes]":
+    # MLflow's job workers are for judging answers of agents; nobody asks them anything here.
+    own = {MARK: mark, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    environment = {**(os.environ if server.needs_secrets else child_environment()), **own}
+    listener = server.listener.fileno() if server.listener else None
+    start = Start(token, listener, folder).pipe()
+    try:
+        kept = [] if listener is None else [listener]
+        return subprocess.Popen(server.command, cwd=PROJECT, env=environment, stdin=start, pass_fds=kept)
+    finally:
+        os.close(start)
+        if server.listener:
+            server.listener.close()
+
+
+def study_servers(settings: Settings) -> list[Server]:
+    """Dagster, and MLflow unless the user has a tracking server, of which the user is then told."""
+    found = _dagster(_listen(3000))
+    if settings.mlflow_uri:
+        print(f"{'MLflow:':12} {settings.mlflow_uri}", flush=True)
+        return found
+    return [*found, _mlflow(settings, _listen(5000))]
+
+
+def tensorboard_server(settings: Settings) -> Server:
+    """TensorBoard over the curves of all jobs."""
+    listener, folder = _listen(6006), settings.store.tensorboards
+    folder.mkdir(parents=True, exist_ok=True)
+    command = _command("tensorboard", "--logdir", str(folder))
+    return Server("TensorBoard", f"{_address(listener)}/", command, listener=listener)
+
+
+def _dagster(listener: socket.socket) -> list[Server]:
+    """Three processes, as `dagster dev` has them: the pages, the code, and what starts runs by itself."""
+    url = f"{_address(listener)}/asset-groups/~all"
+    return [
+        Server("Dagster", url, _command("dagster"), needs_secrets=True, listener=listener),
+        *(Server(f"Dagster's {name}", None, _command(name), needs_secrets=True) for name in ("code", "daemon")),
+    ]
+
+
+def _mlflow(settings: Settings, listener: socket.socket) -> Server:
+    """The link opens the curves of all jobs side by side."""
+    store = settings.store
+    experiment = settings.tracking.experiment_id()
+    return Server(
+        "MLflow",
+        f"{_address(listener)}/#/experiments/{experiment}/runs?workflowType=machine_learning&compareRunsMode=CHART",
+        _command(
+            *("mlflow", "--backend-store-uri", store.mlflow_uri),
+            *("--default-artifact-root", str(store.mlflow_artifacts)),
+        ),
+        listener=listener,
+    )
+
+
+def _command(*words: str) -> list[str]:
+    return [sys.executable, "-m", "fedsft_assets.ui.process", *words]
+
+
+def _address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()
+    return f"http://{host}:{port}"
+
+
+def _listen(preferred: int) -> socket.socket:
+    """A socket that listens on the preferred port if nobody does, else on any free one."""
+    for port in (preferred, 0):
+        try:
+            return socket.create_server((_HOST, port), backlog=128)
+        except OSError:
+            continue
+    raise OSError(f"no free port on {_HOST}")
+
+
+def _stop(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

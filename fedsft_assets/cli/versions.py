@@ -1,0 +1,98 @@
+"""The commands `fedsft accept` and `fedsft prune`: what becomes current, and what need not be kept."""
+
+import argparse
+import getpass
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+from fedsft_assets.credentials import redact
+from fedsft_assets.settings import Settings
+from fedsft_assets.specs.limits import CheckName
+from fedsft_assets.store import Store
+from fedsft_assets.tracking import Outbox, Tracking
+from fedsft_assets.versions import NoVersionError, accept
+
+
+def add_commands(commands: Any) -> None:
+    """Add them to the subcommands of `fedsft`."""
+    take = commands.add_parser("accept", help="use data that its checks have refused")
+    take.add_argument("dataset", help="a dataset, or 'combined'")
+    take.add_argument("checks", nargs="+", choices=get_args(CheckName), metavar="check", help="that refused it; all")
+    prune = commands.add_parser("prune", help="list, then remove, versions that nothing needs any more")
+    prune.add_argument("--yes", action="store_true", help="do not ask")
+    prune.add_argument("--dry-run", action="store_true", help="list only")
+
+
+def run_accept(args: argparse.Namespace, settings: Settings) -> None:
+    store = settings.store
+    try:
+        version = accept(store.splits(args.dataset), args.checks, f"{_user()}, by fedsft accept")
+    except NoVersionError as error:
+        sys.exit(str(error))
+    print(f"{version}: is current now, accepted in spite of {', '.join(args.checks)}")
+
+
+def run_prune(args: argparse.Namespace, settings: Settings) -> None:
+    from fedsft_assets.cli.study import prepare_instance, versions_in_use
+    from fedsft_assets.prune import remove, unneeded
+
+    prepare_instance(settings)
+    try:
+        registered = list(_registered(settings.store, settings.tracking))
+    except Exception as error:  # whatever MLflow says
+        sys.exit(f"MLflow does not say which versions are registered, so nothing is removed: {redact(str(error))}")
+    found = unneeded(settings.store, registered, versions_in_use(settings.store))
+    for one in found:
+        print(f"{_size(one.bytes):>10}  {one.path.relative_to(settings.home)}")
+    total = _size(sum(one.bytes for one in found))
+    print(f"{total:>10}  in {len(found)} versions and workspaces that nothing needs")
+    if not found or args.dry_run:
+        return
+    if not args.yes:
+        if not sys.stdin.isatty():
+            sys.exit("nothing is removed; say --yes to remove them")
+        if input("remove them? [y/N] ").strip().lower() not in ("y", "yes"):
+            return
+    gone = remove(found)
+    print(f"removed {len(gone)}, {_size(sum(one.bytes for one in gone))}")
+
+
+def _registered(store: Store, tracking: Tracking) -> Iterator[Path]:
+    """The checkpoints that are versions of registered models, or are to become some."""
+    client, token = tracking.client(), None
+    while True:
+        page = client.search_model_versions(page_token=token)
+        for version in page:
+            if archive := version.tags.get("archive"):
+                yield _here(store, Path(archive))
+        token = page.token
+        if not token:
+            break
+    outbox = Outbox(store.outbox)
+    for entry in map(outbox.get, outbox.entries()):
+        if entry and entry.ending.registration:
+            yield _here(store, Path(entry.ending.registration.archive))
+
+
+def _here(store: Store, archive: Path) -> Path:
+    """The version of the checkpoint in this home, wherever the home was when it was registered."""
+    digest, job = archive.parent.name, archive.parent.parent.name
+    return store.checkpoint(job) / digest
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # an account without an entry in the password file
+        return f"uid {os.getuid()}"
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"

@@ -1,0 +1,1 @@
+"""One module for each file format: from a file's rows to examples."""

@@ -1,0 +1,92 @@
+"""What is in a folder of splits: counted when it was written, and kept beside them."""
+
+from pathlib import Path
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from fedsft_assets.data.records import DataError
+from fedsft_assets.files import digest_of
+from fedsft_assets.specs.limits import SplitSettings
+
+REPORT_FILE = "report.json"
+
+
+class SplitReport(BaseModel):
+    """Records per split, what was left out of `rows` rows, how they were split, and the splits' digests.
+
+    `digest` is of the three files together, `files` has the SHA-256 of each. For `combined`, rows are
+    the records of all datasets, and `parts` has the names of the versions that it is made of.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    digest: str
+    files: dict[str, str]
+    settings: SplitSettings
+    counts: dict[str, int]
+    rows: int
+    duplicates: int
+    rejected: int
+    parts: dict[str, str] = {}
+
+    @property
+    def records(self) -> int:
+        """Records in all splits together."""
+        return sum(self.counts.values())
+
+    def as_metadata(self) -> dict[str, int]:
+        """The counts under plain names; the digest is the data version, not metadata."""
+        return {
+            **self.counts,
+            "records": self.records,
+            "rows": self.rows,
+            "duplicates": self.duplicates,
+            "rejected": self.rejected,
+        }
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        files: dict[str, str],
+        settings: SplitSettings,
+        counts: dict[str, int],
+        rows: int,
+        duplicates: int,
+        rejected: int = 0,
+        parts: dict[str, str] | None = None,
+    ) -> Self:
+        """The report of splits with these digests. Raises DataError if a split is empty."""
+        for split, count in counts.items():
+            if count == 0:
+                raise DataError(
+                    f"{name}: the {split} split is empty, all splits together hold {sum(counts.values())} records; "
+                    "add rows, or give that split a larger proportion"
+                )
+        return cls(
+            name=name,
+            digest=digest_of(files),
+            files=files,
+            settings=settings,
+            counts=counts,
+            rows=rows,
+            duplicates=duplicates,
+            rejected=rejected,
+            parts=parts or {},
+        )
+
+    def write(self, folder: Path) -> None:
+        (folder / REPORT_FILE).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """The report in a folder of splits. Raises DataError if there is none that can be read."""
+        path = folder / REPORT_FILE
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}; make the splits first") from error
+        except ValidationError as error:
+            raise DataError(f"{path}: is no report of splits ({error.errors()[0]['msg']}); make them anew") from error

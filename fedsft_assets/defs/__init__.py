@@ -1,0 +1,1 @@
+"""All that imports Dagster: assets, checks, automation and resources."""

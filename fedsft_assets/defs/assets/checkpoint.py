@@ -1,0 +1,102 @@
+"""`checkpoint/<job>`: the trained archive that a job ends with, and its MLflow run."""
+
+from enum import Enum
+from pathlib import Path
+
+import dagster as dg
+
+from fedsft_assets.defs.failures import explained
+from fedsft_assets.defs.metadata import curve, image
+from fedsft_assets.defs.resources import MLflowResource, ModelResource, RuntimeResource, StoreResource
+from fedsft_assets.execution import ExecutedJob, execute_job
+from fedsft_assets.federation.protocol.events import JobError
+from fedsft_assets.federation.protocol.job_report import MODEL_FILE
+from fedsft_assets.specs.job import JobSpec
+
+GPU_TAGS = {
+    "fedsft/needs": "gpu",
+    "dagster-k8s/config": {"container_config": {"resources": {"limits": {"nvidia.com/gpu": "1"}}}},
+}
+
+NOT_YET = "(not yet: the tracking server does not answer; `fedsft track` delivers what waits)"
+
+
+class RuntimeName(Enum):
+    simulator = "simulator"
+    poc = "poc"
+    production = "production"
+
+
+class LaunchConfig(dg.Config):
+    """How a job is run; what it does is in its job folder."""
+
+    runtime: RuntimeName | None = None  # None is FEDSFT_RUNTIME's
+    threads_per_trainer: int = 0  # 0 shares the cores among the trainers; for the simulator
+
+
+def checkpoint_asset(spec: JobSpec) -> dg.AssetsDefinition:
+    @dg.asset(
+        key_prefix="checkpoint",
+        name=spec.name,
+        group_name="checkpoints",
+        kinds={"nemo", "nvflare", "mlflow"},
+        ins={"job_folder": dg.AssetIn(["job_folder", spec.name])},
+        op_tags=GPU_TAGS,
+        pool="gpu",
+        retry_policy=dg.RetryPolicy(max_retries=2, delay=5),  # for what died: `lost` in JobError
+        description=f"{spec.description}: the best global model of the job, as a NeMo archive.",
+    )
+    def checkpoint(
+        context: dg.AssetExecutionContext,
+        config: LaunchConfig,
+        store: StoreResource,
+        model: ModelResource,
+        runtime: RuntimeResource,
+        mlflow: MLflowResource,
+        job_folder: Path,
+    ) -> dg.MaterializeResult[Path]:
+        with explained(JobError):
+            executed = execute_job(
+                job_folder,
+                store.files,
+                model.load(),
+                mlflow.tracking,
+                tags={"dagster.run_id": context.run_id, "dagster.asset": context.asset_key.to_user_string()},
+                say=lambda text: context.log.info(f"{spec.name} · {text}"),
+                runtime=config.runtime.value if config.runtime else runtime.name,
+                threads_per_trainer=config.threads_per_trainer,
+                environment=runtime.environment,
+            )
+        return _result(executed)
+
+    return checkpoint
+
+
+def _result(executed: ExecutedJob) -> dg.MaterializeResult[Path]:
+    report, registered = executed.report, executed.registered
+    return dg.MaterializeResult(
+        value=executed.folder,
+        data_version=dg.DataVersion(report.checkpoint_digest),
+        metadata={
+            "validation loss": image(executed.chart),
+            "best validation loss": round(report.best_val_loss, 4),
+            "test loss": round(report.test_loss, 4),
+            "perplexity": round(report.perplexity, 3),
+            "tokens trained": report.tokens,
+            "seconds": round(report.seconds, 1),
+            "runtime": report.runtime,
+            "FLARE job": report.job_id,
+            "FLARE job status": report.status,
+            "history": report.history,
+            **({"rounds that sites missed": dg.MetadataValue.json(report.missed)} if report.missed else {}),
+            **(
+                {"privacy spent (epsilon)": round(report.epsilon, 3), "releases of each site": report.releases}
+                if report.epsilon is not None
+                else {}
+            ),
+            "path": dg.MetadataValue.path(executed.folder / MODEL_FILE),
+            "MLflow run": registered.run_id or NOT_YET,
+            "registered as": f"{registered.model} version {registered.version or NOT_YET}",
+            "validation loss by round": curve(report.samples, report.val_loss),
+        },
+    )

@@ -1,0 +1,79 @@
+"""`inference`: what the base model and every checkpoint answer to the same prompts."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import dagster as dg
+from pydantic import Field
+
+from fedsft_assets.defs.failures import explained
+from fedsft_assets.defs.resources import StoreResource
+from fedsft_assets.evaluation.answers import answer
+from fedsft_assets.evaluation.comparison import place
+from fedsft_assets.evaluation.prompts import ExamplePrompt, parse_prompts
+from fedsft_assets.federation.protocol.job_report import MODEL_FILE
+from fedsft_assets.files import file_digest
+from fedsft_assets.model.errors import ModelError
+from fedsft_assets.model.generation_settings import GenerationSettings
+from fedsft_assets.specs.job import JobSpec
+from fedsft_assets.specs.yaml_file import SpecError
+from fedsft_assets.store import archive_file
+from fedsft_assets.versions import adding
+
+
+class PromptConfig(dg.Config):
+    """A question, and the text that it is about, if any."""
+
+    question: str
+    context: str = ""
+
+
+class GenerationConfig(dg.Config):
+    """How answers are generated: greedy at temperature 0, else sampled with the seed."""
+
+    max_new_tokens: int = 48
+    temperature: float = 0.0
+    seed: int = 1234
+
+
+def inference_asset(jobs: Sequence[JobSpec], examples: Sequence[ExamplePrompt]) -> dg.AssetsDefinition:
+    class InferenceConfig(GenerationConfig):
+        """The prompts are those of the prompts' file, unless others are given."""
+
+        # Plain values, as Dagster wants the default of a list.
+        prompts: list[PromptConfig] = Field([example.model_dump() for example in examples], validate_default=True)
+
+    @dg.asset(
+        group_name="comparison",
+        kinds={"markdown", "pytorch"},
+        ins={
+            "base_model": dg.AssetIn("base_model"),
+            **{f"checkpoint_{job.name}": dg.AssetIn(["checkpoint", job.name]) for job in jobs},
+        },
+        description="The answers of the base model and of every checkpoint to the same prompts, side by side.",
+    )
+    def inference(
+        config: InferenceConfig, store: StoreResource, base_model: Path, **checkpoints: Path
+    ) -> dg.MaterializeResult[Path]:
+        made = {checkpoint.parent.name: checkpoint / MODEL_FILE for checkpoint in checkpoints.values()}
+        ordered = sorted(jobs, key=lambda job: place(job.kind, job.name))
+        archives = {"base model": archive_file(base_model), **{job.name: made[job.name] for job in ordered}}
+        with explained(ModelError, SpecError):
+            prompts = parse_prompts(Path("launchpad"), config.model_dump(include={"prompts"}))
+            settings = GenerationSettings(config.max_new_tokens, config.temperature, seed=config.seed)
+            answers = answer(archives, prompts, settings)
+        with adding(store.files.report("inference")) as addition:
+            answers.write(addition.folder / "inference.md")
+        table = addition.version / "inference.md"
+        return dg.MaterializeResult(
+            value=addition.version,
+            data_version=dg.DataVersion(file_digest(table)),
+            metadata={
+                "answers": dg.MetadataValue.md(answers.markdown()),
+                "prompts": len(answers.prompts),
+                "models": len(answers.models),
+                "path": dg.MetadataValue.path(table),
+            },
+        )
+
+    return inference

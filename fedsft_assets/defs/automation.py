@@ -1,0 +1,90 @@
+"""What happens without a person: a weekly schedule and a sensor on the source data, both off at first, re-run the
+study; another sensor brings MLflow what it did not take when a job ended.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+
+import dagster as dg
+
+from fedsft_assets.data.sources.fetch import source_version
+from fedsft_assets.defs.assets.raw import SOURCE_VERSION
+from fedsft_assets.defs.resources import MLflowResource, SourceResource, StoreResource
+from fedsft_assets.specs.dataset import DatasetSpec
+from fedsft_assets.tracking import Outbox
+
+_DELIVERY_SECONDS = 25  # after which a tick begins no further delivery; Dagster gives it 60
+
+full_study = dg.define_asset_job(
+    "full_study",
+    selection=dg.AssetSelection.all(),
+    description="Everything from raw data to the comparison, for all jobs.",
+)
+
+weekly_study = dg.ScheduleDefinition(
+    name="weekly_study",
+    job=full_study,
+    cron_schedule="0 3 * * 0",
+    description="The full study, every Sunday at three in the morning.",
+)
+
+
+def new_data_sensor(datasets: Sequence[DatasetSpec]) -> dg.SensorDefinition:
+    """Compares each dataset's source with what was last materialized or asked for, by digest."""
+
+    @dg.sensor(
+        name="new_data",
+        target=dg.AssetSelection.all(),
+        minimum_interval_seconds=60,
+        description="Rebuilds what is downstream of a dataset whose source is new or has changed, and only that.",
+    )
+    def new_data(context: dg.SensorEvaluationContext, source: SourceResource) -> dg.SensorResult | dg.SkipReason:
+        asked_for: dict[str, str] = json.loads(context.cursor or "{}")
+        now = {dataset.name: source_version(dataset, source.place) for dataset in datasets}
+        changed = [
+            name for name, version in now.items() if version not in (asked_for.get(name), _materialized(context, name))
+        ]
+        if not changed:
+            return dg.SkipReason("no source has changed since it was last read")
+        request = dg.RunRequest(
+            asset_selection=_stale_and_missing(context, changed), tags={"fedsft/changed": ",".join(changed)}
+        )
+        return dg.SensorResult(run_requests=[request], cursor=json.dumps(now))
+
+    return new_data
+
+
+@dg.sensor(
+    name="undelivered_tracking",
+    minimum_interval_seconds=60,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description="Brings MLflow what it did not take when a job ended. Looks at one folder when there is nothing.",
+)
+def undelivered_tracking(
+    context: dg.SensorEvaluationContext, store: StoreResource, mlflow: MLflowResource
+) -> dg.SkipReason:
+    outbox, begun = Outbox(store.files.outbox), time.monotonic()
+    if not outbox.entries():
+        return dg.SkipReason("nothing waits for the tracking server")
+    left = outbox.deliver(mlflow.tracking, context.log.info, stop=lambda: time.monotonic() - begun > _DELIVERY_SECONDS)
+    return dg.SkipReason("\n".join(f"{entry.job}: not delivered: {entry.reason}" for entry in left) or "all delivered")
+
+
+def _stale_and_missing(context: dg.SensorEvaluationContext, changed: Sequence[str]) -> list[dg.AssetKey]:
+    """All that is downstream of the changed datasets, and what that needs and was never made."""
+    assert context.repository_def is not None
+    graph = context.repository_def.asset_graph
+    downstream = dg.AssetSelection.assets(*(["raw", name] for name in changed)).downstream()
+    needed = downstream.upstream().resolve(graph) - downstream.resolve(graph)
+    missing = {key for key in needed if context.instance.get_latest_materialization_event(key) is None}
+    return sorted(downstream.resolve(graph) | missing)
+
+
+def _materialized(context: dg.SensorEvaluationContext, dataset: str) -> str | None:
+    """What `source_version` was when the dataset was last fetched."""
+    event = context.instance.get_latest_materialization_event(dg.AssetKey(["raw", dataset]))
+    version = (
+        event.asset_materialization.metadata.get(SOURCE_VERSION) if event and event.asset_materialization else None
+    )
+    return str(version.value) if version else None

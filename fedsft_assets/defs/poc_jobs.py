@@ -1,0 +1,56 @@
+"""The life of the POC as Dagster ops: prepare, start, status, stop; in a job that brings it up and one that ends it."""
+
+import dagster as dg
+
+from fedsft_assets.federation.runtimes.choose import poc_system, sites_of_jobs
+from fedsft_assets.federation.runtimes.poc.operation import describe, start
+from fedsft_assets.federation.runtimes.poc.system import PocStatus
+from fedsft_assets.settings import Settings
+
+
+@dg.op(out=dg.Out(dg.Nothing), description="Make the startup kits of the POC, for all sites of the job files.")
+def prepare_poc() -> None:
+    settings = Settings()
+    poc_system(settings, sites_of_jobs(settings)).prepare()
+
+
+@dg.op(
+    ins={"prepared": dg.In(dg.Nothing)},
+    out=dg.Out(dg.Nothing),
+    description="Start what does not run of the POC, and wait until all its sites are connected.",
+)
+def start_poc() -> None:
+    settings = Settings()
+    start(poc_system(settings, sites_of_jobs(settings)))
+
+
+@dg.op(ins={"changed": dg.In(dg.Nothing)}, description="Say which processes of the POC run, and which jobs.")
+def poc_status(context: dg.OpExecutionContext) -> None:
+    status = poc_system(Settings()).status()
+    context.log.info(describe(status))
+    context.add_output_metadata(_metadata(status))
+
+
+@dg.op(out=dg.Out(dg.Nothing), description="End all processes of the POC, with the jobs that run in it.")
+def stop_poc(context: dg.OpExecutionContext) -> None:
+    context.log.info(f"ended {poc_system(Settings()).stop()} processes")
+
+
+@dg.job(name="poc_start", description="Bring up the POC of this machine, as every job with the runtime `poc` does.")
+def poc_start_job() -> None:
+    poc_status(start_poc(prepare_poc()))
+
+
+@dg.job(name="poc_stop", description="End the POC of this machine.")
+def poc_stop_job() -> None:
+    poc_status(stop_poc())
+
+
+def _metadata(status: PocStatus) -> dict[str, dg.MetadataValue]:
+    return {
+        "state": dg.MetadataValue.text(status.said),
+        "address": dg.MetadataValue.text(status.address),
+        "folder": dg.MetadataValue.path(str(status.folder)),
+        "processes": dg.MetadataValue.json(status.services),
+        "jobs": dg.MetadataValue.json(status.jobs),
+    }

@@ -1,0 +1,1 @@
+"""What two processes of a job share: messages, points, the journal, the report."""

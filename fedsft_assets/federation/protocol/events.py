@@ -1,0 +1,44 @@
+"""What the supervisor of a job tells whoever started it: one JSON object a line on its standard output."""
+
+import json
+from dataclasses import asdict, dataclass
+
+from fedsft_assets.federation.protocol.job_report import JobReport
+from fedsft_assets.federation.protocol.journal import Missed, Progress
+from fedsft_assets.federation.protocol.points import Point
+
+
+class JobError(RuntimeError):
+    """The job failed; the message is for the user: it says why, with the trainer's traceback where there is one.
+
+    `lost`: something died or was cut off, and another attempt goes on after the last finished round.
+    """
+
+    def __init__(self, message: str, lost: bool = False) -> None:
+        super().__init__(message)
+        self.lost = lost
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A JobError as the supervisor says it."""
+
+    reason: str
+    lost: bool = False
+
+
+Event = Progress | Point | Missed | JobReport | Failed
+_KINDS = {"progress": Progress, "point": Point, "missed": Missed, "report": JobReport, "failed": Failed}
+_NAMES = {kind: name for name, kind in _KINDS.items()}
+
+
+def encode(event: Event) -> str:
+    return json.dumps({"event": _NAMES[type(event)], **asdict(event)})
+
+
+def decode(line: str) -> Event:
+    """Raises ValueError for a line that is no event."""
+    data = json.loads(line)
+    if not isinstance(data, dict) or data.get("event") not in _KINDS:
+        raise ValueError(f"expected an event, found {line!r}")
+    return _KINDS[data.pop("event")](**data)

@@ -1,0 +1,274 @@
+"""What a site may say to the server's part of its job: typed, and checked as it arrives.
+
+Nothing here says who sent a message: that is the client for whose token NVFlare took it. What is not as it must be
+raises ValueError, whose message names the field, what was found and what was expected; the caller adds site and round.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from fedsft_assets.federation.protocol.messages import (
+    FAILURE_KEY,
+    FIRST_KEY,
+    KIND_KEY,
+    POINTS_KEY,
+    RECORDS_KEY,
+    SAMPLES_KEY,
+    TOKENS_KEY,
+)
+from fedsft_assets.federation.protocol.phases import PHASES, phase_of
+from fedsft_assets.federation.protocol.points import TRAIN_LOSS, VAL_LOSS, VAL_LOSS_LOCAL, Point
+from fedsft_assets.specs.job import Precision
+from fedsft_assets.specs.plan import LocalWork
+
+_MOST = 2**53  # of any count: it is exact as a float too, as which others write it down
+_YEAR_2100 = 4_102_444_800.0  # seconds since the epoch
+_MOST_CHARACTERS, _MOST_OF_A_TRACEBACK = 500, 20_000
+_MOST_POINTS_AT_ONCE = 10_000
+_SHOWN, _QUOTED = 80, 200  # characters of what was found
+
+
+def _metric(name: str) -> str:
+    if name not in (TRAIN_LOSS, VAL_LOSS, VAL_LOSS_LOCAL) and phase_of(name) not in PHASES:
+        raise ValueError("expected the name of a metric of this package")
+    return name
+
+
+def _one_line(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("expected one line that can be printed")
+    return text
+
+
+Count = Annotated[int, Field(ge=0, le=_MOST)]
+Positive = Annotated[int, Field(ge=1, le=_MOST)]
+
+
+class NotFiniteError(ValueError):
+    """A loss that is no number: the model has gone astray, which is nobody's lie."""
+
+
+class _Message(BaseModel):
+    """Types are exact: no text for a number, no boolean for a count, no array of numpy's for a list."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+
+class PointMessage(_Message):
+    """A point of a curve of the site that sends it; see `metrics.Point`."""
+
+    name: Annotated[str, AfterValidator(_metric)]
+    value: float
+    round: Count
+    samples: Count
+    step: Positive | None = None
+    tokens: Positive | None = None
+    time: Annotated[float, Field(ge=0, le=_YEAR_2100)]
+
+    @property
+    def measured(self) -> str:
+        """What stands for it in a message to people."""
+        return f"{self.value:.6g} over {self.tokens} tokens"
+
+
+class WordMessage(_Message):
+    """What a site says while it works: a line of text, and the points that it stands for."""
+
+    text: Annotated[str, Field(min_length=1, max_length=_MOST_CHARACTERS), AfterValidator(_one_line)]
+    points: Annotated[list[PointMessage], Field(max_length=_MOST_POINTS_AT_ONCE)]
+
+
+class ScoreMessage(_Message):
+    """A site's result of a task: what it measured of the model that it was given."""
+
+    points: list[PointMessage]
+
+    def named(self, name: str) -> list[PointMessage]:
+        return [point for point in self.points if point.name == name]
+
+
+class UpdateMessage(ScoreMessage):
+    """A site's result of a round: what stands beside its tensors.
+
+    `tokens` and `samples` are what the round trained on, `records` how many the site has.
+    """
+
+    kind: Annotated[str, Field(max_length=_SHOWN)]
+    tokens: Positive
+    samples: Positive
+    records: Positive
+    first: Annotated[str, Field(max_length=200)] | None
+
+
+Result = TypeVar("Result", bound=ScoreMessage)
+
+
+class RoundLimits(BaseModel):
+    """What the job says of every site's round; what a site says of it cannot be more.
+
+    `records` are those that a site trains on, None where only the site knows; all sites score models on
+    `validation_records`. `max_length` is of a record, in tokens; `precision` is what models are scored in.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    work: LocalWork
+    precision: Precision
+    max_length: int
+    validation_records: int
+    records: dict[str, int | None]
+
+    def word(self, content: Any, number: int) -> WordMessage:
+        """What a site says while round `number` (0-based) is under way, from JSON."""
+        if not isinstance(content, str):
+            raise ValueError(f"found {_shown(content)}, expected JSON")
+        try:
+            said = WordMessage.model_validate_json(content)
+        except ValidationError as error:
+            raise ValueError(_explained(error)) from error
+        _check_values(said.points)
+        for point in said.points:
+            # What is said last of a round may come when the next one has begun.
+            _require(number - 1 <= point.round <= number + 1, point.name, "round", point.round, f"about {number}")
+        return said
+
+    def score(self, meta: Mapping[str, Any], number: int, records: int | None) -> ScoreMessage:
+        """The result of validating the model after `number` rounds, of a site with so many records, if known."""
+        score = _parsed(ScoreMessage, {"points": meta.get(POINTS_KEY)})
+        _check_values(score.points)
+        self._check_score(score, number, None if records is None else self.work.samples(records) * number)
+        _require_only(score, (VAL_LOSS,))
+        return score
+
+    def update(self, meta: Mapping[str, Any], number: int, records: int | None) -> UpdateMessage:
+        """The result of round `number` (0-based) of a site with so many records, if that is known."""
+        update = _parsed(
+            UpdateMessage,
+            {
+                "kind": meta.get(KIND_KEY),
+                "tokens": meta.get(TOKENS_KEY),
+                "samples": meta.get(SAMPLES_KEY),
+                "records": meta.get(RECORDS_KEY),
+                "first": meta.get(FIRST_KEY),
+                "points": meta.get(POINTS_KEY),
+            },
+        )
+        _check_values(update.points)
+        if records is not None:
+            _require(update.records == records, "records", None, update.records, f"{records}, which it has")
+        samples = self.work.samples(update.records)
+        of_round = f"{samples} in a round over {update.records} records"
+        _require(update.samples == samples, "samples", None, update.samples, of_round)
+        most = samples * self.max_length
+        _require(update.tokens <= most, "tokens", None, update.tokens, f"at most {most} in {samples} records")
+        self._check_score(update, number, samples * number)
+        (local,) = _exactly(update, VAL_LOSS_LOCAL, 1)
+        self._check_point(local, number + 1, samples * (number + 1))
+        self._check_steps(update, number, samples)
+        _require_only(update, (VAL_LOSS, VAL_LOSS_LOCAL, TRAIN_LOSS))
+        return update
+
+    def _check_score(self, score: ScoreMessage, number: int, samples: int | None) -> None:
+        (point,) = _exactly(score, VAL_LOSS, 1)
+        self._check_point(point, number, samples)
+
+    def _check_point(self, point: PointMessage, round: int, samples: int | None) -> None:
+        """Of a mean over the records that all validate on."""
+        _require(point.round == round, point.name, "round", point.round, f"{round}")
+        _require(point.step is None, point.name, "step", point.step, "none")
+        if samples is not None:
+            _require(point.samples == samples, point.name, "samples", point.samples, f"{samples}")
+        self._check_tokens(point, self.validation_records)
+
+    def _check_tokens(self, point: PointMessage, records: int) -> None:
+        most = records * self.max_length
+        within = point.tokens is not None and point.tokens <= most
+        _require(within, point.name, "tokens", point.tokens, f"1 to {most} in {records} records")
+
+    def _check_steps(self, update: UpdateMessage, number: int, samples: int) -> None:
+        steps = _exactly(update, TRAIN_LOSS, self.work.steps(update.records))
+        before = samples * number
+        for step, point in enumerate(steps, start=1):
+            _require(point.step == step, TRAIN_LOSS, "step", point.step, f"{step}, for they come in their order")
+            _require(point.round == number + 1, TRAIN_LOSS, "round", point.round, f"{number + 1}")
+            more = before < point.samples <= before + self.work.batch_size
+            _require(more, TRAIN_LOSS, "samples", point.samples, f"up to {self.work.batch_size} more than {before}")
+            self._check_tokens(point, point.samples - before)
+            before = point.samples
+        _require(before == samples * (number + 1), TRAIN_LOSS, "samples", before, f"{samples * (number + 1)} at last")
+        tokens = sum(point.tokens or 0 for point in steps)
+        _require(tokens == update.tokens, "tokens", None, update.tokens, f"the {tokens} of its steps")
+
+
+def points_of(site: str, messages: Sequence[PointMessage]) -> list[Point]:
+    """Points as the site's that has sent them."""
+    return [
+        Point(one.name, one.value, one.round, one.samples, site, one.step, one.tokens, one.time) for one in messages
+    ]
+
+
+def failure_of(meta: Mapping[str, Any]) -> str | None:
+    """The traceback of a trainer that gives up, if that is what it says. The end of a long one."""
+    said = meta.get(FAILURE_KEY)
+    if said is None:
+        return None
+    if not isinstance(said, str) or not said:
+        raise ValueError(f"{FAILURE_KEY}: found {_shown(said)}, expected a traceback")
+    kept = said[-_MOST_OF_A_TRACEBACK:]
+    return "".join(character if character.isprintable() or character in "\n\t" else "\ufffd" for character in kept)
+
+
+def _parsed(kind: type[Result], content: dict[str, Any]) -> Result:
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        raise ValueError(_explained(error)) from error
+
+
+def _explained(error: ValidationError) -> str:
+    """The first thing that is wrong."""
+    problem = error.errors(include_url=False)[0]
+    field = ".".join(str(part) for part in problem["loc"])
+    said = problem["msg"].removeprefix("Value error, ")
+    return f"{field}: found {_shown(problem['input'])}: {said[:1].lower()}{said[1:]}".removeprefix(": ")
+
+
+def quoted(words: object, most: int = _QUOTED) -> str:
+    """What a site may have had a part in, such as an error's text, as the part of a line, of `most` characters."""
+    said = "".join(character if character.isprintable() else "\ufffd" for character in str(words))
+    return said if len(said) <= most else f"{said[:most]}…"
+
+
+def _shown(found: object) -> str:
+    """What was found, in a line that says little of what is large."""
+    said = repr(found) if isinstance(found, bool | int | float | str) or found is None else f"a {type(found).__name__}"
+    return quoted(said, _SHOWN)
+
+
+def _require(right: bool, name: str, field: str | None, found: object, expected: str) -> None:
+    if not right:
+        raise ValueError(f"{name}{f': {field}' if field else ''}: found {_shown(found)}, expected {expected}")
+
+
+def _check_values(points: Sequence[PointMessage]) -> None:
+    for point in points:
+        _require(not point.value < 0, point.name, None, point.value, "a number that is not negative")
+        if not math.isfinite(point.value):
+            raise NotFiniteError(f"{point.name}: found {point.value}, expected a finite number")
+
+
+def _exactly(score: ScoreMessage, name: str, count: int) -> list[PointMessage]:
+    points = score.named(name)
+    _require(len(points) == count, name, None, f"{len(points)} points", f"{count}")
+    return points
+
+
+def _require_only(score: ScoreMessage, losses: Sequence[str]) -> None:
+    """Beside these losses, seconds of phases, each once."""
+    names = [point.name for point in score.points if point.name not in losses]
+    for name in names:
+        _require(phase_of(name) is not None, name, None, "a point", "none in this task")
+        _require(names.count(name) == 1, name, None, f"{names.count(name)} points", "1")

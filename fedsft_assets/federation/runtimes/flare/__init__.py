@@ -1,0 +1,1 @@
+"""Jobs in a running NVFlare system, through an admin's startup kit."""

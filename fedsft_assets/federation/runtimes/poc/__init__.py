@@ -1,0 +1,1 @@
+"""The runtime `poc`: an NVFlare system of processes on this machine."""

@@ -1,0 +1,146 @@
+"""What the processes of a POC are started from: startup kits, as NVFlare provisions them, with settings of our own."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from fedsft_assets.federation.kit_policy import (
+    STUDY_ROLE,
+    components,
+    keep_server_files,
+    read_resources,
+    write_server_policy,
+    write_site_policy,
+)
+from fedsft_assets.federation.runtimes.interface import UnavailableError
+
+SERVER = "localhost"  # NVFlare binds the name it is provisioned with; this one is loopback, any other is all interfaces
+ADMIN = "admin@fedsft.local"
+# Of what NVFlare makes a kit: those of its own examples.
+BUILDERS: list[dict[str, Any]] = [
+    {
+        "path": "nvflare.lighter.impl.workspace.WorkspaceBuilder",
+        "args": {"template_file": ["master_template.yml"]},
+    },
+    {"path": "nvflare.lighter.impl.static_file.StaticFileBuilder", "args": {"config_folder": "config"}},
+    {"path": "nvflare.lighter.impl.cert.CertBuilder"},
+    {"path": "nvflare.lighter.impl.signature.SignatureBuilder"},
+]
+_LAUNCHERS = "fedsft_assets.federation.runtimes.poc.launchers"
+STATE_FOLDER = "fedsft"  # in which the server part of a job keeps its state, in the server's folder
+_PROJECT = "fedsft"
+_ORG = "fedsft"
+_SERVER_SETTINGS = {"heart_beat_timeout": 60, "admin_timeout": 30.0}
+# While a job waits for its turn or for GPUs. NVFlare's own: 10 s, then ever longer, and given up after ten times.
+_SCHEDULER = {"min_schedule_interval": 1.0, "max_schedule_interval": 5.0, "max_schedule_count": 10_000}
+
+
+class PocSettings(BaseModel):
+    """How the processes of a POC are started."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    gpus: str = Field(
+        default="",
+        pattern=r"^\s*(\d+\s*(,\s*\d+\s*)*)?$",
+        description="for the sites in turn, as 0,1; none: all see all",
+    )
+    gpu_memory: float = Field(default=0, ge=0, description="GiB of each GPU that jobs may ask for")
+    threads: int = Field(default=0, ge=0, description="of each trainer; 0 shares the cores among the sites")
+    max_jobs: int = Field(default=4, ge=1, description="jobs at the same time; more wait")
+
+    @property
+    def gpu_ids(self) -> list[int]:
+        return [int(gpu) for gpu in self.gpus.split(",") if gpu.strip()]
+
+    def gpus_of(self, site: str, sites: list[str]) -> list[int]:
+        """As NVFlare's POC does: the GPUs go round the sites, or the sites round the GPUs."""
+        gpus, count, at = self.gpu_ids, len(sites), sites.index(site)
+        if not gpus:
+            return []
+        return [gpus[at % len(gpus)]] if len(gpus) <= count else gpus[at::count]
+
+
+class PocKits:
+    """The kits of a server, its admin and its sites, in the folder of a POC."""
+
+    def __init__(self, folder: Path, settings: PocSettings) -> None:
+        self._folder, self._settings = folder, settings
+
+    def of(self, name: str) -> Path:
+        """The kit of NVFlare's `server`, of the admin, or of a site."""
+        return self._folder / "kits" / (SERVER if name == "server" else name)
+
+    def complete(self, sites: Iterable[str]) -> bool:
+        return all(self.of(name).is_dir() for name in (SERVER, ADMIN, *sites))
+
+    def provision(self, sites: list[str], port: int, environment: Mapping[str, str]) -> None:
+        """Make those that are not there yet, all with the same certificate authority. Raises UnavailableError."""
+        import yaml
+
+        workspace, kits = self._folder / "provision", self._folder / "kits"
+        workspace.mkdir(parents=True, exist_ok=True)
+        kits.mkdir(exist_ok=True)
+        project = workspace / "project.yml"
+        project.write_text(yaml.safe_dump(_project(sites, port)), encoding="utf-8")
+        options = ["-p", str(project), "-w", str(workspace), "--force"]
+        command = [sys.executable, "-m", "nvflare.cli", "provision", *options]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(environment))
+        if done.returncode != 0:
+            raise UnavailableError(
+                f"NVFlare could not provision the POC in {self._folder}:\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
+            )
+        (made,) = (workspace / _PROJECT).glob("prod_*")
+        for name in (SERVER, ADMIN, *sites):
+            if not self.of(name).is_dir():
+                (made / name).rename(self.of(name))
+                self._configure(name, sites)
+        shutil.rmtree(made)
+
+    def remove(self) -> None:
+        """Kits and all that goes with them; results of earlier jobs stay."""
+        for name in ("kits", "provision"):
+            shutil.rmtree(self._folder / name, ignore_errors=True)
+
+    def _configure(self, name: str, sites: list[str]) -> None:
+        """Write what the kit allows and how its processes are started, in place of what NVFlare provisions."""
+        if name == ADMIN:
+            return
+        kit = self.of(name)
+        content = read_resources(kit)
+        parts = components(content)
+        if name == SERVER:
+            content["servers"][0].update(_SERVER_SETTINGS)
+            keep_server_files(content, self._folder)
+            states = self._folder / "states"
+            states.mkdir(exist_ok=True)
+            (kit / STATE_FOLDER).symlink_to(states)  # kits are made anew, unfinished executions are not
+            parts["process_launcher"]["path"] = f"{_LAUNCHERS}.ServerLauncher"
+            parts["job_scheduler"]["args"] = {**_SCHEDULER, "max_jobs": self._settings.max_jobs}
+            write_server_policy(kit, content)
+        else:
+            gpus = self._settings.gpus_of(name, sites)
+            parts["resource_manager"]["args"].update(
+                num_of_gpus=len(gpus), mem_per_gpu_in_GiB=self._settings.gpu_memory
+            )
+            parts["process_launcher"]["path"] = f"{_LAUNCHERS}.SiteLauncher"
+            write_site_policy(kit, content)
+
+
+def _project(sites: list[str], port: int) -> dict[str, Any]:
+    """NVFlare's description of a project, with the server and its admin at one port."""
+    server: dict[str, Any] = {"name": SERVER, "type": "server", "fed_learn_port": port, "admin_port": port}
+    clients: list[dict[str, Any]] = [{"name": site, "type": "client"} for site in sites]
+    admin: dict[str, Any] = {"name": ADMIN, "type": "admin", "role": STUDY_ROLE}
+    return {
+        "api_version": 3,
+        "name": _PROJECT,
+        "description": "one machine",
+        "participants": [{**participant, "org": _ORG} for participant in (server, *clients, admin)],
+        "builders": BUILDERS,
+    }

@@ -1,0 +1,1 @@
+"""The runtime `simulator`: one job in NVFlare's simulator."""

@@ -1,0 +1,663 @@
+"""What runs at the server: rounds of training at the sites, and the global model that they make together.
+
+It needs torch, NVFlare and pydantic only. Nothing of the model is built here: weights are tensors with names.
+"""
+
+import gc
+import math
+import os
+import shutil
+import tarfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from nvflare.apis.controller_spec import ClientTask
+from nvflare.apis.event_type import EventType
+from nvflare.apis.fl_constant import FLContextKey, ReturnCode
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import Shareable
+from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
+from nvflare.app_common.utils.fl_model_utils import FLModelUtils
+from nvflare.app_common.workflows.model_controller import ModelController
+from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey
+from nvflare.private.defs import CellMessageHeaderKeys
+
+from fedsft_assets.federation.connections.local_driver import require_local_driver
+from fedsft_assets.federation.protocol.journal import (
+    JOURNAL_FILE,
+    Finished,
+    Journal,
+    Progress,
+    Regroup,
+    RoundDone,
+    Started,
+    Stopped,
+)
+from fedsft_assets.federation.protocol.messages import (
+    BEST_MODEL,
+    EXECUTIONS_KEY,
+    JOURNAL_COMMAND,
+    KIND_KEY,
+    LAST_MODEL,
+    PROGRESS_CHANNEL,
+    PROGRESS_TOPIC,
+    STATE_ROOT,
+    TRAIN_TASK,
+    VALIDATE_TASK,
+    VERSION,
+    VERSION_KEY,
+    Kind,
+    Wire,
+    other_version,
+)
+from fedsft_assets.federation.protocol.points import VAL_LOSS
+from fedsft_assets.federation.protocol.site_messages import (
+    NotFiniteError,
+    PointMessage,
+    RoundLimits,
+    ScoreMessage,
+    failure_of,
+    points_of,
+    quoted,
+)
+from fedsft_assets.federation.protocol.state_folder import execution_folder
+from fedsft_assets.federation.server.aggregation import TokenWeightedAverage, rounded
+from fedsft_assets.federation.server.base_model import own_base_model, read_nemo_weights
+from fedsft_assets.federation.server.cross_checks import (
+    differing_scores,
+    differing_starts,
+    other_start,
+    outsized_updates,
+)
+from fedsft_assets.federation.server.curves import merged_train_loss, merged_val_loss
+from fedsft_assets.federation.server.liveness import SiteWatch
+from fedsft_assets.federation.server.optimizer import ServerOptimizer
+from fedsft_assets.federation.server.presence import Part, Presence, PresenceWatch, look_at
+from fedsft_assets.federation.server.site_update import SiteUpdate
+from fedsft_assets.federation.server.state import ServerState, remove_archived
+from fedsft_assets.federation.server.unreadable_results import tell_of_unreadable_results
+from fedsft_assets.federation.transport.allocator import collect_messages
+from fedsft_assets.federation.transport.header import LARGEST_GAP
+from fedsft_assets.federation.transport.install import send_tensors_as_streams
+from fedsft_assets.federation.transport.receiving import tensors_stored_in
+from fedsft_assets.federation.transport.sending import addend
+from fedsft_assets.model.memory import give_back_freed_memory
+
+_NOISE_ALONE = 10.0  # times the clipped change: nothing else need be looked for where a model goes astray
+_SECONDS_TO_ASK_AGAIN = 30.0  # an operator that follows the job asks for its journal all the time
+_FLOAT32 = 4  # bytes
+# For a site to be back, after which NVFlare would end the job; and for it to be seen that it is away.
+_SECONDS_TO_RETURN, _SECONDS_TO_SEE = 45.0, 12.0
+
+
+T = TypeVar("T")
+
+
+class NotEnoughSitesError(RuntimeError):
+    """A round cannot have as many results as the job asks for."""
+
+
+class FederatedSFT(ModelController):
+    """Rounds from a `.nemo` base model on, whose results are averaged by tokens; every point is written down.
+
+    Without `base_model` the first model is empty: each site then begins with adapters of its own, all the same.
+    A round's `val_loss` is that of the global model that the sites received, so a model is scored one round after it
+    was made, and the last one in a validation task of its own. A round goes on without sites that fail or fall
+    silent for `site_timeout` seconds as long as `min_sites` answer. What a finished round made is on the disk: a
+    server that is started again for the same execution goes on from there.
+
+    What a site says is checked as it arrives, against `limits`, and against what the others say, with
+    `max_update_ratio`. What cannot be used ends the job, or leaves the site out of the round if there are
+    `min_sites` without it.
+
+    `package` is the version of this package that the job was built with. In the mean of all sites, noise is expected to
+    have `noise_ratio` times the norm of a clipped change.
+
+    A site that comes, or comes again, after the job has begun gets no part of it from NVFlare. If an operator listens,
+    the job then ends after the round, to be submitted again for all sites that are there by then.
+    """
+
+    def __init__(
+        self,
+        sites: list[str],
+        num_rounds: int,
+        limits: dict[str, Any],
+        base_model: str | None = None,
+        min_sites: int | None = None,
+        site_timeout: float = 1800.0,
+        wire: str = "fp32",
+        algorithm: dict[str, Any] | None = None,
+        package: str | None = None,
+        noise_ratio: float | None = None,
+        max_update_ratio: float | None = None,
+    ) -> None:
+        super().__init__(persistor_id="", ignore_result_error=True, task_check_period=0.1)
+        self.sites = sorted(sites)
+        self.num_rounds = num_rounds
+        self.limits = limits
+        self.base_model = base_model
+        self.min_sites = len(sites) if min_sites is None else min_sites
+        self.site_timeout = site_timeout
+        self.wire = wire
+        self.algorithm = algorithm or {"name": "fedavg"}
+        self.package = package
+        self.noise_ratio = noise_ratio
+        self.max_update_ratio = max_update_ratio
+        self._limits = RoundLimits.model_validate(limits)
+        self._number = 0  # of the round that is under way
+        self._words: dict[tuple[object, ...], PointMessage] = {}  # that sites have said in it
+        self._starts: dict[str, Hashable] = {}  # of sites in it that begin with a model of their own
+        self._wire = Wire(wire)
+        self._watch = SiteWatch(self.sites, site_timeout)
+        self._weights: dict[str, torch.Tensor] = {}
+        self._change: dict[str, torch.Tensor] = {}
+        self._optimizer: ServerOptimizer | None = None
+        self._control: dict[str, torch.Tensor] = {}  # the usual direction of all sites together, of SCAFFOLD
+        self._holders: set[str] = set()  # sites with the model to which the last change is to be added
+        self._lock = threading.Lock()
+        self._presence: Presence | None = None
+        self._look: Callable[[], Mapping[str, Part]] | None = None
+        self._asked_for_journal = -math.inf
+
+    # What NVFlare calls.
+
+    def start_controller(self, fl_ctx: FLContext) -> None:
+        super().start_controller(fl_ctx)
+        send_tensors_as_streams(peers=len(self.sites))  # without it, NVFlare cannot send tensors
+        gc.freeze()  # what is loaded by now stays: collections need not look through it again
+        self.open(self._state_folder())
+        self.engine.register_app_command(JOURNAL_COMMAND, self._hand_out_journal)
+        cell = getattr(self.engine.server, "job_cell", None) or self.engine.get_cell()  # the simulator has both
+        cell.core_cell.register_request_cb(PROGRESS_CHANNEL, PROGRESS_TOPIC, self._take_progress)
+        tell_of_unreadable_results(self._refuse_unreadable)
+        if not fl_ctx.get_prop(FLContextKey.SIMULATE_MODE, False):  # in the simulator nobody comes, or comes again
+            require_local_driver("fedsft-server configure")
+            job_id = fl_ctx.get_job_id()
+            self.watch_presence(lambda: look_at(cell, self.sites, job_id))
+
+    def run(self) -> None:
+        done, complete = self.state.progress.finished, False
+        self.journal.add([Started(done)])
+        if self.noise_ratio and self.noise_ratio > 1:
+            self.journal.add([Progress(f"{self._noise}: what sites learn shows over many rounds, if at all")])
+        try:
+            self._begin()
+            with self._offloaded(), self._presence_watched():
+                for number in range(done, self.num_rounds):
+                    self.play_round(number)
+                    if number + 1 < self.num_rounds and (sites := self._have_come()):
+                        raise _RegroupError(sites)
+                self.score(self._ask(VALIDATE_TASK, self.num_rounds, self._scored, self._odd_scores))
+                self.state.commit_progress()
+                complete = True
+        except _AbortedError:
+            self.info("The job is aborted.")
+        except _RegroupError as error:
+            self.state.progress.sent_for = error.sites
+            self.state.commit_progress()
+            self.journal.add([Regroup(error.sites)])
+            self.panic(str(error))
+        except (ValueError, OSError, tarfile.TarError, NotEnoughSitesError) as error:
+            with suppress(OSError):  # on a full disk, NVFlare's log must do
+                self.journal.add([Stopped(str(error), isinstance(error, NotEnoughSitesError))])
+            self.panic(str(error))
+        except Exception as error:  # a fault of ours, which another attempt would only find again
+            with suppress(OSError):
+                self.journal.add([Stopped(f"the server's part of the job failed: {error!r}\n{traceback.format_exc()}")])
+            self.panic(repr(error))
+        finally:
+            self._hand_over(complete)
+
+    @property
+    def _noise(self) -> str:
+        return f"noise has {self.noise_ratio:,.3g} times the norm of a clipped change in the mean of a round"
+
+    @property
+    def _why_infinite(self) -> str:
+        rate = "try a lower learning rate"
+        if not self.noise_ratio or self.noise_ratio < 1:
+            return rate
+        noise = f"{self._noise}: lower filters.privacy.noise_multiplier"
+        return noise if self.noise_ratio > _NOISE_ALONE else f"{noise}, or {rate}"
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        if event_type == EventType.CLIENT_DISCONNECTED:
+            self._watch.gone(fl_ctx.get_prop(FLContextKey.DISCONNECTED_CLIENT_NAME))
+
+    def _accept_train_result(
+        self,
+        client_name: str,
+        result: Shareable,
+        fl_ctx: FLContext,  # noqa: ARG002
+        is_unknown_task: bool = False,
+    ) -> bool:
+        """Note a site that could not do its task, or says what nobody can read; NVFlare's own way ends the job."""
+        if is_unknown_task:
+            return False
+        code = result.get_return_code()
+        if code != ReturnCode.OK:
+            known = code if isinstance(code, str) and code in vars(ReturnCode).values() else "it does not say why"
+            self._watch.lost(client_name, f"its trainer is gone ({known})")
+            return False
+        try:
+            FLModelUtils.from_shareable(result)
+        except Exception as error:  # which NVFlare would log, and take for an answer
+            self._watch.refuse(client_name, f"its result is no model of NVFlare's: {quoted(error)}")
+            return False
+        return True
+
+    def _prepare_task_data(self, client_task: ClientTask, fl_ctx: FLContext) -> None:
+        self._watch.heard(client_task.client.name)
+        # NVFlare would send a copy, lest somebody changes the tensors; here nobody does before the task is over.
+        client_task.task._broadcast_data = client_task.task.data
+        super()._prepare_task_data(client_task, fl_ctx)
+
+    # Sites that come.
+
+    def watch_presence(self, look: Callable[[], Mapping[str, Part]]) -> None:
+        """Look at the sites in this way while the job runs."""
+        participants = {client.name for client in self.engine.get_clients()}
+        progress = self.state.progress
+        progress.sent_for = sorted(set(progress.sent_for) - participants)
+        self._presence = Presence(self.sites, participants, progress.sent_for)
+        self._look = look
+
+    @contextmanager
+    def _presence_watched(self) -> Iterator[None]:
+        if self._presence is None or self._look is None:
+            yield
+            return
+        missing = sorted(set(self.sites) - {client.name for client in self.engine.get_clients()})
+        self.journal.add([Progress(f"{site} · is not there; the job goes on without it") for site in missing])
+        watch = PresenceWatch(self._presence, self._look, self._take_presence)
+        try:
+            yield
+        finally:
+            watch.stop()
+
+    def _take_presence(self, told: list[str], lost: list[str]) -> None:
+        for site in lost:
+            self._watch.gone(site, "it was started again, and its part of the job is gone")
+        if told:
+            self.journal.add(map(Progress, told), durable=False)
+
+    def _have_come(self) -> list[str]:
+        """Sites that would get the job if it was submitted again, if there is somebody to do that."""
+        if self._presence is None or not self._is_followed:
+            return []
+        return [site for site in self._presence.returned if not self._watch.has_failed(site)]
+
+    @property
+    def _is_followed(self) -> bool:
+        """Whether an operator asks for the journal."""
+        return time.monotonic() - self._asked_for_journal < _SECONDS_TO_ASK_AGAIN
+
+    def _wait_for_return(self) -> None:
+        """Some sites were lost without which a round cannot be: they may be about to start again."""
+        begun = time.monotonic()
+        while self._presence and self._is_followed and not self._have_come():
+            waited = time.monotonic() - begun
+            if waited > _SECONDS_TO_RETURN or (waited > _SECONDS_TO_SEE and not self._presence.may_return):
+                return
+            if self.abort_signal.triggered:
+                raise _AbortedError
+            time.sleep(self._task_check_period)
+
+    # A round.
+
+    def open(self, folder: Path) -> None:
+        """Take up the state in the folder, or begin one there."""
+        self.state = ServerState(folder)
+        self.journal = Journal(folder / JOURNAL_FILE)
+
+    def play_round(self, number: int) -> None:
+        """One round (0-based), from the global model to the next one on the disk."""
+        self.finish_round(number, self._ask(TRAIN_TASK, number, self._updated, self._odd_updates))
+
+    def finish_round(self, number: int, updates: Mapping[str, SiteUpdate]) -> None:
+        """Score the model that was sent, and make the next one."""
+        said = {site: update.message for site, update in updates.items()}
+        self.score(said)
+        progress = self.state.progress
+        points = {site: points_of(site, message.points) for site, message in said.items()}
+        trained = {site: message.samples for site, message in said.items()}
+        self.journal.add(merged_train_loss(points, trained, progress.samples, number + 1))
+        average, control = TokenWeightedAverage(self._shapes), TokenWeightedAverage()
+        for site, update in updates.items():
+            progress.first = update.message.first
+            self._note_records(site, update.message.records)
+            average.add(site, update.take_tensors(), update.message.tokens, whole=update.message.kind == Kind.FULL)
+            if update.directions:
+                control.add(site, update.take_directions(), 1)
+        self._apply(average)
+        self._turn(control)
+        for site, samples in trained.items():
+            progress.samples[site] = progress.samples.get(site, 0) + samples
+        progress.finished = number + 1
+        self.state.commit_round(self._optimizer.kept() if self._optimizer else self._control)
+        self._holders = set(updates)
+        self.journal.add([RoundDone(number + 1)])
+
+    def score(self, scores: Mapping[str, ScoreMessage]) -> None:
+        """Write down how good the model is that the sites were given, and whether it is the best so far."""
+        progress = self.state.progress
+        points = [point for site, score in scores.items() for point in points_of(site, score.points)]
+        whole = merged_val_loss(points, progress.finished, sum(progress.samples.values()))
+        self.journal.add([whole, *points])
+        loss = whole.value
+        self.info(f"val_loss {loss:.4f} after {progress.finished} rounds")
+        if progress.finished > 0 and (progress.best_loss is None or loss < progress.best_loss):
+            progress.best_loss, progress.best_round = loss, progress.finished
+
+    @property
+    def _shapes(self) -> dict[str, tuple[int, ...]] | None:
+        """Of the global model, if there is one."""
+        return {name: tuple(tensor.shape) for name, tensor in self._weights.items()} or None
+
+    # What a site says.
+
+    def _records(self, site: str) -> int | None:
+        """That the site trains on: as the job says, or as the site itself said first."""
+        return self._limits.records.get(site) or self.state.progress.records.get(site)
+
+    def _note_records(self, site: str, records: int) -> None:
+        if self._records(site) is None:
+            self.state.progress.records[site] = records
+            self.journal.add([Progress(f"{site} · says that it trains on {records:,} records of its own")])
+
+    def _scored(self, site: str, result: FLModel) -> ScoreMessage:
+        score = self._limits.score(result.meta, self._number, self._records(site))
+        self._require_as_said_before(site, score)
+        return score
+
+    def _updated(self, site: str, result: FLModel) -> SiteUpdate:
+        """Raises ValueError for what cannot be used."""
+        message = self._limits.update(result.meta, self._number, self._records(site))
+        self._require_as_said_before(site, message)
+        expected = Kind.CHANGE if self._weights else Kind.FULL
+        if message.kind != expected:
+            raise ValueError(f"sent {message.kind!r} where {str(expected)!r} was to come; are the versions the same?")
+        update = SiteUpdate(message, result.params, self._shapes, self._wire, self.algorithm["name"] == "scaffold")
+        if self.state.progress.finished and message.first != self.state.progress.first:
+            raise ValueError(other_start("the sites before"))
+        others = [other for other, start in self._starts.items() if start != update.start]
+        if others and self.min_sites == len(self.sites):  # else it is seen who is right when all have answered
+            raise ValueError(other_start(", ".join(others)))
+        if not self._weights:
+            self._starts[site] = update.start
+        return update
+
+    def _refuse(self, site: str, error: ValueError, what: str = "") -> None:
+        """Go on without a site that has said what cannot be used; what makes models go astray is told beside."""
+        astray = isinstance(error, NotFiniteError)
+        self._watch.refuse(site, f"{error}; {self._why_infinite}" if astray else f"{what}{error}")
+
+    def _require_as_said_before(self, site: str, score: ScoreMessage) -> None:
+        """A point that came while the site worked is written down already."""
+        for point in score.points:
+            before = self._words.get((site, point.name, point.round, point.step), point)
+            if before.model_copy(update={"time": point.time}) != point:
+                raise ValueError(
+                    f"{point.name}: found {point.measured}, which the site had said to be {before.measured}"
+                )
+
+    def _odd_scores(self, scores: Mapping[str, ScoreMessage]) -> dict[str, str]:
+        """Sites whose word is not that of the others, and why; raises ValueError where nobody can say who is right."""
+        losses = {site: score.named(VAL_LOSS)[0] for site, score in scores.items()}
+        return differing_scores(losses, self._limits.precision)
+
+    def _odd_updates(self, updates: Mapping[str, SiteUpdate]) -> dict[str, str]:
+        """The same for updates."""
+        odd = differing_starts({site: update.start for site, update in updates.items()}) if not self._weights else {}
+        left = {site: update for site, update in updates.items() if site not in odd}
+        odd |= self._odd_scores({site: update.message for site, update in left.items()})
+        if not self.max_update_ratio:
+            return odd
+        left = {site: update for site, update in left.items() if site not in odd}
+        steps = {site: self._limits.work.steps(update.message.records) for site, update in left.items()}
+        norms = {site: update.norm for site, update in left.items()}
+        odd |= outsized_updates(norms, steps, self.max_update_ratio)
+        directions = {site: update.norm_of_directions for site, update in left.items()}
+        return outsized_updates(directions, steps, self.max_update_ratio) | odd
+
+    def _begin(self) -> None:
+        if self.package and (wrong := other_version(self.package, "server")):
+            raise ValueError(wrong)
+        if self.state.progress.finished:
+            self._weights = self.state.weights()
+        elif self.base_model:
+            weights = read_nemo_weights(own_base_model(Path(self.base_model), os.environ))
+            self._weights = self.state.write_weights(0, weights, weights.pop)  # there they take no memory
+            give_back_freed_memory()
+        if self.algorithm["name"] == "scaffold":
+            self._control = self.state.algorithm()
+
+    def _ask(
+        self,
+        task: str,
+        number: int,
+        take: Callable[[str, FLModel], T],
+        compare: Callable[[Mapping[str, T]], dict[str, str]],
+    ) -> dict[str, T]:
+        """Give all sites a task of a round, and take each result as it arrives; returns them by site.
+
+        `take` and `compare` say what cannot be used: by raising ValueError, and of whom and why. Raises
+        NotEnoughSitesError, ValueError, or what `take` raises beside.
+        """
+        connected = {client.name for client in self.engine.get_clients()}
+        self._number, self._words, self._starts = number, {}, {}
+        self._watch.begin(connected)
+        results: dict[str, T] = {}
+        errors: list[Exception] = []
+
+        def received(result: FLModel) -> None:
+            with self._lock:
+                site = result.meta["client_name"]
+                self._watch.heard(site)
+                if site in self._watch.refused:
+                    return
+                try:
+                    if failure := failure_of(result.meta):
+                        self._watch.failed(site, failure)
+                        return
+                    results[site] = take(site, result)
+                except ValueError as error:
+                    self._refuse(site, error)
+                    return
+                except Exception as error:  # NVFlare logs what a callback raises, and goes on
+                    errors.append(error)
+                    return
+                result.params = None
+                self._watch.done(site)
+
+        for kind, targets in self._recipients(connected).items():
+            message = FLModel(
+                params={**(self._weights if kind == Kind.FULL else self._change), **self._control},
+                params_type=ParamsType.FULL,
+                current_round=number,
+                total_rounds=self.num_rounds,
+                meta={KIND_KEY: str(kind), VERSION_KEY: VERSION, EXECUTIONS_KEY: self.state.executions()},
+            )
+            self.send_model(task_name=task, targets=targets, data=message, callback=received)
+        while not errors and self._watch.waits(self.min_sites) and self.get_num_standing_tasks():
+            if self.abort_signal.triggered:
+                raise _AbortedError
+            time.sleep(self._task_check_period)
+        self.cancel_all_tasks()
+        while self.get_num_standing_tasks() and not self.abort_signal.triggered:  # aborted, nobody ends them any more
+            time.sleep(self._task_check_period)
+        if self.abort_signal.triggered:
+            raise _AbortedError
+        if len(results) < self.min_sites and not errors and not self._watch.refused:
+            self._wait_for_return()
+        what = "the last model's score" if task == VALIDATE_TASK else f"round {number + 1}"
+        with self._lock:
+            if errors:
+                raise errors[0]
+            if len(results) >= self.min_sites:
+                try:
+                    odd = compare(results)
+                except ValueError as error:
+                    raise ValueError(f"{what}: {error}") from error
+                for site, why in odd.items():
+                    self._watch.refuse(site, why)
+            for site in self._watch.refused:
+                results.pop(site, None)
+            self._settle(what, number, results)
+            return dict(sorted(results.items()))
+
+    def _settle(self, what: str, number: int, results: Collection[str]) -> None:
+        """Say which sites a round goes on without; raise why it cannot."""
+        refused = self._watch.refused
+        few = len(results) < self.min_sites
+        if few and refused:
+            raise ValueError("\n".join(f"{what}: {site}: {why}" for site, why in sorted(refused.items())))
+        missed = [self._watch.missed(site, number + 1) for site in self.sites if site not in results]
+        if few and (sites := self._have_come()):
+            raise _RegroupError(sites)
+        if few or number < self.num_rounds:
+            self.journal.add(missed)
+        else:
+            self.journal.add(Progress(f"{one.site} · is not in {what}: {one.reason}") for one in missed)
+        if few:
+            raise NotEnoughSitesError(
+                f"{what} has results of {len(results)} of {len(self.sites)} sites; min_sites is {self.min_sites}"
+            )
+
+    def _recipients(self, connected: set[str]) -> dict[Kind, list[str]]:
+        """Who gets what: the last change is for sites that have the model to which it is added."""
+        holders = self._holders & connected if self._change else set()
+        groups = {Kind.CHANGE: sorted(holders), Kind.FULL: sorted(connected - holders)}
+        return {kind: sites for kind, sites in groups.items() if sites}
+
+    def _apply(self, average: TokenWeightedAverage) -> None:
+        """Make the next global model of the averaged results and write it, one tensor after the other."""
+        self._change = {}
+        collect_messages()  # the last task holds the change that it was sent with
+        give_back_freed_memory()
+        number = self.state.progress.finished + 1
+        if not self._weights:
+            first = dict(average.tensors())
+            self._weights = self.state.write_weights(number, first, first.__getitem__)
+            return
+        if self.algorithm["name"] == "fedopt" and self._optimizer is None:
+            self._optimizer = ServerOptimizer(self.algorithm, self._weights, self.state.algorithm())
+
+        def moved(name: str) -> torch.Tensor:
+            weight, mean = self._weights[name], average.mean(name)
+            if mean is None:
+                return weight
+            change = rounded(self._optimizer.change(name, mean) if self._optimizer else mean, self._wire)
+            if self._wire == Wire.BF16_DIFF:
+                self._change[name] = addend(change, name, number)
+            return weight.add(change).to(weight.dtype)
+
+        self._weights = self.state.write_weights(number, dict(self._weights), moved)
+        average.clear()
+        give_back_freed_memory()
+
+    def _turn(self, control: TokenWeightedAverage) -> None:
+        """Move the direction of all sites by what those that answered changed of theirs."""
+        share = len(control.sites) / len(self.sites)
+        for name, mean in control.tensors():
+            change = mean.mul_(share)
+            self._control[name] = self._control[name].add_(change) if name in self._control else change
+
+    # What is written down.
+
+    def _take_progress(self, message: Any) -> None:
+        """What a site says while it works; points may come this way before the result that has them too."""
+        site = self._sender(message)
+        if site is None:
+            return
+        self._watch.heard(site)
+        if site in self._watch.refused:
+            return
+        try:
+            said = self._limits.word(message.payload, self._number)
+        except ValueError as error:
+            self._refuse(site, error, "a message: ")
+            return
+        for point in said.points:
+            self._words.setdefault((site, point.name, point.round, point.step), point)
+        self.journal.add([Progress(f"{site} · {said.text}"), *points_of(site, said.points)], durable=False)
+
+    def _refuse_unreadable(self, message: Any, why: str) -> None:
+        if site := self._sender(message):
+            self._watch.refuse(site, f"its result is none that NVFlare can read: {quoted(why)}")
+
+    def _sender(self, message: Any) -> str | None:
+        """The site whose token NVFlare has found with the message, as it does with results; the log has any other."""
+        token = message.get_header(CellMessageHeaderKeys.TOKEN)
+        for client in self.engine.get_clients():
+            if token and client.token == token:
+                return str(client.name)
+        self.warning(f"nobody of this job has said what came from {message.get_header(MessageHeaderKey.ORIGIN)}")
+        return None
+
+    def _hand_out_journal(self, _topic: str, cmd_data: Any, _fl_ctx: FLContext) -> dict[str, Any]:
+        self._asked_for_journal = time.monotonic()
+        text, offset = self.journal.read(int(cmd_data["offset"]))
+        return {"text": text, "offset": offset}
+
+    # Where things are.
+
+    def _state_folder(self) -> Path:
+        workspace, job_id = self.engine.get_workspace(), self.fl_ctx.get_job_id()
+        root = Path(os.environ.get(STATE_ROOT) or Path(workspace.get_root_dir()) / "fedsft")
+        own = execution_folder(Path(workspace.get_job_meta_path(job_id)), root, job_id)
+        remove_archived(root, but=own)
+        return own
+
+    def _hand_over(self, complete: bool) -> None:
+        """Leave in the job's own folder what is to be fetched."""
+        run_dir, progress = Path(self.get_run_dir()), self.state.progress
+        if complete:
+            _link(self.state.model_file(progress.finished), run_dir / LAST_MODEL)
+            _link(self.state.model_file(progress.best_round), run_dir / BEST_MODEL)
+            self.journal.add([Finished()])
+        _link(self.journal.path, run_dir / JOURNAL_FILE)
+        if complete:
+            self.state.hand_over_to(run_dir)
+
+    def _most_bytes(self) -> int | None:
+        """Of the tensors of a result: those of the model, and of a direction; None before there is a model."""
+        size = sum(max(weight.element_size(), _FLOAT32) * weight.numel() for weight in self._weights.values())
+        return 2 * size + 2 * LARGEST_GAP * len(self._weights) if self._weights else None
+
+    @contextmanager
+    def _offloaded(self) -> Iterator[None]:
+        """Results wait on the disk, beside the state, until they are averaged."""
+        results = self.state.folder / "results"
+        shutil.rmtree(results, ignore_errors=True)  # of a server that was killed
+        with tensors_stored_in(results, self._most_bytes()):
+            yield
+
+
+class _AbortedError(Exception):
+    """Whoever runs the job ended it."""
+
+
+class _RegroupError(Exception):
+    """The job is to be submitted again, for these sites too."""
+
+    def __init__(self, sites: list[str]) -> None:
+        super().__init__(f"{', '.join(sites)}: not in this job; it ends to be submitted again")
+        self.sites = sites
+
+
+def _link(source: Path, target: Path) -> None:
+    """Make `target` the content that `source` has now, at no cost where both are on one disk."""
+    fresh = target.with_suffix(".new")
+    fresh.unlink(missing_ok=True)
+    try:
+        os.link(source, fresh)
+    except OSError:
+        shutil.copyfile(source, fresh)
+    os.replace(fresh, target)

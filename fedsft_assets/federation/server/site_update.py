@@ -1,0 +1,76 @@
+"""What a site sends of its model in a round, checked as it arrives: tensors of the model, in numbers that travel."""
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import torch
+
+from fedsft_assets.federation.protocol.messages import CONTROL, Kind, Wire
+from fedsft_assets.federation.protocol.site_messages import UpdateMessage
+from fedsft_assets.federation.server.aggregation import norm_of, other_tensors, plain, shapes_of
+from fedsft_assets.federation.transport.buffers import StoredTensor
+from fedsft_assets.federation.transport.receiving import BrokenTensor
+
+Tensors = dict[str, Any]  # whose values are torch's, or lie in a file
+
+
+class SiteUpdate:
+    """`message` stands beside the tensors; `norm` is that of all of them together."""
+
+    def __init__(
+        self,
+        message: UpdateMessage,
+        params: object,
+        of_model: Mapping[str, tuple[int, ...]] | None,
+        wire: Wire,
+        sends_directions: bool,
+    ) -> None:
+        """`of_model` are the shapes of the global model, None where the sites make the first one.
+
+        Raises ValueError that says what is not as it must be.
+        """
+        self.message = message
+        sent = _checked(params, message.kind, wire)
+        self.directions = {name: sent.pop(name) for name in list(sent) if name.startswith(CONTROL)}
+        self._tensors = sent
+        self._shapes = shapes_of(sent)
+        wrong = other_tensors(self._shapes, of_model, whole=message.kind == Kind.FULL) if of_model is not None else None
+        allowed = {f"{CONTROL}{name}": shape for name, shape in (of_model or self._shapes).items()}
+        of_directions = shapes_of(self.directions)
+        wrong = wrong or other_tensors(of_directions, allowed if sends_directions else {}, whole=False)
+        if wrong:
+            raise ValueError(wrong)
+        self.norm = norm_of(sent)
+        self.norm_of_directions = norm_of(self.directions)
+
+    @property
+    def start(self) -> Hashable:
+        """What sites that begin with a model of their own must have in common."""
+        return self.message.first, tuple(sorted(self._shapes.items()))
+
+    def take_tensors(self) -> Tensors:
+        """Those of the model, which are then the caller's alone."""
+        taken, self._tensors = self._tensors, {}
+        return taken
+
+    def take_directions(self) -> Tensors:
+        """Those of the site's direction, with the prefix of their names; the same."""
+        taken, self.directions = self.directions, {}
+        return taken
+
+
+def _checked(params: object, kind: str, wire: Wire) -> Tensors:
+    if not isinstance(params, dict) or not all(isinstance(name, str) for name in params):
+        raise ValueError(f"params: found {type(params).__name__}, expected tensors by their names")
+    for name, tensor in params.items():
+        changes = kind == Kind.CHANGE or name.startswith(CONTROL)
+        floating = torch.bfloat16 if changes and wire == Wire.BF16_DIFF else torch.float32
+        if isinstance(tensor, BrokenTensor):
+            raise ValueError(f"{plain(name)}: {tensor.why}")
+        if not isinstance(tensor, torch.Tensor | StoredTensor):
+            raise ValueError(f"{plain(name)}: found {type(tensor).__name__}, expected a tensor")
+        if isinstance(tensor, torch.Tensor) and (tensor.layout != torch.strided or tensor.is_meta):
+            raise ValueError(f"{plain(name)}: found a tensor without its numbers, expected all of them")
+        if tensor.dtype.is_complex or (tensor.dtype.is_floating_point and tensor.dtype != floating):
+            raise ValueError(f"{plain(name)}: found numbers in {tensor.dtype}, expected {floating}")
+    return dict(params)

@@ -1,0 +1,75 @@
+"""Which precision a site computes in: the plan's, or, where that is `auto`, one that is decided once in an execution.
+
+A trainer that is started again, on whatever machine, finds it in the site's state: the rest of a job's curves would
+else be computed otherwise than what is there of them.
+"""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import get_args
+
+from fedsft_assets.federation.protocol.whole_file import whole_file
+from fedsft_assets.federation.site.cpu_slots import turn
+from fedsft_assets.federation.site.ranks import word_of_rank_0
+from fedsft_assets.model.language_model import LanguageModel
+from fedsft_assets.model.training.batches import Tokens
+from fedsft_assets.model.training.devices import require_devices
+from fedsft_assets.model.training.precision_trial import Trial, faster_precision
+from fedsft_assets.specs.job import Precision
+from fedsft_assets.specs.plan import SitePlan
+
+_FILE, _FIELD = "precision.json", "precision"
+_DECIDED = [precision for precision in get_args(Precision) if precision != "auto"]
+
+
+class SitePrecisionError(RuntimeError):
+    """What a site keeps of an execution does not say what it computes in."""
+
+
+def site_precision(
+    model: LanguageModel, tokens: Sequence[Tokens], plan: SitePlan, state: Path | None, waiting: Callable[[], object]
+) -> Trial:
+    """The precision for this execution, and why; of several devices, rank 0 decides.
+
+    `state` is the folder of the site's state, kept from one trainer to the next; `waiting` is called once a minute
+    while others have their turn. Raises SitePrecisionError that names the file, and OSError.
+    """
+    if plan.training.precision != "auto":
+        return Trial(plan.training.precision, "")
+
+    def decide() -> str:
+        trial = _kept(state / _FILE) if state else None
+        if trial is None:
+            with turn(waiting):
+                trial = faster_precision(model, tokens, plan)
+            if state:
+                _keep(state / _FILE, trial.precision)
+        return json.dumps(trial)
+
+    if plan.training.devices == 1:
+        return Trial(*json.loads(decide()))
+    require_devices(plan.training.devices, int(os.environ.get("WORLD_SIZE", "1")))
+    return Trial(*json.loads(word_of_rank_0("precision", decide)))
+
+
+def _kept(path: Path) -> Trial | None:
+    if not path.exists():
+        return None
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))[_FIELD]
+    except (ValueError, TypeError, KeyError):
+        said = path.read_text(encoding="utf-8", errors="replace")
+    if said not in _DECIDED:
+        raise SitePrecisionError(
+            f"{path}: {_FIELD}: found {said!r}, expected one of {', '.join(_DECIDED)}; write the one that this"
+            " site's log of the job names"
+        )
+    return Trial(said, "as decided when this execution began")
+
+
+def _keep(path: Path, precision: Precision) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as file:
+        file.write(json.dumps({_FIELD: precision}).encode())

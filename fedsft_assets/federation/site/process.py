@@ -1,0 +1,153 @@
+"""The process that NVFlare starts at a site: it hands models from the server to the site's trainer, and results back.
+
+It needs NVFlare and `fedsft_assets.model`, nothing of Dagster or MLflow. What the site is told stands in
+one file of the job folder, `plan.json`.
+"""
+
+import argparse
+import gc
+import json
+import os
+import sys
+import time
+import traceback
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+from fedsft_assets.federation.protocol.messages import other_version
+from fedsft_assets.federation.protocol.phases import JOB_STARTED, PhaseClock
+from fedsft_assets.federation.protocol.points import Point, points_to_data
+from fedsft_assets.federation.site.cpu_slots import turn
+from fedsft_assets.federation.site.failure_log import FAILURE_MARK
+from fedsft_assets.federation.site.files import with_own_files
+from fedsft_assets.federation.site.ranks import Followers, Task, start_all
+from fedsft_assets.specs.plan import SitePlan
+
+if TYPE_CHECKING:
+    from fedsft_assets.federation.site.trainer import SiteTrainer
+
+# When one of several processes dies, the others fail because they lost it. Torchrun ends them within this time, so
+# that only the one that failed first is heard.
+_SECONDS_TO_BE_ENDED = 3.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train at one site of a job.")
+    parser.add_argument("--plan", type=Path, required=True, help="the site's plan.json")
+    try:
+        _work(SitePlan.model_validate_json(parser.parse_args().plan.read_text(encoding="utf-8")))
+    except Exception as error:
+        said = traceback.format_exc()
+        if _is_end_of_job(error):  # no failure of this trainer, and so no reason not to try the job again
+            sys.exit(f"NVFlare has ended the job: {error}")
+        if "RANK" in os.environ:
+            time.sleep(_SECONDS_TO_BE_ENDED)
+        print(f"{FAILURE_MARK}{json.dumps(said)}", flush=True)
+        _give_up(said)
+        sys.exit(1)
+
+
+def _work(plan: SitePlan) -> None:
+    if plan.training.devices > 1:
+        start_all(plan.training.devices, Path.cwd())
+    clock = started_clock()
+    with clock.phase("import"):
+        import nvflare.client as flare
+
+        from fedsft_assets.federation.connections.local_driver import use_local_driver
+        from fedsft_assets.federation.site.global_model import ExchangeError
+        from fedsft_assets.federation.site.state import site_state_folder
+        from fedsft_assets.federation.site.trainer import SiteTrainer
+        from fedsft_assets.federation.transport.install import send_tensors_as_streams
+    if _leads():
+        use_local_driver()
+        send_tensors_as_streams()
+        flare.init()  # first of all: NVFlare waits for it, and a large model takes its time
+    if wrong := other_version(plan.package, "site"):
+        raise ExchangeError(f"{plan.site}: {wrong}")
+    with clock.phase("load"):
+        plan = with_own_files(plan, os.environ)
+    trainer = SiteTrainer(plan, clock, partial(_tell, plan.site), site_state_folder(Path.cwd().parent, plan.site))
+    gc.freeze()  # what is loaded by now stays: collections need not look through it again
+    followers = Followers() if plan.training.devices > 1 else None
+    if trainer.devices.rank == 0:
+        _lead(trainer, followers)
+    elif followers:
+        for task in followers.tasks():
+            trainer.follow(task)
+    if followers:
+        followers.part()
+
+
+def _lead(trainer: "SiteTrainer", followers: Followers | None) -> None:
+    """Do what NVFlare asks for until the job ends, together with the site's other devices if there are any."""
+    import nvflare.client as flare
+
+    while flare.is_running():
+        with trainer.clock.phase("transfer"):
+            received = flare.receive()
+        if received is None:
+            break
+        evaluates = flare.is_evaluate()
+        if followers:
+            followers.tell(Task("evaluate" if evaluates else "train", received.current_round))
+        with turn(lambda: _tell(trainer.plan.site, "waits for its turn on this machine", [])):
+            result = trainer.evaluate(received) if evaluates else trainer.train(received)
+        with trainer.clock.phase("transfer"):
+            flare.send(result)
+    if followers:
+        followers.tell(None)
+
+
+def _is_end_of_job(error: Exception) -> bool:
+    """Whether NVFlare broke off, because of something elsewhere, what this trainer was doing with it."""
+    from nvflare.client.cell.attach_session import TrainerSessionError
+
+    return isinstance(error, TrainerSessionError)
+
+
+def _leads() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _tell(site: str, text: str, points: list[Point]) -> None:
+    """Print a line for the site's own log, and send it to the server with its points."""
+    import nvflare.client as flare
+    from nvflare.apis.analytix import AnalyticsDataType
+
+    from fedsft_assets.federation.protocol.messages import PROGRESS_RECORD
+
+    print(f"{site} · {text}", flush=True)
+    said = json.dumps({"text": text, "points": points_to_data(points)})
+    flare.log(PROGRESS_RECORD, said, AnalyticsDataType.TEXT)
+
+
+def _give_up(why: str) -> None:
+    """Tell the server why this site can do nothing more, as the result of the task that it has, or gets next."""
+    if not _leads():
+        return
+    import nvflare.client as flare
+    from nvflare.app_common.abstract.fl_model import FLModel
+
+    from fedsft_assets.federation.protocol.messages import FAILURE_KEY
+
+    try:
+        flare.receive()
+        flare.send(FLModel(metrics={}, meta={FAILURE_KEY: why}))
+    except Exception:
+        print(f"the server could not be told:\n{traceback.format_exc()}", flush=True)
+
+
+def started_clock() -> PhaseClock:
+    """A clock that has counted from the start of the job, if that is known, else of this process."""
+    clock = PhaseClock()
+    started = float(os.environ.get(JOB_STARTED) or psutil.Process().create_time())
+    clock.add("start", max(0.0, time.time() - started))
+    return clock
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The process between Dagster and a running job."""

@@ -1,0 +1,91 @@
+"""Makes the checkpoint of a job of the weights that its server left, and scores it.
+
+A process of its own, so that the supervisor needs nothing of the model, and so that it is forked where others were.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fedsft_assets.federation.job_folder import home_of, read_plans
+from fedsft_assets.federation.protocol.events import JobError
+from fedsft_assets.federation.protocol.job_report import MODEL_FILE
+from fedsft_assets.federation.runtimes.simulator.forked_python import LOST
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What is known of a checkpoint: its scores on the testing split, digests of its content and its base model's."""
+
+    test_loss: float
+    perplexity: float
+    digest: str
+    base_model_digest: str
+
+
+def make_checkpoint(
+    command: list[str], environment: dict[str, str], job_folder: Path, weights: Path, testing_file: Path, into: Path
+) -> Checkpoint:
+    """Write the checkpoint's files into the folder `into`, by a process that `command` starts.
+
+    Raises JobError, whose `lost` is true if that process was killed or could not be forked, or OSError for what this
+    machine lacks, such as space on the disk.
+    """
+    arguments = [str(path) for path in (job_folder, weights, testing_file, into)]
+    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, check=False)
+    if done.returncode == os.EX_IOERR:
+        raise OSError(done.stderr.strip().splitlines()[-1])
+    if done.returncode:
+        raise JobError(
+            f"the checkpoint could not be made (exit code {done.returncode}):\n{done.stderr[-4000:].strip()}",
+            lost=done.returncode < 0 or done.returncode == LOST,
+        )
+    return Checkpoint(**json.loads(done.stdout))
+
+
+def _make(job_folder: Path, weights: Path, testing_file: Path, into: Path) -> Checkpoint:
+    import torch
+
+    from fedsft_assets.model.archive.nemo_archive import content_digest
+    from fedsft_assets.model.language_model import LanguageModel
+    from fedsft_assets.model.split_loss import split_loss
+
+    plan = read_plans(job_folder)[0].located(home_of(job_folder))
+    model = LanguageModel.load(plan.base_model)
+    trained = torch.load(weights, map_location="cpu", weights_only=True, mmap=True)
+    if plan.training.peft:
+        from fedsft_assets.model.training.lora import ADAPTER_FOLDER, add_adapters
+
+        adapters = add_adapters(model, plan.training.peft, plan.seed)
+        model.load_weights(trained)
+        adapters.save(into / ADAPTER_FOLDER)
+        adapters.merge()
+    else:
+        model.load_weights(trained)
+    archive = into / MODEL_FILE
+    model.save(archive)
+    test = split_loss(archive, testing_file, plan)
+    return Checkpoint(test.loss, test.perplexity, content_digest(archive), content_digest(plan.base_model))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make the checkpoint of a job, and print what is known of it as JSON.")
+    for name in ("job_folder", "weights", "testing_file", "into"):
+        parser.add_argument(name, type=Path)
+    args = parser.parse_args()
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # whatever libraries print
+            made = _make(args.job_folder, args.weights, args.testing_file, args.into)
+    except OSError as error:
+        print(error, file=sys.stderr)
+        sys.exit(os.EX_IOERR)
+    print(json.dumps(asdict(made)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""Starting the supervisor of a job, listening to it, and making sure that nothing of it stays behind."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from fedsft_assets.federation.job_folder import JobFolderError, home_of, read_plans, read_spec, verify_job_folder
+from fedsft_assets.federation.protocol.events import Event, Failed, JobError, decode
+from fedsft_assets.federation.protocol.job_report import JobReport
+from fedsft_assets.federation.protocol.messages import STUDY_HOME
+from fedsft_assets.federation.runtimes.processes import MARK, execution_mark, stop_marked
+from fedsft_assets.federation.supervisor.workspace import Execution, Workspace, Workspaces
+from fedsft_assets.files import folder_digest
+from fedsft_assets.process_env import child_environment
+from fedsft_assets.versions import existing
+
+_SECONDS_TO_ABORT = 14.0  # a FLARE job takes half as long to end
+
+
+@contextmanager
+def held_workspace(
+    job_folder: Path, workspaces: Path, runtime: str, say: Callable[[str], object]
+) -> Iterator[tuple[Workspace, Execution]]:
+    """The workspace of this very job folder in that runtime, and the execution to bring to its end in it.
+
+    `workspaces` is the folder of all workspaces of the job. As long as the block lasts, nobody else works in this one:
+    who wants to execute the same waits, and says so. Those of other job folders are left alone, but for FLARE jobs that
+    nobody follows any more: they are ended before the next one is submitted, since sites are for one at a time. Raises
+    JobError as `begin_execution` does.
+    """
+    subject = _subject(job_folder, runtime)
+    everyone = Workspaces(workspaces)
+    workspace = everyone.of(subject)
+
+    def waiting() -> None:
+        say("waiting for another run that executes the same job with the same inputs")
+
+    with workspace.held(waiting=waiting):
+        abandoned = {}
+        for other in everyone.abandoned():
+            last = other.execution()
+            if last and last.subject.get("runtime") == runtime and last.unfinished_jobs:
+                abandoned[other] = last
+        superseded = [job_id for last in abandoned.values() for job_id in last.unfinished_jobs]
+        execution = _begin(workspace, subject, superseded)
+        for other, last in abandoned.items():
+            other.save(replace(last, stopped=True, superseded=[]))
+        yield workspace, execution
+
+
+def begin_execution(job_folder: Path, workspace: Path, runtime: str) -> Execution:
+    """The unfinished execution of this very job folder in that runtime, or else a new one.
+
+    A new one begins in an empty workspace, in which nobody but the caller works. Raises JobError if the job folder or
+    its base model is missing, or not as it was made.
+    """
+    return _begin(Workspace(workspace), _subject(job_folder, runtime))
+
+
+def _begin(workspace: Workspace, subject: dict[str, str], superseded: Sequence[str] = ()) -> Execution:
+    """`superseded` are FLARE jobs to be ended first."""
+    stop_marked(str(workspace.folder))  # what an earlier attempt left, whose parents were all killed
+    return workspace.take_up(subject, superseded)
+
+
+def _subject(job_folder: Path, runtime: str) -> dict[str, str]:
+    """What is executed: the job folder names its base model and its data by their digests."""
+    try:
+        verify_job_folder(job_folder)
+        _require_data(job_folder, runtime)
+        base_model = read_plans(job_folder)[0].located(home_of(job_folder)).base_model.parent
+        if folder_digest(existing(base_model)) != base_model.name:
+            raise JobError(f"{base_model}: is not what it was when it was made; materialize base_model again")
+        return {"runtime": runtime, "job_folder": folder_digest(job_folder), "base_model": base_model.name}
+    except (JobFolderError, FileNotFoundError) as error:
+        raise JobError(str(error)) from error
+
+
+def _require_data(job_folder: Path, runtime: str) -> None:
+    """Raises JobError for sites whose data nobody has who takes part in that runtime."""
+    private = read_spec(job_folder).private_sites
+    plans = [plan.located(home_of(job_folder)) for plan in read_plans(job_folder)]
+    absent = [plan.site for plan in plans if plan.site in private and not plan.training_file.is_file()]
+    if absent and runtime != "production":
+        raise JobError(
+            f"{job_folder}: the data of {', '.join(absent)} is private and not on this machine; run the job where it"
+            " is, in the runtime 'production'"
+        )
+
+
+def run_job(
+    job_folder: Path,
+    workspace: Path,
+    testing_file: Path,
+    into: Path,
+    runtime: str = "simulator",
+    threads: int = 0,
+    environment: dict[str, str] | None = None,
+    execution: Execution | None = None,
+) -> Iterator[Event]:
+    """Run a job to its end, yielding what happens; the last event is the JobReport.
+
+    `job_folder` is a version in the store of a home, where its data and base model are; `execution` is what
+    `begin_execution` gave, if the caller has begun one. An execution that did not come to its end
+    goes on after its last finished round; `Workspace.end` is for the caller, when nothing is left to do. The
+    checkpoint and its report are in `into`. Closing the iterator, or any exception in the caller, stops the job.
+    Raises JobError if the job fails, after all its processes have ended.
+    """
+    if execution is None:
+        begin_execution(job_folder, workspace, runtime)
+    mark = execution_mark(str(workspace))
+    command = [
+        *(sys.executable, "-m", "fedsft_assets.federation.supervisor.supervisor"),
+        *("--job-folder", str(job_folder), "--workspace", str(workspace)),
+        *("--testing-file", str(testing_file), "--into", str(into), "--runtime", runtime, "--threads", str(threads)),
+    ]
+    errors = workspace.with_suffix(".err")
+    errors.parent.mkdir(parents=True, exist_ok=True)
+    last: Event | None = None
+    with errors.open("wb") as stderr:
+        supervisor = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            env={**child_environment(), **(environment or {}), STUDY_HOME: str(home_of(job_folder)), MARK: mark},
+        )
+    try:
+        assert supervisor.stdout is not None
+        for line in supervisor.stdout:
+            last = decode(line)
+            yield last
+        code = supervisor.wait()
+    finally:
+        stop_marked(mark, grace=_SECONDS_TO_ABORT)
+        supervisor.wait()
+    if isinstance(last, Failed):
+        raise JobError(last.reason, last.lost)
+    if code != 0 or not isinstance(last, JobReport):
+        said = errors.read_text(encoding="utf-8", errors="replace").strip()
+        raise JobError(f"the supervisor of the job ended with exit code {code}:\n{said[-4000:]}", lost=code < 0)

@@ -1,0 +1,1 @@
+"""The tensor stream: how models travel between a server and its sites."""

@@ -1,0 +1,1 @@
+"""`.nemo` archives and torch checkpoints, read and written without trust in who made them."""

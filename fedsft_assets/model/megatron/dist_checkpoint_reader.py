@@ -1,0 +1,195 @@
+"""The weights of Megatron-core archives: a folder of torch's distributed checkpoint, read tensor by tensor.
+
+`.metadata` is a pickle of what there is where: it is read as a description, and nothing that it names is
+imported. Each piece of a tensor is a small torch checkpoint of its own inside a `.distcp` file.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedsft_assets.model.archive.safe_pickle import Described, Maker, read_pickle
+from fedsft_assets.model.archive.source import MegatronSource, Member
+from fedsft_assets.model.archive.torch_reader import TYPES, TensorFile, TensorInfo
+from fedsft_assets.model.errors import ModelError
+from fedsft_assets.model.megatron.dist_checkpoint_writer import FOLDER
+
+METADATA = f"{FOLDER}/.metadata"
+
+_LARGEST_METADATA = 64 << 20
+_MOST_PIECES = 50_000
+_MOST_PIECES_OF_A_TENSOR = 2048
+_DESCRIBED = (
+    *("torch.distributed.checkpoint.", "torch.distributed._shard.", "megatron.core.dist_checkpointing."),
+    *("torch.serialization._get_layout", "pathlib.", "_io.BytesIO", "_codecs.encode"),
+)
+_DTYPES = {str(dtype): dtype for dtype in TYPES}
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A block of a tensor, from `offsets` on: `length` bytes from `start` on in the file `name`."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    member: Member
+    start: int
+    length: int
+
+
+class DistributedTensors:
+    """The tensors of a Megatron-core archive; reads as TensorFile does."""
+
+    def __init__(self, source: MegatronSource) -> None:
+        """Read the description. Raises ModelError for one that does not say where every value is, once."""
+        self._where = f"{source.path}: {METADATA}"
+        content = read_pickle(source.content(METADATA, _LARGEST_METADATA), self._where, _known)
+        if not isinstance(content, Described) or not isinstance(content.field("state_dict_metadata"), dict):
+            raise ModelError(f"{self._where}: is no description of a distributed checkpoint")
+        stored = self._stored(content.field("storage_data"))
+        self.tensors: dict[str, TensorInfo] = {}
+        self.others: dict[str, str] = {}
+        self.shared: dict[str, str] = {}
+        self._pieces: dict[str, list[_Piece]] = {}
+        left = _MOST_PIECES
+        for name, value in content.field("state_dict_metadata").items():
+            if not isinstance(name, str) or not isinstance(value, Described):
+                raise ModelError(f"{self._where}: {str(name)[:200]}: is no description of a tensor")
+            if not value.kind.endswith(".TensorStorageMetadata"):
+                self.others[name] = value.kind.rpartition(".")[2]
+                continue
+            self.tensors[name] = info = self._info(name, value)
+            chunks = value.field("chunks")
+            left -= len(chunks) if isinstance(chunks, list) else 0
+            if not isinstance(chunks, list) or len(chunks) > _MOST_PIECES_OF_A_TENSOR or left < 0:
+                raise ModelError(f"{self._where}: {name}: has no pieces, or more than {_MOST_PIECES_OF_A_TENSOR}")
+            self._pieces[name] = [self._piece(source, name, info, chunk, stored) for chunk in chunks]
+            self._require_all(name, info)
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """One tensor, or its rows from the first to before the second, in memory of its own."""
+        info = self.tensors[name]
+        if not info.shape:
+            return self._read_piece(name, self._pieces[name][0], None)
+        first, end = rows or (0, info.shape[0])
+        found = [
+            (piece, max(first, piece.offsets[0]), min(end, piece.offsets[0] + piece.sizes[0]))
+            for piece in self._pieces[name]
+        ]
+        found = [(piece, start, stop) for piece, start, stop in found if start < stop]
+        shape = (end - first, *info.shape[1:])
+        if len(found) == 1:
+            piece, start, stop = found[0]
+            return self._read_piece(name, piece, (start - piece.offsets[0], stop - piece.offsets[0])).view(shape)
+        whole = torch.empty(shape, dtype=info.dtype)
+        for piece, start, stop in found:
+            inner = [slice(at, at + size) for at, size in zip(piece.offsets[1:], piece.sizes[1:], strict=True)]
+            part = self._read_piece(name, piece, (start - piece.offsets[0], stop - piece.offsets[0]))
+            whole[(slice(start - first, stop - first), *inner)] = part
+        return whole
+
+    def _read_piece(self, name: str, piece: _Piece, rows: tuple[int, int] | None) -> Tensor:
+        where = f"{piece.member.name} at {piece.start}: {name}"
+        with TensorFile(piece.member.open(piece.start, piece.length), where) as file:
+            expected = TensorInfo(self.tensors[name].dtype, piece.sizes)
+            if file.tensors.get("") != expected:
+                raise ModelError(f"{where}: expected {expected}, found {file.tensors.get('')}")
+            return file.read("", rows)
+
+    def _stored(self, storage: Any) -> dict[tuple[str, tuple[int, ...]], Described]:
+        """Where pieces are, by the tensor's name and the piece's offsets."""
+        if not isinstance(storage, dict):
+            raise ModelError(f"{self._where}: storage_data: is no description of places")
+        stored = {}
+        for index, place in storage.items():
+            if not isinstance(index, Described) or not isinstance(place, Described):
+                raise ModelError(f"{self._where}: storage_data: is no description of places")
+            name, offset = index.field("fqn"), index.field("offset")
+            if isinstance(name, str) and (offset is None or isinstance(offset, tuple)):
+                stored[name, offset or ()] = place
+        return stored
+
+    def _info(self, name: str, value: Described) -> TensorInfo:
+        properties = value.field("properties")
+        state = properties.state if isinstance(properties, Described) else None
+        dtype = state[0] if isinstance(state, tuple) and state else None
+        if isinstance(state, dict):
+            dtype = state.get("dtype")
+        if not isinstance(dtype, torch.dtype):
+            raise ModelError(f"{self._where}: {name}: its type is not one of {', '.join(_DTYPES)}")
+        return TensorInfo(dtype, self._sizes(name, value.field("size")))
+
+    def _sizes(self, name: str, value: Any) -> tuple[int, ...]:
+        if not isinstance(value, tuple) or any(type(size) is not int or size < 0 for size in value):
+            raise ModelError(f"{self._where}: {name}: has no sizes")
+        return value
+
+    def _piece(
+        self,
+        source: MegatronSource,
+        name: str,
+        info: TensorInfo,
+        chunk: Any,
+        stored: Mapping[tuple[str, tuple[int, ...]], Described],
+    ) -> _Piece:
+        if not isinstance(chunk, Described):
+            raise ModelError(f"{self._where}: {name}: has no pieces")
+        offsets, sizes = self._sizes(name, chunk.field("offsets")), self._sizes(name, chunk.field("sizes"))
+        inside = len(offsets) == len(sizes) == len(info.shape) and all(
+            at + size <= whole for at, size, whole in zip(offsets, sizes, info.shape, strict=True)
+        )
+        place = stored.get((name, offsets))
+        if not inside or place is None:
+            raise ModelError(f"{self._where}: {name}: the piece at {offsets} is outside of the tensor, or nowhere")
+        file, start, length = (place.field(field) for field in ("relative_path", "offset", "length"))
+        # The name is looked up among the archive's own members; no path is made of it.
+        member = source.members.get(f"{FOLDER}/{file}") if isinstance(file, str) else None
+        if member is None:
+            raise ModelError(f"{self._where}: {name}: is in {str(file)[:200]!r}, which is not a file of {FOLDER}/")
+        if type(start) is not int or type(length) is not int or not 0 <= start <= start + length <= member.size:
+            raise ModelError(f"{self._where}: {name}: is outside of {member.name}, which has {member.size} bytes")
+        if place.field("transform_descriptors"):
+            raise ModelError(f"{self._where}: {name}: is transformed by {place.field('transform_descriptors')!r}")
+        if prod(sizes) * info.dtype.itemsize > length:
+            raise ModelError(f"{self._where}: {name}: {sizes} of {info.dtype} are more than its {length} bytes")
+        return _Piece(offsets, sizes, member, start, length)
+
+    def _require_all(self, name: str, info: TensorInfo) -> None:
+        """Pieces that do not overlap, and are as many values as the tensor, are all of it."""
+        pieces = self._pieces[name]
+        if sum(prod(piece.sizes) for piece in pieces) != prod(info.shape) or any(_overlaps(pieces)):
+            raise ModelError(f"{self._where}: {name}: its pieces are not the whole tensor, each value once")
+
+
+def _overlaps(pieces: list[_Piece]) -> Iterator[bool]:
+    # Sorted, a piece overlaps none of those that begin after its first dimension ends.
+    pieces = sorted(pieces, key=lambda piece: piece.offsets)
+    for index, one in enumerate(pieces):
+        for other in pieces[index + 1 :]:
+            if one.offsets and other.offsets[0] >= one.offsets[0] + one.sizes[0]:
+                break
+            yield all(
+                max(a, b) < min(a + n, b + m)
+                for a, n, b, m in zip(one.offsets, one.sizes, other.offsets, other.sizes, strict=True)
+            )
+
+
+def _known(name: str) -> object | None:
+    if name == "torch.Size":
+        return Maker(_size)
+    if name == "collections.OrderedDict":
+        return Maker(OrderedDict[str, Any])
+    if name in _DTYPES:
+        return _DTYPES[name]
+    return Described.maker(name) if name.startswith(_DESCRIBED) else None
+
+
+def _size(sizes: Any) -> tuple[int, ...]:
+    if not isinstance(sizes, tuple | list) or not all(type(size) is int for size in sizes) or len(sizes) > 16:
+        raise ValueError("sizes that are no integers")
+    return tuple(sizes)

@@ -1,0 +1,293 @@
+"""Megatron-GPT archives that NeMo wrote, made into ours: the same model, with GPT-2's names.
+
+Weights stream from archive to archive, one tensor in memory at a time, in the type that they have. NeMo
+and Megatron are not needed. Archives may come from anyone.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from fedsft_assets.model.archive.nemo_archive import CONFIG, LARGEST_CONFIG, WEIGHTS, load_yaml, write_archive
+from fedsft_assets.model.archive.source import MegatronSource, open_source
+from fedsft_assets.model.archive.torch_reader import TensorFile, TensorInfo, type_names
+from fedsft_assets.model.errors import ModelError
+from fedsft_assets.model.megatron import dist_checkpoint_reader as megatron_distcp
+from fedsft_assets.model.megatron.config import UNPADDED, MegatronGPT, gpt2_config, read_settings
+from fedsft_assets.model.megatron.dist_checkpoint_reader import DistributedTensors
+from fedsft_assets.model.megatron.layout import CORE, LEGACY, PREFIX, GPTShape, Layout, Weight, to_hf, weights
+from fedsft_assets.model.megatron.tokenizer import hugging_face_tokenizer, read_tokenizer
+from fedsft_assets.model.progress import ByteProgress
+from fedsft_assets.model.prompt_template import DEFAULT_TEMPLATE
+from fedsft_assets.model.tokenizer.files import tokenizer_files
+from fedsft_assets.model.tokenizer.tiny import EOS
+from fedsft_assets.model.trainable import require_finite_values
+
+_TYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+# What NeMo and Lightning put before the names of a model's weights: `megatron_amp_O2` adds `module.`.
+_BEFORE = re.compile(r"(?:(?:state_dict|model|module)\.)*(?=(?:language_model|embedding|decoder|output_layer)\.)")
+_PARTS = re.compile(r"(?:^|/)(?:mp_rank|tp_rank)_\d+")
+# States of fp8 layers and of optimizers, which are no weights, and the plain values of a trainer.
+_HARMLESS = re.compile(r"(?:^|.*\.)_extra_state(?:/.*)?|(?:chained_\d+\.)?optimizer(?:_states)?[./].*")
+_PLAIN_VALUES = ("NoneType", "int", "float", "str", "bool", "list", "tuple")
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """What an imported model is. `bytes` are those of the weights written, `tokens` the tokenizer's, of which
+    the embeddings may have more rows (`shape.vocabulary`), so that their number is a multiple of 128."""
+
+    layout: Layout
+    shape: GPTShape
+    tokens: int
+    max_length: int
+    activation: str
+    types: tuple[str, ...]
+    bytes: int
+
+    @property
+    def parameters(self) -> int:
+        return self.shape.parameters
+
+
+class Weights(Protocol):
+    """What both kinds of checkpoint are read through."""
+
+    tensors: dict[str, TensorInfo]
+    others: dict[str, str]
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor: ...
+
+
+def is_megatron(settings: Mapping[str, Any]) -> bool:
+    """Whether the content of a `model_config.yaml` is Megatron's, and not that of an archive of ours."""
+    return not _is_own(settings) and "num_layers" in settings and "hidden_size" in settings
+
+
+def _is_own(settings: Mapping[str, Any]) -> bool:
+    return "hf" in settings
+
+
+def read_source_settings(source: MegatronSource) -> dict[str, Any]:
+    """All that `model_config.yaml` says; nothing that it names is imported. Raises ModelError."""
+    return load_yaml(source.text(CONFIG, LARGEST_CONFIG), f"{source.path}: {CONFIG}")
+
+
+def import_megatron(
+    source: Path,
+    into: Path,
+    max_length: int,
+    prompt_template: str = DEFAULT_TEMPLATE,
+    expect: Mapping[str, int] | None = None,
+    say: Callable[[str], object] = lambda _: None,
+) -> ImportReport:
+    """Write the model of a Megatron archive, or of the folder of its files, as the archive `into`.
+
+    `max_length` is cut to the model's positions. `expect` has values that settings must have, such as
+    `num_layers`. `say` gets lines of progress. Raises ModelError that names the archive and what is wrong;
+    then `into` is as it was.
+    """
+    with open_source(source, scratch=into.parent) as opened:
+        return import_opened(opened, into, max_length, prompt_template, expect, say)
+
+
+def import_opened(
+    source: MegatronSource,
+    into: Path,
+    max_length: int,
+    prompt_template: str = DEFAULT_TEMPLATE,
+    expect: Mapping[str, int] | None = None,
+    say: Callable[[str], object] = lambda _: None,
+) -> ImportReport:
+    """`import_megatron` of an archive that is open already."""
+    settings = read_source_settings(source)
+    if _is_own(settings):
+        raise ModelError(f"{source.path}: is no archive of Megatron's but one of this project's; use it as it is")
+    where = f"{source.path}: {CONFIG}"
+    for name, value in (expect or {}).items():
+        if settings.get(name) != value:
+            raise ModelError(f"{where}: {name}: {settings.get(name)!r} is not the {value} of the preset's model")
+    model = read_settings(settings, where)
+    tokenizer = read_tokenizer(source, settings)
+    with _weights(source) as tensors:
+        rows = settings.get(UNPADDED)
+        return _convert(source, tensors, model, tokenizer, rows, into, max_length, prompt_template, say)
+
+
+def _convert(
+    source: MegatronSource,
+    tensors: Weights,
+    model: MegatronGPT,
+    bpe: Tokenizer,
+    token_rows: int | None,
+    into: Path,
+    max_length: int,
+    prompt_template: str,
+    say: Callable[[str], object],
+) -> ImportReport:
+    layout, names = _names(source, tensors)
+    shape = _shape(source, model, bpe, {key: tensors.tensors[name] for key, name in names.items()})
+    places = {
+        f"lm.{weight.hf}": (weight, *_place(source, tensors, weight, layout, shape.layers, names))
+        for weight in weights(shape)
+    }
+    _require_known(source, tensors, {name for _, name, _ in places.values()})
+    shape = replace(shape, vocabulary=_unpadded(source, shape, bpe, token_rows))
+    infos = {
+        f"lm.{weight.hf}": TensorInfo(tensors.tensors[places[f"lm.{weight.hf}"][1]].dtype, weight.hf_shape)
+        for weight in weights(shape)
+    }
+    word, head = "lm.transformer.wte.weight", "lm.lm_head.weight"
+    total = sum(info.nbytes for info in infos.values())
+    if total > source.size:
+        raise ModelError(f"{source.path}: its weights would be {total} bytes, more than the {source.size} of its files")
+    progress = ByteProgress(total, "converted", say)
+
+    def read(name: str) -> Tensor:
+        weight, found, rows = places[name]
+        tensor = tensors.read(found, (0, shape.vocabulary) if name == word else rows)
+        require_finite_values(f"{source.path}: {found}", tensor)
+        progress.add(infos[name].nbytes)
+        return to_hf(weight, tensor[0] if rows else tensor, shape.heads)
+
+    report = ImportReport(
+        layout=layout,
+        shape=shape,
+        tokens=bpe.get_vocab_size(),
+        max_length=min(max_length, shape.positions),
+        activation=model.activation,
+        types=type_names(infos.values()),
+        bytes=total,
+    )
+    say(f"{layout} layout, {report.parameters:,} parameters in {', '.join(report.types)}")
+    write_archive(
+        into,
+        {
+            "hf": gpt2_config(model, shape.positions, shape.vocabulary, bpe.token_to_id(EOS)),
+            "max_length": report.max_length,
+            "prompt_template": prompt_template,
+        },
+        tokenizer_files(hugging_face_tokenizer(bpe)),
+        {**infos, head: infos[word]},
+        read,
+        {head: word},
+    )
+    return report
+
+
+@contextmanager
+def _weights(source: MegatronSource) -> Iterator[Weights]:
+    """The checkpoint in an archive. Raises ModelError if there is none, or only a part of one."""
+    parts = sorted({found[0].strip("/") for name in source.members if (found := _PARTS.search(name))})
+    if parts:
+        raise ModelError(
+            f"{source.path}: {', '.join(parts[:4])}: the model is cut into parts, but only whole ones are read;"
+            " merge it with NeMo's megatron_change_num_partitions.py into one of size 1"
+        )
+    if WEIGHTS in source.members:
+        with TensorFile(source.members[WEIGHTS].open(), f"{source.path}: {WEIGHTS}") as tensors:
+            yield tensors
+    elif megatron_distcp.METADATA in source.members:
+        yield DistributedTensors(source)
+    else:
+        raise ModelError(
+            f"{source.path}: has neither {WEIGHTS} nor {megatron_distcp.METADATA}; not a Megatron archive, or truncated"
+        )
+
+
+def _names(source: MegatronSource, tensors: Weights) -> tuple[Layout, dict[str, str]]:
+    """Which layout it is, and the full name of each tensor by its name in that layout's table."""
+    layout: Layout = LEGACY if any("language_model." in name for name in tensors.tensors) else CORE
+    names: dict[str, str] = {}
+    for name in tensors.tensors:
+        if _HARMLESS.fullmatch(name):
+            continue
+        key = name[found.end() :] if (found := _BEFORE.match(name)) else name
+        key = key.removeprefix("language_model.") if layout == LEGACY else key
+        if key in names:
+            raise ModelError(f"{source.path}: {name} and {names[key]} are the same weight twice")
+        names[key] = name
+    return layout, names
+
+
+def _shape(source: MegatronSource, model: MegatronGPT, bpe: Tokenizer, found: Mapping[str, TensorInfo]) -> GPTShape:
+    """The sizes that the settings say, with the rows of the tables, which only the weights say."""
+    rows = {}
+    for field, name in (("vocabulary", "word_embeddings"), ("positions", "position_embeddings")):
+        info = found.get(f"embedding.{name}.weight")
+        if info is None or len(info.shape) != 2:
+            raise ModelError(
+                f"{source.path}: has no tensor {name}.weight of two dimensions; not a Megatron-GPT archive"
+            )
+        rows[field] = info.shape[0]
+    if rows["vocabulary"] < bpe.get_vocab_size():
+        raise ModelError(
+            f"{source.path}: word_embeddings.weight has {rows['vocabulary']} rows,"
+            f" but the tokenizer has {bpe.get_vocab_size()} tokens"
+        )
+    if rows["positions"] not in model.positions or rows["positions"] < 2:
+        raise ModelError(
+            f"{source.path}: position_embeddings.weight has {rows['positions']} rows, but {CONFIG} says"
+            f" {' and '.join(map(str, model.positions))} (max_position_embeddings, encoder_seq_length)"
+        )
+    return GPTShape(
+        layers=model.layers, hidden=model.hidden, heads=model.heads, ffn=model.ffn,
+        positions=rows["positions"], vocabulary=rows["vocabulary"],
+    )  # fmt: skip
+
+
+def _unpadded(source: MegatronSource, shape: GPTShape, bpe: Tokenizer, rows: int | None) -> int:
+    """Rows of the token table without those that an export of ours filled it up with; all of them in NeMo's own."""
+    if rows is None:
+        return shape.vocabulary
+    if type(rows) is not int or not bpe.get_vocab_size() <= rows <= shape.vocabulary:
+        raise ModelError(
+            f"{source.path}: {CONFIG}: {UNPADDED}: expected a number from {bpe.get_vocab_size()} (tokens)"
+            f" to {shape.vocabulary} (rows), found {rows!r}"
+        )
+    return rows
+
+
+def _place(
+    source: MegatronSource, tensors: Weights, weight: Weight, layout: Layout, layers: int, names: Mapping[str, str]
+) -> tuple[str, tuple[int, int] | None]:
+    """The tensor that a weight is, or is one layer of: then with the rows that it is."""
+    found = [names[name] for name in weight.names(layout) if name in names]
+    stacked = [names[name] for name in weight.stacked_names(layout) if name in names]
+    if len(found) + len(stacked) != 1:
+        wrong = f"is there as {' and as '.join([*found, *stacked])}" if found or stacked else "is missing"
+        raise ModelError(f"{source.path}: {PREFIX[layout]}{weight.names(layout)[0]} {wrong}")
+    name = (found or stacked)[0]
+    info = tensors.tensors[name]
+    if info.dtype not in _TYPES:
+        raise ModelError(f"{source.path}: {name}: {info.dtype} is none of {', '.join(map(str, _TYPES))}")
+    expected = weight.shape if found else (layers, *weight.shape)
+    if info.shape != expected:
+        raise ModelError(
+            f"{source.path}: {name} has shape {info.shape}, but by {CONFIG} and the tables it is {expected}"
+        )
+    return name, None if found or weight.layer is None else (weight.layer, weight.layer + 1)
+
+
+def _require_known(source: MegatronSource, tensors: Weights, used: set[str]) -> None:
+    """Nothing may be left over that could be part of the model."""
+    left = [name for name in tensors.tensors if name not in used and not _HARMLESS.fullmatch(name)]
+    left += [
+        name for name, kind in tensors.others.items() if not _HARMLESS.fullmatch(name) and kind not in _PLAIN_VALUES
+    ]
+    if any(name.endswith("output_layer.weight") for name in left):
+        raise ModelError(
+            f"{source.path}: output_layer.weight: the output layer is not the token table (untied embeddings),"
+            " as it is in GPT-2"
+        )
+    if left:
+        more = f" and {len(left) - 5} more" if len(left) > 5 else ""
+        raise ModelError(f"{source.path}: has tensors that GPT-2 has not: {', '.join(left[:5])}{more}")

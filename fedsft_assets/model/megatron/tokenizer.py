@@ -1,0 +1,111 @@
+"""The GPT-2 tokenizer of a Megatron archive, from the vocabulary and merges inside of it.
+
+Both are data of strangers: sizes and contents are checked, and no name in the settings is looked up elsewhere.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from fedsft_assets.model.archive.nemo_archive import CONFIG
+from fedsft_assets.model.archive.source import MegatronSource
+from fedsft_assets.model.errors import ModelError
+from fedsft_assets.model.tokenizer.tiny import EOS
+
+_LARGEST_FILE = 32 << 20
+_MOST_TOKENS = 1_000_000
+_TYPES = ("GPT2BPETokenizer", "gpt2")
+
+
+def read_tokenizer(source: MegatronSource, settings: Mapping[str, Any]) -> Tokenizer:
+    """GPT-2's byte-level BPE with the archive's vocabulary and merges, and `<|endoftext|>` as a special token.
+
+    Raises ModelError that names the setting, for another kind of tokenizer or files that are not there or
+    do not fit together.
+    """
+    where = f"{source.path}: {CONFIG}: tokenizer"
+    said = settings.get("tokenizer")
+    if not isinstance(said, dict):
+        raise ModelError(f"{where}: expected its library, type and files, found {type(said).__name__}")
+    library, kind = said.get("library"), said.get("type")
+    if library != "megatron" or kind not in _TYPES:
+        wrong = f"type: {kind!r}" if library == "megatron" else f"library: {library!r}"
+        raise ModelError(f"{where}.{wrong} is not read; only the library 'megatron' with the type {_TYPES[0]!r} is")
+    vocabulary = _vocabulary(source, _artifact(source, said, "vocab_file", where))
+    name = _artifact(source, said, "merge_file", where)
+    merges = _merges(source, name)
+    try:
+        bpe = Tokenizer(models.BPE(vocabulary, merges))
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise ModelError(f"{source.path}: {name}: does not fit the vocabulary: {error}") from error
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.add_special_tokens([EOS, *_additional(said, where)])
+    return bpe
+
+
+def hugging_face_tokenizer(bpe: Tokenizer) -> Any:
+    """The tokenizer as transformers has it; `<|endoftext|>` begins, ends and pads, as in GPT-2."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, bos_token=EOS, pad_token=EOS)
+
+
+def _additional(said: Mapping[str, Any], where: str) -> list[str]:
+    """Further special tokens, which NeMo adds to the vocabulary if they are not in it."""
+    special = said.get("special_tokens") or {}
+    tokens = (special.get("additional_special_tokens") if isinstance(special, dict) else special) or []
+    if not isinstance(tokens, list) or len(tokens) > _MOST_TOKENS or not all(t and isinstance(t, str) for t in tokens):
+        raise ModelError(f"{where}.special_tokens: expected a list additional_special_tokens, found {special!r:.200}")
+    return tokens
+
+
+def _artifact(source: MegatronSource, said: Mapping[str, Any], field: str, where: str) -> str:
+    value = said.get(field)
+    name = value.removeprefix("nemo:") if isinstance(value, str) else ""
+    if name not in source.members:
+        raise ModelError(
+            f"{where}.{field}: {value!r} is not a file of the archive; put GPT-2's file into it, and name it there"
+        )
+    return name
+
+
+def _vocabulary(source: MegatronSource, name: str) -> dict[str, int]:
+    where = f"{source.path}: {name}"
+    try:
+        content = json.loads(source.text(name, _LARGEST_FILE))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"{where}: is no JSON: {error}") from error
+    if not isinstance(content, dict) or not 256 <= len(content) <= _MOST_TOKENS:
+        raise ModelError(
+            f"{where}: expected 256 to {_MOST_TOKENS} tokens and their ids, found {type(content).__name__}"
+        )
+    if any(type(value) is not int for value in content.values()) or sorted(content.values()) != list(
+        range(len(content))
+    ):
+        raise ModelError(f"{where}: its ids are not the numbers from 0 to {len(content) - 1}, each once")
+    require_gpt2_tokens(content, where)
+    return content
+
+
+def require_gpt2_tokens(vocabulary: Mapping[str, int], where: str) -> None:
+    """Raises ModelError that begins with `where` for a vocabulary without EOS, or without a byte."""
+    missing = [token for token in (EOS, *pre_tokenizers.ByteLevel.alphabet()) if token not in vocabulary]
+    if missing:
+        raise ModelError(f"{where}: has no {missing[0]!r}, which GPT-2's vocabulary has")
+
+
+def _merges(source: MegatronSource, name: str) -> list[tuple[str, str]]:
+    merges = []
+    for number, line in enumerate(source.text(name, _LARGEST_FILE).split("\n"), 1):
+        if not line.strip() or (number == 1 and line.startswith("#version")):
+            continue
+        first, _, second = line.rstrip("\r").partition(" ")
+        if not first or not second or " " in second:
+            raise ModelError(f"{source.path}: {name}: line {number}: expected two tokens, found {line[:80]!r}")
+        merges.append((first, second))
+    return merges

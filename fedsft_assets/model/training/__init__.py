@@ -1,0 +1,1 @@
+"""One round of training at one site: batches, loss, optimizer, devices."""

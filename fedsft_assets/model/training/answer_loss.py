@@ -1,0 +1,155 @@
+"""From a batch to its loss, in the fastest way that the model at hand allows.
+
+Two things are tried out on each model rather than believed: whether it can be given rows of records
+without padding, and whether its logits are nothing but its output projection. A model that fails is
+trained on padded batches, or through its own forward pass, with the same result. A third trial is
+whether it is causal at all: one that is not is refused.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedsft_assets.model.causality import require_causal
+from fedsft_assets.model.training.batches import Batch, Tokens, pack, pad
+from fedsft_assets.model.training.chunked_loss import head_input, head_loss, head_only_at, summed_cross_entropy
+from fedsft_assets.model.training.packed_attention import packed_attention
+from fedsft_assets.model.training.router_loss import gradient_of, router_coefficient
+from fedsft_assets.model.trial import largest_window, long_ids, some_ids, undisturbed
+
+_TRIED_LENGTHS = (5, 2, 9)
+# Of the largest value. Rounding is below 1e-6; a token that sees another record differs by more than 1e-3.
+_AGREEMENT = 1e-4
+_COMPARED = 8  # tokens at the end of a record
+
+
+class AnswerLoss(nn.Module):
+    """The summed loss of batches under the Hugging Face model `lm`.
+
+    A sum, so that the means over batches, micro-batches and devices can be weighted by tokens. `packs` says
+    whether batches are rows without padding, `plain_head` whether logits are the output projection alone, and `router`
+    what the loss of a mixture's router counts, 0 where it is not trained.
+    """
+
+    def __init__(self, lm: Any, pad_id: int, longest: int | None = None) -> None:
+        """Try the model out. No record will have more than `longest` tokens, if that is given.
+
+        Raises ModelError for a model that sees the tokens that it should predict.
+        """
+        super().__init__()
+        self.lm, self.pad_id = lm, pad_id
+        self.router = router_coefficient(lm)
+        require_causal(lm)
+        with undisturbed(lm):
+            self.plain_head = _has_plain_head(lm)
+            self.packs = _packs(lm, longest)
+
+    def batch(self, tokens: Sequence[Tokens], answer_only: bool = True) -> Batch:
+        """Records as this model takes them."""
+        return pack(tokens, answer_only) if self.packs else pad(tokens, self.pad_id, answer_only)
+
+    @contextmanager
+    def prepared(self) -> Iterator[None]:
+        """Batches go in only within the block; generation works only outside of it."""
+        with packed_attention(self.lm) if self.packs else nullcontext():
+            yield
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The sum of the losses of a batch's targets, in nats; a scalar in fp32.
+
+        In training, its gradient is also that of the router's loss for as many targets; its value never is.
+        """
+        inputs = {"input_ids": batch.input_ids, "use_cache": False}
+        if batch.lengths is not None:
+            inputs.update(position_ids=batch.position_ids, record_lengths=batch.lengths)
+        else:  # each record begins a row, where a model counts by itself: RoBERTa does not begin at 0
+            inputs["attention_mask"] = batch.attention_mask
+        head = self.lm.get_output_embeddings()
+        if self.router and self.lm.training:
+            return self._with_router(head, batch, inputs)
+        if self.plain_head:
+            hidden = self.lm.base_model(**inputs)[0].flatten(0, 1)
+            return head_loss(hidden.index_select(0, batch.positions), head, batch.targets)
+        return summed_cross_entropy(_logits_at(self.lm, inputs, batch.positions), batch.targets)
+
+    def _with_router(self, head: Any, batch: Batch, inputs: dict[str, Any]) -> Tensor:
+        """The same by the model's own forward pass, which alone makes the router's loss."""
+        if self.plain_head:
+            with head_input(head) as hidden:
+                output = self.lm(**inputs, output_router_logits=True)
+            loss = head_loss(hidden[0].flatten(0, 1).index_select(0, batch.positions), head, batch.targets)
+        else:
+            with head_only_at(head, batch.positions) as called:
+                output = self.lm(**inputs, output_router_logits=True)
+            logits = output.logits.flatten(0, 1)
+            loss = summed_cross_entropy(logits if called else logits.index_select(0, batch.positions), batch.targets)
+        return loss + gradient_of(output, self.router * len(batch.targets))
+
+
+def _logits_at(lm: Any, inputs: Mapping[str, Any], positions: Tensor) -> Tensor:
+    """The model's logits [N, V] at `positions` [N] of its flattened inputs."""
+    with head_only_at(lm.get_output_embeddings(), positions) as called:
+        logits = lm(**inputs).logits.flatten(0, 1)
+    return logits if called else logits.index_select(0, positions)
+
+
+def _has_plain_head(lm: Any) -> bool:
+    head = lm.get_output_embeddings()
+    if type(head) is not nn.Linear or lm.base_model is lm:
+        return False
+    ids = some_ids(lm, max(_TRIED_LENGTHS))[None]
+    # Soft caps leave small logits as they are, and those of random weights are small.
+    enlarged = head.register_forward_hook(lambda _module, _args, logits: logits * 1e4)
+    try:
+        hidden = lm.base_model(input_ids=ids, use_cache=False)[0]
+        if hidden.shape[-1] != head.in_features:
+            return False
+        plain = head(hidden)
+        return _agree(lm(input_ids=ids, use_cache=False).logits, plain)
+    finally:
+        enlarged.remove()
+
+
+def _packs(lm: Any, longest: int | None) -> bool:
+    """Whether records give the same in a row as each alone.
+
+    Where attention has a window or chunks that a record can outgrow, one of the records does, and another one
+    comes after it: what a token sees must depend on its place in its record, not in the row.
+    """
+    if not lm._can_set_attn_implementation():
+        return False
+    records = [some_ids(lm, length) for length in _TRIED_LENGTHS]
+    if not _agree_in_a_row(lm, records):
+        return False
+    window = largest_window(lm.config, longest)
+    return window is None or _agree_in_a_row(lm, [records[0], long_ids(lm, window), records[-1]])
+
+
+def _agree_in_a_row(lm: Any, records: list[Tensor]) -> bool:
+    lengths = [len(ids) for ids in records]
+    ends = [torch.arange(max(0, length - _COMPARED), length, device=records[0].device) for length in lengths]
+    starts = [0, *accumulate(lengths)]
+    row = {
+        "input_ids": torch.cat(records)[None],
+        "position_ids": torch.cat([torch.arange(length, device=records[0].device) for length in lengths])[None],
+        "use_cache": False,
+        "record_lengths": lengths,
+    }
+    try:
+        alone = [
+            _logits_at(lm, {"input_ids": ids[None], "use_cache": False}, end)
+            for ids, end in zip(records, ends, strict=True)
+        ]
+        with packed_attention(lm):
+            together = _logits_at(lm, row, torch.cat([end + start for end, start in zip(ends, starts, strict=False)]))
+    except (TypeError, ValueError, RuntimeError):
+        return False  # an argument that it does not know, or a shape that it does not expect
+    return _agree(together, torch.cat(alone))
+
+
+def _agree(one: Tensor, other: Tensor) -> bool:
+    return bool((one - other).abs().max() <= _AGREEMENT * other.abs().max())

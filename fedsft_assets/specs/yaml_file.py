@@ -1,0 +1,73 @@
+"""Files of a user's in YAML: read strictly, checked against a model, wrong fields named."""
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+class SpecError(ValueError):
+    """A job file, model or dataset that says something that cannot be done."""
+
+
+class Spec(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def yaml_files(folder: Path) -> list[Path]:
+    """The YAML files of a folder, by name. Raises SpecError for one with another ending: nobody would miss it."""
+    for path in sorted(folder.glob("[!.]*.*")):
+        if path.suffix != ".yaml" and path.suffix.lower() in (".yml", ".yaml"):
+            raise SpecError(f"{path}: is not read, only files that end in .yaml are; name it {path.stem}.yaml")
+    return sorted(folder.glob("*.yaml"))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's plain values, and an error for a field that occurs twice, of which PyYAML takes the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                name, line = (key.tag, key.value), key.start_mark.line + 1
+                if name in lines:
+                    raise SpecError(f"line {line}: {key.value}: occurs twice, first in line {lines[name]}; remove one")
+                lines[name] = line
+        return node
+
+
+def read_yaml(path: Path, fields: str) -> dict[str, Any]:
+    """The fields of a YAML file, which has some like those. Raises SpecError that names the file."""
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be read: {error.strerror}") from error
+    except SpecError as error:
+        raise SpecError(f"{path}: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path}: is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise SpecError(f"{path}: expected fields like {fields}, found {type(content).__name__}")
+    return content
+
+
+def validated(cls: type[S], path: Path, content: dict[str, Any]) -> S:
+    """What the file says, checked. Raises SpecError with one line for each field that is wrong."""
+    try:
+        return cls.model_validate(content)
+    except ValidationError as error:
+        raise SpecError("\n".join(explain_fields(path, error))) from error
+
+
+def explain_fields(path: Path, error: ValidationError) -> list[str]:
+    lines = []
+    for problem in error.errors():
+        field = ".".join(str(part) for part in problem["loc"]) or "the file"
+        found = "" if problem["type"] == "missing" else f", found {problem['input']!r}"
+        lines.append(f"{path}: {field}: {problem['msg']}{found}")
+    return lines

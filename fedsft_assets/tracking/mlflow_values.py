@@ -1,0 +1,80 @@
+"""Points as MLflow is to have them: which of its runs, under which name, and when two of its values are one.
+
+All curves share one axis: MLflow's `step` is the number of records trained on so far, by all sites in the
+job's run, by the site in its child.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fedsft_assets.federation.protocol.phases import phase_of
+from fedsft_assets.federation.protocol.points import Point
+
+if TYPE_CHECKING:
+    from mlflow.entities import Metric
+
+JOB = ""  # the MLflow run of the job; those of its sites go by the site's name
+
+
+@dataclass(frozen=True)
+class Value:
+    """One value of one metric of an MLflow run. `timestamp` is in milliseconds since the epoch."""
+
+    key: str
+    value: float
+    timestamp: int
+    step: int
+
+    @property
+    def identity(self) -> Hashable:
+        """Equal for two values exactly if they are one to MLflow.
+
+        SQL has no infinity: MLflow keeps the largest number there is instead.
+        """
+        return self.key, self.step, self.timestamp, _kept(self.value)
+
+    @property
+    def metric(self) -> Metric:
+        from mlflow.entities import Metric
+
+        return Metric(self.key, self.value, self.timestamp, self.step)
+
+
+def _kept(value: float) -> str:
+    if math.isinf(value):
+        value = math.copysign(sys.float_info.max, value)
+    return repr(value + 0.0)  # minus zero is zero
+
+
+def value_of(metric: Metric) -> Value:
+    """What MLflow says that it has."""
+    return Value(metric.key, metric.value, metric.timestamp, metric.step)
+
+
+def values_of(point: Point) -> list[tuple[str, Value]]:
+    """The values that a point becomes, each with JOB or the site whose run it belongs to."""
+    timestamp = round(point.time * 1000)
+
+    def value(name: str, number: float) -> Value:
+        return Value(name, number, timestamp, point.samples)
+
+    if point.site is None:
+        own = [(JOB, value(point.name, point.value))]
+        return [*own, (JOB, value("round", float(point.round)))] if point.name == "val_loss" else own
+    own = [(point.site, value(point.name, point.value))]
+    if point.step is None and not phase_of(point.name):
+        own.append((JOB, value(f"{point.name}.{point.site}", point.value)))
+    return own
+
+
+def distinct(points: Iterable[Point]) -> list[Point]:
+    """The points in their order; of those with one identity, because a round was done twice, the first."""
+    first: dict[Hashable, Point] = {}
+    for point in points:
+        first.setdefault(point.identity, point)
+    return list(first.values())

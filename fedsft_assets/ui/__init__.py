@@ -1,0 +1,1 @@
+"""The web user interfaces: who may use them, and the processes that serve them."""

@@ -1,0 +1,121 @@
+"""What the operator's side keeps of an execution, and when it begins another one."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fedsft_assets.federation.supervisor.workspace import Execution, Workspace, Workspaces
+
+SUBJECT = {"runtime": "simulator", "job_folder": "a", "base_model": "b"}
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    return Workspace(tmp_path / "flare" / "fedavg")
+
+
+def test_new_workspace_has_no_execution(workspace: Workspace) -> None:
+    assert workspace.execution() is None
+    workspace.end()
+    assert workspace.execution() is None
+
+
+def test_execution_is_taken_up_again_with_all_that_is_known_of_it(workspace: Workspace) -> None:
+    begun = workspace.take_up(SUBJECT)
+    assert (begun.submissions, begun.job_id, begun.rounds, begun.seconds) == (0, None, 0, 0.0)
+    assert (begun.status, begun.ended) == (None, False)
+    known = workspace.save(replace(begun, submissions=2, job_id="7", rounds=3, seconds=4.5, status="finished"))
+    workspace.journal.write_text("")
+    assert Workspace(workspace.folder).take_up(dict(SUBJECT)) == known
+    assert workspace.journal.exists()
+
+
+@pytest.mark.parametrize("changed", ["runtime", "job_folder", "base_model"])
+def test_execution_of_something_else_begins_anew_in_an_empty_folder(workspace: Workspace, changed: str) -> None:
+    first = workspace.take_up(SUBJECT)
+    workspace.journal.write_text("")
+    (workspace.runtime / "states").mkdir(parents=True)
+    other = workspace.take_up({**SUBJECT, changed: "other"})
+    assert other.id != first.id
+    assert [path.name for path in workspace.folder.iterdir()] == ["execution.json"]
+
+
+def test_what_mlflow_is_to_know_stays_for_the_next_execution(workspace: Workspace) -> None:
+    workspace.take_up(SUBJECT)
+    workspace.tracking_record.write_text("{}")
+    workspace.end()
+    workspace.take_up(SUBJECT)
+    assert workspace.tracking_record.exists()
+
+
+def test_each_subject_has_a_workspace_of_its_own(tmp_path: Path) -> None:
+    workspaces = Workspaces(tmp_path / "flare" / "fedavg")
+    folders = {workspaces.of({**SUBJECT, name: "other"}).folder for name in SUBJECT}
+    assert len({*folders, workspaces.of(SUBJECT).folder}) == 4
+    assert workspaces.of(dict(reversed(SUBJECT.items()))).folder == workspaces.of(SUBJECT).folder
+
+
+_HOLD = """
+import sys, time
+from pathlib import Path
+from fedsft_assets.federation.supervisor.workspace import Workspace
+with Workspace(Path(sys.argv[1])).held():
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_one_process_at_a_time_works_in_a_workspace_and_a_killed_one_lets_go(tmp_path: Path) -> None:
+    workspaces = Workspaces(tmp_path / "flare")
+    workspace = workspaces.of(SUBJECT)
+    waits = []
+    workspace.folder.mkdir(parents=True)
+    with subprocess.Popen([sys.executable, "-c", _HOLD, str(workspace.folder)], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        assert list(workspaces.abandoned()) == []
+        with pytest.raises(BlockingIOError), workspace.held(wait=False):
+            pass
+        with workspace.held(waiting=lambda: waits.append(other.kill())):
+            assert len(waits) == 1
+    assert [found.folder for found in workspaces.abandoned()] == [workspace.folder]
+
+
+def test_ended_execution_is_not_taken_up_again(workspace: Workspace) -> None:
+    first = workspace.take_up(SUBJECT)
+    workspace.journal.write_text("")
+    workspace.end()
+    assert workspace.execution() == replace(first, ended=True)
+    assert workspace.journal.exists()
+    again = workspace.take_up(SUBJECT)
+    assert again.id != first.id
+    assert not workspace.journal.exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"id": "1", "subject": {}, "colour": "red"}', '{"id": "1"}'])
+def test_record_of_another_version_is_nothing_to_go_on_with(workspace: Workspace, content: str) -> None:
+    workspace.folder.mkdir(parents=True)
+    (workspace.folder / "execution.json").write_text(content)
+    assert workspace.execution() is None
+    assert workspace.take_up(SUBJECT).subject == SUBJECT
+
+
+def test_every_execution_has_an_id_of_its_own(tmp_path: Path) -> None:
+    assert len({Workspace(tmp_path / str(k)).take_up(SUBJECT).id for k in range(20)}) == 20
+
+
+def test_every_submission_of_every_execution_has_a_token_of_its_own(tmp_path: Path) -> None:
+    begun = [Workspace(tmp_path / str(k)).take_up(SUBJECT) for k in range(3)]
+    assert len({replace(one, submissions=k).token for one in begun for k in (1, 2, 3)}) == 9
+    assert begun[0].token == replace(begun[0], job_id="7", rounds=3).token
+
+
+def test_record_is_json_that_says_what_is_executed(workspace: Workspace) -> None:
+    execution = workspace.save(Execution("id-1", SUBJECT, job_id="é"))
+    assert json.loads((workspace.folder / "execution.json").read_text())["subject"] == SUBJECT
+    assert workspace.execution() == execution
+    assert [path.name for path in workspace.folder.iterdir()] == ["execution.json"]

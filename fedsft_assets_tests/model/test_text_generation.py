@@ -1,0 +1,386 @@
+"""Answers: the same with and without the cache, alone and in a batch, whole and in pieces; and where they end."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from tokenizers.processors import TemplateProcessing
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from fedsft_assets.model.errors import ModelError
+from fedsft_assets.model.generation_settings import GenerationSettings
+from fedsft_assets.model.text_generation import Turn, chat_tokens, complete, plain_tokens, prompt_room, stream
+from fedsft_assets.model.tokenizer.encode import TextEncoder, front_tokens
+from fedsft_assets.model.tokenizer.tiny import EOS, tiny_tokenizer
+
+POSITIONS = 96
+GREEDY = GenerationSettings(max_new_tokens=40)
+SAMPLED = GenerationSettings(max_new_tokens=20, temperature=1.0, seed=3)
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+ANSWERS = {
+    "what is the colour of grass?": "grass is green",
+    "say it: what is the colour of snow?": "snow is white, and cold",
+    "now tell me, since I would really like to know, what flies?": "a 🚀 does, 日本 says, über all",
+    "blood?": "red",
+}
+QUESTIONS = list(ANSWERS)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    bpe = tiny_tokenizer([f"{question}\n\nAnswer: {answer}" for question, answer in ANSWERS.items()])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, pad_token=EOS)
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def lm(request: pytest.FixtureRequest, tokenizer: Any) -> Any:
+    """A random model, with learned positions or with rotary ones."""
+    return _random(request.param, len(tokenizer))
+
+
+def _random(kind: str, vocabulary: int, **changes: Any) -> Any:
+    torch.manual_seed(5)
+    common = {"vocab_size": vocabulary, "eos_token_id": 0, "bos_token_id": 0, **changes}
+    if kind == "gpt2":
+        config = GPT2Config(n_positions=POSITIONS, n_layer=2, n_embd=48, n_head=3, initializer_range=0.3, **common)
+        return GPT2LMHeadModel(config).eval()
+    config = LlamaConfig(
+        **{"max_position_embeddings": POSITIONS, "hidden_size": 48, "num_hidden_layers": 2, "initializer_range": 0.3},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64, **common},
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def trained(tokenizer: Any) -> Any:
+    """A model that knows its answers by heart."""
+    lm = _random("gpt2", len(tokenizer), resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=3e-3)
+    records = []
+    for question, answer in ANSWERS.items():
+        prompt = plain_tokens(TextEncoder.of(tokenizer), question, "answer")
+        learned = [*tokenizer(f" {answer}", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        records.append((torch.tensor([prompt + learned]), torch.tensor([[-100] * len(prompt) + learned])))
+    for _ in range(150):
+        for ids, labels in records:
+            lm(input_ids=ids, labels=labels).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return lm
+
+
+def _prompts(tokenizer: Any, texts: list[str] = QUESTIONS) -> list[list[int]]:
+    encoder = TextEncoder.of(tokenizer)
+    return [plain_tokens(encoder, text, "answer") for text in texts]
+
+
+@contextmanager
+def _widths_read(lm: Any) -> Iterator[list[int]]:
+    """How many tokens of a row each call of the model is given."""
+    widths: list[int] = []
+    handle = lm.register_forward_pre_hook(
+        lambda _, __, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    try:
+        yield widths
+    finally:
+        handle.remove()
+
+
+def test_a_memorized_answer_comes_back_and_stops_at_eos(trained: Any, tokenizer: Any) -> None:
+    assert complete(trained, tokenizer, _prompts(tokenizer), GREEDY) == list(ANSWERS.values())
+    assert complete(trained, tokenizer, _prompts(tokenizer), GREEDY, batch_size=1) == list(ANSWERS.values())
+
+
+def test_a_batch_ends_when_its_last_answer_does(trained: Any, tokenizer: Any) -> None:
+    with _widths_read(trained) as widths:
+        complete(trained, tokenizer, _prompts(tokenizer), GREEDY)
+    longest = max(len(tokenizer(f" {answer}")["input_ids"]) for answer in ANSWERS.values())
+    assert len(widths) == longest + 1  # and its EOS
+
+
+def test_greedy_answers_are_those_of_hugging_faces_generate(lm: Any, tokenizer: Any) -> None:
+    for prompt in _prompts(tokenizer):
+        expected = lm.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=30,
+            do_sample=False,
+            pad_token_id=0,
+        )[0, len(prompt) :]
+        [answer] = complete(lm, tokenizer, [prompt], replace(GREEDY, max_new_tokens=30))
+        assert answer == tokenizer.decode(expected, skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_answers_are_the_same_with_and_without_the_cache(lm: Any, tokenizer: Any, settings: GenerationSettings) -> None:
+    prompts = _prompts(tokenizer)
+    with _widths_read(lm) as cached:
+        answers = complete(lm, tokenizer, prompts, settings)
+    with _widths_read(lm) as uncached:
+        assert complete(lm, tokenizer, prompts, settings, use_cache=False) == answers
+    assert any(answers)
+    longest = max(map(len, prompts))
+    assert cached == [longest] + [1] * (len(cached) - 1)
+    assert uncached == list(range(longest, longest + len(uncached)))
+
+
+@pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_an_answer_does_not_depend_on_the_other_prompts(lm: Any, tokenizer: Any, settings: GenerationSettings) -> None:
+    prompts = _prompts(tokenizer)
+    together = complete(lm, tokenizer, prompts, settings)
+    assert together == [complete(lm, tokenizer, [prompt], settings)[0] for prompt in prompts]
+    assert together[::-1] == complete(lm, tokenizer, prompts[::-1], settings, batch_size=3)
+    assert len(set(together)) > 1
+
+
+@pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_pieces_of_a_stream_make_up_the_answer(
+    trained: Any, lm: Any, tokenizer: Any, settings: GenerationSettings
+) -> None:
+    for model in (trained, lm):
+        for prompt in _prompts(tokenizer):
+            pieces = list(stream(model, tokenizer, prompt, settings))
+            assert ["".join(pieces)] == complete(model, tokenizer, [prompt], settings)
+
+
+def test_no_piece_of_a_stream_ends_within_a_character(trained: Any, tokenizer: Any) -> None:
+    pieces = list(stream(trained, tokenizer, _prompts(tokenizer)[2], GREEDY))
+    assert "".join(pieces) == ANSWERS[QUESTIONS[2]]
+    assert len(tokenizer("🚀")["input_ids"]) > 1
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert len(pieces) > 5
+
+
+def test_a_stream_gives_the_first_piece_before_it_makes_the_rest(trained: Any, tokenizer: Any) -> None:
+    with _widths_read(trained) as widths:
+        pieces = stream(trained, tokenizer, _prompts(tokenizer)[1], GREEDY)
+        assert widths == []
+        assert ANSWERS[QUESTIONS[1]].startswith(next(pieces))
+        read = len(widths)
+        pieces.close()
+        assert list(pieces) == []
+    assert len(widths) == read <= 3
+
+
+def test_a_stream_leaves_gradients_of_the_caller_alone(trained: Any, tokenizer: Any) -> None:
+    for _ in stream(trained, tokenizer, _prompts(tokenizer)[0], GREEDY):
+        assert torch.is_grad_enabled()
+
+
+def test_every_eos_of_the_model_ends_an_answer(lm: Any, tokenizer: Any) -> None:
+    [prompt] = _prompts(tokenizer, ["blood?"])
+    ids = lm.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, pad_token_id=0)[0, len(prompt) :]
+    fourth = int(ids[3])
+    first = ids.tolist().index(fourth)
+    lm.generation_config.eos_token_id = [0, fourth]
+    [answer] = complete(lm, tokenizer, [prompt], GREEDY)
+    assert answer == tokenizer.decode(ids[:first]).strip()
+    assert ["".join(stream(lm, tokenizer, prompt, GREEDY))] == [answer]
+
+
+def test_an_answer_is_cut_at_max_new_tokens(trained: Any, tokenizer: Any) -> None:
+    prompts = _prompts(tokenizer)[1:2]
+    [whole] = complete(trained, tokenizer, prompts, GREEDY)
+    [cut] = complete(trained, tokenizer, prompts, GenerationSettings(max_new_tokens=2))
+    assert whole.startswith(cut)
+    assert len(cut) < len(whole)
+
+
+def test_a_prompt_longer_than_the_model_reads_loses_its_beginning(lm: Any, tokenizer: Any) -> None:
+    prompt = plain_tokens(TextEncoder.of(tokenizer), "snow is white. " * 200 + QUESTIONS[0], "answer")
+    room = prompt_room(lm, GREEDY)
+    assert room == POSITIONS - GREEDY.max_new_tokens
+    assert complete(lm, tokenizer, [prompt], GREEDY) == complete(lm, tokenizer, [prompt[-room:]], GREEDY)
+
+
+def test_a_cut_prompt_keeps_its_bos_token(lm: Any, tokenizer: Any) -> None:
+    bpe = tiny_tokenizer([])
+    bpe.add_special_tokens(["<s>"])
+    bos = bpe.token_to_id("<s>")
+    bpe.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    with_bos = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token=EOS, pad_token=EOS)
+    assert front_tokens(bpe) == [bos]
+    prompt = plain_tokens(TextEncoder.of(with_bos), "snow " * 200, "answer")
+    assert prompt[0] == bos
+    assert prompt.count(bos) == 1
+    assert len(tokenizer) > bos  # so that the model has an embedding for it
+    room = prompt_room(lm, GREEDY)
+    cut = [bos, *prompt[1 - room :]]
+    assert len(cut) == room
+    assert complete(lm, with_bos, [prompt], GREEDY) == complete(lm, with_bos, [cut], GREEDY)
+
+
+def test_a_question_keeps_half_of_the_window_however_long_the_answer_may_be(lm: Any, tokenizer: Any) -> None:
+    settings = GenerationSettings(max_new_tokens=1000)
+    assert prompt_room(lm, settings) == POSITIONS // 2
+    prompt = plain_tokens(TextEncoder.of(tokenizer), "snow " * 300, "answer")
+    with _widths_read(lm) as widths:
+        complete(lm, tokenizer, [prompt], settings)
+    assert widths[0] == POSITIONS // 2
+    assert sum(widths) <= POSITIONS
+
+
+@pytest.mark.parametrize("temperature", [0.0, 50.0])
+def test_a_padded_vocabulary_gives_no_tokens(tokenizer: Any, temperature: float) -> None:
+    """Logits beyond the tokenizer's vocabulary never win, however high they are."""
+    lm = _random("llama", len(tokenizer) + 71, tie_word_embeddings=False)
+    with torch.no_grad():
+        lm.lm_head.weight[len(tokenizer) :] = 100 * lm.lm_head.weight[: len(tokenizer)].abs().amax(dim=0)
+    prompts = _prompts(tokenizer)
+    free = lm(input_ids=torch.tensor(prompts[:1])).logits[0, -1]
+    assert free.argmax() >= len(tokenizer)
+    read: list[int] = []
+    handle = lm.register_forward_pre_hook(
+        lambda _, __, kwargs: read.extend(kwargs["input_ids"].flatten().tolist()), with_kwargs=True
+    )
+    complete(lm, tokenizer, prompts, GenerationSettings(40, temperature, seed=1))
+    handle.remove()
+    assert max(read) < len(tokenizer)
+
+
+def test_a_seed_makes_sampled_answers_repeat(lm: Any, tokenizer: Any) -> None:
+    prompts = _prompts(tokenizer)
+    assert complete(lm, tokenizer, prompts, SAMPLED) == complete(lm, tokenizer, prompts, SAMPLED)
+    assert complete(lm, tokenizer, prompts, SAMPLED) != complete(lm, tokenizer, prompts, replace(SAMPLED, seed=4))
+
+
+def test_without_a_seed_sampling_follows_torchs_generator(lm: Any, tokenizer: Any) -> None:
+    def sample(seed: int) -> list[str]:
+        torch.manual_seed(seed)
+        return complete(lm, tokenizer, _prompts(tokenizer) * 2, replace(SAMPLED, seed=None))
+
+    assert sample(1) == sample(1) != sample(2)
+    answers = sample(1)
+    assert answers[: len(QUESTIONS)] != answers[len(QUESTIONS) :]
+
+
+def test_a_seed_leaves_torchs_generator_alone(lm: Any, tokenizer: Any) -> None:
+    before = torch.get_rng_state()
+    complete(lm, tokenizer, _prompts(tokenizer), SAMPLED)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("restriction", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-30}])
+def test_sampling_from_only_the_likeliest_token_is_greedy(
+    lm: Any, tokenizer: Any, restriction: dict[str, float]
+) -> None:
+    prompts = _prompts(tokenizer)
+    settings = replace(SAMPLED, **restriction)
+    assert complete(lm, tokenizer, prompts, settings) == complete(
+        lm, tokenizer, prompts, replace(GREEDY, max_new_tokens=20)
+    )
+
+
+@pytest.mark.parametrize("restriction", [{}, {"top_k": 3}, {"top_p": 0.5}], ids=["all", "top_k", "top_p"])
+def test_tokens_are_drawn_as_often_as_they_are_likely(lm: Any, tokenizer: Any, restriction: dict[str, float]) -> None:
+    [prompt] = _prompts(tokenizer, ["blood?"])
+    temperature = 4.0
+    with torch.no_grad():
+        expected = (lm(input_ids=torch.tensor([prompt])).logits[0, -1] / temperature).softmax(dim=0)
+    order = expected.argsort(descending=True)
+    kept = int((expected[order].cumsum(0) < restriction["top_p"]).sum()) + 1 if "top_p" in restriction else len(order)
+    expected[order[int(restriction.get("top_k", kept)) :]] = 0
+    expected /= expected.sum()
+    settings = GenerationSettings(1, temperature, **restriction)  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    draws = 4000
+    drawn = Counter(complete(lm, tokenizer, [prompt] * draws, settings, batch_size=500))
+    likely: Counter[str] = Counter()  # several tokens are parts of characters, which all read the same
+    for token in expected.nonzero()[:, 0].tolist():
+        likely[tokenizer.decode([token], skip_special_tokens=True).strip()] += float(expected[token])
+    assert drawn.keys() <= likely.keys()
+    for text, probability in likely.items():
+        assert drawn[text] / draws == pytest.approx(probability, abs=0.03), text
+
+
+def test_broken_weights_are_said_and_not_sampled(lm: Any, tokenizer: Any) -> None:
+    with torch.no_grad():
+        lm.get_output_embeddings().weight[7] = torch.nan
+    for settings in (GREEDY, SAMPLED):
+        with pytest.raises(ModelError, match="logits are not finite"):
+            complete(lm, tokenizer, _prompts(tokenizer), settings)
+        with pytest.raises(ModelError, match="logits are not finite"):
+            next(stream(lm, tokenizer, _prompts(tokenizer)[0], settings))
+
+
+def test_a_prompt_without_tokens_is_refused(lm: Any, tokenizer: Any) -> None:
+    with pytest.raises(ModelError, match="no tokens"):
+        complete(lm, tokenizer, [[]], GREEDY)
+
+
+def test_no_prompts_give_no_answers(lm: Any, tokenizer: Any) -> None:
+    assert complete(lm, tokenizer, [], GREEDY) == []
+
+
+def test_a_special_token_in_a_plain_prompt_is_text(tokenizer: Any) -> None:
+    assert tokenizer.eos_token_id not in plain_tokens(TextEncoder.of(tokenizer), f"a {EOS} b", "answer")
+
+
+@pytest.fixture
+def chatting(tokenizer: Any) -> Iterator[Any]:
+    tokenizer.chat_template = CHAT_TEMPLATE
+    yield tokenizer
+    tokenizer.chat_template = None
+
+
+TURNS = [
+    Turn("system", "Be brief."),
+    *(Turn("assistant" if k % 2 else "user", f"turn {k}") for k in range(6)),
+    Turn("user", "the last question"),
+]
+
+
+def test_a_conversation_becomes_tokens_by_the_chat_template(chatting: Any) -> None:
+    ids = chat_tokens(chatting, TURNS)
+    said = [f"<{turn.role}>{turn.text}{EOS}" for turn in TURNS]
+    assert chatting.decode(ids) == "".join(said) + "<assistant>"
+    assert ids.count(chatting.eos_token_id) == len(TURNS)
+
+
+def test_the_oldest_turns_are_left_out_of_a_long_conversation(chatting: Any) -> None:
+    whole = chat_tokens(chatting, TURNS)
+    assert chat_tokens(chatting, TURNS, room=len(whole)) == whole
+    shorter = chat_tokens(chatting, TURNS, room=len(whole) - 1)
+    assert shorter == chat_tokens(chatting, [TURNS[0], *TURNS[3:]])
+    last = chat_tokens(chatting, [TURNS[0], TURNS[-1]])
+    assert chat_tokens(chatting, TURNS, room=len(last)) == last
+    without_system = chat_tokens(chatting, TURNS[1:], room=len(chat_tokens(chatting, TURNS[1:])) - 1)
+    assert without_system == chat_tokens(chatting, TURNS[3:])
+
+
+def test_a_last_message_that_does_not_fit_is_refused(chatting: Any) -> None:
+    size = len(chat_tokens(chatting, [TURNS[0], TURNS[-1]]))
+    with pytest.raises(ModelError, match=rf"last message alone makes {size} tokens, .* room for {size - 1} .*shorten"):
+        chat_tokens(chatting, TURNS, room=size - 1)
+
+
+def test_a_tokenizer_without_chat_template_cannot_chat(tokenizer: Any) -> None:
+    with pytest.raises(ModelError, match="no chat template; use a plain prompt"):
+        chat_tokens(tokenizer, TURNS)
+
+
+def test_what_a_chat_template_refuses_is_said(chatting: Any) -> None:
+    chatting.chat_template = "{{ raise_exception('no system turns, please') }}"
+    with pytest.raises(ModelError, match="refuses this conversation: no system turns, please"):
+        chat_tokens(chatting, TURNS)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("max_new_tokens", 0), ("top_k", -1), ("seed", -1), ("seed", 1 << 63)),
+        *(("temperature", value) for value in (-0.1, float("nan"), float("inf"))),
+        *(("top_p", value) for value in (0.0, 1.1, float("nan"))),
+    ],
+)
+def test_impossible_settings_are_refused_by_name(field: str, value: float) -> None:
+    with pytest.raises(ModelError, match=f"^{field}: expected .*, found {value}$"):
+        GenerationSettings(**{field: value})  # type: ignore[arg-type]
