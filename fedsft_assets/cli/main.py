@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, get_args
 
 from pydantic import ValidationError
 
-from fedsft_assets.cli import poc as poc_command
-from fedsft_assets.cli import versions as versions_command
+from fedsft_assets.cli import poc, versions
 from fedsft_assets.cli.generate import find_archive
 from fedsft_assets.credentials import redact, redact_error
 from fedsft_assets.defs.assets.job_folder import JobOverrides
@@ -76,17 +75,17 @@ def _main() -> None:
     take.add_argument("archive", type=Path, metavar="ARCHIVE", help="a .nemo archive, or the folder of its files")
     take.add_argument("--into", required=True, type=Path, help="the .nemo archive to write")
     take.add_argument("--max-length", type=int, default=1024, help="tokens of the longest record (default: 1024)")
-    poc_command.add_commands(commands)
-    versions_command.add_commands(commands)
+    poc.add_commands(commands)
+    versions.add_commands(commands)
     args = parser.parse_args()
     run = {
         "study": _study,
         "ui": _ui,
         "export": _export,
         "import": _import,
-        "poc": poc_command.run,
-        "accept": versions_command.run_accept,
-        "prune": versions_command.run_prune,
+        "poc": poc.run,
+        "accept": versions.run_accept,
+        "prune": versions.run_prune,
         "track": _track,
         "tensorboard": _tensorboard,
     }[args.command]

@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from fedsft_assets.model.archive import nemo_archive as archive
+from fedsft_assets.model.archive import nemo_archive
 from fedsft_assets.model.archive.torch_reader import TensorInfo
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.generation_settings import GenerationSettings, end_tokens
@@ -80,7 +80,7 @@ class LanguageModel(nn.Module):
         files = tokenizer_files(tokenizer)
         if "tokenizer.json" not in files:
             raise ModelError(f"{type(tokenizer).__name__}: has no fast form; save it with a tokenizer.json")
-        hf = archive.describe(json.loads(lm.config.to_json_string()))
+        hf = nemo_archive.describe(json.loads(lm.config.to_json_string()))
         ends = end_tokens(hf.get("eos_token_id"))
         every_end = end_tokens(ends, getattr(lm.generation_config, "eos_token_id", None))
         if every_end != ends:  # an archive has no other place for what only the settings for generation say
@@ -102,19 +102,20 @@ class LanguageModel(nn.Module):
 
         No class that it names is imported, nothing but tensors is unpickled. Raises ModelError that names the file.
         """
-        config = archive.read_config(path)
-        files = archive.read_tokenizer_files(path, config)
+        config = nemo_archive.read_config(path)
+        files = nemo_archive.read_tokenizer_files(path, config)
         try:
             model = cls(config, files)
         except Exception as error:  # transformers raises errors of many kinds for a bad configuration
             raise ModelError(f"{path}: cannot be restored: {type(error).__name__}: {error}") from error
-        with archive.open_weights(path) as weights:
+        with nemo_archive.open_weights(path) as weights:
             require_same_shapes(
                 {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
                 {name: info.shape for name, info in weights.tensors.items()},
-                f"{path}: {archive.WEIGHTS} does not hold the weights of the model that {archive.CONFIG} describes",
+                f"{path}: {nemo_archive.WEIGHTS} does not hold the weights of the model that"
+                f" {nemo_archive.CONFIG} describes",
             )
-            where = f"{path}: {archive.WEIGHTS}: "
+            where = f"{path}: {nemo_archive.WEIGHTS}: "
             kinds = {name: info.dtype for name, info in weights.tensors.items()}
             require_floats(model.state_dict(), kinds, where)
             apart = {name: first for name, first in model.tied().items() if not weights.share(name, first)}
@@ -132,7 +133,7 @@ class LanguageModel(nn.Module):
         if self.adapters_only:
             raise ModelError(f"{path}: merge the model's adapters before it is saved")
         tensors = self.state_dict(keep_vars=True)
-        archive.write_archive(
+        nemo_archive.write_archive(
             path,
             {"hf": self.hf, "max_length": self.max_length, "prompt_template": self.prompt_template},
             self.tokenizer_files,
@@ -272,7 +273,7 @@ def import_architecture(path: Path) -> None:
 
     Raises ModelError that names the file.
     """
-    hf = archive.read_config(path)["hf"]
+    hf = nemo_archive.read_config(path)["hf"]
     with lean_imports():
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 

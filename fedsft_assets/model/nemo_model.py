@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from fedsft_assets.files import publish_file
-from fedsft_assets.model.archive import nemo_archive as archive
+from fedsft_assets.model.archive import nemo_archive
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.language_model import LanguageModel, empty_lm
 from fedsft_assets.model.prompt_template import template
@@ -54,7 +54,7 @@ class SFTModel(ModelPT):
         No class that it names is imported, nothing but tensors is unpickled, nothing is written
         outside a temporary folder. Raises ModelError that names the file.
         """
-        config = OmegaConf.create(archive.read_config(path))
+        config = OmegaConf.create(nemo_archive.read_config(path))
         try:
             with _quiet_nemo():
                 return cls.restore_from(
@@ -65,7 +65,7 @@ class SFTModel(ModelPT):
                 )
         except (pickle.UnpicklingError, RuntimeError, EOFError, tarfile.TarError) as error:
             what = "; ".join(line.strip() for line in str(error).splitlines()[:5])  # torch lists every tensor
-            raise ModelError(f"{path}: {archive.WEIGHTS} is truncated or not this model's: {what}") from error
+            raise ModelError(f"{path}: {nemo_archive.WEIGHTS} is truncated or not this model's: {what}") from error
         except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
             raise ModelError(f"{path}: cannot be restored: {type(error).__name__}: {error}") from error
         finally:
@@ -80,7 +80,7 @@ class SFTModel(ModelPT):
             for name, content in self._tokenizer_files.items():
                 file = Path(folder) / name
                 file.write_bytes(content)
-                self.register_artifact(f"tokenizer.files.{archive.artifact_key(name)}", str(file))
+                self.register_artifact(f"tokenizer.files.{nemo_archive.artifact_key(name)}", str(file))
             self.save_to(str(fresh))
 
     @cached_property
@@ -127,7 +127,7 @@ class _TensorsOnly(SaveRestoreConnector):
 
 def _unique_part(value: str) -> str:
     """The part that an archive puts before an artifact's file name; nothing for a local path."""
-    name = archive.artifact_name(value)
+    name = nemo_archive.artifact_name(value)
     return value.removeprefix("nemo:").removesuffix(name) if name else ""
 
 

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from fedsft_assets.model import language_model
-from fedsft_assets.model.archive import torch_writer as tensor_writer
+from fedsft_assets.model.archive import torch_writer
 from fedsft_assets.model.archive.nemo_archive import content_digest
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.language_model import LanguageModel
@@ -260,7 +260,7 @@ def test_a_restored_model_saves_again_even_over_and_without_its_archive(model, t
 def test_a_failed_save_leaves_the_old_archive(model, tmp_path, monkeypatch):
     path = tmp_path / "model.nemo"
     path.write_bytes(b"old")
-    monkeypatch.setattr(tensor_writer, "write_tensors", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(torch_writer, "write_tensors", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         model.save(path)
     assert path.read_bytes() == b"old"

@@ -13,8 +13,7 @@ import pytest
 
 from fedsft_assets.federation.protocol.points import Point
 from fedsft_assets.store import Store
-from fedsft_assets.tracking import EXPERIMENT, Outbox, Tracking
-from fedsft_assets.tracking import tracked_job as job_module
+from fedsft_assets.tracking import EXPERIMENT, Outbox, Tracking, tracked_job
 from fedsft_assets_tests.tracking.examples import (
     RESULTS,
     curve,
@@ -133,7 +132,7 @@ def test_nothing_is_doubled_when_requests_are_served_after_they_were_given_up(
     running_server: TrackingServer, store: Store, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first requests to make a run and to log a batch reach the server when others have taken their place."""
-    monkeypatch.setattr(job_module, "ANSWER_SECONDS", 2.0)
+    monkeypatch.setattr(tracked_job, "ANSWER_SECONDS", 2.0)
     tracking, points, late = Tracking(running_server.url), job_points(), []
 
     def forward(line: str) -> str:

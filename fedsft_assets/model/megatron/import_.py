@@ -19,7 +19,7 @@ from fedsft_assets.model.archive.nemo_archive import CONFIG, LARGEST_CONFIG, WEI
 from fedsft_assets.model.archive.source import MegatronSource, open_source
 from fedsft_assets.model.archive.torch_reader import TensorFile, TensorInfo, type_names
 from fedsft_assets.model.errors import ModelError
-from fedsft_assets.model.megatron import dist_checkpoint_reader as megatron_distcp
+from fedsft_assets.model.megatron import dist_checkpoint_reader
 from fedsft_assets.model.megatron.config import UNPADDED, MegatronGPT, gpt2_config, read_settings
 from fedsft_assets.model.megatron.dist_checkpoint_reader import DistributedTensors
 from fedsft_assets.model.megatron.layout import CORE, LEGACY, PREFIX, GPTShape, Layout, Weight, to_hf, weights
@@ -195,11 +195,12 @@ def _weights(source: MegatronSource) -> Iterator[Weights]:
     if WEIGHTS in source.members:
         with TensorFile(source.members[WEIGHTS].open(), f"{source.path}: {WEIGHTS}") as tensors:
             yield tensors
-    elif megatron_distcp.METADATA in source.members:
+    elif dist_checkpoint_reader.METADATA in source.members:
         yield DistributedTensors(source)
     else:
         raise ModelError(
-            f"{source.path}: has neither {WEIGHTS} nor {megatron_distcp.METADATA}; not a Megatron archive, or truncated"
+            f"{source.path}: has neither {WEIGHTS} nor {dist_checkpoint_reader.METADATA}; not a Megatron archive, or"
+            " truncated"
         )
 
 

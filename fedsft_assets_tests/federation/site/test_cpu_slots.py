@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsft_assets.federation.site import cpu_slots as turns
+from fedsft_assets.federation.site import cpu_slots
 from fedsft_assets.federation.site.cpu_slots import TURNS, make_turns, turn
 
 _HOLD = """
@@ -56,7 +56,7 @@ def test_who_comes_later_waits_until_one_has_ended(
 ) -> None:
     first, second = hold(), hold()
     monkeypatch.setenv(TURNS, str(tmp_path / "turns"))
-    monkeypatch.setattr(turns, "_SECONDS_BETWEEN_WORDS", 0.2)
+    monkeypatch.setattr(cpu_slots, "_SECONDS_BETWEEN_WORDS", 0.2)
     waited = []
 
     def waiting() -> None:

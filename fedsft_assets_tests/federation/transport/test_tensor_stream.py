@@ -18,8 +18,7 @@ from fedsft_assets.federation.server.aggregation import rounded
 from fedsft_assets.federation.server.state import ServerState
 from fedsft_assets.federation.site.global_model import ExchangeError, SiteExchange
 from fedsft_assets.federation.site.update_filters import ChangeFilter
-from fedsft_assets.federation.transport import header as stream_contents
-from fedsft_assets.federation.transport import install as tensor_stream
+from fedsft_assets.federation.transport import header, install
 from fedsft_assets.federation.transport.buffers import StoredTensor
 from fedsft_assets.federation.transport.install import StreamedTensors, send_tensors_as_streams
 from fedsft_assets.federation.transport.receiving import BrokenTensor, add_to, tensors_stored_in
@@ -31,8 +30,8 @@ Tensors = dict[str, torch.Tensor]
 
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(stream_contents, "_SMALLEST_PIECE", 16)
-    monkeypatch.setattr(stream_contents, "_piece", 64)
+    monkeypatch.setattr(header, "_SMALLEST_PIECE", 16)
+    monkeypatch.setattr(header, "_piece", 64)
     yield
     add_to(None)
 
@@ -185,7 +184,7 @@ def test_stream_that_lies_leaves_what_stands_for_its_tensors_and_takes_no_more_r
     tmp_path: Path, pieces: list[Any], monkeypatch: pytest.MonkeyPatch, contents: bytes, why: str
 ) -> None:
     """An error would end the server's process, and with it the job, without a word of who it was."""
-    monkeypatch.setattr(stream_contents.Contents, "to_bytes", lambda _: contents)
+    monkeypatch.setattr(header.Contents, "to_bytes", lambda _: contents)
     with tensors_stored_in(tmp_path / "results", at_most=4096):
         error, tensors = _sent({"T0": torch.ones(20)})
         assert error is None
@@ -258,12 +257,12 @@ def test_what_is_sent_of_a_file_stays_after_the_tensors(weights: Tensors, pieces
 def test_pieces_for_many_peers_are_smaller_and_what_they_send_too(
     monkeypatch: pytest.MonkeyPatch, pieces: list[Any], peers: int, expected: int
 ) -> None:
-    monkeypatch.setattr(stream_contents, "_SMALLEST_PIECE", 32)
-    monkeypatch.setattr(stream_contents, "LARGEST_PIECE", 128)
-    monkeypatch.setattr(tensor_stream, "_OF_ALL_PEERS", 1280)
+    monkeypatch.setattr(header, "_SMALLEST_PIECE", 32)
+    monkeypatch.setattr(header, "LARGEST_PIECE", 128)
+    monkeypatch.setattr(install, "_OF_ALL_PEERS", 1280)
     send_tensors_as_streams(peers)
     sending = StreamedTensors().to_downloadable(_tensors(), 1, {})
-    monkeypatch.setattr(stream_contents, "_piece", 128)  # as the peer has it
+    monkeypatch.setattr(header, "_piece", 128)  # as the peer has it
     _, arrived = StreamedTensors().download(sending, "ref")
     assert max(map(len, pieces[2:])) == expected
     del pieces[1:]

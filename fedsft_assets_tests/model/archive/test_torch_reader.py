@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedsft_assets.model.archive import torch_reader as tensor_file
-from fedsft_assets.model.archive import torch_writer as tensor_writer
+from fedsft_assets.model.archive import torch_reader, torch_writer
 from fedsft_assets.model.archive.torch_reader import TensorFile, TensorInfo
 from fedsft_assets.model.archive.torch_writer import write_tensors
 from fedsft_assets.model.errors import ModelError
@@ -93,7 +92,7 @@ def test_nested_dictionaries_have_names_with_dots_and_other_values_are_told_by_t
 def test_what_is_written_torch_loads_alone_and_mapped_with_ties_and_alignment(
     tensors, tmp_path, monkeypatch, zip64_from
 ):
-    monkeypatch.setattr(tensor_writer._ZipWriter, "_ZIP64_FROM", zip64_from)
+    monkeypatch.setattr(torch_writer._ZipWriter, "_ZIP64_FROM", zip64_from)
     path = tmp_path / "model.ckpt"
     with TensorFile(_saved(tensors), "model.ckpt") as source, path.open("wb") as file:
         write_tensors(file, source.tensors, source.read, source.shared)
@@ -367,7 +366,7 @@ def test_the_old_format_is_refused_with_what_to_do():
 
 
 def test_a_pickle_too_large_is_refused(monkeypatch):
-    monkeypatch.setattr(tensor_file, "_LARGEST_PICKLE", 50)
+    monkeypatch.setattr(torch_reader, "_LARGEST_PICKLE", 50)
     with pytest.raises(ModelError, match=r"data\.pkl has \d+ bytes, more than 50"):
         TensorFile(_saved({"a": torch.ones(2)}), "model.ckpt")
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaC
 
 from fedsft_assets.model.archive.torch_reader import TensorFile
 from fedsft_assets.model.errors import ModelError
-from fedsft_assets.model.huggingface import export as huggingface_export
+from fedsft_assets.model.huggingface import export
 from fedsft_assets.model.huggingface.export import export_huggingface
 from fedsft_assets.model.language_model import LanguageModel
 from fedsft_assets.model.megatron.import_ import import_megatron
@@ -167,7 +167,7 @@ def test_a_folder_that_is_there_is_left_alone(tmp_path, make):
 def test_an_export_that_fails_leaves_nothing(tmp_path, make, monkeypatch):
     archive = make()
     content = archive.read_bytes()
-    monkeypatch.setattr(huggingface_export, "publish_folder", _breaks_at_the_end(huggingface_export.publish_folder))
+    monkeypatch.setattr(export, "publish_folder", _breaks_at_the_end(export.publish_folder))
     with pytest.raises(OSError, match="no space"):
         export_huggingface(archive, tmp_path / "folder")
     assert [path.name for path in tmp_path.iterdir()] == ["ours.nemo"]

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import (
 from fedsft_assets.model.archive.source import open_source
 from fedsft_assets.model.archive.torch_reader import TensorInfo
 from fedsft_assets.model.errors import ModelError
-from fedsft_assets.model.megatron import dist_checkpoint_reader as megatron_distcp
+from fedsft_assets.model.megatron import dist_checkpoint_reader
 from fedsft_assets.model.megatron.dist_checkpoint_reader import METADATA, DistributedTensors
 from fedsft_assets_tests.model.megatron_archives import SETTINGS, distributed, members, write_folder
 
@@ -180,7 +180,7 @@ def test_metadata_cut_anywhere_is_refused(folder, share):
 
 
 def test_metadata_of_too_many_pieces_is_refused(change, monkeypatch):
-    monkeypatch.setattr(megatron_distcp, "_MOST_PIECES_OF_A_TENSOR", 10)
+    monkeypatch.setattr(dist_checkpoint_reader, "_MOST_PIECES_OF_A_TENSOR", 10)
     with pytest.raises(ModelError, match="a: has no pieces, or more than 10"):
         _read(change(_tensor(chunks=[_chunk((0, 0), (4, 3))] * 11)), "a")
 

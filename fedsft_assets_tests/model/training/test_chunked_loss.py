@@ -2,13 +2,13 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from fedsft_assets.model.training import chunked_loss as loss
+from fedsft_assets.model.training import chunked_loss
 from fedsft_assets.model.training.chunked_loss import head_loss, head_only_at, summed_cross_entropy
 
 
 @pytest.mark.parametrize("rows_at_a_time", [1, 3, 100])
 def test_sum_and_gradient_equal_torch_cross_entropy(monkeypatch, rows_at_a_time):
-    monkeypatch.setattr(loss, "_CHUNK", 11 * rows_at_a_time)
+    monkeypatch.setattr(chunked_loss, "_CHUNK", 11 * rows_at_a_time)
     generator = torch.Generator().manual_seed(0)
     logits = (5 * torch.randn(10, 11, generator=generator)).requires_grad_()
     reference = logits.detach().clone().requires_grad_()
@@ -53,7 +53,7 @@ def test_projection_sees_the_chosen_positions_only_within_the_block():
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows_at_a_time", [1, 4, 100])
 def test_loss_of_a_projection_and_all_gradients_equal_torch_in_any_chunks(monkeypatch, rows_at_a_time, bias):
-    monkeypatch.setattr(loss, "_CHUNK", 11 * rows_at_a_time)
+    monkeypatch.setattr(chunked_loss, "_CHUNK", 11 * rows_at_a_time)
     torch.manual_seed(0)
     head = torch.nn.Linear(6, 11, bias=bias)
     hidden = torch.randn(10, 6, requires_grad=True)

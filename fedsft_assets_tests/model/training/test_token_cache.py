@@ -25,7 +25,7 @@ from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.preset_tokenizer import preset_tokenizer
 from fedsft_assets.model.tokenizer.encode import front_tokens
 from fedsft_assets.model.tokenizer.tiny import sample_texts, tiny_tokenizer
-from fedsft_assets.model.training import token_cache as module
+from fedsft_assets.model.training import token_cache
 from fedsft_assets.model.training.batches import tokenize
 from fedsft_assets.model.training.lengths import token_lengths
 from fedsft_assets.model.training.token_cache import Tokenized, tokenized
@@ -48,15 +48,15 @@ _TEMPLATE = "answer"
 _REPORT = """
 import hashlib, sys, time
 from pathlib import Path
-from fedsft_assets.model import tokenized as module
-make = module._make
+from fedsft_assets.model.training import token_cache
+make = token_cache._make
 def announced(*arguments):
     print("making", flush=True)
     if sys.argv[2] == "stop":
         time.sleep(600)
     return make(*arguments)
-module._make = announced
-tokens = module.tokenized(Path(sys.argv[1]), sys.stdin.read().encode(), "answer")
+token_cache._make = announced
+tokens = token_cache.tokenized(Path(sys.argv[1]), sys.stdin.read().encode(), "answer")
 print(hashlib.sha256(b"".join(part.tobytes() for part in (tokens.ids, tokens.starts, tokens.prompts))).hexdigest())
 """
 # Root may write into every folder, so it becomes somebody else, who need not be able to get there.
@@ -130,8 +130,8 @@ def make_counts(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         made.append(records_file)
         return make(records_file, *rest)
 
-    make = module._make
-    monkeypatch.setattr(module, "_make", counted)
+    make = token_cache._make
+    monkeypatch.setattr(token_cache, "_make", counted)
     return made
 
 
@@ -144,8 +144,8 @@ def test_records_are_those_of_the_tokenizer_at_every_length(tokenizer: Any, temp
 def test_records_of_more_than_one_batch_keep_their_order(
     tokenizer: Any, dolly: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_BATCH", 7)
-    monkeypatch.setattr(module, "_BATCHES", 3)
+    monkeypatch.setattr(token_cache, "_BATCH", 7)
+    monkeypatch.setattr(token_cache, "_BATCHES", 3)
     assert len(read_records(dolly)) > 2 * 7 * 3
     _assert_as_tokenize(dolly, tokenizer, _TEMPLATE, (8, 256))
 
@@ -294,8 +294,8 @@ def test_tokens_of_a_split_that_is_replaced_meanwhile_are_not_kept_as_the_old_on
         dolly.with_name("new").rename(dolly)
         return make(*arguments)
 
-    make = module._make
-    monkeypatch.setattr(module, "_make", replaced_first)
+    make = token_cache._make
+    monkeypatch.setattr(token_cache, "_make", replaced_first)
     assert len(tokenized(dolly, description, _TEMPLATE).prompts) == len(_ODD)
     monkeypatch.undo()
     dolly.write_bytes(old)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from nvflare.fuel.flare_api.api_spec import AuthorizationError, InternalError, JobNotDone, JobNotRunning, NoConnection
 
-from fedsft_assets.federation.runtimes.flare import rights as flare_rights
+from fedsft_assets.federation.runtimes.flare import rights
 from fedsft_assets.federation.runtimes.flare.rights import require_rights
 from fedsft_assets.federation.runtimes.flare.session import FlareSession, Timeouts
 from fedsft_assets.federation.runtimes.interface import RefusedError
@@ -92,7 +92,7 @@ def test_every_right_that_is_missing_is_named_with_what_it_is_for(tmp_path: Path
     )
 
 
-@pytest.mark.parametrize("right", ["submit_job", *flare_rights._OF_A_JOB])
+@pytest.mark.parametrize("right", ["submit_job", *rights._OF_A_JOB])
 def test_no_right_is_done_without(tmp_path: Path, right: str) -> None:
     with pytest.raises(RefusedError, match=f"what a job needs: {right} "):
         require_rights(_session(tmp_path, Api({right})), tmp_path)
