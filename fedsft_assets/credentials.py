@@ -118,3 +118,34 @@ def _as_url(name: str, value: str) -> str:
 def _written(secret: str) -> Iterator[str]:
     if len(secret) >= _SHORTEST:
         yield from (secret, unquote(secret), quote(secret), quote(secret, safe=""), quote_plus(secret))
+
+
+URI = "MLFLOW_TRACKING_URI"
+_MLFLOW_USER, _MLFLOW_PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
+
+_as_given: dict[str, str] = {}
+
+
+def take_credentials(uri: str) -> str:
+    """The URI without what opens it, which this process keeps for MLflow.
+
+    Those of a server go where MLflow looks for them, into MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD of this
+    process's environment, and out of its MLFLOW_TRACKING_URI. A database is opened by nothing but its whole URI.
+    """
+    public = without_credentials(uri)
+    if public == uri:
+        return uri
+    if not uri.startswith(("http://", "https://")):
+        _as_given[public] = uri
+        return public
+    found = credentials_in(uri)
+    if found and all(found):
+        os.environ[_MLFLOW_USER], os.environ[_MLFLOW_PASSWORD] = found
+    if os.environ.get(URI) == uri:
+        os.environ[URI] = public
+    return public
+
+
+def as_given(uri: str) -> str:
+    """The URI that `take_credentials` was given, in this process, where MLflow needs it."""
+    return _as_given.get(uri, uri)

@@ -5,8 +5,6 @@ Whatever is said neither by an argument nor by the environment comes from there.
 once something was made in it. Paths in the home or in the project are written as such, so both can be moved.
 """
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os
@@ -14,57 +12,21 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 from fedsft_assets.access import close_to_others, is_open
 from fedsft_assets.disk import explain
 from fedsft_assets.files import publish_file
+from fedsft_assets.home_file import FIXED, HOME_FILE, HomeError, HomeFile, read_home
+from fedsft_assets.settings import Settings
 from fedsft_assets.store import HOME_FOLDERS
 
-if TYPE_CHECKING:
-    from fedsft_assets.settings import Settings
-
-HOME_FILE = "home.json"
 _LOCK = ".home.lock"
-_FIXED = ("data", "model", "datasets", "jobs")
-_FOLLOWS = "model_path"  # where the model's archive lies may change: its digest says whether it is another one
 _OPTIONS = ("data", "model")  # of `fedsft study`; the others are environment variables
 _MADE = ("raw", "processed", "combined", "base_models", "job_folders", "checkpoints")
 
 _in_use: list[IO[str]] = []  # locks that this process holds to its end
-
-
-class HomeError(ValueError):
-    """A home that cannot be used as it was asked to; the message is one line."""
-
-
-@dataclass(frozen=True)
-class HomeFile:
-    """What `home.json` says. `place` is where the home was when it was written."""
-
-    place: Path
-    values: dict[str, str]
-
-
-def read_home(home: Path, project: Path) -> HomeFile | None:
-    """What is written down in a home; None if nothing is. Raises HomeError for a file that is something else."""
-    path = home / HOME_FILE
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        values = {name: content[name] for name in (*_FIXED, _FOLLOWS) if content.get(name) is not None}
-        place = content["place"]
-        if not all(isinstance(value, str) for value in (place, *values.values())):
-            raise ValueError("every value is a text")
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise HomeError(
-            f"{path}: does not say what this home is for ({error!r}); restore it, or remove it if you know"
-        ) from error
-    folders = {"<home>": home, "<project>": project}
-    return HomeFile(Path(place), {name: _absolute(value, folders) for name, value in values.items()})
 
 
 def close_home(home: Path) -> str | None:
@@ -134,7 +96,7 @@ def _close(home: Path) -> None:
 def _check(settings: Settings, found: HomeFile) -> None:
     file, wanted = settings.home / HOME_FILE, settings.purpose
     other = {}
-    for name in _FIXED:
+    for name in FIXED:
         there, here = found.values.get(name, wanted[name]), wanted[name]
         gone = there.startswith("/") and not Path(there).exists()
         if gone and here == there:
@@ -189,13 +151,6 @@ def _portable(value: str, folders: Mapping[str, Path]) -> str:
         for name, folder in folders.items():
             if Path(value).is_relative_to(folder):
                 return f"{name}/{Path(value).relative_to(folder).as_posix()}"
-    return value
-
-
-def _absolute(value: str, folders: Mapping[str, Path]) -> str:
-    for name, folder in folders.items():
-        if value.startswith(f"{name}/"):
-            return str(folder / value.removeprefix(f"{name}/"))
     return value
 
 

@@ -13,15 +13,13 @@ from pydantic import Field, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from fedsft_assets.federation.runtimes.poc.kits import PocSettings
-from fedsft_assets.federation.runtimes.production import ProductionSettings
-from fedsft_assets.home import read_home
+from fedsft_assets.credentials import URI, take_credentials
+from fedsft_assets.home_file import read_home
 from fedsft_assets.specs.dataset import HUB, SAMPLE
 from fedsft_assets.specs.limits import CheckSettings, SplitSettings
 from fedsft_assets.specs.model_preset import PRESETS
+from fedsft_assets.specs.runtime import PocSettings, ProductionSettings
 from fedsft_assets.store import Store
-from fedsft_assets.tracking import Tracking
-from fedsft_assets.tracking.uri import URI, take_credentials
 
 PROJECT = Path(__file__).resolve().parent.parent
 # What the URLs of SQLite's databases cannot say, MLflow's and Dagster's: `?` begins their options, `%41` is an A.
@@ -121,12 +119,6 @@ class Settings(BaseSettings):
     @property
     def store(self) -> Store:
         return Store(self.home)
-
-    @property
-    def tracking(self) -> Tracking:
-        if self.mlflow_uri:
-            return Tracking(self.mlflow_uri, patience=self.tracking_patience)
-        return Tracking(self.store.mlflow_uri, self.store.mlflow_artifacts, self.tracking_patience)
 
     @property
     def project(self) -> Path:

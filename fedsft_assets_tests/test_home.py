@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from fedsft_assets import home
-from fedsft_assets.home import HOME_FILE, HomeError, check_home, claim_home, close_home
+from fedsft_assets.home import check_home, claim_home, close_home
+from fedsft_assets.home_file import HOME_FILE, HomeError
 from fedsft_assets.settings import PROJECT, Settings
 from fedsft_assets_tests.watched import open_to_others
 

@@ -40,7 +40,7 @@ def test_defaults_work_without_any_variable(monkeypatch: pytest.MonkeyPatch, tmp
         "simulator",
         None,
     )
-    assert settings.tracking == Tracking(settings.store.mlflow_uri, settings.store.mlflow_artifacts, patience=60)
+    assert Tracking.of(settings) == Tracking(settings.store.mlflow_uri, settings.store.mlflow_artifacts, patience=60)
     assert settings.source == "sample"
     assert settings.model_path is None
     assert settings.datasets == PROJECT / "datasets"
@@ -70,7 +70,7 @@ def test_environment_variables_are_read_anew_each_time(monkeypatch: pytest.Monke
     assert settings.jobs == tmp_path / "me" / "jobs"
     assert settings.prompts == tmp_path / "prompts.yaml"
     assert (settings.model, settings.mlflow_uri) == ("smollm2-135m", "http://tracking:5000")
-    assert settings.tracking == Tracking("http://tracking:5000", None, patience=2.5)
+    assert Tracking.of(settings) == Tracking("http://tracking:5000", None, patience=2.5)
     assert settings.model_path == tmp_path / "gpt.nemo"
 
 
@@ -159,7 +159,7 @@ def test_home_with_any_other_character_can_be_tracked(tmp_path: Path, empty_mlfl
     settings = Settings(home=tmp_path / name)
     settings.home.mkdir()
     shutil.copyfile(empty_mlflow_database, settings.home / "mlflow.db")
-    client, experiment = settings.tracking.client(), settings.tracking.experiment_id()
+    client, experiment = Tracking.of(settings).client(), Tracking.of(settings).experiment_id()
     run = client.create_run(experiment)
     client.log_text(run.info.run_id, "content", "file.txt")
     assert Path(client.download_artifacts(run.info.run_id, "file.txt")).read_text() == "content"
@@ -181,19 +181,19 @@ def test_account_that_the_password_file_does_not_know_gets_what_libraries_ask_fo
 def test_password_of_a_tracking_server_goes_where_mlflow_alone_looks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{USER}:{ENCODED}@tracking:5000/mlflow")
     settings = Settings()
-    assert settings.mlflow_uri == settings.tracking.uri == "http://tracking:5000/mlflow"
+    assert settings.mlflow_uri == Tracking.of(settings).uri == "http://tracking:5000/mlflow"
     assert os.environ["MLFLOW_TRACKING_URI"] == "http://tracking:5000/mlflow"
     assert os.environ["MLFLOW_TRACKING_USERNAME"] == USER
     assert os.environ["MLFLOW_TRACKING_PASSWORD"] == PASSWORD
-    shown = [repr(settings), settings.model_dump_json(), repr(settings.tracking), str(settings.environment())]
+    shown = [repr(settings), settings.model_dump_json(), repr(Tracking.of(settings)), str(settings.environment())]
     assert not any(word in text for word in (PASSWORD, ENCODED, USER) for text in shown)
-    assert Settings().tracking == settings.tracking
+    assert Tracking.of(Settings()) == Tracking.of(settings)
 
 
 def test_password_of_a_database_is_told_to_mlflow_and_to_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
     uri = f"postgresql://{USER}:{ENCODED}@db:5432/mlflow?sslmode=require"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    tracking = Settings().tracking
+    tracking = Tracking.of(Settings())
     assert tracking.uri == "postgresql://db:5432/mlflow?sslmode=require"
     asked: list[str] = []
     monkeypatch.setattr("mlflow.MlflowClient", lambda **said: asked.append(said["tracking_uri"]))
@@ -241,7 +241,7 @@ def test_server_is_asked_with_the_password_that_was_in_its_url(monkeypatch: pyte
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{USER}:{ENCODED}@127.0.0.1:{server.server_port}")
         with pytest.raises(Exception, match="401") as error:
-            Settings().tracking.experiment_id()
+            Tracking.of(Settings()).experiment_id()
         server.shutdown()
     assert heard
     assert all("get-by-name" in path for path, _ in heard)

@@ -13,11 +13,12 @@ from fedsft_assets.cli.generate import find_archive
 from fedsft_assets.credentials import redact, redact_error
 from fedsft_assets.defs.assets.job_folder import JobOverrides
 from fedsft_assets.disk import explain
-from fedsft_assets.home import HomeError, close_home
+from fedsft_assets.home import close_home
+from fedsft_assets.home_file import HomeError
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.settings import Settings
 from fedsft_assets.specs.yaml_file import SpecError
-from fedsft_assets.tracking import Outbox
+from fedsft_assets.tracking import Outbox, Tracking
 from fedsft_assets.ui.token import TokenFileError
 from fedsft_assets.versions import short
 
@@ -213,6 +214,6 @@ def _track(_: argparse.Namespace, settings: Settings) -> None:
     if not outbox.entries():
         print("nothing waits for the tracking server")
         return
-    left = outbox.deliver(settings.tracking, print, answer_seconds=_PATIENT_SECONDS)
+    left = outbox.deliver(Tracking.of(settings), print, answer_seconds=_PATIENT_SECONDS)
     if left:
         sys.exit("\n".join(f"{entry.job}: not delivered: {entry.reason}; {entry.folder} stays" for entry in left))

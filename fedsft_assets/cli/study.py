@@ -20,7 +20,8 @@ from fedsft_assets.disk import explain, explain_text, one_line_when_full
 from fedsft_assets.federation.runtimes.poc.system import PocSystem
 from fedsft_assets.federation.runtimes.processes import MARK, stop_marked
 from fedsft_assets.files import publish_file
-from fedsft_assets.home import HomeError, claim_home
+from fedsft_assets.home import claim_home
+from fedsft_assets.home_file import HomeError
 from fedsft_assets.settings import PROJECT, Settings
 from fedsft_assets.specs.job import JobSpec
 from fedsft_assets.store import Store

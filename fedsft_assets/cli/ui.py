@@ -14,6 +14,7 @@ from types import FrameType
 from fedsft_assets.federation.runtimes.processes import MARK, stop_marked
 from fedsft_assets.process_env import child_environment
 from fedsft_assets.settings import PROJECT, Settings
+from fedsft_assets.tracking import Tracking
 from fedsft_assets.ui.process import Start
 from fedsft_assets.ui.token import link, new_token, read_token
 
@@ -109,7 +110,7 @@ def _dagster(listener: socket.socket) -> list[Server]:
 def _mlflow(settings: Settings, listener: socket.socket) -> Server:
     """The link opens the curves of all jobs side by side."""
     store = settings.store
-    experiment = settings.tracking.experiment_id()
+    experiment = Tracking.of(settings).experiment_id()
     return Server(
         "MLflow",
         f"{_address(listener)}/#/experiments/{experiment}/runs?workflowType=machine_learning&compareRunsMode=CHART",

@@ -41,7 +41,7 @@ def run_prune(args: argparse.Namespace, settings: Settings) -> None:
 
     prepare_instance(settings)
     try:
-        registered = list(_registered(settings.store, settings.tracking))
+        registered = list(_registered(settings.store, Tracking.of(settings)))
     except Exception as error:  # whatever MLflow says
         sys.exit(f"MLflow does not say which versions are registered, so nothing is removed: {redact(str(error))}")
     found = unneeded(settings.store, registered, versions_in_use(settings.store))

@@ -180,7 +180,7 @@ def _is_checked(key: dg.AssetKey) -> bool:
 
 def resources(settings: Settings) -> dict[str, dg.ConfigurableResource | dg.ConfigurableIOManager]:
     """All resources, by the names that assets ask for."""
-    tracking = settings.tracking
+    tracking = Tracking.of(settings)
     model = ModelResource(preset=settings.model, path=str(settings.model_path) if settings.model_path else None)
     home = str(settings.home)
     return {

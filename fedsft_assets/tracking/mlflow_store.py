@@ -12,14 +12,15 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
-from fedsft_assets.credentials import redacted
+from fedsft_assets.credentials import as_given, redacted, take_credentials
 from fedsft_assets.files import locked, publish_file
-from fedsft_assets.tracking.uri import as_given, take_credentials
+from fedsft_assets.settings import Settings
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
 
 EXPERIMENT = "fedsft"
 CHAMPION = "champion"
@@ -43,6 +44,13 @@ class Tracking:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "uri", take_credentials(self.uri))
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        """The tracking server that the settings name, else the store in their home."""
+        if settings.mlflow_uri:
+            return cls(settings.mlflow_uri, patience=settings.tracking_patience)
+        return cls(settings.store.mlflow_uri, settings.store.mlflow_artifacts, settings.tracking_patience)
 
     @property
     def over_http(self) -> bool:

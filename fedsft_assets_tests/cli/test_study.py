@@ -14,7 +14,7 @@ from fedsft_assets.cli.study import _line, prepare_instance, study_job, study_ru
 from fedsft_assets.defs.assets.job_folder import JobOverrides
 from fedsft_assets.federation.runtimes.choose import poc_system
 from fedsft_assets.federation.runtimes.processes import MARK
-from fedsft_assets.home import HomeError
+from fedsft_assets.home_file import HomeError
 from fedsft_assets.settings import PROJECT, Settings
 from fedsft_assets.specs.job import JobSpec, load_jobs
 from fedsft_assets_tests.shipped import DATASETS

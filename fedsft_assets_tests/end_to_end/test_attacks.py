@@ -14,10 +14,10 @@ import pytest
 from nvflare.fuel.flare_api.api_spec import AuthorizationError
 
 from fedsft_assets.federation.protocol.messages import EXECUTION_KEY
-from fedsft_assets.federation.runtimes.poc.kits import PocSettings
 from fedsft_assets.federation.runtimes.poc.system import PocSystem
 from fedsft_assets.federation.runtimes.processes import marked_processes
 from fedsft_assets.settings import Settings
+from fedsft_assets.specs.runtime import PocSettings
 from fedsft_assets.store import Store
 from fedsft_assets.versions import current
 from fedsft_assets_tests.provisioned import Federation, provision, running, session

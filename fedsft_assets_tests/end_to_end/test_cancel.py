@@ -15,12 +15,12 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from fedsft_assets.federation.runtimes.poc.kits import PocSettings
 from fedsft_assets.federation.runtimes.poc.runtime import Poc
 from fedsft_assets.federation.runtimes.poc.system import PocSystem
 from fedsft_assets.federation.runtimes.processes import MARK, marked_processes, stop_marked
 from fedsft_assets.federation.supervisor.workspace import Workspaces
 from fedsft_assets.settings import PROJECT, Settings
+from fedsft_assets.specs.runtime import PocSettings
 from fedsft_assets.store import Store
 from fedsft_assets.tracking import Tracking
 

@@ -12,11 +12,11 @@ import pytest
 from fedsft_assets.federation.protocol.events import Event
 from fedsft_assets.federation.protocol.job_report import JobReport
 from fedsft_assets.federation.protocol.journal import Progress
-from fedsft_assets.federation.runtimes.poc.kits import PocSettings
 from fedsft_assets.federation.runtimes.poc.system import PocSystem
 from fedsft_assets.federation.runtimes.processes import marked_processes
 from fedsft_assets.federation.supervisor.launch import run_job
 from fedsft_assets.settings import PROJECT, Settings
+from fedsft_assets.specs.runtime import PocSettings
 from fedsft_assets.store import Store, split_file
 from fedsft_assets.versions import current
 from fedsft_assets_tests import stranger

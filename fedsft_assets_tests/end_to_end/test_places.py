@@ -155,4 +155,4 @@ def test_another_purpose_is_refused_by_the_code_location_too(tmp_path: Path, job
     assert subprocess.run(loading, cwd=PROJECT, env=environment, check=False).returncode == 0
     environment["FEDSFT_JOBS"] = str(jobs)
     refused = subprocess.run(loading, cwd=PROJECT, env=environment, capture_output=True, text=True, check=False)
-    assert f"fedsft_assets.home.HomeError: {home / 'home.json'}: this home is for data sample" in refused.stderr
+    assert f"fedsft_assets.home_file.HomeError: {home / 'home.json'}: this home is for data sample" in refused.stderr

@@ -18,13 +18,13 @@ from fedsft_assets.federation.protocol.job_report import JobReport
 from fedsft_assets.federation.protocol.journal import JOURNAL_FILE, Progress
 from fedsft_assets.federation.protocol.messages import BEST_MODEL, LAST_MODEL
 from fedsft_assets.federation.protocol.tail import Tail
-from fedsft_assets.federation.runtimes.poc.kits import PocSettings
 from fedsft_assets.federation.runtimes.poc.runtime import Poc
 from fedsft_assets.federation.runtimes.poc.system import PocSystem
 from fedsft_assets.federation.runtimes.processes import MARK, marked_processes
 from fedsft_assets.federation.supervisor.launch import begin_execution, run_job
 from fedsft_assets.federation.supervisor.workspace import Workspace
 from fedsft_assets.settings import Settings
+from fedsft_assets.specs.runtime import PocSettings
 from fedsft_assets.store import Store, split_file
 from fedsft_assets.versions import current
 from fedsft_assets_tests.prepared import build_job

@@ -14,12 +14,13 @@ from fedsft_assets.federation.protocol.events import Event, JobError
 from fedsft_assets.federation.protocol.job_report import JobReport
 from fedsft_assets.federation.protocol.journal import Progress
 from fedsft_assets.federation.protocol.points import Point
-from fedsft_assets.federation.runtimes.poc.kits import SERVER, PocSettings
+from fedsft_assets.federation.runtimes.poc.kits import SERVER
 from fedsft_assets.federation.runtimes.poc.system import PocSystem
 from fedsft_assets.federation.runtimes.processes import marked_processes
 from fedsft_assets.federation.supervisor.launch import run_job
 from fedsft_assets.federation.supervisor.workspace import Workspace
 from fedsft_assets.settings import Settings
+from fedsft_assets.specs.runtime import PocSettings
 from fedsft_assets.store import Store, split_file
 from fedsft_assets.versions import current
 from fedsft_assets_tests.prepared import build_job

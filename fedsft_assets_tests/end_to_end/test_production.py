@@ -15,10 +15,11 @@ from fedsft_assets.federation.protocol.events import Event, JobError
 from fedsft_assets.federation.protocol.job_report import MODEL_FILE, JobReport
 from fedsft_assets.federation.protocol.messages import LAST_MODEL
 from fedsft_assets.federation.runtimes.interface import UnavailableError
-from fedsft_assets.federation.runtimes.production import Production, ProductionSettings
+from fedsft_assets.federation.runtimes.production import Production
 from fedsft_assets.federation.site.files import SITE_HOME
 from fedsft_assets.model.base_model import create_base_model
 from fedsft_assets.specs.dataset import COMBINED
+from fedsft_assets.specs.runtime import ProductionSettings
 from fedsft_assets.store import SPLITS, Store, archive_file, split_file
 from fedsft_assets.versions import current
 from fedsft_assets_tests.environments import environment_of, installing

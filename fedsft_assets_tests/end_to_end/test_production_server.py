@@ -12,8 +12,9 @@ from fedsft_assets.federation.protocol.job_report import JobReport
 from fedsft_assets.federation.protocol.journal import JOURNAL_FILE, Progress
 from fedsft_assets.federation.protocol.points import Point
 from fedsft_assets.federation.runtimes.interface import RefusedError
-from fedsft_assets.federation.runtimes.production import Production, ProductionSettings
+from fedsft_assets.federation.runtimes.production import Production
 from fedsft_assets.federation.supervisor.workspace import Workspace
+from fedsft_assets.specs.runtime import ProductionSettings
 from fedsft_assets.store import Store
 from fedsft_assets_tests.provisioned import (
     SERVER,

@@ -12,9 +12,9 @@ import pytest
 
 from fedsft_assets.federation.protocol.job_report import JobReport
 from fedsft_assets.federation.runtimes.flare.jobs import FlareJobs
-from fedsft_assets.federation.runtimes.flare.session import Timeouts
 from fedsft_assets.federation.runtimes.interface import UnavailableError
 from fedsft_assets.federation.runtimes.processes import MARK, marked_processes, stop_marked
+from fedsft_assets.specs.runtime import Timeouts
 from fedsft_assets.store import Store
 from fedsft_assets_tests.provisioned import SERVER, Federation, environment, events_of_job, provision, running
 from fedsft_assets_tests.tracking.examples import until

@@ -14,10 +14,10 @@ from typing import Protocol
 import psutil
 
 from fedsft_assets.federation.protocol.messages import STUDY_HOME
-from fedsft_assets.federation.runtimes.poc.kits import PocSettings
 from fedsft_assets.federation.runtimes.poc.system import PocSystem
 from fedsft_assets.federation.runtimes.processes import marked_processes, stop_marked
 from fedsft_assets.settings import Settings
+from fedsft_assets.specs.runtime import PocSettings
 from fedsft_assets.store import Store
 from fedsft_assets_tests.faults.faults import Target
 from fedsft_assets_tests.provisioned import SERVER, Federation, provision

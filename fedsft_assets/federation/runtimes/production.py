@@ -6,28 +6,11 @@ The connection is NVFlare's own, with mutual TLS by the certificates of the kit.
 from collections.abc import Iterator
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
-
 from fedsft_assets.access import close_kit
 from fedsft_assets.federation.runtimes.flare.jobs import FlareJobs, temporary_files_in
 from fedsft_assets.federation.runtimes.flare.rights import require_rights
-from fedsft_assets.federation.runtimes.flare.session import Timeouts
 from fedsft_assets.federation.runtimes.interface import UnavailableError
-
-
-class ProductionSettings(BaseModel):
-    """Which federation, and as whom."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    startup_kit: Path | None = Field(default=None, description="the admin's folder that has startup/fed_admin.json")
-    study: str = Field(default="default", description="the study that jobs are submitted to")
-    timeouts: Timeouts = Field(default=Timeouts(), description="in seconds")
-
-    @field_validator("startup_kit")
-    @classmethod
-    def _absolute(cls, path: Path | None) -> Path | None:
-        return path.expanduser().resolve() if path else path
+from fedsft_assets.specs.runtime import ProductionSettings
 
 
 class Production(FlareJobs):

@@ -19,11 +19,12 @@ from typing import Any, Self
 from fedsft_assets.federation.protocol.journal import JOURNAL_FILE
 from fedsft_assets.federation.protocol.messages import JOURNAL_COMMAND
 from fedsft_assets.federation.protocol.tail import Tail
-from fedsft_assets.federation.runtimes.flare.session import FlareSession, Timeouts
+from fedsft_assets.federation.runtimes.flare.session import FlareSession
 from fedsft_assets.federation.runtimes.interface import JobState, RefusedError, ResultLostError, UnavailableError
 from fedsft_assets.federation.runtimes.plain_path import plain_path
 from fedsft_assets.files import link_or_copy
 from fedsft_assets.process_env import child_environment
+from fedsft_assets.specs.runtime import Timeouts
 
 COMPLETED = "FINISHED:COMPLETED"
 _ENDED = "FINISHED"

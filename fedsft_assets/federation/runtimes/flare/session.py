@@ -8,25 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
-
 from fedsft_assets.federation.runtimes.interface import RefusedError, UnavailableError
+from fedsft_assets.specs.runtime import Timeouts
 
 _RETRY_SECONDS = 2.0
 _T = TypeVar("_T")
-
-
-class Timeouts(BaseModel):
-    """All in seconds, all above zero."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    connect: float = Field(default=30, gt=0, description="to reach the server the first time")
-    reconnect: float = Field(default=300, gt=0, description="of trying again when a running job's server is away")
-    sites: float = Field(default=60, gt=0, description="for the sites of a job to be connected")
-    command: float = Field(default=30, gt=0, description="for the server's answer to one command")
-    download: float = Field(default=60, gt=0, description="for each next piece of a job's result")
-    abort: float = Field(default=60, gt=0, description="for an aborted job to have ended")
 
 
 class FlareSession:

@@ -7,8 +7,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
-
 from fedsft_assets.federation.kit_policy import (
     STUDY_ROLE,
     components,
@@ -18,6 +16,7 @@ from fedsft_assets.federation.kit_policy import (
     write_site_policy,
 )
 from fedsft_assets.federation.runtimes.interface import UnavailableError
+from fedsft_assets.specs.runtime import PocSettings
 
 SERVER = "localhost"  # NVFlare binds the name it is provisioned with; this one is loopback, any other is all interfaces
 ADMIN = "admin@fedsft.local"
@@ -38,32 +37,6 @@ _ORG = "fedsft"
 _SERVER_SETTINGS = {"heart_beat_timeout": 60, "admin_timeout": 30.0}
 # While a job waits for its turn or for GPUs. NVFlare's own: 10 s, then ever longer, and given up after ten times.
 _SCHEDULER = {"min_schedule_interval": 1.0, "max_schedule_interval": 5.0, "max_schedule_count": 10_000}
-
-
-class PocSettings(BaseModel):
-    """How the processes of a POC are started."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    gpus: str = Field(
-        default="",
-        pattern=r"^\s*(\d+\s*(,\s*\d+\s*)*)?$",
-        description="for the sites in turn, as 0,1; none: all see all",
-    )
-    gpu_memory: float = Field(default=0, ge=0, description="GiB of each GPU that jobs may ask for")
-    threads: int = Field(default=0, ge=0, description="of each trainer; 0 shares the cores among the sites")
-    max_jobs: int = Field(default=4, ge=1, description="jobs at the same time; more wait")
-
-    @property
-    def gpu_ids(self) -> list[int]:
-        return [int(gpu) for gpu in self.gpus.split(",") if gpu.strip()]
-
-    def gpus_of(self, site: str, sites: list[str]) -> list[int]:
-        """As NVFlare's POC does: the GPUs go round the sites, or the sites round the GPUs."""
-        gpus, count, at = self.gpu_ids, len(sites), sites.index(site)
-        if not gpus:
-            return []
-        return [gpus[at % len(gpus)]] if len(gpus) <= count else gpus[at::count]
 
 
 class PocKits:

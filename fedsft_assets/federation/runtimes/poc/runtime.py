@@ -5,10 +5,10 @@ from pathlib import Path
 
 from fedsft_assets.federation.protocol.tail import Tail
 from fedsft_assets.federation.runtimes.flare.jobs import FlareJobs
-from fedsft_assets.federation.runtimes.flare.session import Timeouts
 from fedsft_assets.federation.runtimes.interface import UnavailableError
 from fedsft_assets.federation.runtimes.poc.kits import SERVER
 from fedsft_assets.federation.runtimes.poc.system import PocSystem
+from fedsft_assets.specs.runtime import Timeouts
 
 _ABORT_SECONDS = 4.0
 

@@ -26,9 +26,10 @@ from fedsft_assets.federation.protocol.messages import STATE_ROOT
 from fedsft_assets.federation.protocol.phases import JOB_STARTED
 from fedsft_assets.federation.protocol.tail import Tail
 from fedsft_assets.federation.runtimes.interface import UnavailableError
-from fedsft_assets.federation.runtimes.poc.kits import ADMIN, SERVER, PocKits, PocSettings
+from fedsft_assets.federation.runtimes.poc.kits import ADMIN, SERVER, PocKits
 from fedsft_assets.federation.runtimes.processes import MARK, marked_processes, stop_marked
 from fedsft_assets.process_env import child_environment
+from fedsft_assets.specs.runtime import PocSettings
 
 HOST = "127.0.0.1"
 _STATE = "poc.json"

@@ -14,12 +14,12 @@ import psutil
 import pytest
 
 from fedsft_assets.federation.runtimes.flare.jobs import FlareJobs, _check_versions
-from fedsft_assets.federation.runtimes.flare.session import Timeouts
 from fedsft_assets.federation.runtimes.interface import JobState, ResultLostError, UnavailableError
-from fedsft_assets.federation.runtimes.poc.kits import SERVER, PocSettings
+from fedsft_assets.federation.runtimes.poc.kits import SERVER
 from fedsft_assets.federation.runtimes.poc.system import PocSystem
-from fedsft_assets.federation.runtimes.production import Production, ProductionSettings
+from fedsft_assets.federation.runtimes.production import Production
 from fedsft_assets.settings import Settings
+from fedsft_assets.specs.runtime import PocSettings, ProductionSettings, Timeouts
 from fedsft_assets_tests.federation.small_jobs import small_jobs_allowed, write_job
 
 pytestmark = pytest.mark.slow

@@ -9,9 +9,10 @@ from nvflare.fuel.flare_api.api_spec import AuthorizationError, InternalError, J
 
 from fedsft_assets.federation.runtimes.flare import rights
 from fedsft_assets.federation.runtimes.flare.rights import require_rights
-from fedsft_assets.federation.runtimes.flare.session import FlareSession, Timeouts
+from fedsft_assets.federation.runtimes.flare.session import FlareSession
 from fedsft_assets.federation.runtimes.interface import RefusedError
-from fedsft_assets.federation.runtimes.production import Production, ProductionSettings
+from fedsft_assets.federation.runtimes.production import Production
+from fedsft_assets.specs.runtime import ProductionSettings, Timeouts
 from fedsft_assets_tests.watched import open_to_others
 
 

@@ -16,13 +16,13 @@ import pytest
 
 from fedsft_assets.federation.protocol.journal import JOURNAL_FILE
 from fedsft_assets.federation.runtimes.flare.jobs import FlareJobs
-from fedsft_assets.federation.runtimes.flare.session import Timeouts
 from fedsft_assets.federation.runtimes.interface import ResultLostError, UnavailableError
-from fedsft_assets.federation.runtimes.poc.kits import SERVER, PocSettings
+from fedsft_assets.federation.runtimes.poc.kits import SERVER
 from fedsft_assets.federation.runtimes.poc.runtime import Poc
 from fedsft_assets.federation.runtimes.poc.system import PocSystem
 from fedsft_assets.federation.runtimes.processes import MARK, marked_processes
 from fedsft_assets.settings import PROJECT, Settings
+from fedsft_assets.specs.runtime import PocSettings, Timeouts
 from fedsft_assets_tests.federation.small_jobs import small_jobs_allowed, write_job
 from fedsft_assets_tests.sockets import Scan
 from fedsft_assets_tests.watched import PLANTED, open_to_others
