@@ -119,10 +119,10 @@ def environment(folder: Path, ours: bool) -> dict[str, str]:
     if not ours:
         return common
     from fedsft_assets.federation.protocol.messages import SITE_STATE_ROOT, STATE_ROOT
-    from fedsft_assets.federation.transport.allocator import ENVIRONMENT
+    from fedsft_assets.memory import MESSAGE_ENVIRONMENT
 
     states = {STATE_ROOT: str(folder / "states"), SITE_STATE_ROOT: str(folder / "site_states")}
-    return {**common, **states, **ENVIRONMENT}
+    return {**common, **states, **MESSAGE_ENVIRONMENT}
 
 
 def _command(way: str, diaries: Path, *more: str) -> list[str]:

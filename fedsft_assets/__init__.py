@@ -2,7 +2,7 @@
 
 import os
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Whatever a process writes that has this package loaded is its owner's alone, and so is what the processes write that
 # it starts: NVFlare's, Dagster's, MLflow's. None of them asks, so it is said here, where no entry can forget it.

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from fedsft_assets.cli import poc, versions
 from fedsft_assets.cli.generate import find_archive
+from fedsft_assets.cli.ui.token import TokenFileError
 from fedsft_assets.credentials import redact, redact_error
 from fedsft_assets.defs.assets.job_folder import JobOverrides
 from fedsft_assets.disk import explain
@@ -19,7 +20,6 @@ from fedsft_assets.model.errors import ModelError
 from fedsft_assets.settings import Settings
 from fedsft_assets.specs.yaml_file import SpecError
 from fedsft_assets.tracking import Outbox, Tracking
-from fedsft_assets.ui.token import TokenFileError
 from fedsft_assets.versions import short
 
 if TYPE_CHECKING:
@@ -133,8 +133,9 @@ def _wrong_setting(error: "ErrorDetails") -> str:
 
 
 def _study(args: argparse.Namespace, settings: Settings) -> None:
-    from fedsft_assets.cli.study import StudyFailedError, prepare_instance, run_study
+    from fedsft_assets.cli.study import prepare_instance, run_study
     from fedsft_assets.defs.resources import made_by
+    from fedsft_assets.defs.run import StudyFailedError
 
     prepare_instance(settings)
     try:
@@ -197,14 +198,14 @@ def _short(path: Path | str) -> Path | str:
 
 def _ui(_: argparse.Namespace, settings: Settings) -> None:
     from fedsft_assets.cli.study import prepare_instance
-    from fedsft_assets.cli.ui import serve, study_servers
+    from fedsft_assets.cli.ui.start import serve, study_servers
 
     prepare_instance(settings)
     serve(settings, study_servers(settings))
 
 
 def _tensorboard(_: argparse.Namespace, settings: Settings) -> None:
-    from fedsft_assets.cli.ui import serve, tensorboard_server
+    from fedsft_assets.cli.ui.start import serve, tensorboard_server
 
     serve(settings, [tensorboard_server(settings)])
 

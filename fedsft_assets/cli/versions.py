@@ -36,7 +36,8 @@ def run_accept(args: argparse.Namespace, settings: Settings) -> None:
 
 
 def run_prune(args: argparse.Namespace, settings: Settings) -> None:
-    from fedsft_assets.cli.study import prepare_instance, versions_in_use
+    from fedsft_assets.cli.study import prepare_instance
+    from fedsft_assets.defs.run import versions_in_use
     from fedsft_assets.prune import remove, unneeded
 
     prepare_instance(settings)

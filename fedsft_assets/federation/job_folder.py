@@ -95,7 +95,7 @@ def build_job_folder(
 
 
 def verify_job_folder(job_folder: Path) -> None:
-    """Raises JobFolderError if the folder is not as it was built."""
+    """Raises JobFolderError if the folder is not as it was built, or was built by another version of this package."""
     path = job_folder / _MANIFEST
     if not path.is_file():
         raise JobFolderError(f"{path} does not exist; build the job folder again")
@@ -109,6 +109,12 @@ def verify_job_folder(job_folder: Path) -> None:
     ):
         if names:
             raise JobFolderError(f"{job_folder / names[0]}: {what} since the job folder was built; build it again")
+    # Unparsed: another version's plans may have other fields.
+    plan = json.loads(next(job_folder.glob(f"app_*/{_PLAN}")).read_text(encoding="utf-8"))
+    if (built_with := plan.get("package")) != __version__:
+        raise JobFolderError(
+            f"{job_folder}: was built with fedsft-assets {built_with}, and this is {__version__}; build it again"
+        )
 
 
 def read_spec(job_folder: Path) -> JobSpec:

@@ -10,8 +10,9 @@ import dagster as dg
 import pytest
 
 from fedsft_assets.cli import main as cli
-from fedsft_assets.cli.study import _line, prepare_instance, study_job, study_run_config
+from fedsft_assets.cli.study import prepare_instance, study_job, study_run_config
 from fedsft_assets.defs.assets.job_folder import JobOverrides
+from fedsft_assets.defs.run import _line
 from fedsft_assets.federation.runtimes.choose import poc_system
 from fedsft_assets.federation.runtimes.processes import MARK
 from fedsft_assets.home_file import HomeError

@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from fedsft_assets.federation.protocol.messages import Wire
-
 _NAMED = 5  # of many tensors that are wrong
 _NAME_LENGTH = 200  # characters
 _SLICE = 1 << 16  # numbers that are summed at a time: what stays in a core's cache
@@ -144,8 +142,3 @@ def _shape(tensor: Any) -> tuple[int, ...]:
         return tuple(tensor.shape)
     with safe_open(tensor.file_path, framework="pt") as file:  # without reading the tensor
         return tuple(file.get_slice(tensor.key).get_shape())
-
-
-def rounded(change: torch.Tensor, wire: Wire) -> torch.Tensor:
-    """A change as it travels. What is not of floats stays as it is."""
-    return change.to(torch.bfloat16) if wire == Wire.BF16_DIFF and change.is_floating_point() else change

@@ -67,7 +67,7 @@ from fedsft_assets.federation.protocol.site_messages import (
     quoted,
 )
 from fedsft_assets.federation.protocol.state_folder import execution_folder
-from fedsft_assets.federation.server.aggregation import TokenWeightedAverage, rounded
+from fedsft_assets.federation.server.aggregation import TokenWeightedAverage
 from fedsft_assets.federation.server.base_model import own_base_model, read_nemo_weights
 from fedsft_assets.federation.server.cross_checks import (
     differing_scores,
@@ -82,12 +82,12 @@ from fedsft_assets.federation.server.presence import Part, Presence, PresenceWat
 from fedsft_assets.federation.server.site_update import SiteUpdate
 from fedsft_assets.federation.server.state import ServerState, remove_archived
 from fedsft_assets.federation.server.unreadable_results import tell_of_unreadable_results
-from fedsft_assets.federation.transport.allocator import collect_messages
 from fedsft_assets.federation.transport.header import LARGEST_GAP
 from fedsft_assets.federation.transport.install import send_tensors_as_streams
 from fedsft_assets.federation.transport.receiving import tensors_stored_in
 from fedsft_assets.federation.transport.sending import addend
-from fedsft_assets.model.memory import give_back_freed_memory
+from fedsft_assets.federation.transport.wire import rounded
+from fedsft_assets.memory import collect_messages, give_back_freed_memory
 
 _NOISE_ALONE = 10.0  # times the clipped change: nothing else need be looked for where a model goes astray
 _SECONDS_TO_ASK_AGAIN = 30.0  # an operator that follows the job asks for its journal all the time

@@ -6,9 +6,9 @@ import torch
 from nvflare.app_common.abstract.fl_model import FLModel
 
 from fedsft_assets.federation.protocol.messages import CONTROL, KIND_KEY, VERSION, VERSION_KEY, Kind, Wire
-from fedsft_assets.federation.server.aggregation import rounded
 from fedsft_assets.federation.site.update_filters import ChangeFilter
 from fedsft_assets.federation.transport.sending import made_when_sent
+from fedsft_assets.federation.transport.wire import rounded
 
 Tensors = dict[str, torch.Tensor]
 

@@ -21,13 +21,13 @@ from fedsft_assets.federation.protocol.messages import (
 )
 from fedsft_assets.federation.protocol.phases import PhaseClock
 from fedsft_assets.federation.protocol.points import TRAIN_LOSS, VAL_LOSS, VAL_LOSS_LOCAL, Point, points_to_data
-from fedsft_assets.federation.server.aggregation import rounded
 from fedsft_assets.federation.site.global_model import ExchangeError, SiteExchange, Weight
 from fedsft_assets.federation.site.precision import site_precision
 from fedsft_assets.federation.site.ranks import Task
 from fedsft_assets.federation.site.state import SiteState
 from fedsft_assets.federation.site.update_filters import ChangeFilter
 from fedsft_assets.federation.transport.receiving import add_to
+from fedsft_assets.federation.transport.wire import rounded
 from fedsft_assets.model.archive.nemo_archive import content_digest
 from fedsft_assets.model.language_model import LanguageModel
 from fedsft_assets.model.training.batches import truncated

@@ -16,10 +16,10 @@ from nvflare.fuel.f3.streaming.download_service import Downloadable
 from nvflare.fuel.utils import fobs
 from nvflare.fuel.utils.fobs import dots
 
-from fedsft_assets.federation.transport.allocator import keep_freed_memory
 from fedsft_assets.federation.transport.header import send_pieces_of
 from fedsft_assets.federation.transport.receiving import receiver
 from fedsft_assets.federation.transport.sending import Sending
+from fedsft_assets.memory import keep_message_memory
 
 _OF_ALL_PEERS = 160 << 20  # bytes in pieces, one for each peer
 
@@ -35,7 +35,7 @@ def send_tensors_as_streams(peers: int = 1) -> None:
     found = type(fobs.get_dot_handler(dots.TENSOR_DOWNLOAD)).__name__
     if found != StreamedTensors.__name__:  # by name: a job folder may bring this module a second time
         raise RuntimeError(f"tensors are sent by NVFlare's {found} in this process, which the other end does not read")
-    keep_freed_memory()
+    keep_message_memory()
 
 
 class StreamedTensors(TensorDecomposer):

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from nvflare.fuel.f3.streaming.download_service import Consumer
 
-from fedsft_assets.federation.transport.allocator import collect_messages
 from fedsft_assets.federation.transport.buffers import ReusedFile, ReusedFiles, StoredTensor, memory_block
 from fedsft_assets.federation.transport.header import Contents, dtype_of, flat_bytes, send_pieces_of
+from fedsft_assets.memory import collect_messages
 
 _SHOWN = 200  # characters of an error
 

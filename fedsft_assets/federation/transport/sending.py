@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from nvflare.fuel.f3.streaming.download_service import Downloadable, ProduceRC
 
-from fedsft_assets.federation.transport.allocator import collect_messages
 from fedsft_assets.federation.transport.header import (
     LARGEST_GAP,
     LARGEST_PIECE,
@@ -25,6 +24,7 @@ from fedsft_assets.federation.transport.header import (
     flat_bytes,
     piece_size,
 )
+from fedsft_assets.memory import collect_messages
 
 _MOST_SENT = 20 << 20  # bytes of memory that went into sending, and may still be held afterwards
 _SENDERS_OWN = 1 << 20  # bytes that NVFlare takes to send a piece as it lies in memory

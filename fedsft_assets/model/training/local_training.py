@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
+from fedsft_assets.memory import freed_memory_kept
 from fedsft_assets.model.language_model import LanguageModel
-from fedsft_assets.model.memory import freed_memory_kept
 from fedsft_assets.model.training.batches import Tokens, evaluation_batches, micro_batches, training_batches
 from fedsft_assets.model.training.devices import Devices, OneDevice
 from fedsft_assets.model.training.drift_correction import Correction

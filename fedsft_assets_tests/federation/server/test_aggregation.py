@@ -12,7 +12,8 @@ from nvflare.app_opt.pt.lazy_tensor_dict import _LazyRef, _TempDirRef
 from safetensors.torch import save_file
 
 from fedsft_assets.federation.protocol.messages import Wire
-from fedsft_assets.federation.server.aggregation import TokenWeightedAverage, rounded
+from fedsft_assets.federation.server.aggregation import TokenWeightedAverage
+from fedsft_assets.federation.transport.wire import rounded
 
 Weights = dict[str, torch.Tensor]
 TOKENS = {"site-1": 17, "site-2": 100_003, "site-3": 4_321}

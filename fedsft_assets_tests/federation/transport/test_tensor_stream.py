@@ -14,7 +14,6 @@ from nvflare.app_opt.pt import tensor_downloader
 from nvflare.fuel.f3.streaming.download_service import ProduceRC
 
 from fedsft_assets.federation.protocol.messages import KIND_KEY, VERSION, VERSION_KEY, Kind, Wire
-from fedsft_assets.federation.server.aggregation import rounded
 from fedsft_assets.federation.server.state import ServerState
 from fedsft_assets.federation.site.global_model import ExchangeError, SiteExchange
 from fedsft_assets.federation.site.update_filters import ChangeFilter
@@ -23,6 +22,7 @@ from fedsft_assets.federation.transport.buffers import StoredTensor
 from fedsft_assets.federation.transport.install import StreamedTensors, send_tensors_as_streams
 from fedsft_assets.federation.transport.receiving import BrokenTensor, add_to, tensors_stored_in
 from fedsft_assets.federation.transport.sending import addend, made, made_when_sent
+from fedsft_assets.federation.transport.wire import rounded
 from fedsft_assets.specs.job import FiltersSpec
 
 Tensors = dict[str, torch.Tensor]

@@ -33,7 +33,7 @@ from fedsft_assets.federation.runtimes.plain_path import plain_path
 from fedsft_assets.federation.runtimes.processes import MARK, stop_marked
 from fedsft_assets.federation.runtimes.simulator.fork_server import ForkServer, can_fork
 from fedsft_assets.federation.site.cpu_slots import TURNS, make_turns
-from fedsft_assets.federation.transport import allocator
+from fedsft_assets.memory import MESSAGE_ENVIRONMENT
 from fedsft_assets.process_env import child_environment
 
 _JOB_ID = "simulate_job"  # NVFlare's name for it
@@ -163,7 +163,7 @@ class Simulator:
     def _environment(self) -> dict[str, str]:
         return {
             **child_environment(),
-            **allocator.ENVIRONMENT,
+            **MESSAGE_ENVIRONMENT,
             "OMP_NUM_THREADS": str(self._threads),
             "TMPDIR": str(self._temporary),
             "NVFLARE_DEAD_CLIENT_GRACE_PERIOD": "1",  # nobody comes back here; NVFlare's own is 60 seconds

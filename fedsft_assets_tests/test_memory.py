@@ -10,7 +10,7 @@ _BLOCK = 40 << 20  # bytes; larger than what malloc ever keeps of its own accord
 _PROGRAM = f"""
 import resource
 from pathlib import Path
-from fedsft_assets.model.memory import freed_memory_kept
+from fedsft_assets.memory import freed_memory_kept
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -17,7 +17,7 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.testclient import TestClient, WebSocketDenialResponse
 from starlette.websockets import WebSocket
 
-from fedsft_assets.ui.guard import FOREIGN, NO_TOKEN, guarded
+from fedsft_assets.cli.ui.guard import FOREIGN, NO_TOKEN, guarded
 from fedsft_assets_tests.other_account import as_another_account, needs_another_account
 
 TOKEN = "a-token-of-this-test_3141"

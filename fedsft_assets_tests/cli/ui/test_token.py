@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from fedsft_assets.cli.ui.token import TokenFileError, link, new_token, read_token
 from fedsft_assets.settings import Settings
-from fedsft_assets.ui.token import TokenFileError, link, new_token, read_token
 
 TOKEN = "0123456789-abcdefghij_XYZ"
 

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from types import FrameType
 
+from fedsft_assets.cli.ui.process import Start
+from fedsft_assets.cli.ui.token import link, new_token, read_token
 from fedsft_assets.federation.runtimes.processes import MARK, stop_marked
 from fedsft_assets.process_env import child_environment
 from fedsft_assets.settings import PROJECT, Settings
 from fedsft_assets.tracking import Tracking
-from fedsft_assets.ui.process import Start
-from fedsft_assets.ui.token import link, new_token, read_token
 
 _HOST = "127.0.0.1"
 
@@ -123,7 +123,7 @@ def _mlflow(settings: Settings, listener: socket.socket) -> Server:
 
 
 def _command(*words: str) -> list[str]:
-    return [sys.executable, "-m", "fedsft_assets.ui.process", *words]
+    return [sys.executable, "-m", "fedsft_assets.cli.ui.process", *words]
 
 
 def _address(listener: socket.socket) -> str:

@@ -19,12 +19,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fedsft_assets.ui.guard import guarded
+from fedsft_assets.cli.ui.guard import guarded
+from fedsft_assets.defs.servers import run_daemon, serve_code, webserver
 
-CODE = "fedsft_assets.definitions"
-"""The code location, as `workspace.yaml` has it."""
-
-_SECONDS_TO_LOAD = 180
 _SECONDS_TO_ANSWER = 3  # what is being answered when a server is told to stop
 _POLL_SECONDS = 0.1
 
@@ -66,7 +63,7 @@ class Start:
 
 def main() -> None:
     """Serve until this process is told to stop."""
-    parser = argparse.ArgumentParser(prog="fedsft_assets.ui.process", description=__doc__)
+    parser = argparse.ArgumentParser(prog="fedsft_assets.cli.ui.process", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("code", "daemon", "dagster"):
         commands.add_parser(name)
@@ -83,47 +80,22 @@ def main() -> None:
 
 
 def _code(_: argparse.Namespace, start: Start) -> None:
-    """Dagster's server of definitions and runs. It starts another one anew whenever definitions are reloaded."""
-    from dagster._cli.code_server import code_server_cli
-
-    tempfile.tempdir = start.folder  # the other one listens there; runs have the usual place for temporary files
-    code_server_cli(
-        [
-            *("start", "--socket", str(start.code), "--module-name", CODE, "--location-name", CODE),
-            *("--startup-timeout", str(_SECONDS_TO_LOAD), "--log-level", "warning"),
-            "--inject-env-vars-from-instance",
-        ]
-    )
+    """Dagster's server of definitions and runs."""
+    tempfile.tempdir = start.folder  # where Dagster starts another one; runs have the usual place for temporary files
+    serve_code(start.code)
 
 
 def _daemon(_: argparse.Namespace, start: Start) -> None:
     """Dagster's schedules, sensors and queue of runs."""
-    from dagster._daemon.cli import create_dagster_daemon_cli
-
     _wait_for(start.code)
-    workspace = Path(start.folder, "workspace.yaml")
-    code = {"grpc_server": {"socket": str(start.code), "location_name": CODE}}
-    workspace.write_text(json.dumps({"load_from": [code]}), encoding="utf-8")
-    create_dagster_daemon_cli()(["run", "--workspace", str(workspace), "--log-level", "warning"])
+    run_daemon(start.code, Path(start.folder, "workspace.yaml"))
 
 
 def _dagster(_: argparse.Namespace, start: Start) -> None:
-    """Dagster's pages, as `dagster-webserver` makes them."""
-    from dagster import DagsterInstance
-    from dagster._core.workspace.context import WorkspaceProcessContext
-    from dagster._core.workspace.load_target import GrpcServerTarget
-    from dagster._utils.log import configure_loggers
-    from dagster_webserver.app import create_app_from_workspace_process_context
-    from dagster_webserver.cli import DEFAULT_DB_STATEMENT_TIMEOUT, DEFAULT_POOL_MAX_OVERFLOW, DEFAULT_POOL_RECYCLE
-    from dagster_webserver.version import __version__
-
-    configure_loggers(log_level="WARNING")
+    """Dagster's pages."""
     _wait_for(start.code)
-    code = GrpcServerTarget(host="localhost", port=None, socket=str(start.code), location_name=CODE)
-    with DagsterInstance.get() as instance:
-        instance.optimize_for_webserver(DEFAULT_DB_STATEMENT_TIMEOUT, DEFAULT_POOL_RECYCLE, DEFAULT_POOL_MAX_OVERFLOW)
-        with WorkspaceProcessContext(instance, workspace_load_target=code, version=__version__) as context:
-            _serve(create_app_from_workspace_process_context(context, live_data_poll_rate=2000), start)
+    with webserver(start.code) as app:
+        _serve(app, start)
 
 
 def _mlflow(args: argparse.Namespace, start: Start) -> None:

@@ -22,13 +22,13 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 from websockets.typing import Subprotocol
 
-from fedsft_assets.cli.ui import Server, _listen, serve, study_servers, tensorboard_server
+from fedsft_assets.cli.ui.guard import FOREIGN, NO_TOKEN
+from fedsft_assets.cli.ui.start import Server, _listen, serve, study_servers, tensorboard_server
+from fedsft_assets.defs.servers import CODE
 from fedsft_assets.settings import PROJECT, Settings
 from fedsft_assets.store import Store
 from fedsft_assets.tracking import EXPERIMENT, Tracking
 from fedsft_assets.tracking.tensorboard import EventFiles
-from fedsft_assets.ui.guard import FOREIGN, NO_TOKEN
-from fedsft_assets.ui.process import CODE
 from fedsft_assets_tests.other_account import as_another_account, needs_another_account
 from fedsft_assets_tests.tracking.examples import job_points, until
 from fedsft_assets_tests.watched import PLANTED, open_to_others
@@ -124,7 +124,7 @@ def test_servers_hear_signals_also_in_the_background_of_a_script(tmp_path: Path)
     serving = f"""
 import sys
 from fedsft_assets.settings import Settings
-from fedsft_assets.cli.ui import Server, serve
+from fedsft_assets.cli.ui.start import Server, serve
 serve(Settings(), [Server("a server", "nowhere", [sys.executable, "-c", {server!r}])])
 """
     subprocess.run(
@@ -138,7 +138,7 @@ serve(Settings(), [Server("a server", "nowhere", [sys.executable, "-c", {server!
 
 _SAY = """
 import json, sys
-from fedsft_assets.ui.process import Start
+from fedsft_assets.cli.ui.process import Start
 start = Start.read()
 json.dump({"token": start.token, "port": start.socket().getsockname()[1]}, open(sys.argv[1], "w"))
 """

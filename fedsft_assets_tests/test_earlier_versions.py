@@ -1,0 +1,56 @@
+"""What an earlier version has left, in archives, startup kits and job folders, is taken or gets a clear error."""
+
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+from nvflare.fuel.utils.class_utils import instantiate_class
+
+from fedsft_assets.federation.job_folder import JobFolderError, verify_job_folder
+from fedsft_assets.files import file_digest
+from fedsft_assets.model.archive.nemo_archive import CONFIG
+from fedsft_assets.model.nemo_model import SFTModel
+from fedsft_assets.versions import current
+from fedsft_assets_tests.prepared import build_job, prepare_home
+
+
+@pytest.mark.parametrize(
+    ("component", "command"),
+    [
+        ("site_connection.SiteConnection", "fedsft-site configure"),
+        ("server_connections.ServerConnections", "fedsft-server configure"),
+    ],
+)
+def test_startup_kit_that_version_0_1_configured_says_how_to_configure_it_again(component: str, command: str) -> None:
+    with pytest.raises(RuntimeError, match=f"configured with fedsft-assets 0.1; configure it again: {command}"):
+        instantiate_class(f"fedsft_assets.federation.{component}", {})
+
+
+def test_archive_that_version_0_1_wrote_is_restored(tmp_path: Path) -> None:
+    store = prepare_home(tmp_path / "home")
+    archive = next(current(store.base_model("tiny")).glob("*.nemo"))
+    with tarfile.open(archive) as tar:
+        tar.extractall(tmp_path / "files", filter="data")
+    config = next((tmp_path / "files").rglob(CONFIG))
+    content = config.read_text(encoding="utf-8")
+    assert "fedsft_assets.model.nemo_model.SFTModel" in content
+    config.write_text(content.replace("model.nemo_model", "model.sft_model"), encoding="utf-8")
+    with tarfile.open(tmp_path / "old.nemo", "w") as tar:
+        for path in sorted(config.parent.iterdir()):
+            tar.add(path, f"./{path.name}")
+    assert isinstance(SFTModel.load(tmp_path / "old.nemo"), SFTModel)
+
+
+def test_job_folder_of_another_version_is_not_run(tmp_path: Path) -> None:
+    store = prepare_home(tmp_path / "home")
+    build_job(store, "alpaca")
+    folder = current(store.job_folder("alpaca"))
+    verify_job_folder(folder)
+    (plan,) = folder.glob("app_*/config/plan.json")
+    plan.write_text(json.dumps({**json.loads(plan.read_text()), "package": "0.1.0", "more": 1}), encoding="utf-8")
+    manifest = folder / "manifest.json"
+    digests = json.loads(manifest.read_text()) | {str(plan.relative_to(folder)): file_digest(plan)}
+    manifest.write_text(json.dumps(digests), encoding="utf-8")
+    with pytest.raises(JobFolderError, match=r"was built with fedsft-assets 0\.1\.0, and this is .*; build it again"):
+        verify_job_folder(folder)
