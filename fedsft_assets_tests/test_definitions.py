@@ -1,6 +1,5 @@
-"""The whole code location: every change of the graph shows in `graph.json`, and the rules of the layers hold."""
+"""The whole code location: every change of the graph shows in `graph.json`, and loading it loads nothing heavy."""
 
-import ast
 import json
 import os
 import subprocess
@@ -16,12 +15,6 @@ from fedsft_assets.settings import PROJECT
 
 GRAPH_FILE = Path(__file__).with_name("graph.json")
 RENEW = "RENEW_GRAPH"
-PACKAGE = PROJECT / "fedsft_assets"
-PLAIN = [
-    *(f"{folder}/{path.name}" for folder in ("data", "model", "federation", "evaluation", "tracking") for path in
-      sorted((PACKAGE / folder).glob("*.py"))),
-    *("execution.py", "generate.py", "specs.py", "store.py", "settings.py"),
-]  # fmt: skip
 
 
 def _graph() -> dict[str, Any]:
@@ -128,41 +121,3 @@ def test_trainer_at_a_site_needs_nothing_of_dagster_or_mlflow() -> None:
     loaded = _loaded_by("fedsft_assets.federation.site.process") | _loaded_by("fedsft_assets.federation.site.trainer")
     assert {"nvflare", "torch"} <= loaded
     assert not loaded & {"dagster", "dagster_shared", "mlflow"}
-
-
-def _imports(path: Path) -> set[str]:
-    """The top-level packages that a file imports anywhere, also inside functions."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module if node.module.startswith("fedsft_assets") else node.module.split(".")[0])
-    return found
-
-
-@pytest.mark.parametrize("name", PLAIN)
-def test_no_dagster_below_the_assets(name: str) -> None:
-    imports = _imports(PACKAGE / name)
-    assert "dagster" not in imports
-    outer = {"assets", "automation", "definitions", "resources", "study", "ui", "cli"}
-    assert not {module.split(".")[1] for module in imports if module.startswith("fedsft_assets.")} & outer
-
-
-def test_what_runs_at_a_site_or_server_imports_no_tracking() -> None:
-    for name in ("client.py", "server.py", "metrics.py", "trainer_log.py"):
-        assert not _imports(PACKAGE / "federation" / name) & {"mlflow", "fedsft_assets.tracking"}, name
-
-
-def test_server_part_needs_only_what_every_part_needs() -> None:
-    """The extra `server` brings nothing else; NVFlare brings numpy."""
-    todo, done, imports = ["fedsft_assets.federation.server.controller"], set(), set()
-    while todo:
-        module = todo.pop()
-        done.add(module)
-        path = PACKAGE.joinpath(*module.split(".")[1:])
-        imports |= _imports(path.with_suffix(".py"))
-        todo = sorted({name for name in imports if name.startswith("fedsft_assets.")} - done)
-    others = {name for name in imports if not name.startswith("fedsft_assets.")}
-    needed = {"fedsft_assets", "torch", "numpy", "safetensors", "nvflare", "pydantic", "yaml"}
-    assert others - set(sys.stdlib_module_names) == needed

@@ -1,16 +1,15 @@
 """What an installation brings: a site no more than its trainer needs, and the study everything."""
 
-import ast
 import subprocess
 import sys
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import grimp
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from fedsft_assets.settings import PROJECT
 from fedsft_assets_tests.environments import closure, environment_of, installing
 
 NOT_AT_A_SITE = {
@@ -32,38 +31,32 @@ def test_the_study_gets_all_that_a_site_and_the_server_get() -> None:
     assert {"dagster", "mlflow", "nvflare", "torch", "nemo-toolkit", "pandas", "pyarrow"} <= closure(study)
 
 
-def _imported(path: Path) -> set[str]:
-    """Top names of all that a file imports, at its top or later."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return names
-
-
-def _reached(modules: list[str]) -> set[Path]:
-    """Files of the package that can be imported from these modules, also late, but for the site's data command."""
-    reached: set[Path] = set()
-    waiting = list(modules)
-    while waiting:
-        path = PROJECT / (waiting.pop().replace(".", "/") + ".py")
-        if path.is_file() and path not in reached and "data" not in path.relative_to(PROJECT).parts:
-            reached.add(path)
-            waiting += [name for name in _imported(path) if name.startswith("fedsft_assets.")]
-    return reached
+def _imports(modules: list[str], without: str = "") -> set[tuple[str, str]]:
+    """Who of the package imports which other package, at its top or later, of all that these modules can reach."""
+    graph = grimp.build_graph("fedsft_assets", include_external_packages=True)
+    for module in graph.modules if without else ():
+        if module == without or module.startswith(f"{without}."):
+            graph.remove_module(module)
+    reached = {*modules, *(name for module in modules for name in graph.find_upstream_modules(module))}
+    own = {module for module in reached if module.split(".")[0] == "fedsft_assets"}
+    others = reached - own - sys.stdlib_module_names
+    return {(module, name) for module in own for name in graph.find_modules_directly_imported_by(module) & others}
 
 
 def test_whatever_the_client_can_import_is_a_requirement_of_a_site() -> None:
     direct = {canonicalize_name(Requirement(text).name) for text in installing("site")}
     brought = packages_distributions()
-    files = _reached(CLIENT_SIDE)
-    assert PROJECT / "fedsft_assets/model/language_model.py" in files
-    for path in files:
-        for name in {name.split(".")[0] for name in _imported(path)} - {"fedsft_assets", *sys.stdlib_module_names}:
-            providers = {canonicalize_name(found) for found in brought.get(name, [])}
-            assert providers & direct, f"{path.relative_to(PROJECT)} imports {name}, which the extra `site` lacks"
+    found = _imports(CLIENT_SIDE, without="fedsft_assets.data")  # which `fedsft-site split` needs, with an extra
+    assert ("fedsft_assets.model.language_model", "transformers") in found
+    for module, name in sorted(found):
+        providers = {canonicalize_name(provider) for provider in brought.get(name, [])}
+        assert providers & direct, f"{module} imports {name}, which the extra `site` lacks"
+
+
+def test_the_servers_part_needs_only_what_every_part_needs() -> None:
+    """The extra `server` brings nothing else; NVFlare brings numpy."""
+    found = {name for _, name in _imports(["fedsft_assets.federation.server.controller"])}
+    assert found == {"torch", "numpy", "safetensors", "nvflare", "pydantic", "yaml"}
 
 
 TRAIN_A_ROUND = """
