@@ -17,7 +17,7 @@ from fedsft_assets.evaluation.prompts import load_prompts
 from fedsft_assets.home import check_home
 from fedsft_assets.settings import Settings
 from fedsft_assets.specs.dataset import load_datasets
-from fedsft_assets.specs.job import load_jobs
+from fedsft_assets.specs.job import load_jobs, sites_of
 
 settings = Settings()
 check_home(settings)
@@ -39,7 +39,7 @@ defs = dg.Definitions(
     jobs=[full_study, poc_start_job, poc_stop_job],
     schedules=[weekly_study],
     sensors=[new_data_sensor(datasets), undelivered_tracking],
-    resources=resources(settings),
+    resources=resources(settings, sites_of(jobs)),
     # Steps are forked from one process that has this module loaded: half a second each instead of several.
     executor=dg.multiprocess_executor.configured(
         {"start_method": {"forkserver": {"preload_modules": ["fedsft_assets.definitions"]}}}

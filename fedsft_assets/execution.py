@@ -24,12 +24,14 @@ from fedsft_assets.files import link_or_copy
 from fedsft_assets.specs.job import JobSpec, PrivacySpec
 from fedsft_assets.specs.model_preset import ModelPreset
 from fedsft_assets.specs.plan import SitePlan
+from fedsft_assets.specs.runtime import RuntimeSettings
 from fedsft_assets.store import Store, split_file
 from fedsft_assets.tracking import Outbox, Registered, TrackedJob, Tracking
 from fedsft_assets.tracking.record import Execution
 from fedsft_assets.tracking.tracked_job import close_as_killed
 from fedsft_assets.versions import adding, make_current
 
+_SIMULATOR = RuntimeSettings()
 CHART_FILE = "val_loss.png"
 _INPUTS_FILE = "inputs.json"
 _PRIVACY, _DATASET = "filters.privacy.", "site."  # with a field, and a site's name, behind it: parameters in MLflow
@@ -78,9 +80,7 @@ def execute_job(
     tracking: Tracking,
     tags: dict[str, str],
     say: Callable[[str], object],
-    runtime: str = "simulator",
-    threads_per_trainer: int = 0,
-    environment: dict[str, str] | None = None,
+    runtime: RuntimeSettings = _SIMULATOR,
 ) -> ExecutedJob:
     """Run a version of a job folder in the store, track it, make its checkpoint the current version and register it.
 
@@ -92,8 +92,8 @@ def execute_job(
     inputs = CheckpointInputs.of(job_folder, store)
     combined = inputs.combined(store)
     data = SplitReport.read(combined).digest
-    params = {"model": preset.name, **_params(spec, plan, runtime)}
-    with held_workspace(job_folder, store.flare(spec.name), runtime, say) as (workspace, execution):
+    params = {"model": preset.name, **_params(spec, plan, runtime.name)}
+    with held_workspace(job_folder, store.flare(spec.name), runtime.name, say) as (workspace, execution):
         close_abandoned(store, spec.name, say)
         earlier = journal_points(workspace.journal)
         versions = {"data_version.job_folder": job_folder.name, "data_version.combined": data}
@@ -119,8 +119,6 @@ def execute_job(
                 testing_file=split_file(combined, "testing"),
                 into=workspace.checkpoint,
                 runtime=runtime,
-                threads=threads_per_trainer,
-                environment=environment,
                 execution=execution,
             ):
                 match event:

@@ -1,11 +1,14 @@
-"""The environment of processes that may know no secrets: sites and their trainers, a POC, user interfaces of others.
+"""The environment of processes: what a home's processes get, and what those get that may know no secrets, which are
+sites and their trainers, a POC, and user interfaces of others.
 
 They get what is named here, and what the user names. Whatever else a user has exported, whatever it is called, stays
 with the processes that the user started: the study, its steps, and Dagster.
 """
 
+import getpass
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 from fedsft_assets.credentials import PASS, is_secret
 
@@ -47,3 +50,34 @@ def forget_secrets() -> None:
 
 def _passes(name: str, value: str) -> bool:
     return (name in _NAMES or name.startswith(_BEGINNINGS)) and not is_secret(name, value)
+
+
+def home_environment(home: Path) -> dict[str, str]:
+    """Variables that keep libraries from writing anywhere but under `home`, and from the network."""
+    cache = home / "cache"
+    return {
+        **_account(cache),
+        "FEDSFT_HOME": str(home),
+        "DAGSTER_HOME": str(home / "dagster"),
+        "DAGSTER_DISABLE_TELEMETRY": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MPLCONFIGDIR": str(cache / "matplotlib"),
+        "HF_HOME": str(cache / "huggingface"),
+        "XDG_CACHE_HOME": str(cache),
+        "TORCHINDUCTOR_CACHE_DIR": str(cache / "torchinductor"),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def _account(folder: Path) -> dict[str, str]:
+    """What libraries ask of an account, for one that the password file does not know, as in a container."""
+    missing = {}
+    try:
+        Path.home()
+    except RuntimeError:
+        missing["HOME"] = str(folder)
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        missing["USER"] = f"uid-{os.getuid()}"
+    return missing

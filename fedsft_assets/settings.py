@@ -3,9 +3,8 @@
 What the environment does not say and a home remembers (its data, its model, its folders) comes from `home.json`.
 """
 
-import getpass
-import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +17,7 @@ from fedsft_assets.home_file import read_home
 from fedsft_assets.specs.dataset import HUB, SAMPLE
 from fedsft_assets.specs.limits import CheckSettings, SplitSettings
 from fedsft_assets.specs.model_preset import PRESETS
-from fedsft_assets.specs.runtime import PocSettings, ProductionSettings
+from fedsft_assets.specs.runtime import PocSettings, ProductionSettings, RuntimeSettings
 from fedsft_assets.store import Store
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -120,6 +119,10 @@ class Settings(BaseSettings):
     def store(self) -> Store:
         return Store(self.home)
 
+    def where_jobs_run(self, sites: Iterable[str] = ()) -> RuntimeSettings:
+        """`sites` are those that a POC is started for."""
+        return RuntimeSettings(name=self.runtime, sites=list(sites), poc=self.poc, production=self.production)
+
     @property
     def project(self) -> Path:
         """The folder of this project's own jobs and datasets."""
@@ -148,36 +151,6 @@ class Settings(BaseSettings):
             raise ValueError(f"FEDSFT_DATA: {self.data!r} is neither 'sample' nor 'hub' nor a folder")
         return str(folder)
 
-    def environment(self) -> dict[str, str]:
-        """Variables that keep libraries from writing anywhere but under `home`, and from the network."""
-        cache = self.home / "cache"
-        return {
-            **_account(cache),
-            "FEDSFT_HOME": str(self.home),
-            "DAGSTER_HOME": str(self.home / "dagster"),
-            "DAGSTER_DISABLE_TELEMETRY": "1",
-            "MLFLOW_DISABLE_TELEMETRY": "true",
-            "MPLCONFIGDIR": str(cache / "matplotlib"),
-            "HF_HOME": str(cache / "huggingface"),
-            "XDG_CACHE_HOME": str(cache),
-            "TORCHINDUCTOR_CACHE_DIR": str(cache / "torchinductor"),
-            "TOKENIZERS_PARALLELISM": "false",
-        }
-
 
 def _absolute(path: Path) -> Path:
     return path.expanduser().resolve()
-
-
-def _account(folder: Path) -> dict[str, str]:
-    """What libraries ask of an account, for one that the password file does not know, as in a container."""
-    missing = {}
-    try:
-        Path.home()
-    except RuntimeError:
-        missing["HOME"] = str(folder)
-    try:
-        getpass.getuser()
-    except (KeyError, OSError):
-        missing["USER"] = f"uid-{os.getuid()}"
-    return missing

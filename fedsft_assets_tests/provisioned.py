@@ -23,6 +23,7 @@ from fedsft_assets.federation.protocol.events import Event
 from fedsft_assets.federation.runtimes.poc.kits import BUILDERS
 from fedsft_assets.federation.runtimes.processes import MARK, marked_processes, stop_marked
 from fedsft_assets.federation.supervisor.launch import run_job
+from fedsft_assets.specs.runtime import ProductionSettings, RuntimeSettings
 from fedsft_assets.store import Store, split_file
 from fedsft_assets.versions import current
 from fedsft_assets_tests.tracking.server import unused_port
@@ -243,6 +244,5 @@ def events_of_job(federation: Federation, store: Store, job: str) -> Iterator[Ev
         workspace=store.flare(job),
         testing_file=split_file(current(store.combined), "testing"),
         into=store.checkpoint(job),
-        runtime="production",
-        environment={"FEDSFT_PRODUCTION__STARTUP_KIT": str(federation.kits.admin), "FEDSFT_HOME": str(store.home)},
+        runtime=RuntimeSettings(name="production", production=ProductionSettings(startup_kit=federation.kits.admin)),
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedsft_assets.credentials import PASS
-from fedsft_assets.process_env import child_environment, forget_secrets
+from fedsft_assets.process_env import child_environment, forget_secrets, home_environment
 from fedsft_assets.settings import PROJECT, Settings
 from fedsft_assets_tests.watched import PLANTED
 
@@ -60,7 +60,7 @@ def test_what_is_named_is_passed_on_and_to_children_of_children() -> None:
 def test_every_setting_is_known_to_a_child(tmp_path: Path) -> None:
     variables = {f"FEDSFT_{name.upper()}": "1" for name in Settings.model_fields if name != "mlflow_uri"}
     assert child_environment(variables) == variables
-    own = Settings(home=tmp_path).environment()
+    own = home_environment(tmp_path)
     assert child_environment(own) == own
 
 
@@ -79,9 +79,9 @@ def test_names_to_pass_on_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # Who starts processes that may know what their user knows: Dagster's web server, and torchrun, from a trainer.
-WHOLE = {"ui.py", "federation/followers.py"}
+WHOLE = {"cli/ui/start.py", "federation/site/ranks.py"}
 # It becomes the Python that NVFlare has started, with the environment that NVFlare has.
-STANDS_IN = {"federation/forked_python.py"}
+STANDS_IN = {"federation/runtimes/simulator/forked_python.py"}
 ALL_OF_IT = ("**(os.environ", "**os.environ", "dict(os.environ)", "os.environ.copy()", "os.environ |", "env=os.environ")
 
 

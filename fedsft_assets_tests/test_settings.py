@@ -13,6 +13,7 @@ import pytest
 from pydantic import ValidationError
 
 from fedsft_assets.defs.resources import MLflowResource, resources
+from fedsft_assets.process_env import home_environment
 from fedsft_assets.settings import PROJECT, Settings
 from fedsft_assets.specs.limits import CheckSettings, SplitSettings
 from fedsft_assets.tracking import Tracking
@@ -109,7 +110,7 @@ def test_unknown_runtime_is_refused_with_those_that_there_are(monkeypatch: pytes
 
 
 def test_libraries_write_under_home_only(tmp_path: Path) -> None:
-    environment = Settings(home=tmp_path).environment()
+    environment = home_environment(tmp_path)
     places = {name: Path(value) for name, value in environment.items() if value.startswith("/")}
     assert {"FEDSFT_HOME", "DAGSTER_HOME", "MPLCONFIGDIR", "HF_HOME", "XDG_CACHE_HOME"} <= places.keys()
     assert all(place.is_relative_to(tmp_path) for place in places.values())
@@ -170,11 +171,11 @@ def test_home_with_any_other_character_can_be_tracked(tmp_path: Path, empty_mlfl
 def test_account_that_the_password_file_does_not_know_gets_what_libraries_ask_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert not {"HOME", "USER"} & Settings(home=tmp_path).environment().keys()
+    assert not {"HOME", "USER"} & home_environment(tmp_path).keys()
     for name in ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("os.getuid", lambda: 4_000_000)
-    environment = Settings(home=tmp_path).environment()
+    environment = home_environment(tmp_path)
     assert (environment["HOME"], environment["USER"]) == (str(tmp_path / "cache"), "uid-4000000")
 
 
@@ -185,7 +186,12 @@ def test_password_of_a_tracking_server_goes_where_mlflow_alone_looks_for_it(monk
     assert os.environ["MLFLOW_TRACKING_URI"] == "http://tracking:5000/mlflow"
     assert os.environ["MLFLOW_TRACKING_USERNAME"] == USER
     assert os.environ["MLFLOW_TRACKING_PASSWORD"] == PASSWORD
-    shown = [repr(settings), settings.model_dump_json(), repr(Tracking.of(settings)), str(settings.environment())]
+    shown = [
+        repr(settings),
+        settings.model_dump_json(),
+        repr(Tracking.of(settings)),
+        str(home_environment(settings.home)),
+    ]
     assert not any(word in text for word in (PASSWORD, ENCODED, USER) for text in shown)
     assert Tracking.of(Settings()) == Tracking.of(settings)
 
@@ -204,7 +210,7 @@ def test_password_of_a_database_is_told_to_mlflow_and_to_nobody_else(monkeypatch
 def test_resources_show_no_secret_and_take_one_by_the_name_of_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{USER}:{ENCODED}@tracking:5000")
     monkeypatch.setenv("OTHER_SERVER", f"http://other-user:{ENCODED}@other:5000")
-    given = resources(Settings())
+    given = resources(Settings(), ["site-1"])
     shown = json.dumps({name: resource.model_dump(mode="json") for name, resource in given.items()}, default=str)
     assert "http://tracking:5000" in shown
     assert not any(word in shown for word in (PASSWORD, ENCODED, USER))

@@ -17,6 +17,7 @@ from fedsft_assets.federation.protocol.job_report import MODEL_FILE
 from fedsft_assets.home import close_home
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.generation_settings import GenerationSettings
+from fedsft_assets.process_env import home_environment
 from fedsft_assets.settings import Settings
 from fedsft_assets.specs.model_preset import model_preset
 from fedsft_assets.specs.yaml_file import SpecError
@@ -77,7 +78,7 @@ def main() -> None:
         parser.error("--prompt: is blank; give it some text")
     try:
         here = Settings()
-        os.environ.update(here.environment())
+        os.environ.update(home_environment(here.home))
         if said := close_home(here.home):
             _say(said)
         archive = find_archive(args.checkpoint, here.store, here.model)

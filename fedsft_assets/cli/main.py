@@ -17,6 +17,7 @@ from fedsft_assets.disk import explain
 from fedsft_assets.home import close_home
 from fedsft_assets.home_file import HomeError
 from fedsft_assets.model.errors import ModelError
+from fedsft_assets.process_env import home_environment
 from fedsft_assets.settings import Settings
 from fedsft_assets.specs.yaml_file import SpecError
 from fedsft_assets.tracking import Outbox, Tracking
@@ -119,7 +120,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         settings = Settings()
     except ValidationError as error:
         sys.exit("\n".join(map(_wrong_setting, error.errors())))
-    os.environ.update(settings.environment())
+    os.environ.update(home_environment(settings.home))
     if said := close_home(settings.home):
         print(said, file=sys.stderr)
     return settings

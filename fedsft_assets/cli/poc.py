@@ -4,10 +4,12 @@ import argparse
 import sys
 import time
 
-from fedsft_assets.federation.runtimes.choose import poc_system, sites_of_jobs
+from fedsft_assets.federation.runtimes.choose import poc_system
 from fedsft_assets.federation.runtimes.interface import UnavailableError
 from fedsft_assets.federation.runtimes.poc.operation import describe, start
 from fedsft_assets.settings import Settings
+from fedsft_assets.specs.dataset import load_datasets
+from fedsft_assets.specs.job import load_jobs, sites_of
 from fedsft_assets.specs.yaml_file import SpecError
 
 _HELP = {
@@ -34,7 +36,9 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     """Do it and say how it is then; exits with a message if it cannot be done, and `status` with 3 if nothing runs."""
     begun = time.monotonic()
     try:
-        system = poc_system(settings, sites_of_jobs(settings) if args.action in _FOR_ALL_SITES else [])
+        system = poc_system(
+            settings.home, settings.where_jobs_run(_sites(settings) if args.action in _FOR_ALL_SITES else [])
+        )
         match args.action:
             case "prepare":
                 system.prepare()
@@ -51,3 +55,8 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     print(describe(status))
     if args.action == "status" and status.said in ("stopped", "not prepared"):
         sys.exit(3)
+
+
+def _sites(settings: Settings) -> list[str]:
+    """Those of all job files. Raises SpecError for a file that is wrong."""
+    return sites_of(load_jobs(settings.jobs, list(load_datasets(settings.datasets))))

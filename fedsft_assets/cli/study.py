@@ -13,6 +13,7 @@ from fedsft_assets.federation.runtimes.processes import stop_marked
 from fedsft_assets.files import publish_file
 from fedsft_assets.home import claim_home
 from fedsft_assets.home_file import HomeError
+from fedsft_assets.process_env import home_environment
 from fedsft_assets.settings import PROJECT, Settings
 from fedsft_assets.specs.job import JobSpec
 from fedsft_assets.tracking.relocation import relocate
@@ -34,7 +35,7 @@ def prepare_instance(settings: Settings) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with publish_file(folder / "dagster.yaml") as fresh:
         shutil.copyfile(PROJECT / "dagster.yaml", fresh)
-    os.environ.update(settings.environment())
+    os.environ.update(home_environment(settings.home))
 
 
 def _move(settings: Settings, old: Path) -> None:

@@ -2,16 +2,15 @@
 
 import dagster as dg
 
-from fedsft_assets.federation.runtimes.choose import poc_system, sites_of_jobs
+from fedsft_assets.defs.resources import RuntimeResource, StoreResource
+from fedsft_assets.federation.runtimes.choose import poc_system
 from fedsft_assets.federation.runtimes.poc.operation import describe, start
-from fedsft_assets.federation.runtimes.poc.system import PocStatus
-from fedsft_assets.settings import Settings
+from fedsft_assets.federation.runtimes.poc.system import PocStatus, PocSystem
 
 
 @dg.op(out=dg.Out(dg.Nothing), description="Make the startup kits of the POC, for all sites of the job files.")
-def prepare_poc() -> None:
-    settings = Settings()
-    poc_system(settings, sites_of_jobs(settings)).prepare()
+def prepare_poc(store: StoreResource, runtime: RuntimeResource) -> None:
+    _system(store, runtime).prepare()
 
 
 @dg.op(
@@ -19,21 +18,20 @@ def prepare_poc() -> None:
     out=dg.Out(dg.Nothing),
     description="Start what does not run of the POC, and wait until all its sites are connected.",
 )
-def start_poc() -> None:
-    settings = Settings()
-    start(poc_system(settings, sites_of_jobs(settings)))
+def start_poc(store: StoreResource, runtime: RuntimeResource) -> None:
+    start(_system(store, runtime))
 
 
 @dg.op(ins={"changed": dg.In(dg.Nothing)}, description="Say which processes of the POC run, and which jobs.")
-def poc_status(context: dg.OpExecutionContext) -> None:
-    status = poc_system(Settings()).status()
+def poc_status(context: dg.OpExecutionContext, store: StoreResource, runtime: RuntimeResource) -> None:
+    status = _system(store, runtime).status()
     context.log.info(describe(status))
     context.add_output_metadata(_metadata(status))
 
 
 @dg.op(out=dg.Out(dg.Nothing), description="End all processes of the POC, with the jobs that run in it.")
-def stop_poc(context: dg.OpExecutionContext) -> None:
-    context.log.info(f"ended {poc_system(Settings()).stop()} processes")
+def stop_poc(context: dg.OpExecutionContext, store: StoreResource, runtime: RuntimeResource) -> None:
+    context.log.info(f"ended {_system(store, runtime).stop()} processes")
 
 
 @dg.job(name="poc_start", description="Bring up the POC of this machine, as every job with the runtime `poc` does.")
@@ -44,6 +42,10 @@ def poc_start_job() -> None:
 @dg.job(name="poc_stop", description="End the POC of this machine.")
 def poc_stop_job() -> None:
     poc_status(stop_poc())
+
+
+def _system(store: StoreResource, runtime: RuntimeResource) -> PocSystem:
+    return poc_system(store.files.home, runtime.settings())
 
 
 def _metadata(status: PocStatus) -> dict[str, dg.MetadataValue]:

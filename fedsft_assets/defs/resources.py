@@ -1,8 +1,9 @@
 """Dagster resources: thin, typed doors to the store, the source of raw data, the model preset and MLflow."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 
@@ -11,6 +12,7 @@ from fedsft_assets.settings import Settings
 from fedsft_assets.specs.dataset import COMBINED
 from fedsft_assets.specs.limits import CheckSettings, SplitSettings
 from fedsft_assets.specs.model_preset import ModelPreset, model_preset
+from fedsft_assets.specs.runtime import RuntimeSettings
 from fedsft_assets.store import Store
 from fedsft_assets.tracking import Tracking
 from fedsft_assets.versions import NoVersionError, accepted, current, existing, make_current
@@ -39,29 +41,16 @@ class SourceResource(dg.ConfigurableResource):
         return Settings(data=self.data).source
 
 
-class SplitsResource(dg.ConfigurableResource):
+class SplitsResource(SplitSettings, dg.ConfigurableResource):
     """How records are split, for all datasets alike: a prompt then is in the same split everywhere."""
-
-    seed: int
-    proportions: list[float]
-    max_rejected: float
-    max_chars: int
 
     @property
     def settings(self) -> SplitSettings:
         return SplitSettings.model_validate(self.model_dump())
 
 
-class ChecksResource(dg.ConfigurableResource):
+class ChecksResource(CheckSettings, dg.ConfigurableResource):
     """What the asset checks allow, and how bad it is when they do not."""
-
-    min_rows: float
-    max_rows: float
-    max_truncated: float
-    max_duplicates: float
-    languages: list[str]
-    min_language_share: float
-    severity: dict[str, str]
 
     @property
     def settings(self) -> CheckSettings:
@@ -79,10 +68,17 @@ class ModelResource(dg.ConfigurableResource):
 
 
 class RuntimeResource(dg.ConfigurableResource):
-    """Where and how jobs run. `environment` is what their processes get beside that of Dagster."""
+    """Where and how jobs run; the fields are those of RuntimeSettings."""
 
     name: str
-    environment: dict[str, str]
+    sites: list[str]
+    poc: dict[str, Any]
+    production: dict[str, Any]
+
+    def settings(self, name: str | None = None, threads_per_trainer: int = 0) -> RuntimeSettings:
+        """Those of the launchpad's, where it says something else."""
+        own = {**self.model_dump(), "threads_per_trainer": threads_per_trainer}
+        return RuntimeSettings.model_validate({**own, "name": name or self.name})
 
 
 class MLflowResource(dg.ConfigurableResource):
@@ -178,11 +174,13 @@ def _is_checked(key: dg.AssetKey) -> bool:
     return key.path[0] in ("processed", COMBINED)
 
 
-def resources(settings: Settings) -> dict[str, dg.ConfigurableResource | dg.ConfigurableIOManager]:
-    """All resources, by the names that assets ask for."""
+def resources(
+    settings: Settings, sites: Iterable[str] = ()
+) -> dict[str, dg.ConfigurableResource | dg.ConfigurableIOManager]:
+    """All resources, by the names that assets ask for; `sites` are those of all jobs."""
     tracking = Tracking.of(settings)
     model = ModelResource(preset=settings.model, path=str(settings.model_path) if settings.model_path else None)
-    home = str(settings.home)
+    home, runtime = str(settings.home), settings.where_jobs_run(sites)
     return {
         "io_manager": VersionIOManager(home=home, model=model),
         CANDIDATES: VersionIOManager(home=home, model=model, candidates=True),
@@ -191,7 +189,9 @@ def resources(settings: Settings) -> dict[str, dg.ConfigurableResource | dg.Conf
         "splits": SplitsResource(**settings.splits.model_dump()),
         "checks": ChecksResource(**settings.checks.model_dump()),
         "model": model,
-        "runtime": RuntimeResource(name=settings.runtime, environment=settings.environment()),
+        "runtime": RuntimeResource(
+            **runtime.model_dump(mode="json", exclude={"threads_per_trainer"}, exclude_none=True)
+        ),
         "mlflow": MLflowResource(
             uri=tracking.uri,
             artifacts=str(tracking.artifacts) if tracking.artifacts else None,

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -269,6 +270,11 @@ class JobSpec(Spec):
             if not site or not all(c.isalnum() or c in "-_." for c in site) or site == "server":
                 raise ValueError(f"{site!r} cannot name a site; use letters, digits, '-', '_', and not 'server'")
         return self
+
+
+def sites_of(jobs: Iterable[JobSpec]) -> list[str]:
+    """The names of all sites of these jobs."""
+    return sorted({site for job in jobs for site in job.sites})
 
 
 def load_jobs(folder: Path, datasets: list[str]) -> list[JobSpec]:

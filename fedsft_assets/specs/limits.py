@@ -3,19 +3,20 @@
 import math
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, TypeAdapter, field_validator, model_validator
 
 from fedsft_assets.specs.yaml_file import Spec
 
 Severity = Literal["error", "warn"]
 CheckName = Literal["row_count", "no_empty_outputs", "no_prompt_overlap", "token_lengths", "languages", "duplicates"]
+_SEVERITIES = TypeAdapter(dict[CheckName, Severity])
 
 
 class SplitSettings(Spec):
     """How records are split; one for all datasets of a study, so that a prompt is in one split everywhere."""
 
     seed: int = 1234
-    proportions: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    proportions: Annotated[list[float], Field(min_length=3, max_length=3)] = [0.8, 0.1, 0.1]
     max_rejected: Annotated[float, Field(ge=0, le=1, description="share of rows that may be unusable")] = 0.01
     max_chars: Annotated[int, Field(ge=1, description="characters of an input or output")] = 200_000
 
@@ -38,4 +39,11 @@ class CheckSettings(Spec):
     max_duplicates: Annotated[float, Field(ge=0, le=1, description="share of rows")] = 0.05
     languages: Annotated[list[str], Field(min_length=1, description="ISO 639-1 codes")] = ["en"]
     min_language_share: Annotated[float, Field(ge=0, le=1, description="share of records in these languages")] = 0.8
-    severity: Annotated[dict[CheckName, Severity], Field(description="in place of a check's own")] = {}
+    severity: Annotated[dict[str, str], Field(description="in place of a check's own")] = {}
+
+    @field_validator("severity")
+    @classmethod
+    def _known(cls, said: dict[str, str]) -> dict[str, str]:
+        """Dagster's configuration has no choices of texts."""
+        _SEVERITIES.validate_python(said)
+        return said

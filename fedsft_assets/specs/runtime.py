@@ -1,6 +1,7 @@
 """Where jobs run: how a POC is started, which production federation, and how long its server may take."""
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, field_validator
 
@@ -53,3 +54,13 @@ class ProductionSettings(Spec):
     @classmethod
     def _absolute(cls, path: Path | None) -> Path | None:
         return path.expanduser().resolve() if path else path
+
+
+class RuntimeSettings(Spec):
+    """Where and how jobs run. `sites` are those of all jobs, for which a POC is started whichever job asks first."""
+
+    name: Literal["simulator", "poc", "production"] = "simulator"
+    threads_per_trainer: int = Field(default=0, ge=0, description="of the simulator; 0 shares the cores")
+    sites: list[str] = []
+    poc: PocSettings = PocSettings()
+    production: ProductionSettings = ProductionSettings()

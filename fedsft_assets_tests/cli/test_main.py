@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from fedsft_assets.cli import main as cli
 from fedsft_assets.model.base_model import create_base_model
-from fedsft_assets.settings import Settings
+from fedsft_assets.process_env import home_environment
 from fedsft_assets.specs.model_preset import PRESETS
 from fedsft_assets.versions import current
 from fedsft_assets_tests.prepared import made_current
@@ -28,7 +28,7 @@ def checkpoint(tmp_path_factory) -> Path:
 def fedsft(tmp_path, checkpoint, monkeypatch, capsys) -> Callable[..., str]:
     """Run the command in an empty folder; what it prints, or the message that it ends with."""
     home = checkpoint.parents[3]
-    for name in (*Settings(home=home).environment(), "FEDSFT_DATA", "FEDSFT_MODEL"):
+    for name in (*home_environment(home), "FEDSFT_DATA", "FEDSFT_MODEL"):
         monkeypatch.setenv(name, "")  # so that it is put back afterwards
     monkeypatch.setenv("FEDSFT_HOME", str(home))
     monkeypatch.chdir(tmp_path)

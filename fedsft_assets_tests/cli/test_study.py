@@ -16,8 +16,10 @@ from fedsft_assets.defs.run import _line
 from fedsft_assets.federation.runtimes.choose import poc_system
 from fedsft_assets.federation.runtimes.processes import MARK
 from fedsft_assets.home_file import HomeError
+from fedsft_assets.process_env import home_environment
 from fedsft_assets.settings import PROJECT, Settings
 from fedsft_assets.specs.job import JobSpec, load_jobs
+from fedsft_assets.specs.runtime import RuntimeSettings
 from fedsft_assets_tests.shipped import DATASETS
 
 NOTHING = dict.fromkeys(JobOverrides.model_fields)
@@ -61,7 +63,7 @@ def test_instance_is_made_under_home_with_the_settings_of_the_project(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = Settings(home=tmp_path / "home")
-    for name in settings.environment():
+    for name in home_environment(settings.home):
         monkeypatch.setenv(name, "as it was")  # so that it is put back afterwards
     prepare_instance(settings)
     with dg.DagsterInstance.get() as instance:
@@ -84,10 +86,10 @@ def test_poc_that_runs_where_the_home_was_moved_from_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copied: bool
 ) -> None:
     old, new = tmp_path / "home", tmp_path / "moved"
-    for name in Settings(home=old).environment():
+    for name in home_environment(old):
         monkeypatch.setenv(name, "as it was")  # so that it is put back afterwards
     prepare_instance(Settings(home=old))
-    mark = poc_system(Settings(home=old)).mark
+    mark = poc_system(old, RuntimeSettings()).mark
     with subprocess.Popen(["sleep", "600"], env={**os.environ, MARK: mark}) as service:
         try:
             (shutil.copytree if copied else shutil.move)(old, new)  # type: ignore[operator]

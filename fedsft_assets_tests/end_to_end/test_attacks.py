@@ -16,7 +16,7 @@ from nvflare.fuel.flare_api.api_spec import AuthorizationError
 from fedsft_assets.federation.protocol.messages import EXECUTION_KEY
 from fedsft_assets.federation.runtimes.poc.system import PocSystem
 from fedsft_assets.federation.runtimes.processes import marked_processes
-from fedsft_assets.settings import Settings
+from fedsft_assets.process_env import home_environment
 from fedsft_assets.specs.runtime import PocSettings
 from fedsft_assets.store import Store
 from fedsft_assets.versions import current
@@ -67,7 +67,7 @@ def federation(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
         with running(Federation(provision(folder, sites=[SITE]), folder)) as provisioned:
             yield Victim(provisioned.kits.admin, provisioned.marks)
         return
-    system = PocSystem(folder / "poc", PocSettings(), Settings(home=folder).environment())
+    system = PocSystem(folder / "poc", PocSettings(), home_environment(folder))
     try:
         system.start([SITE])
         yield Victim(system.admin_kit, [system.mark])

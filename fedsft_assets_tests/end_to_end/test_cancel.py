@@ -19,6 +19,7 @@ from fedsft_assets.federation.runtimes.poc.runtime import Poc
 from fedsft_assets.federation.runtimes.poc.system import PocSystem
 from fedsft_assets.federation.runtimes.processes import MARK, marked_processes, stop_marked
 from fedsft_assets.federation.supervisor.workspace import Workspaces
+from fedsft_assets.process_env import home_environment
 from fedsft_assets.settings import PROJECT, Settings
 from fedsft_assets.specs.runtime import PocSettings
 from fedsft_assets.store import Store
@@ -92,7 +93,7 @@ def ui(store: Store) -> Iterator[WebServer]:
     own = {"FEDSFT_RUNTIME": "poc", "MLFLOW_TRACKING_URI": store.mlflow_uri, MARK: mark}
     process = subprocess.Popen(
         [sys.executable, "-m", "fedsft_assets.cli", "ui"],
-        env={**os.environ, **settings.environment(), **own},
+        env={**os.environ, **home_environment(settings.home), **own},
         stdout=subprocess.PIPE,
         text=True,
         cwd=PROJECT,
@@ -113,7 +114,7 @@ def ui(store: Store) -> Iterator[WebServer]:
 
 
 def _poc(store: Store) -> PocSystem:
-    return PocSystem(store.home / "poc", PocSettings(), Settings(home=store.home).environment())
+    return PocSystem(store.home / "poc", PocSettings(), home_environment(store.home))
 
 
 def _until(true: Callable[[], object], what: str) -> None:

@@ -4,7 +4,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,8 +15,9 @@ from fedsft_assets.federation.protocol.journal import Progress
 from fedsft_assets.federation.runtimes.poc.system import PocSystem
 from fedsft_assets.federation.runtimes.processes import marked_processes
 from fedsft_assets.federation.supervisor.launch import run_job
-from fedsft_assets.settings import PROJECT, Settings
-from fedsft_assets.specs.runtime import PocSettings
+from fedsft_assets.process_env import home_environment
+from fedsft_assets.settings import PROJECT
+from fedsft_assets.specs.runtime import PocSettings, ProductionSettings, RuntimeSettings
 from fedsft_assets.store import Store, split_file
 from fedsft_assets.versions import current
 from fedsft_assets_tests import stranger
@@ -51,9 +52,8 @@ class Study:
 
     store: Store
     job: str
-    runtime: str
+    runtime: RuntimeSettings
     marks: list[str]
-    environment: dict[str, str] = field(default_factory=dict)
 
     def run(self, when_it_trains: Callable[[], None]) -> JobReport:
         last: Event | None = None
@@ -63,9 +63,7 @@ class Study:
             workspace=self.store.flare(self.job),
             testing_file=split_file(current(self.store.combined), "testing"),
             into=self.store.checkpoint(self.job),
-            threads=1,
-            runtime=self.runtime,  # type: ignore[arg-type]
-            environment={"FEDSFT_HOME": str(self.store.home), **self.environment},
+            runtime=self.runtime,
         ):
             if isinstance(last, Progress) and "step" in last.text and attack.ident is None:
                 attack.start()
@@ -76,11 +74,12 @@ class Study:
 
 @contextmanager
 def _place(runtime: str, store: Store, job: str, folder: Path) -> Iterator[Study]:
-    study = Study(store, job, runtime, [str(store.flare(job))])
+    study = Study(store, job, RuntimeSettings(name=runtime), [str(store.flare(job))])  # type: ignore[arg-type]
     if runtime == "simulator":
+        study.runtime = RuntimeSettings(threads_per_trainer=1)
         yield study
     elif runtime == "poc":
-        system = PocSystem(store.home / "poc", PocSettings(), Settings(home=store.home).environment())
+        system = PocSystem(store.home / "poc", PocSettings(), home_environment(store.home))
         system.start([SITE])
         study.marks.append(system.mark)
         try:
@@ -91,7 +90,8 @@ def _place(runtime: str, store: Store, job: str, folder: Path) -> Iterator[Study
         variables = {name: {"FEDSFT_HOME": str(store.home)} for name in (SERVER, SITE)}  # where all files are
         with running(Federation(provision(folder, sites=[SITE]), folder, variables=variables)) as federation:
             study.marks += federation.marks
-            study.environment["FEDSFT_PRODUCTION__STARTUP_KIT"] = str(federation.kits.admin)
+            production = ProductionSettings(startup_kit=federation.kits.admin)
+            study.runtime = RuntimeSettings(name="production", production=production)
             yield study
 
 

@@ -14,6 +14,7 @@ import dagster as dg
 import pytest
 
 from fedsft_assets.federation.runtimes.processes import MARK, marked_processes, stop_marked
+from fedsft_assets.process_env import home_environment
 from fedsft_assets.settings import PROJECT, Settings
 from fedsft_assets.store import Store
 from fedsft_assets.tracking import Tracking
@@ -35,7 +36,7 @@ def start(tmp_path: Path, source: Path) -> Iterator[Callable[..., subprocess.Pop
     def start_command(*command: str) -> subprocess.Popen[str]:
         environment = {
             **os.environ,
-            **settings.environment(),
+            **home_environment(settings.home),
             "FEDSFT_JOBS": str(settings.jobs),
             "FEDSFT_DATA": settings.data,
             MARK: mark,

@@ -15,6 +15,7 @@ from fedsft_assets.federation.protocol.journal import Progress
 from fedsft_assets.federation.runtimes.processes import marked_processes
 from fedsft_assets.federation.supervisor.launch import run_job
 from fedsft_assets.specs.job import JobSpec
+from fedsft_assets.specs.runtime import RuntimeSettings
 from fedsft_assets.store import Store, split_file
 from fedsft_assets.versions import current
 from fedsft_assets_tests.prepared import TINY
@@ -44,7 +45,7 @@ def _start(store: Store, folder: Path, devices: int, strategy: str = "ddp", roun
         workspace=store.flare("wide"),
         testing_file=split_file(current(store.combined), "testing"),
         into=store.checkpoint("wide"),
-        threads=1,
+        runtime=RuntimeSettings(threads_per_trainer=1),
     )
 
 

@@ -28,9 +28,7 @@ class _StoppedError(Exception):
 
 def _execute(store: Store, job: str, say: Callable[[str], object]) -> ExecutedJob:
     tracking = Tracking(store.mlflow_uri, store.mlflow_artifacts)
-    return execute_job(
-        current(store.job_folder(job)), store, TINY, tracking, {}, say, environment={"FEDSFT_HOME": str(store.home)}
-    )
+    return execute_job(current(store.job_folder(job)), store, TINY, tracking, {}, say)
 
 
 def test_job_that_begins_from_zero_is_another_history_with_a_curve_and_mlflow_runs_of_its_own(

@@ -23,8 +23,8 @@ from fedsft_assets.federation.runtimes.poc.system import PocSystem
 from fedsft_assets.federation.runtimes.processes import MARK, marked_processes
 from fedsft_assets.federation.supervisor.launch import begin_execution, run_job
 from fedsft_assets.federation.supervisor.workspace import Workspace
-from fedsft_assets.settings import Settings
-from fedsft_assets.specs.runtime import PocSettings
+from fedsft_assets.process_env import home_environment
+from fedsft_assets.specs.runtime import PocSettings, RuntimeSettings
 from fedsft_assets.store import Store, split_file
 from fedsft_assets.versions import current
 from fedsft_assets_tests.prepared import build_job
@@ -52,7 +52,7 @@ def empty_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def system(prepared_home: Path, tmp_path_factory: pytest.TempPathFactory, empty_home: Path) -> Iterator[PocSystem]:
     home = tmp_path_factory.mktemp("poc_home")
     shutil.copytree(prepared_home, home, symlinks=True, dirs_exist_ok=True)
-    environment = {**Settings(home=home).environment(), "HOME": str(empty_home)}
+    environment = {**home_environment(home), "HOME": str(empty_home)}
     system = PocSystem(home / "poc", PocSettings(), environment)
     try:
         yield system
@@ -126,6 +126,7 @@ def test_job_that_is_aborted_while_it_trains_leaves_no_process(
     assert len(marked_processes(system.mark)) == 1 + len(SITES)
 
 
+_POC = RuntimeSettings(name="poc")
 _SUPERVISOR_KILLED_BEFORE_IT_WRITES_THE_ID = """
 import os, signal
 from fedsft_assets.federation import supervisor
@@ -150,7 +151,7 @@ def test_job_whose_submitter_is_killed_before_it_knows_the_id_is_taken_over(syst
     options = {"job-folder": folder, "workspace": workspace.folder, "testing-file": testing_file, "into": checkpoint}
     killed = subprocess.run(
         [
-            *(sys.executable, "-c", _SUPERVISOR_KILLED_BEFORE_IT_WRITES_THE_ID, "--runtime", "poc"),
+            *(sys.executable, "-c", _SUPERVISOR_KILLED_BEFORE_IT_WRITES_THE_ID, "--runtime", _POC.model_dump_json()),
             *(word for name, value in options.items() for word in (f"--{name}", str(value))),
         ],
         env={**os.environ, "FEDSFT_HOME": str(system.folder.parent), MARK: str(workspace.folder)},
@@ -162,9 +163,8 @@ def test_job_whose_submitter_is_killed_before_it_knows_the_id_is_taken_over(syst
     assert left is not None
     assert (left.id, left.submissions, left.job_id) == (execution.id, 1, None)
 
-    home = {"FEDSFT_HOME": str(system.folder.parent)}
     with scanned(system.mark, str(workspace.folder)) as scan:
-        events = list(run_job(folder, workspace.folder, testing_file, checkpoint, "poc", environment=home))
+        events = list(run_job(folder, workspace.folder, testing_file, checkpoint, _POC))
     assert scan.beyond_loopback == []
     assert "fedsft_assets.federation.supervisor.supervisor" in scan.programs
     report = events[-1]

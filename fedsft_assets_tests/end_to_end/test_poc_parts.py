@@ -19,8 +19,8 @@ from fedsft_assets.federation.runtimes.poc.system import PocSystem
 from fedsft_assets.federation.runtimes.processes import marked_processes
 from fedsft_assets.federation.supervisor.launch import run_job
 from fedsft_assets.federation.supervisor.workspace import Workspace
-from fedsft_assets.settings import Settings
-from fedsft_assets.specs.runtime import PocSettings
+from fedsft_assets.process_env import home_environment
+from fedsft_assets.specs.runtime import PocSettings, RuntimeSettings
 from fedsft_assets.store import Store, split_file
 from fedsft_assets.versions import current
 from fedsft_assets_tests.prepared import build_job
@@ -73,8 +73,7 @@ class Study:
             workspace=self.store.flare(self.job),
             testing_file=split_file(current(self.store.combined), "testing"),
             into=self.store.checkpoint(self.job),
-            runtime="poc",
-            environment={"FEDSFT_HOME": str(self.store.home)},
+            runtime=RuntimeSettings(name="poc"),
         )
 
     def parents(self, *names: str) -> list[psutil.Process]:
@@ -102,7 +101,7 @@ def study(prepared_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     shutil.copytree(prepared_home, home, symlinks=True)
     store = Store(home)
     job = build_job(store, "fedavg", **SMALL)
-    system = PocSystem(home / "poc", PocSettings(), Settings(home=home).environment(), SITES)
+    system = PocSystem(home / "poc", PocSettings(), home_environment(home), SITES)
     try:
         yield Study(store, system, job)
     finally:

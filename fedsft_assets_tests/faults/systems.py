@@ -16,7 +16,7 @@ import psutil
 from fedsft_assets.federation.protocol.messages import STUDY_HOME
 from fedsft_assets.federation.runtimes.poc.system import PocSystem
 from fedsft_assets.federation.runtimes.processes import marked_processes, stop_marked
-from fedsft_assets.settings import Settings
+from fedsft_assets.process_env import home_environment
 from fedsft_assets.specs.runtime import PocSettings
 from fedsft_assets.store import Store
 from fedsft_assets_tests.faults.faults import Target
@@ -132,7 +132,7 @@ class PocUnderFire(SimulatorSystem):
 
     def __init__(self, store: Store) -> None:
         super().__init__(store)
-        self._poc = PocSystem(store.home / "poc", PocSettings(), Settings(home=store.home).environment())
+        self._poc = PocSystem(store.home / "poc", PocSettings(), home_environment(store.home))
         self.marks = [self._poc.mark]
 
     def states(self, runtime_folder: Path) -> Path:  # noqa: ARG002 it outlives jobs

@@ -17,13 +17,12 @@ LOST, REFUSED = 3, 4
 
 
 def main() -> None:
-    store, job, runtime = Store(Path(sys.argv[1])), sys.argv[2], sys.argv[3]
-    tracking, own = Tracking(store.mlflow_uri, store.mlflow_artifacts), Settings(home=store.home).environment()
+    store, job = Store(Path(sys.argv[1])), sys.argv[2]
+    tracking = Tracking(store.mlflow_uri, store.mlflow_artifacts)
+    runtime = Settings(runtime=sys.argv[3]).where_jobs_run()
     try:
         say = partial(print, flush=True)
-        execute_job(
-            current(store.job_folder(job)), store, TINY, tracking, {}, say=say, runtime=runtime, environment=own
-        )
+        execute_job(current(store.job_folder(job)), store, TINY, tracking, {}, say=say, runtime=runtime)
     except JobError as error:
         print(error, flush=True)
         sys.exit(LOST if error.lost else REFUSED)

@@ -63,9 +63,7 @@ def checkpoint_asset(spec: JobSpec) -> dg.AssetsDefinition:
                 mlflow.tracking,
                 tags={"dagster.run_id": context.run_id, "dagster.asset": context.asset_key.to_user_string()},
                 say=lambda text: context.log.info(f"{spec.name} · {text}"),
-                runtime=config.runtime.value if config.runtime else runtime.name,
-                threads_per_trainer=config.threads_per_trainer,
-                environment=runtime.environment,
+                runtime=runtime.settings(config.runtime and config.runtime.value, config.threads_per_trainer),
             )
         return _result(executed)
 

@@ -10,13 +10,14 @@ from pathlib import Path
 from fedsft_assets.federation.job_folder import JobFolderError, home_of, read_plans, read_spec, verify_job_folder
 from fedsft_assets.federation.protocol.events import Event, Failed, JobError, decode
 from fedsft_assets.federation.protocol.job_report import JobReport
-from fedsft_assets.federation.protocol.messages import STUDY_HOME
 from fedsft_assets.federation.runtimes.processes import MARK, execution_mark, stop_marked
 from fedsft_assets.federation.supervisor.workspace import Execution, Workspace, Workspaces
 from fedsft_assets.files import folder_digest
-from fedsft_assets.process_env import child_environment
+from fedsft_assets.process_env import child_environment, home_environment
+from fedsft_assets.specs.runtime import RuntimeSettings
 from fedsft_assets.versions import existing
 
+_SIMULATOR = RuntimeSettings()
 _SECONDS_TO_ABORT = 14.0  # a FLARE job takes half as long to end
 
 
@@ -96,9 +97,7 @@ def run_job(
     workspace: Path,
     testing_file: Path,
     into: Path,
-    runtime: str = "simulator",
-    threads: int = 0,
-    environment: dict[str, str] | None = None,
+    runtime: RuntimeSettings = _SIMULATOR,
     execution: Execution | None = None,
 ) -> Iterator[Event]:
     """Run a job to its end, yielding what happens; the last event is the JobReport.
@@ -110,12 +109,12 @@ def run_job(
     Raises JobError if the job fails, after all its processes have ended.
     """
     if execution is None:
-        begin_execution(job_folder, workspace, runtime)
+        begin_execution(job_folder, workspace, runtime.name)
     mark = execution_mark(str(workspace))
     command = [
         *(sys.executable, "-m", "fedsft_assets.federation.supervisor.supervisor"),
         *("--job-folder", str(job_folder), "--workspace", str(workspace)),
-        *("--testing-file", str(testing_file), "--into", str(into), "--runtime", runtime, "--threads", str(threads)),
+        *("--testing-file", str(testing_file), "--into", str(into), "--runtime", runtime.model_dump_json()),
     ]
     errors = workspace.with_suffix(".err")
     errors.parent.mkdir(parents=True, exist_ok=True)
@@ -127,7 +126,7 @@ def run_job(
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
-            env={**child_environment(), **(environment or {}), STUDY_HOME: str(home_of(job_folder)), MARK: mark},
+            env={**child_environment(), **home_environment(home_of(job_folder)), MARK: mark},
         )
     try:
         assert supervisor.stdout is not None

@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
-from fedsft_assets.federation.job_folder import read_plans, read_spec
+from fedsft_assets.federation.job_folder import home_of, read_plans, read_spec
 from fedsft_assets.federation.protocol.events import Event, Failed, JobError, encode
 from fedsft_assets.federation.protocol.job_report import MODEL_FILE, JobReport, global_curve
 from fedsft_assets.federation.protocol.journal import EntryError, Missed, Progress, Regroup
@@ -40,7 +40,7 @@ from fedsft_assets.federation.supervisor.history import BrokenChainError, Histor
 from fedsft_assets.federation.supervisor.privacy import RELEASES_FILE, Releases, ReleasesError
 from fedsft_assets.federation.supervisor.workspace import Workspace
 from fedsft_assets.files import file_digest, publish_folder
-from fedsft_assets.settings import Settings
+from fedsft_assets.specs.runtime import RuntimeSettings
 from fedsft_assets.specs.yaml_file import SpecError
 
 _POLL_SECONDS = 0.3
@@ -59,23 +59,17 @@ class _OrphanedError(Exception):
 class Supervision:
     """One attempt to bring an execution to its end."""
 
-    def __init__(self, job_folder: Path, workspace: Workspace, runtime_name: str, threads: int) -> None:
-        """`threads` is per trainer; 0 shares the cores among the trainers."""
+    def __init__(self, job_folder: Path, workspace: Workspace, runtime: RuntimeSettings) -> None:
         execution = workspace.execution()
         assert execution, "run_job begins an execution before it starts a supervisor"
         self.spec, self.plans = read_spec(job_folder), read_plans(job_folder)
         self._job_folder, self._workspace, self._execution = job_folder, workspace, execution
         self._begun, self._seconds_before = time.monotonic(), execution.seconds
-        self._runtime_name = runtime_name
+        self._runtime_name = runtime.name
         self.history = History(workspace.journal, self.spec.rounds, execution.rounds)
-        settings = Settings()
-        self._releases = Releases(settings.home / RELEASES_FILE)
-        self._runtime: Runtime = make_runtime(
-            runtime_name,
-            settings,
-            workspace.runtime,
-            threads or max(1, (os.cpu_count() or 1) // len(self.spec.sites)),
-        )
+        home = home_of(job_folder)
+        self._releases = Releases(home / RELEASES_FILE)
+        self._runtime: Runtime = make_runtime(runtime, home, workspace.runtime, trainers=len(self.spec.sites))
         self._restarts_left = _RESTARTS
 
     def run(self) -> Iterator[Event]:
@@ -425,10 +419,10 @@ def explain(site: str, failure: TrainerFailure, log: str) -> str:
 
 
 def supervise(
-    job_folder: Path, workspace: Workspace, testing_file: Path, into: Path, runtime: str, threads: int
+    job_folder: Path, workspace: Workspace, testing_file: Path, into: Path, runtime: RuntimeSettings
 ) -> Iterator[Event]:
     """Bring the job to its end and write its checkpoint and report into the folder `into`. Raises JobError."""
-    supervision = Supervision(job_folder, workspace, runtime, threads)
+    supervision = Supervision(job_folder, workspace, runtime)
     try:
         yield from supervision.run()
         if report := supervision.finished(into):
@@ -454,8 +448,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Run one job and write its checkpoint.")
     for name in ("job-folder", "workspace", "testing-file", "into"):
         parser.add_argument(f"--{name}", type=Path, required=True)
-    parser.add_argument("--runtime", required=True)
-    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--runtime", type=RuntimeSettings.model_validate_json, required=True)
     args = parser.parse_args()
     # Standard output is for events alone; whatever libraries print goes where errors go.
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -465,7 +458,7 @@ def main() -> None:
     code = 1
     try:
         workspace = Workspace(args.workspace)
-        for event in supervise(args.job_folder, workspace, args.testing_file, args.into, args.runtime, args.threads):
+        for event in supervise(args.job_folder, workspace, args.testing_file, args.into, args.runtime):
             print(encode(event), file=events, flush=True)
         code = 0
     except JobError as error:

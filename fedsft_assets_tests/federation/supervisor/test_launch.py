@@ -20,6 +20,7 @@ from fedsft_assets.federation.supervisor.workspace import Workspace
 from fedsft_assets.specs.dataset import COMBINED
 from fedsft_assets.specs.job import JobSpec, SiteSpec
 from fedsft_assets.specs.model_preset import PRESETS
+from fedsft_assets.specs.runtime import RuntimeSettings
 from fedsft_assets.store import SPLITS, Store, split_file
 from fedsft_assets.versions import current
 from fedsft_assets_tests.federation.protocol.test_job_report import REPORT
@@ -106,7 +107,7 @@ def test_supervisor_is_told_what_to_do_and_in_which_environment(supervised_by: S
     script = (
         f"print(json.dumps(dict(event='progress', text=json.dumps([sys.argv[1:], dict(os.environ)]))))\n{_says(REPORT)}"
     )
-    said, _ = supervised_by(script, runtime="poc", threads=3, environment={"FEDSFT_MODEL": "tiny"})
+    said, _ = supervised_by(script, runtime=RuntimeSettings(name="poc", threads_per_trainer=3))
     assert isinstance(said, Progress)
     arguments, environment = json.loads(said.text)
     options = dict(zip(arguments[2::2], arguments[3::2], strict=True))
@@ -116,10 +117,10 @@ def test_supervisor_is_told_what_to_do_and_in_which_environment(supervised_by: S
         "--workspace": str(store.flare("quick")),
         "--testing-file": "testing.jsonl",
         "--into": "checkpoint",
-        "--runtime": "poc",
-        "--threads": "3",
+        "--runtime": RuntimeSettings(name="poc", threads_per_trainer=3).model_dump_json(),
     }
-    assert environment["FEDSFT_MODEL"] == "tiny"
+    assert environment["FEDSFT_HOME"] == str(store.home)
+    assert environment["HF_HOME"] == str(store.home / "cache" / "huggingface")
     assert environment["PATH"] == os.environ["PATH"]
     assert environment[MARK].startswith(str(store.flare("quick")))
 

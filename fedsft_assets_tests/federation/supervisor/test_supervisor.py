@@ -35,6 +35,7 @@ from fedsft_assets.files import file_digest
 from fedsft_assets.specs.job import FiltersSpec, JobSpec, PrivacySpec, SiteSpec, TrainingSpec
 from fedsft_assets.specs.model_preset import PRESETS
 from fedsft_assets.specs.plan import SitePlan
+from fedsft_assets.specs.runtime import RuntimeSettings
 from fedsft_assets_tests.federation.protocol.test_job_report import REPORT
 
 RUNNING, DONE = JobState(False, False, "RUNNING"), JobState(True, True, "FINISHED:COMPLETED")
@@ -140,11 +141,11 @@ Attempt = Callable[[], Supervision]
 def attempt(tmp_path: Path, workspace: Workspace, jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> Attempt:
     """Begins another attempt to bring the same execution to its end."""
     monkeypatch.setattr(supervisor, "_POLL_SECONDS", 0.0)
-    monkeypatch.setattr(supervisor, "make_runtime", lambda *_: jobs.connect())
+    monkeypatch.setattr(supervisor, "make_runtime", lambda *_, **__: jobs.connect())
     spec = JobSpec(
         name="fedavg", description="", rounds=3, sites={site: SiteSpec(dataset="alpaca") for site in SITES}, min_sites=1
     )
-    folder = tmp_path / "job_folders" / "fedavg"
+    folder = tmp_path / "job_folders" / "fedavg" / "digest"
     for site in SITES:
         plan = SitePlan(
             job="fedavg",
@@ -164,7 +165,7 @@ def attempt(tmp_path: Path, workspace: Workspace, jobs: Jobs, monkeypatch: pytes
         (folder / f"app_{site}" / "config" / "plan.json").write_text(plan.model_dump_json())
     (folder / "job.json").write_text(spec.model_dump_json())
     (folder / "meta.json").write_text(json.dumps({"name": "fedavg", "min_clients": 1}))
-    return lambda: Supervision(folder, workspace, "poc", threads=1)
+    return lambda: Supervision(folder, workspace, RuntimeSettings(name="poc"))
 
 
 def _events(one: Supervision) -> tuple[list[Event], JobError | None]:
@@ -210,7 +211,7 @@ def test_submitted_job_folder_names_its_execution_and_the_users_stays_as_it_is(
     execution = workspace.execution()
     assert execution is not None
     assert meta == {"name": "fedavg", "min_clients": 1, EXECUTION_KEY: execution.id}
-    assert EXECUTION_KEY not in (tmp_path / "job_folders" / "fedavg" / "meta.json").read_text()
+    assert EXECUTION_KEY not in (tmp_path / "job_folders" / "fedavg" / "digest" / "meta.json").read_text()
     assert (submitted / "app_site-1" / "config" / "plan.json").exists()
 
 
@@ -527,14 +528,13 @@ def test_sites_that_were_missed_in_a_round_that_is_done_again_do_not_count(attem
 
 
 @pytest.fixture
-def private(attempt: Attempt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Releases:  # noqa: ARG001
+def private(attempt: Attempt, tmp_path: Path) -> Releases:  # noqa: ARG001
     """The same job, with noise; the record of releases."""
-    monkeypatch.setenv("FEDSFT_HOME", str(tmp_path / "home"))
-    spec_file = tmp_path / "job_folders" / "fedavg" / "job.json"
+    spec_file = tmp_path / "job_folders" / "fedavg" / "digest" / "job.json"
     spec = JobSpec.model_validate_json(spec_file.read_text())
     filters = FiltersSpec(privacy=PrivacySpec(clip=1.0, noise_multiplier=2.0))
     spec_file.write_text(spec.model_copy(update={"filters": filters}).model_dump_json())
-    return Releases(tmp_path / "home" / RELEASES_FILE)
+    return Releases(tmp_path / RELEASES_FILE)
 
 
 def _counts(releases: Releases) -> list[int]:

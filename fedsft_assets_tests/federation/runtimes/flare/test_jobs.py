@@ -18,7 +18,7 @@ from fedsft_assets.federation.runtimes.interface import JobState, ResultLostErro
 from fedsft_assets.federation.runtimes.poc.kits import SERVER
 from fedsft_assets.federation.runtimes.poc.system import PocSystem
 from fedsft_assets.federation.runtimes.production import Production
-from fedsft_assets.settings import Settings
+from fedsft_assets.process_env import home_environment
 from fedsft_assets.specs.runtime import PocSettings, ProductionSettings, Timeouts
 from fedsft_assets_tests.federation.small_jobs import small_jobs_allowed, write_job
 
@@ -38,7 +38,7 @@ def _allowed() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PocSystem]:
     home = tmp_path_factory.mktemp("home")
-    system = PocSystem(home / "poc", PocSettings(), Settings(home=home).environment())
+    system = PocSystem(home / "poc", PocSettings(), home_environment(home))
     try:
         system.start(SITES)
         yield system
@@ -261,7 +261,7 @@ def test_site_with_another_version_of_nvflare_is_named(
     system: PocSystem, connect: Callable[..., FlareJobs], tmp_path: Path
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text("import nvflare\nnvflare.__version__ = '2.7.0'\n")
-    other = {**Settings(home=system.folder.parent).environment(), "PYTHONPATH": str(tmp_path)}
+    other = {**home_environment(system.folder.parent), "PYTHONPATH": str(tmp_path)}
     try:
         _kill(system.status().services["site-2"])
         PocSystem(system.folder, PocSettings(), other).start()

@@ -21,7 +21,8 @@ from fedsft_assets.federation.runtimes.poc.kits import SERVER
 from fedsft_assets.federation.runtimes.poc.runtime import Poc
 from fedsft_assets.federation.runtimes.poc.system import PocSystem
 from fedsft_assets.federation.runtimes.processes import MARK, marked_processes
-from fedsft_assets.settings import PROJECT, Settings
+from fedsft_assets.process_env import home_environment
+from fedsft_assets.settings import PROJECT
 from fedsft_assets.specs.runtime import PocSettings, Timeouts
 from fedsft_assets_tests.federation.small_jobs import small_jobs_allowed, write_job
 from fedsft_assets_tests.sockets import Scan
@@ -33,7 +34,7 @@ SITES = ["site-1", "site-2"]
 
 
 def _system(home: Path, settings: PocSettings | None = None) -> PocSystem:
-    return PocSystem(home / "poc", settings or PocSettings(), Settings(home=home).environment())
+    return PocSystem(home / "poc", settings or PocSettings(), home_environment(home))
 
 
 @pytest.fixture(scope="module", autouse=True)
