@@ -125,7 +125,7 @@ def execute_job(
                     case Progress(text):
                         say(text)
                     case Missed(site, number, reason):
-                        say(f"round {number} goes on without {site}: {reason}")
+                        say(f"round {number} continues without {site}: {reason}")
                     case Point():
                         tracked.log(event)
                     case JobReport():

@@ -214,7 +214,7 @@ def _tensorboard(_: argparse.Namespace, settings: Settings) -> None:
 def _track(_: argparse.Namespace, settings: Settings) -> None:
     outbox = Outbox(settings.store.outbox)
     if not outbox.entries():
-        print("nothing waits for the tracking server")
+        print("no pending MLflow records")
         return
     left = outbox.deliver(Tracking.of(settings), print, answer_seconds=_PATIENT_SECONDS)
     if left:

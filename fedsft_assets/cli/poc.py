@@ -53,7 +53,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
         sys.exit(str(error))
     status = system.status()
     print(describe(status))
-    if args.action == "status" and status.said in ("stopped", "not prepared"):
+    if args.action == "status" and status.state in ("stopped", "not prepared"):
         sys.exit(3)
 
 

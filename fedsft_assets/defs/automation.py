@@ -66,7 +66,7 @@ def undelivered_tracking(
 ) -> dg.SkipReason:
     outbox, begun = Outbox(store.files.outbox), time.monotonic()
     if not outbox.entries():
-        return dg.SkipReason("nothing waits for the tracking server")
+        return dg.SkipReason("no pending MLflow records")
     left = outbox.deliver(mlflow.tracking, context.log.info, stop=lambda: time.monotonic() - begun > _DELIVERY_SECONDS)
     return dg.SkipReason("\n".join(f"{entry.job}: not delivered: {entry.reason}" for entry in left) or "all delivered")
 

@@ -17,7 +17,7 @@ from fedsft_assets.data.plots import percentiles
 from fedsft_assets.data.quality import blank_outputs, language_sample, prompt_overlap
 from fedsft_assets.data.records import DataError
 from fedsft_assets.data.split_report import SplitReport
-from fedsft_assets.defs.failures import explained
+from fedsft_assets.defs.failures import as_dagster_failure
 from fedsft_assets.defs.resources import CANDIDATES, ChecksResource, ModelResource, StoreResource
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.specs.dataset import COMBINED, DatasetSpec
@@ -96,7 +96,7 @@ def _dataset_checks(dataset: str, parts: Sequence[str] = ()) -> dg.AssetChecksDe
         if unknown := sorted(set(config.accept) - set(CHECKS)):
             raise dg.Failure(f"accept: {', '.join(unknown)} is no check; one of {', '.join(CHECKS)}")
         failed: dict[str, str] = {}
-        with explained(DataError, ModelError):
+        with as_dagster_failure(DataError, ModelError):
             for name, finding in _findings(version, store.files, model.load(), settings):
                 severity = settings.severity.get(name, CHECKS[name].severity)
                 description, metadata = finding.description, dict(finding.metadata)

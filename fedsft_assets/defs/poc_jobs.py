@@ -50,7 +50,7 @@ def _system(store: StoreResource, runtime: RuntimeResource) -> PocSystem:
 
 def _metadata(status: PocStatus) -> dict[str, dg.MetadataValue]:
     return {
-        "state": dg.MetadataValue.text(status.said),
+        "state": dg.MetadataValue.text(status.state),
         "address": dg.MetadataValue.text(status.address),
         "folder": dg.MetadataValue.path(str(status.folder)),
         "processes": dg.MetadataValue.json(status.services),

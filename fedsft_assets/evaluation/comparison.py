@@ -60,10 +60,10 @@ def compare(reports: Sequence[JobReport], base_test_loss: float) -> Comparison:
             raise NotComparableError(
                 f"the jobs have more than one {meaning} ({said}); materialize their checkpoints again"
             )
-    return Comparison(base_test_loss, sorted(reports, key=lambda report: place(report.kind, report.job)))
+    return Comparison(base_test_loss, sorted(reports, key=lambda report: sort_key(report.kind, report.job)))
 
 
-def place(kind: str, job: str) -> tuple[int, str]:
+def sort_key(kind: str, job: str) -> tuple[int, str]:
     """What jobs are sorted by wherever they stand side by side: local, centralized, federated, then their names."""
     return get_args(JobKind).index(kind), job
 

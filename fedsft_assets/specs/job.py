@@ -256,7 +256,7 @@ class JobSpec(Spec):
     @model_validator(mode="after")
     def _enough_sites(self) -> Self:
         if self.min_sites is not None and self.min_sites > len(self.sites):
-            raise ValueError(f"min_sites: {self.min_sites} of {len(self.sites)} sites cannot answer")
+            raise ValueError(f"min_sites ({self.min_sites}) exceeds the number of sites ({len(self.sites)})")
         return self
 
     @model_validator(mode="after")

@@ -105,7 +105,7 @@ def test_any_command_closes_a_home_of_an_earlier_version_and_says_so(fedsft, che
     home = checkpoint.parents[3]
     home.chmod(0o755)
     checkpoint.chmod(0o644)
-    assert fedsft("track") == "nothing waits for the tracking server\n"
+    assert fedsft("track") == "no pending MLflow records\n"
     assert (home.stat().st_mode & 0o777, checkpoint.stat().st_mode & 0o777) == (0o700, 0o600)
     home.chmod(0o755)
     monkeypatch.setattr("sys.argv", ["fedsft", "track"])

@@ -176,7 +176,7 @@ def _deliver(instance: dg.DagsterInstance, home: Path, uri: str) -> str:
 def test_nobody_is_asked_when_nothing_waits_for_the_tracking_server(
     tmp_path: Path, instance: dg.DagsterInstance
 ) -> None:
-    assert _deliver(instance, tmp_path, "no tracking server at all") == "nothing waits for the tracking server"
+    assert _deliver(instance, tmp_path, "no tracking server at all") == "no pending MLflow records"
 
 
 def test_what_waits_for_the_tracking_server_is_delivered_without_a_person(
@@ -191,7 +191,7 @@ def test_what_waits_for_the_tracking_server_is_delivered_without_a_person(
     assert _deliver(instance, tmp_path, no_database).startswith("fedavg: not delivered: ")
     assert Outbox(store.outbox).entries() == ["its id"]
     assert _deliver(instance, tmp_path, store.mlflow_uri) == "all delivered"
-    assert _deliver(instance, tmp_path, store.mlflow_uri) == "nothing waits for the tracking server"
+    assert _deliver(instance, tmp_path, store.mlflow_uri) == "no pending MLflow records"
 
     client = MlflowClient(store.mlflow_uri)
     runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])

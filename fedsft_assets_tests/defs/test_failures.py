@@ -3,17 +3,17 @@
 import dagster as dg
 import pytest
 
-from fedsft_assets.defs.failures import explained
+from fedsft_assets.defs.failures import as_dagster_failure
 
 
 class _KnownError(ValueError):
-    lost = True
+    retryable = True
 
 
 def _fails(error: Exception) -> dg.AssetsDefinition:
     @dg.asset
     def failing() -> None:
-        with explained(_KnownError):
+        with as_dagster_failure(_KnownError):
             raise error
 
     return failing
@@ -33,6 +33,6 @@ def test_no_error_of_a_step_is_kept_with_a_secret(kind: type[Exception], monkeyp
 
 
 def test_words_for_a_person_are_those_of_the_error_and_what_died_may_be_tried_again() -> None:
-    with pytest.raises(dg.Failure) as failure, explained(_KnownError):
+    with pytest.raises(dg.Failure) as failure, as_dagster_failure(_KnownError):
         raise _KnownError("what to do")
     assert (failure.value.description, failure.value.allow_retries) == ("what to do", True)

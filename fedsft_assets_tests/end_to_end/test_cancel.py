@@ -148,7 +148,7 @@ def test_job_in_a_poc_that_is_cancelled_in_the_ui_is_aborted_and_leaves_nothing_
     print(f"all processes are gone after {time.monotonic() - begun:.1f} s")
 
     with contextlib.closing(Poc(system, tmp_path / "flare")) as poc:
-        assert poc.poll(flare_job).said == "FINISHED:ABORTED"
+        assert poc.poll(flare_job).status == "FINISHED:ABORTED"
     with dg.DagsterInstance.from_config(str(store.home / "dagster")) as instance:
         _until(lambda: instance.get_run_by_id(run_id).is_finished, "the Dagster run has ended")  # type: ignore[union-attr]
         (run,) = instance.get_runs()
@@ -157,4 +157,4 @@ def test_job_in_a_poc_that_is_cancelled_in_the_ui_is_aborted_and_leaves_nothing_
     client = Tracking(store.mlflow_uri).client()
     runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
     assert [one.info.status for one in runs] == ["KILLED"] * 4
-    assert system.status().said == "running"
+    assert system.status().state == "running"

@@ -69,7 +69,7 @@ def test_server_whose_disk_is_full_says_so_and_goes_on_when_there_is_room(
     shutil.copytree(kept, states, dirs_exist_ok=True)
     events: list[Event] = []
     report = run(events.append)
-    went_on = [event.text for event in events if isinstance(event, Progress) and "goes on after round" in event.text]
+    went_on = [event.text for event in events if isinstance(event, Progress) and "resuming after round" in event.text]
     assert len(went_on) == 1
     assert len(report.val_loss) == ROUNDS + 1
 
@@ -103,7 +103,7 @@ def test_study_whose_disk_is_full_says_so_and_goes_on_when_there_is_room(prepare
         ballast.unlink()
         code, said = _attempt(store, job)
         assert code == 0, said
-        assert any(line.startswith("goes on after round") for line in said)
+        assert any(line.startswith("resuming after round") for line in said)
         assert len(JobReport.read(current(store.checkpoint(job))).val_loss) == ROUNDS + 1
         workspace = workspace_of(current(store.job_folder(job)), store, "simulator")
         assert differences_in_mlflow(store, workspace, ["site-1"]) == []

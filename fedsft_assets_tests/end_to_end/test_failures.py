@@ -102,7 +102,7 @@ def test_loss_that_is_no_number_ends_the_job_and_says_where(store: Store, build:
     job = build("fedavg", learning_rate=1e30, rounds=50, max_local_steps=5, max_evaluation_records=8)
     with pytest.raises(JobError, match=r"site-\d: the loss is (nan|inf) in round 1, step 2 of 5, at") as failure:
         list(_events(job, store))
-    assert not failure.value.lost
+    assert not failure.value.retryable
     assert marked_processes(str(store.flare(job))) == []
 
 

@@ -51,7 +51,7 @@ def test_job_that_begins_from_zero_is_another_history_with_a_curve_and_mlflow_ru
 
     with pytest.raises(JobError, match=rf"^history {first.id} cannot go on: its server has begun anew") as failed:
         _execute(store, job, lambda _: None)
-    assert failed.value.lost
+    assert failed.value.retryable
     second = workspace.execution()
     assert second is not None
     assert second.id != first.id

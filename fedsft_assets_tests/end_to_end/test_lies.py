@@ -149,6 +149,6 @@ def _first_line_of_what_ends_it(store: Store, build: Callable[..., str]) -> str:
     events = run_job(current(store.job_folder(job)), store.flare(job), testing, store.checkpoint(job))
     with pytest.raises(JobError) as error:
         told.extend(events)
-    assert not error.value.lost
+    assert not error.value.retryable
     assert not any("started again" in event.text for event in told if isinstance(event, Progress))
     return str(error.value).splitlines()[0]

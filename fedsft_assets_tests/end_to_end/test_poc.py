@@ -83,7 +83,7 @@ def test_federated_job_trains_in_a_poc_and_its_files_come_back(
             time.sleep(0.5)
         live = len(lines)
         lines += poc.new_lines(job_id)
-        assert state.succeeded, f"{state.said}\n{poc.end_of_log(job_id, 'server', 40)}"
+        assert state.succeeded, f"{state.status}\n{poc.end_of_log(job_id, 'server', 40)}"
         poc.fetch(job_id, tmp_path / "files")
         assert "round 2" in poc.end_of_log(job_id, "site-2", 200)
     assert scan.beyond_loopback == []
@@ -100,7 +100,7 @@ def test_federated_job_trains_in_a_poc_and_its_files_come_back(
     assert len(seen_trainers) == len(SITES)
     assert {environment["OMP_NUM_THREADS"] for environment in seen_trainers.values()} == {share}
     assert list(empty_home.rglob("*")) == []
-    assert system.status().said == "running"
+    assert system.status().state == "running"
     assert system.status().jobs == []
 
 
@@ -119,7 +119,7 @@ def test_job_that_is_aborted_while_it_trains_leaves_no_process(
         assert len(_trainers(system, job_id)) == len(SITES)
         poc.abort(job_id)
         assert system.job_processes(job_id) == []
-        assert poc.poll(job_id).said == "FINISHED:ABORTED"
+        assert poc.poll(job_id).status == "FINISHED:ABORTED"
         lines += poc.new_lines(job_id)
         poc.fetch(job_id, tmp_path / "files")
         assert lines == Tail(tmp_path / "files" / JOURNAL_FILE).new_lines()
@@ -169,7 +169,7 @@ def test_job_whose_submitter_is_killed_before_it_knows_the_id_is_taken_over(syst
     assert "fedsft_assets.federation.supervisor.supervisor" in scan.programs
     report = events[-1]
     assert isinstance(report, JobReport)
-    assert Progress(f"takes over FLARE job {report.job_id}") in events
+    assert Progress(f"reattaching to FLARE job {report.job_id}") in events
     assert {path.name for path in (system.folder / "jobs").glob("*")} - before == {report.job_id}
     assert len(report.val_loss) == 2
 

@@ -58,7 +58,7 @@ class Study:
                         act()
             except JobError as error:
                 print(time.strftime("%H:%M:%S"), error)
-                if not attempt or not error.lost:
+                if not attempt or not error.retryable:
                     raise
                 continue
             report = self.events[-1]
@@ -145,10 +145,10 @@ def test_killed_parts_of_a_poc_are_started_again_and_the_job_goes_on_after_its_l
                 process.kill()
 
     report = study.run(after=1, act=kill)
-    assert study.system.status().said == "running"
+    assert study.system.status().state == "running"
     _is_the_same(report, undisturbed)
     if victims != "the sites":
-        assert "goes on after round " in _texts(study)
+        assert "resuming after round " in _texts(study)
 
 
 @pytest.mark.parametrize("victims", _mostly_long("a site", "the server", "the job at the server", "the job at a site"))

@@ -138,7 +138,7 @@ def test_a_site_whose_base_model_has_another_shape_says_in_which_tensors(
         aside.replace(own)
     assert "the trainer of site-2 failed" in str(raised.value)
     assert "lm.transformer.wte.weight" in str(raised.value)
-    assert not raised.value.lost
+    assert not raised.value.retryable
 
 
 def test_a_site_that_is_not_connected_is_named(federation: Federation, tmp_path: Path) -> None:

@@ -118,8 +118,8 @@ def test_job_goes_on_after_its_last_round_when_the_server_was_restarted(
         federation.start(SERVER)
 
     events, report = _run(federation, store, job, _once(_after_round(3), restart))
-    assert "is lost: its server died (LOST" in _texts(events)
-    assert "goes on after round " in _texts(events)
+    assert "failed: its server died (LOST" in _texts(events)
+    assert "resuming after round " in _texts(events)
     _is_whole(store, job, report)
 
 
@@ -140,7 +140,7 @@ def test_result_that_the_server_died_with_is_handed_over_by_its_state(
         federation.start(SERVER)
 
     events, report = _run(federation, store, job, _once(_after_round(ROUNDS - 1), kill_when_finished))
-    assert f"goes on after round {ROUNDS} of {ROUNDS}" in _texts(events)
+    assert f"resuming after round {ROUNDS} of {ROUNDS}" in _texts(events)
     _is_whole(store, job, report)
 
 
@@ -155,5 +155,5 @@ def test_job_without_which_a_site_left_is_finished_however_nvflare_ends_it(
         federation.start("site-2")
 
     events, report = _run(federation, store, job, _once(_after_round(1), leave_and_return))
-    assert "it is started again" not in _texts(events)
+    assert "; restarting" not in _texts(events)
     _is_whole(store, job, report)

@@ -25,7 +25,7 @@ def main() -> None:
         execute_job(current(store.job_folder(job)), store, TINY, tracking, {}, say=say, runtime=runtime)
     except JobError as error:
         print(error, flush=True)
-        sys.exit(LOST if error.lost else REFUSED)
+        sys.exit(LOST if error.retryable else REFUSED)
 
 
 if __name__ == "__main__":

@@ -218,7 +218,7 @@ def play(server: Server, rounds: int) -> list[Weights]:
     server._begin()
     models = []
     for number in range(server.state.progress.finished, rounds):
-        server.play_round(number)
+        server.run_round(number)
         models.append(copied(server._weights))
     return models
 

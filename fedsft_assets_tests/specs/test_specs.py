@@ -180,7 +180,7 @@ def test_job_says_who_is_needed_how_long_to_wait_and_what_travels(write_job: Wri
         ("algorithm: {name: fedopt, learning_rate: 0}", "algorithm.fedopt.learning_rate", "greater than 0, found 0"),
         ("algorithm: {name: scaffold, mu: 1}", "algorithm.scaffold.mu", "not permitted, found 1"),
         ("min_sites: 0", "min_sites", "greater than or equal to 1, found 0"),
-        ("min_sites: 3", "the file", "min_sites: 3 of 2 sites cannot answer"),
+        ("min_sites: 3", "the file", "min_sites (3) exceeds the number of sites (2)"),
         ("site_timeout: 0", "site_timeout", "greater than 0, found 0"),
         ("wire: fp16", "wire", "'fp32' or 'bf16-diff', found 'fp16'"),
         ("filters: {exclude: ['lm_head(']}", "filters", "exclude: 'lm_head(' is not a regular expression: missing )"),

@@ -212,7 +212,7 @@ def test_what_a_server_never_took_is_delivered_by_the_command(
     _assert_complete(tracking, points)
     assert list(store.outbox.iterdir()) == []
     again = subprocess.run(track_command, env=environment, capture_output=True, text=True, check=True)
-    assert again.stdout == "nothing waits for the tracking server\n"
+    assert again.stdout == "no pending MLflow records\n"
 
 
 def test_next_job_delivers_what_waits(running_server: TrackingServer, store: Store, checkpoint: Path) -> None:

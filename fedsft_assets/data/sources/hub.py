@@ -278,14 +278,14 @@ class _Hub:
         found = self._transfer(url, file, content, part)
         if found != content.digest:
             # It may be that only an old part was bad, so that once is not enough to blame the hub.
-            self.say(f"{self._title(file)}: has digest {found}, not {content.digest}; trying again from zero")
+            self.say(f"{self._title(file)}: has digest {found}, not {content.digest}; restarting the download")
             part.unlink()
             found = self._transfer(url, file, content, part)
         if found != content.digest:
             part.unlink()
             raise asked.error(
-                f"has digest {found}, the hub names {content.digest}; nothing of it was kept: start again, and if "
-                "it comes back check proxies and HF_ENDPOINT",
+                f"has digest {found}, the hub names {content.digest}; the partial file was discarded: start again, and"
+                " if it comes back check proxies and HF_ENDPOINT",
                 file,
             )
         area.keep(commit, file, part, content.digest)

@@ -5,7 +5,7 @@ from pathlib import Path
 import dagster as dg
 
 from fedsft_assets.data.sources.hub import HubError
-from fedsft_assets.defs.failures import explained
+from fedsft_assets.defs.failures import as_dagster_failure
 from fedsft_assets.defs.resources import ModelResource, StoreResource
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.specs.yaml_file import SpecError
@@ -29,7 +29,7 @@ def base_model(
 ) -> dg.MaterializeResult[Path]:
     from fedsft_assets.model.base_model import create_base_model
 
-    with explained(ModelError, SpecError, HubError):
+    with as_dagster_failure(ModelError, SpecError, HubError):
         preset = model.load()
         with adding(store.files.base_model(preset.name)) as addition:
             archive = addition.folder / f"{preset.name}.nemo"

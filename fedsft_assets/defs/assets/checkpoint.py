@@ -5,7 +5,7 @@ from pathlib import Path
 
 import dagster as dg
 
-from fedsft_assets.defs.failures import explained
+from fedsft_assets.defs.failures import as_dagster_failure
 from fedsft_assets.defs.metadata import curve, image
 from fedsft_assets.defs.resources import MLflowResource, ModelResource, RuntimeResource, StoreResource
 from fedsft_assets.execution import ExecutedJob, execute_job
@@ -43,7 +43,7 @@ def checkpoint_asset(spec: JobSpec) -> dg.AssetsDefinition:
         ins={"job_folder": dg.AssetIn(["job_folder", spec.name])},
         op_tags=GPU_TAGS,
         pool="gpu",
-        retry_policy=dg.RetryPolicy(max_retries=2, delay=5),  # for what died: `lost` in JobError
+        retry_policy=dg.RetryPolicy(max_retries=2, delay=5),  # for what died: `retryable` in JobError
         description=f"{spec.description}: the best global model of the job, as a NeMo archive.",
     )
     def checkpoint(
@@ -55,7 +55,7 @@ def checkpoint_asset(spec: JobSpec) -> dg.AssetsDefinition:
         mlflow: MLflowResource,
         job_folder: Path,
     ) -> dg.MaterializeResult[Path]:
-        with explained(JobError):
+        with as_dagster_failure(JobError):
             executed = execute_job(
                 job_folder,
                 store.files,

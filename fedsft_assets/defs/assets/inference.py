@@ -6,10 +6,10 @@ from pathlib import Path
 import dagster as dg
 from pydantic import Field
 
-from fedsft_assets.defs.failures import explained
+from fedsft_assets.defs.failures import as_dagster_failure
 from fedsft_assets.defs.resources import StoreResource
 from fedsft_assets.evaluation.answers import answer
-from fedsft_assets.evaluation.comparison import place
+from fedsft_assets.evaluation.comparison import sort_key
 from fedsft_assets.evaluation.prompts import ExamplePrompt, parse_prompts
 from fedsft_assets.federation.protocol.job_report import MODEL_FILE
 from fedsft_assets.files import file_digest
@@ -56,9 +56,9 @@ def inference_asset(jobs: Sequence[JobSpec], examples: Sequence[ExamplePrompt]) 
         config: InferenceConfig, store: StoreResource, base_model: Path, **checkpoints: Path
     ) -> dg.MaterializeResult[Path]:
         made = {checkpoint.parent.name: checkpoint / MODEL_FILE for checkpoint in checkpoints.values()}
-        ordered = sorted(jobs, key=lambda job: place(job.kind, job.name))
+        ordered = sorted(jobs, key=lambda job: sort_key(job.kind, job.name))
         archives = {"base model": archive_file(base_model), **{job.name: made[job.name] for job in ordered}}
-        with explained(ModelError, SpecError):
+        with as_dagster_failure(ModelError, SpecError):
             prompts = parse_prompts(Path("launchpad"), config.model_dump(include={"prompts"}))
             settings = GenerationSettings(config.max_new_tokens, config.temperature, seed=config.seed)
             answers = answer(archives, prompts, settings)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import dagster as dg
 
-from fedsft_assets.defs.failures import explained
+from fedsft_assets.defs.failures import as_dagster_failure
 from fedsft_assets.defs.metadata import code
 from fedsft_assets.defs.resources import ModelResource, StoreResource
 from fedsft_assets.federation.job_folder import SPEC_FILE, JobInputs, build_job_folder
@@ -51,7 +51,7 @@ def job_folder_asset(spec: JobSpec) -> dg.AssetsDefinition:
     ) -> dg.MaterializeResult[Path]:
         datasets = {**{path.parent.name: path for path in processed.values()}, COMBINED: combined}
         inputs = JobInputs(base_model, combined, datasets)
-        with explained(SpecError):
+        with as_dagster_failure(SpecError):
             report = build_job_folder(spec.override(**config.model_dump()), model.load(), store.files, inputs)
         folder, noise = report.folder, report.noise
         return dg.MaterializeResult(

@@ -8,7 +8,7 @@ from fedsft_assets.data.formats.readers import read_examples
 from fedsft_assets.data.records import DataError, preview
 from fedsft_assets.data.sources.fetch import fetch
 from fedsft_assets.data.splits import first_records
-from fedsft_assets.defs.failures import explained
+from fedsft_assets.defs.failures import as_dagster_failure
 from fedsft_assets.defs.resources import SourceResource, SplitsResource, StoreResource
 from fedsft_assets.specs.dataset import DatasetSpec
 from fedsft_assets.versions import adding
@@ -27,7 +27,7 @@ def raw_asset(dataset: DatasetSpec) -> dg.AssetsDefinition:
     def raw(
         context: dg.AssetExecutionContext, store: StoreResource, source: SourceResource, splits: SplitsResource
     ) -> dg.MaterializeResult[Path]:
-        with explained(DataError), adding(store.files.raw(dataset.name)) as addition:
+        with as_dagster_failure(DataError), adding(store.files.raw(dataset.name)) as addition:
             report = fetch(dataset, source.place, addition.folder, store.files.downloads, say=context.log.info)
         folder = addition.version
         records = first_records(read_examples(dataset, folder), splits.settings)

@@ -10,7 +10,7 @@ from fedsft_assets.data.plots import percentiles, plot_lengths
 from fedsft_assets.data.records import DataError, iterate_records, preview
 from fedsft_assets.data.split_report import SplitReport
 from fedsft_assets.data.splits import rejected_file, split_dataset
-from fedsft_assets.defs.failures import explained
+from fedsft_assets.defs.failures import as_dagster_failure
 from fedsft_assets.defs.metadata import image
 from fedsft_assets.defs.resources import ModelResource, SplitsResource, StoreResource
 from fedsft_assets.model.errors import ModelError
@@ -33,7 +33,7 @@ def processed_asset(dataset: DatasetSpec) -> dg.AssetsDefinition:
         raw: Path, store: StoreResource, splits: SplitsResource, model: ModelResource
     ) -> dg.MaterializeResult[Path]:
         versions = store.files.processed(dataset.name)
-        with explained(DataError), adding(versions) as addition:
+        with as_dagster_failure(DataError), adding(versions) as addition:
             report = split_dataset(dataset, raw, addition.folder, splits.settings, rejected=rejected_file(versions))
         return _result(report, addition.version, store.files, model.load())
 
@@ -48,7 +48,7 @@ def combined_asset(datasets: Sequence[DatasetSpec]) -> dg.AssetsDefinition:
         description="The union of all datasets' splits, shuffled. Every job validates on its validation split.",
     )
     def combined(store: StoreResource, model: ModelResource, **processed: Path) -> dg.MaterializeResult[Path]:
-        with explained(DataError), adding(store.files.combined) as addition:
+        with as_dagster_failure(DataError), adding(store.files.combined) as addition:
             report = combine(list(processed.values()), into=addition.folder)
         return _result(report, addition.version, store.files, model.load())
 
@@ -59,7 +59,7 @@ def _result(report: SplitReport, folder: Path, files: Store, preset: ModelPreset
     from fedsft_assets.model.preset_tokenizer import preset_tokenizer
     from fedsft_assets.model.training.lengths import token_lengths
 
-    with explained(ModelError, DataError):
+    with as_dagster_failure(ModelError, DataError):
         lengths = token_lengths(folder, preset_tokenizer(preset, files.tokenizers, files.downloads))
     chart = files.reports / "lengths" / f"{report.name}-{folder.name[:12]}-{preset.name}.png"
     plot_lengths(lengths, preset.max_length, f"{report.name} in tokens of {preset.name}", chart)

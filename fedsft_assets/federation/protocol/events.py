@@ -11,12 +11,12 @@ from fedsft_assets.federation.protocol.points import Point
 class JobError(RuntimeError):
     """The job failed; the message is for the user: it says why, with the trainer's traceback where there is one.
 
-    `lost`: something died or was cut off, and another attempt goes on after the last finished round.
+    `retryable`: something died or was cut off, and another attempt goes on after the last finished round.
     """
 
-    def __init__(self, message: str, lost: bool = False) -> None:
+    def __init__(self, message: str, retryable: bool = False) -> None:
         super().__init__(message)
-        self.lost = lost
+        self.retryable = retryable
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Failed:
     """A JobError as the supervisor says it."""
 
     reason: str
-    lost: bool = False
+    retryable: bool = False
 
 
 Event = Progress | Point | Missed | JobReport | Failed

@@ -24,7 +24,7 @@ class ResultLostError(UnavailableError):
 
 @dataclass(frozen=True)
 class JobState:
-    """`said` is the runtime's own word for it: a FLARE status, or an exit code.
+    """`status` is the runtime's own word for it: a FLARE status, or an exit code.
 
     `waiting`: the job has not begun, so it has nothing to say yet. `forbidden`: a participant's policy does not let it
     run, however often it is submitted.
@@ -32,7 +32,7 @@ class JobState:
 
     ended: bool
     succeeded: bool
-    said: str
+    status: str
     waiting: bool = False
     forbidden: bool = False
 
@@ -40,7 +40,7 @@ class JobState:
 class Runtime(Protocol):
     """One execution of one job. Every method but `close` may raise UnavailableError."""
 
-    outlives: bool
+    survives_submitter: bool
     """Whether a submitted job goes on when the process that submitted it dies, so that another can take over."""
 
     def gather(self, sites: list[str], at_least: int) -> Iterator[str]:

@@ -29,7 +29,7 @@ class Production(FlareJobs):
         """Raises RefusedError too, which names every right that the server's policy lacks."""
         if (self._startup_kit / "startup" / "fed_admin.json").is_file() and (said := close_kit(self._startup_kit)):
             yield said
-        self._session.ask(lambda session: session.get_system_info(), self.timeouts.connect)
+        self._session.call(lambda session: session.get_system_info(), self.timeouts.connect)
         with temporary_files_in(self._folder):
             require_rights(self._session, self._folder)
         yield from super().gather(sites, at_least)

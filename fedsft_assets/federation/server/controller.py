@@ -190,10 +190,10 @@ class FederatedSFT(ModelController):
             self._begin()
             with self._offloaded(), self._presence_watched():
                 for number in range(done, self.num_rounds):
-                    self.play_round(number)
+                    self.run_round(number)
                     if number + 1 < self.num_rounds and (sites := self._have_come()):
                         raise _RegroupError(sites)
-                self.score(self._ask(VALIDATE_TASK, self.num_rounds, self._scored, self._odd_scores))
+                self.score(self._broadcast_task(VALIDATE_TASK, self.num_rounds, self._scored, self._odd_scores))
                 self.state.commit_progress()
                 complete = True
         except _AbortedError:
@@ -212,7 +212,7 @@ class FederatedSFT(ModelController):
                 self.journal.add([Stopped(f"the server's part of the job failed: {error!r}\n{traceback.format_exc()}")])
             self.panic(repr(error))
         finally:
-            self._hand_over(complete)
+            self._publish_result(complete)
 
     @property
     def _noise(self) -> str:
@@ -274,7 +274,7 @@ class FederatedSFT(ModelController):
             yield
             return
         missing = sorted(set(self.sites) - {client.name for client in self.engine.get_clients()})
-        self.journal.add([Progress(f"{site} · is not there; the job goes on without it") for site in missing])
+        self.journal.add([Progress(f"{site} · not connected; the job continues without it") for site in missing])
         watch = PresenceWatch(self._presence, self._look, self._take_presence)
         try:
             yield
@@ -316,9 +316,9 @@ class FederatedSFT(ModelController):
         self.state = ServerState(folder)
         self.journal = Journal(folder / JOURNAL_FILE)
 
-    def play_round(self, number: int) -> None:
+    def run_round(self, number: int) -> None:
         """One round (0-based), from the global model to the next one on the disk."""
-        self.finish_round(number, self._ask(TRAIN_TASK, number, self._updated, self._odd_updates))
+        self.finish_round(number, self._broadcast_task(TRAIN_TASK, number, self._updated, self._odd_updates))
 
     def finish_round(self, number: int, updates: Mapping[str, SiteUpdate]) -> None:
         """Score the model that was sent, and make the next one."""
@@ -336,7 +336,7 @@ class FederatedSFT(ModelController):
             if update.directions:
                 control.add(site, update.take_directions(), 1)
         self._apply(average)
-        self._turn(control)
+        self._update_control_variate(control)
         for site, samples in trained.items():
             progress.samples[site] = progress.samples.get(site, 0) + samples
         progress.finished = number + 1
@@ -438,7 +438,7 @@ class FederatedSFT(ModelController):
         if self.algorithm["name"] == "scaffold":
             self._control = self.state.algorithm()
 
-    def _ask(
+    def _broadcast_task(
         self,
         task: str,
         number: int,
@@ -562,7 +562,7 @@ class FederatedSFT(ModelController):
         average.clear()
         give_back_freed_memory()
 
-    def _turn(self, control: TokenWeightedAverage) -> None:
+    def _update_control_variate(self, control: TokenWeightedAverage) -> None:
         """Move the direction of all sites by what those that answered changed of theirs."""
         share = len(control.sites) / len(self.sites)
         for name, mean in control.tensors():
@@ -615,7 +615,7 @@ class FederatedSFT(ModelController):
         remove_archived(root, but=own)
         return own
 
-    def _hand_over(self, complete: bool) -> None:
+    def _publish_result(self, complete: bool) -> None:
         """Leave in the job's own folder what is to be fetched."""
         run_dir, progress = Path(self.get_run_dir()), self.state.progress
         if complete:

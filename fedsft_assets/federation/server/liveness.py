@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from fedsft_assets.federation.protocol.journal import Missed
 
-_GONE = "the server has lost it"
+_GONE = "disconnected"
 _SECONDS_TO_START = 300.0  # NVFlare's own patience with a trainer that it starts
 
 
@@ -100,7 +100,7 @@ class SiteWatch:
             reason = self._lost.get(site, "the round ended before it answered")
             if site not in self._lost and self._is_silent(site):
                 silent = time.monotonic() - self._heard[site]
-                reason = f"it has said nothing for {silent:.0f} s (site_timeout is {self._timeout:g} s)"
+                reason = f"no message for {silent:.0f} s (site_timeout is {self._timeout:g} s)"
             return Missed(site, round, reason, self._failures.get(site))
 
     def _is_silent(self, site: str) -> bool:

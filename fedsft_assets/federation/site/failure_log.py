@@ -18,10 +18,10 @@ _EXIT = re.compile(
 
 @dataclass(frozen=True)
 class TrainerFailure:
-    """A trainer that ended before its job did; `said_why` tells whether the reason is its own traceback."""
+    """A trainer that ended before its job did; `has_traceback` tells whether the reason is its own traceback."""
 
     reason: str
-    said_why: bool
+    has_traceback: bool
 
 
 def first_failure(log: str) -> TrainerFailure | None:
@@ -32,10 +32,10 @@ def first_failure(log: str) -> TrainerFailure | None:
 def read_line(line: str) -> TrainerFailure | None:
     """What a line of a site's log says of a failure, or None."""
     if FAILURE_MARK in line:
-        return TrainerFailure(json.loads(line.split(FAILURE_MARK, 1)[1]), said_why=True)
+        return TrainerFailure(json.loads(line.split(FAILURE_MARK, 1)[1]), has_traceback=True)
     if match := _EXIT.search(line):
         code = match["code"] or match["lost"] or match["device"]
-        return TrainerFailure(_explain_exit(int(code) if code else None), said_why=False)
+        return TrainerFailure(_explain_exit(int(code) if code else None), has_traceback=False)
     return None
 
 

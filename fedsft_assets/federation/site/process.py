@@ -94,7 +94,7 @@ def _lead(trainer: "SiteTrainer", followers: Followers | None) -> None:
         evaluates = flare.is_evaluate()
         if followers:
             followers.tell(Task("evaluate" if evaluates else "train", received.current_round))
-        with turn(lambda: _tell(trainer.plan.site, "waits for its turn on this machine", [])):
+        with turn(lambda: _tell(trainer.plan.site, "waiting for a CPU slot", [])):
             result = trainer.evaluate(received) if evaluates else trainer.train(received)
         with trainer.clock.phase("transfer"):
             flare.send(result)

@@ -92,7 +92,7 @@ class SiteTrainer:
             self._say(f"the router's loss, which keeps the experts in even use, is trained too: times {router:g}")
 
     def _wait(self) -> None:
-        self._tell("waits for its turn on this machine", [])
+        self._tell("waiting for a CPU slot", [])
 
     @property
     def _batches(self) -> str:
@@ -103,9 +103,7 @@ class SiteTrainer:
     @property
     def _cut(self) -> str:
         contexts, answers = truncated(self.training)
-        return (
-            f"too long: {contexts:,}, of which {answers:,} lose a part of their answer" if contexts else "none is cut"
-        )
+        return f"{contexts:,} records truncated, {answers:,} answers" if contexts else "no record truncated"
 
     def evaluate(self, received: FLModel) -> FLModel:
         """Score the received weights; nothing is trained, not now and not later."""

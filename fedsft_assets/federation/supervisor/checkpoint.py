@@ -33,8 +33,8 @@ def make_checkpoint(
 ) -> Checkpoint:
     """Write the checkpoint's files into the folder `into`, by a process that `command` starts.
 
-    Raises JobError, whose `lost` is true if that process was killed or could not be forked, or OSError for what this
-    machine lacks, such as space on the disk.
+    Raises JobError, whose `retryable` is true if that process was killed or could not be forked, or OSError for what
+    this machine lacks, such as space on the disk.
     """
     arguments = [str(path) for path in (job_folder, weights, testing_file, into)]
     done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, check=False)
@@ -43,7 +43,7 @@ def make_checkpoint(
     if done.returncode:
         raise JobError(
             f"the checkpoint could not be made (exit code {done.returncode}):\n{done.stderr[-4000:].strip()}",
-            lost=done.returncode < 0 or done.returncode == LOST,
+            retryable=done.returncode < 0 or done.returncode == LOST,
         )
     return Checkpoint(**json.loads(done.stdout))
 

@@ -92,7 +92,7 @@ class History:
         rounds = self.rounds
         for entry in entries:
             if isinstance(entry, Started) and entry.finished < rounds:
-                why = f"its server goes on after round {entry.finished}, though it had finished round {rounds}"
+                why = f"its server resumed after round {entry.finished}, though it had finished round {rounds}"
                 raise BrokenChainError(why, lines)
             rounds = entry.round if isinstance(entry, RoundDone) else rounds
         self._journal.add(entries)

@@ -64,7 +64,7 @@ def begin_execution(job_folder: Path, workspace: Path, runtime: str) -> Executio
 def _begin(workspace: Workspace, subject: dict[str, str], superseded: Sequence[str] = ()) -> Execution:
     """`superseded` are FLARE jobs to be ended first."""
     stop_marked(str(workspace.folder))  # what an earlier attempt left, whose parents were all killed
-    return workspace.take_up(subject, superseded)
+    return workspace.resume_or_create(subject, superseded)
 
 
 def _subject(job_folder: Path, runtime: str) -> dict[str, str]:
@@ -138,7 +138,7 @@ def run_job(
         stop_marked(mark, grace=_SECONDS_TO_ABORT)
         supervisor.wait()
     if isinstance(last, Failed):
-        raise JobError(last.reason, last.lost)
+        raise JobError(last.reason, last.retryable)
     if code != 0 or not isinstance(last, JobReport):
         said = errors.read_text(encoding="utf-8", errors="replace").strip()
-        raise JobError(f"the supervisor of the job ended with exit code {code}:\n{said[-4000:]}", lost=code < 0)
+        raise JobError(f"the supervisor of the job ended with exit code {code}:\n{said[-4000:]}", retryable=code < 0)

@@ -75,7 +75,7 @@ class Supervision:
     def run(self) -> Iterator[Event]:
         """Everything up to the fetched result. Raises JobError or _OrphanedError."""
         if self._execution.status:
-            yield Progress("the job has ended already; its result is here")
+            yield Progress("already finished; using its stored result")
             return
         try:
             yield from self._run()
@@ -83,7 +83,7 @@ class Supervision:
             raise self._begun_anew(error) from error
         except UnavailableError as error:
             self._settle()
-            raise JobError(str(error), lost=True) from error
+            raise JobError(str(error), retryable=True) from error
         except SystemExit:
             self._end_submitted()
             self._settle()
@@ -129,8 +129,8 @@ class Supervision:
                     continue
             if state.forbidden:
                 raise JobError(
-                    f"FLARE job {job_id} may not run: {state.said}; see local/authorization.json in the startup kit of"
-                    " whoever says so"
+                    f"FLARE job {job_id} may not run: {state.status}; see local/authorization.json in the startup kit"
+                    " of whoever says so"
                 )
             if self.history.regroup and restarts_left:
                 yield from self._end_to_regroup(job_id, self.history.regroup, rounds)
@@ -140,10 +140,10 @@ class Supervision:
             if stopped or not restarts_left:
                 failure = self._failure(job_id, state)
                 # What was cut off in a job that was taken over may have been so before.
-                if not (failure.lost and taken_over and restarts_left):
+                if not (failure.retryable and taken_over and restarts_left):
                     raise failure
-            why = stopped.reason if stopped else f"its server died ({state.said})"
-            yield Progress(f"FLARE job {job_id} is lost: {why}; it is started again")
+            why = stopped.reason if stopped else f"its server died ({state.status})"
+            yield Progress(f"FLARE job {job_id} failed: {why}; restarting")
             self._runtime.abort(job_id)
 
     def finished(self, into: Path) -> JobReport | None:
@@ -209,7 +209,7 @@ class Supervision:
         try:
             return (yield from self._follow(job_id))
         except (_OrphanedError, GeneratorExit, UnavailableError):  # who cannot be reached cannot be told to end it
-            if not self._runtime.outlives:
+            if not self._runtime.survives_submitter:
                 self._runtime.abort(job_id)
             raise
         except BaseException:
@@ -230,17 +230,17 @@ class Supervision:
         for told in self._runtime.gather(sites, self.spec.min_sites or len(sites)):
             yield Progress(told)
         yield from self._end_superseded()
-        if self._execution.submissions and self._runtime.outlives:
+        if self._execution.submissions and self._runtime.survives_submitter:
             job_id = self._execution.job_id or self._submit()  # an earlier attempt was killed before it knew the id
             state = self._runtime.poll(job_id)
             if state.ended and not state.succeeded and not self._execution.stopped:
                 yield from self._read(job_id)  # its own last word counts, whatever became of it then
             if not self._execution.stopped and (not state.ended or state.succeeded or self.history.said_all):
-                yield Progress(f"takes over FLARE job {job_id}")
+                yield Progress(f"reattaching to FLARE job {job_id}")
                 return job_id
             self._runtime.abort(job_id)
         if self._execution.rounds:
-            yield Progress(f"goes on after round {self._execution.rounds} of {self.spec.rounds}")
+            yield Progress(f"resuming after round {self._execution.rounds} of {self.spec.rounds}")
         self._save(submissions=self._execution.submissions + 1, job_id=None, stopped=False)
         self._charge(self.history.releases + self.history.releases_to_come, settled=False)
         job_id = self._submit()
@@ -250,7 +250,7 @@ class Supervision:
     def _end_superseded(self) -> Iterator[Event]:
         """Sites are for this execution."""
         for job_id in self._execution.superseded:
-            if self._runtime.outlives and not self._runtime.poll(job_id).ended:
+            if self._runtime.survives_submitter and not self._runtime.poll(job_id).ended:
                 yield Progress(f"ends FLARE job {job_id}, which is of another execution")
                 self._runtime.abort(job_id)
         if self._execution.superseded:
@@ -265,7 +265,7 @@ class Supervision:
 
     def _end_submitted(self) -> None:
         """Abort what was handed in by now, also if the stop came before its id did, or before it was taken over."""
-        if self._execution.submissions and self._runtime.outlives:
+        if self._execution.submissions and self._runtime.survives_submitter:
             self._runtime.abort(self._execution.job_id or self._submit())
 
     def _submission(self) -> Path:
@@ -297,8 +297,8 @@ class Supervision:
                     yield Progress(told)
             if state.ended:
                 return state
-            if state.waiting and state.said != told and time.monotonic() - begun > _SECONDS_TO_BEGIN:
-                told = state.said
+            if state.waiting and state.status != told and time.monotonic() - begun > _SECONDS_TO_BEGIN:
+                told = state.status
                 yield Progress(f"FLARE job {job_id} waits: {told}")
             if self.history.finished:
                 finished = time.monotonic() if finished is None else finished
@@ -308,7 +308,7 @@ class Supervision:
             silent = time.monotonic() - heard
             if silent > max(_LONGEST_SILENCE, 2 * self.spec.site_timeout):
                 raise JobError(
-                    f"FLARE job {job_id}: neither server nor sites said anything for {silent:.0f} s", lost=True
+                    f"FLARE job {job_id}: neither server nor sites said anything for {silent:.0f} s", retryable=True
                 )
             time.sleep(_POLL_SECONDS)
 
@@ -338,7 +338,7 @@ class Supervision:
         self._execution = self._workspace.begin_anew()
         return JobError(
             f"history {old} cannot go on: {why}; another attempt begins history {self._execution.id} from zero",
-            lost=True,
+            retryable=True,
         )
 
     def _charge(self, releases: int, settled: bool = True) -> None:
@@ -380,7 +380,7 @@ class Supervision:
         shutil.rmtree(self._workspace.result, ignore_errors=True)
         with publish_folder(self._workspace.result) as folder:
             self._runtime.fetch(job_id, folder)
-        self._save(status=state.said)
+        self._save(status=state.status)
 
     def _save(self, **changes: object) -> None:
         execution = replace(self._execution, seconds=self.seconds, **changes)  # type: ignore[arg-type]
@@ -393,12 +393,14 @@ class Supervision:
             return JobError(stopped.reason)
         if not stopped:
             end = self._runtime.end_of_log(job_id, "server", _TAIL_LINES)
-            return JobError(f"FLARE job {job_id} ended early: {state.said}\nThe end of the server's log:\n{end}", True)
+            return JobError(
+                f"FLARE job {job_id} ended early: {state.status}\nThe end of the server's log:\n{end}", True
+            )
         last = max((one.round for one in self.history.missed), default=0)
         missed = [one for one in self.history.missed if one.round == last]
         reasons = [self._why(job_id, one) for one in missed]
         said = "\n".join(text for text, _ in reasons)
-        return JobError(f"{stopped.reason}\n{said}", lost=not any(own for _, own in reasons))
+        return JobError(f"{stopped.reason}\n{said}", retryable=not any(own for _, own in reasons))
 
     def _why(self, job_id: str, missed: Missed) -> tuple[str, bool]:
         """Why a site is missing: its trainer's own traceback, or what its site's log says; and which of both."""
@@ -408,13 +410,13 @@ class Supervision:
         failure = first_failure(log)
         if not failure:
             return f"{missed.site}: {missed.reason}", False
-        return explain(missed.site, failure, log), failure.said_why
+        return explain(missed.site, failure, log), failure.has_traceback
 
 
 def explain(site: str, failure: TrainerFailure, log: str) -> str:
     """A trainer's failure for the user: its own traceback, or the end of its site's log."""
     end = "\n".join(log.splitlines()[-_TAIL_LINES:])
-    rest = "" if failure.said_why else f"\nThe end of the site's log:\n{end}"
+    rest = "" if failure.has_traceback else f"\nThe end of the site's log:\n{end}"
     return f"the trainer of {site} failed:\n{failure.reason}{rest}"
 
 
@@ -426,7 +428,7 @@ def supervise(
     try:
         yield from supervision.run()
         if report := supervision.finished(into):
-            yield Progress("its checkpoint is here too")
+            yield Progress("its checkpoint is stored too")
             yield report
             return
         yield Progress("writing the checkpoint and scoring it on the combined testing split")
@@ -462,13 +464,13 @@ def main() -> None:
             print(encode(event), file=events, flush=True)
         code = 0
     except JobError as error:
-        print(encode(Failed(str(error), error.lost)), file=events, flush=True)
+        print(encode(Failed(str(error), error.retryable)), file=events, flush=True)
     except (UnavailableError, SpecError, EntryError, ReleasesError) as error:
         print(encode(Failed(str(error))), file=events, flush=True)
     except BrokenPipeError:
         pass
     except OSError as error:  # for one, no space left
-        print(encode(Failed(f"this machine: {error}", lost=True)), file=events, flush=True)
+        print(encode(Failed(f"this machine: {error}", retryable=True)), file=events, flush=True)
     except SystemExit as error:
         code = int(error.code or 0)
     except _OrphanedError:

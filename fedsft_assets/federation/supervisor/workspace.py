@@ -149,7 +149,7 @@ class Workspace:
         except (ValueError, TypeError):
             return None  # of another version of this package: nothing that could be gone on with
 
-    def take_up(self, subject: dict[str, str], superseded: Sequence[str] = ()) -> Execution:
+    def resume_or_create(self, subject: dict[str, str], superseded: Sequence[str] = ()) -> Execution:
         """The execution to go on with; if there is none, a new one in a folder with nothing of the one before."""
         last = self.execution()
         if last and not last.ended and last.subject == subject:

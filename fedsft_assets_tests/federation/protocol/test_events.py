@@ -14,7 +14,7 @@ EVENTS: list[Event] = [
     Missed("site-2", 3, "its trainer failed", "Traceback:\n\tValueError: é"),
     Missed("site-2", 4, "it is not connected"),
     REPORT,
-    Failed("FLARE job 7 ended early", lost=True),
+    Failed("FLARE job 7 ended early", retryable=True),
     Failed('the trainer failed:\nTraceback\n\t"é" \\ end'),
 ]
 

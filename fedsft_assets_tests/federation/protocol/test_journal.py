@@ -34,7 +34,7 @@ ENTRIES: list[Entry] = [
     Point("val_loss_local", math.inf, 3, 480, "site-é"),
     Progress('site-1 · "é" \\ \u2028 \x85 end\nof it\r\n'),
     Missed("site-2", 3, "its trainer failed", "Traceback:\n\tValueError: é"),
-    Missed("site-2", 3, "the server has lost it"),
+    Missed("site-2", 3, "disconnected"),
     RoundDone(3),
     Started(2),
     Stopped("round 3 has results of 1 of 2 sites", lost_sites=True),

@@ -251,7 +251,7 @@ def test_killed_server_is_gone_on_from_bit_for_bit_without_doubled_points(
         killed.state.commit_round = lambda *kept: _die(commit(*kept))  # type: ignore[method-assign]
     else:
         play(killed, 2)
-        killed.play_round = _die  # type: ignore[method-assign]
+        killed.run_round = _die  # type: ignore[method-assign]
     with pytest.raises(_Killed):
         play(killed, 3)
 
@@ -293,7 +293,7 @@ def test_change_is_sent_only_to_sites_that_hold_the_model(tmp_path: Path) -> Non
     sites[1].does(TRAIN_TASK, 1, lambda _: ReturnCode.EXECUTION_EXCEPTION)
     server._begin()
     for number in range(3):
-        server.play_round(number)
+        server.run_round(number)
     assert [kind for _, kind in sites[0].given] == [Kind.FULL, Kind.CHANGE, Kind.CHANGE]
     assert [kind for _, kind in sites[1].given] == [Kind.FULL, Kind.CHANGE, Kind.FULL]
 
@@ -304,7 +304,7 @@ def test_site_that_was_away_gets_the_whole_model(tmp_path: Path) -> None:
     server._begin()
     for number, connected in enumerate((["site-1", "site-2"], ["site-1"], ["site-1", "site-2"])):
         server.connected = connected
-        server.play_round(number)
+        server.run_round(number)
     assert [kind for _, kind in sites[1].given] == [Kind.FULL, Kind.FULL]
     assert server.of(Missed) == [Missed("site-2", 2, "it is not connected")]
 
@@ -315,7 +315,7 @@ def test_sites_have_the_global_model_bit_for_bit_in_every_round(tmp_path: Path) 
     server._begin()
     for number in range(3):
         before = copied(server._weights)
-        server.play_round(number)
+        server.run_round(number)
         assert all(same(site.model, before) for site in sites)
         assert not same(server._weights, before)
 
@@ -353,7 +353,7 @@ def _failing(traceback: str) -> Callable[[Site], Callable[[FLModel], Answer]]:
     [
         (lambda _site: lambda _: ReturnCode.EXECUTION_EXCEPTION, "its trainer is gone (EXECUTION_EXCEPTION)"),
         (_failing("Traceback: é"), "its trainer failed"),
-        (lambda _site: lambda _: None, "it has said nothing for 0 s (site_timeout is 0.05 s)"),
+        (lambda _site: lambda _: None, "no message for 0 s (site_timeout is 0.05 s)"),
     ],
     ids=["its trainer died", "its trainer says why it ends", "silence"],
 )
@@ -382,7 +382,7 @@ def test_site_that_the_server_loses_is_not_waited_for(tmp_path: Path) -> None:
 
     sites[1].does(TRAIN_TASK, 0, disconnects)
     play(server, 1)
-    assert server.of(Missed) == [Missed("site-2", 1, "the server has lost it")]
+    assert server.of(Missed) == [Missed("site-2", 1, "disconnected")]
 
 
 def test_job_with_too_few_sites_ends_and_says_who_was_missing_and_that_sites_were_lost(tmp_path: Path) -> None:
@@ -414,7 +414,7 @@ def test_all_sites_are_needed_unless_the_job_says_otherwise(tmp_path: Path) -> N
     server.connected = ["site-1"]
     server._begin()
     with pytest.raises(NotEnoughSitesError, match="round 1 has results of 1 of 2 sites; min_sites is 2"):
-        server.play_round(0)
+        server.run_round(0)
 
 
 def test_nobody_is_waited_for_when_enough_cannot_answer_any_more(tmp_path: Path) -> None:
@@ -565,7 +565,7 @@ def test_site_that_is_absent_from_the_start_is_named_at_once_and_taken_in_when_i
 
     sites[0].does(TRAIN_TASK, 1, comes)
     server.run()
-    assert server.of(Progress)[0] == Progress("site-3 · is not there; the job goes on without it")
+    assert server.of(Progress)[0] == Progress("site-3 · not connected; the job continues without it")
     assert server.entries[-2:] == [RoundDone(2), Regroup(["site-3"])]
     again = Server(tmp_path, sites, min_sites=2)
     again.connected = ["site-1", "site-2"]  # it did not get its part

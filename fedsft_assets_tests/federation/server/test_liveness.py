@@ -62,12 +62,12 @@ def test_silent_site_is_waited_for_until_its_time_is_up(watch: SiteWatch, clock:
     assert watch.waits(2)
     clock.now += 1
     assert not watch.waits(2)
-    assert watch.missed("site-3", 4) == Missed("site-3", 4, "it has said nothing for 30 s (site_timeout is 30 s)")
+    assert watch.missed("site-3", 4) == Missed("site-3", 4, "no message for 30 s (site_timeout is 30 s)")
 
 
 def test_round_that_cannot_have_enough_answers_any_more_waits_for_nobody(watch: SiteWatch) -> None:
     watch.done("site-1")
-    watch.lost("site-2", "the server has lost it")
+    watch.lost("site-2", "disconnected")
     assert watch.waits(2)
     assert not watch.waits(3)
 
@@ -82,15 +82,15 @@ def test_silent_sites_are_no_hope_for_enough_answers(watch: SiteWatch, clock: Cl
 
 def test_lost_site_is_not_waited_for_and_its_first_reason_is_told(watch: SiteWatch) -> None:
     for site in SITES:
-        watch.lost(site, "the server has lost it")
+        watch.lost(site, "disconnected")
     watch.lost("site-1", "its trainer is gone")
     assert not watch.waits(1)
-    assert watch.missed("site-1", 2) == Missed("site-1", 2, "the server has lost it")
+    assert watch.missed("site-1", 2) == Missed("site-1", 2, "disconnected")
 
 
 def test_site_that_is_lost_after_its_answer_has_answered(watch: SiteWatch) -> None:
     watch.done("site-1")
-    watch.lost("site-1", "the server has lost it")
+    watch.lost("site-1", "disconnected")
     watch.done("site-2")
     assert watch.waits(3)
 
@@ -119,7 +119,7 @@ def test_site_that_is_gone_is_not_waited_for_in_any_round_until_it_is_heard_of(w
         for site in SITES[:2]:
             watch.done(site)
         assert not watch.waits(2)
-        assert watch.missed("site-3", number) == Missed("site-3", number, "the server has lost it")
+        assert watch.missed("site-3", number) == Missed("site-3", number, "disconnected")
         watch.begin(SITES)
     for site in SITES[:2]:
         watch.done(site)
@@ -166,7 +166,7 @@ def test_silence_goes_on_over_the_end_of_a_round(watch: SiteWatch, clock: Clock)
     assert watch.waits(2)
     assert not watch.waits(3)
     clock.now += TIMEOUT
-    assert watch.missed("site-3", 2).reason == "it has said nothing for 60 s (site_timeout is 30 s)"
+    assert watch.missed("site-3", 2).reason == "no message for 60 s (site_timeout is 30 s)"
 
 
 def test_time_before_the_first_task_does_not_count(clock: Clock) -> None:
@@ -185,5 +185,5 @@ def test_strangers_change_nothing(watch: SiteWatch) -> None:
     for site in SITES:
         watch.done(site)
     watch.heard("site-9")
-    watch.lost("site-9", "the server has lost it")
+    watch.lost("site-9", "disconnected")
     assert not watch.waits(1)

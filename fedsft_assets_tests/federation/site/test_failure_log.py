@@ -79,7 +79,7 @@ def test_trainer_that_was_killed_is_seen_in_the_line_that_nvflare_writes(
     said = read_line(_line_about_the_end_of(process, nvflare_log, mode))
     assert isinstance(said, TrainerFailure)
     assert said.reason == ("the trainer process was killed by signal 9 (SIGKILL); the usual cause is too little memory")
-    assert not said.said_why
+    assert not said.has_traceback
 
 
 def test_trainer_that_ended_by_itself_is_seen_with_its_exit_code(
@@ -105,7 +105,7 @@ def test_traceback_of_a_trainer_comes_through_nvflares_log_as_it_was(
     line = FAILURE_MARK + json.dumps(traceback)
     loading, passed_on = _passed_on(f"print('loading'); print({line!r})", nvflare_log)
     assert read_line(loading) is None
-    assert read_line(passed_on) == TrainerFailure(traceback, said_why=True)
+    assert read_line(passed_on) == TrainerFailure(traceback, has_traceback=True)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_traceback_of_a_trainer_comes_through_nvflares_log_as_it_was(
     ],
 )
 def test_other_lines_about_dead_trainers_are_seen(line: str, reason: str) -> None:
-    assert read_line(line) == TrainerFailure(reason, said_why=False)
+    assert read_line(line) == TrainerFailure(reason, has_traceback=False)
 
 
 @pytest.mark.parametrize(
@@ -153,9 +153,9 @@ def test_first_failure_of_a_log_is_the_one_to_tell() -> None:
     said = FAILURE_MARK + json.dumps("Traceback: out of data")
     died = "RuntimeError: trainer process group exited (rc=1) before completing the HELLO handshake"
     log = "\n".join(["loading", f"2026-01-01 - INFO - {said}", died])
-    assert first_failure(log) == TrainerFailure("Traceback: out of data", said_why=True)
+    assert first_failure(log) == TrainerFailure("Traceback: out of data", has_traceback=True)
     assert first_failure("\n".join([died, said])) == TrainerFailure(
-        "the trainer process ended with exit code 1", said_why=False
+        "the trainer process ended with exit code 1", has_traceback=False
     )
 
 

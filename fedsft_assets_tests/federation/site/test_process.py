@@ -37,4 +37,4 @@ def test_only_a_failure_of_its_own_is_told_as_one(
     printed = capsys.readouterr().out
     assert (FAILURE_MARK in printed) == own
     failure = first_failure(printed)
-    assert (failure is not None and failure.said_why) == own
+    assert (failure is not None and failure.has_traceback) == own

@@ -129,7 +129,7 @@ def test_supervisor_is_told_what_to_do_and_in_which_environment(supervised_by: S
 def test_failure_that_the_supervisor_tells_is_raised_as_it_is(supervised_by: Supervise, lost: bool) -> None:
     with pytest.raises(JobError, match=r"^the trainer of site-1 failed:\nTraceback: é$") as failure:
         supervised_by(_says(POINT, Failed("the trainer of site-1 failed:\nTraceback: é", lost)) + "sys.exit(1)")
-    assert failure.value.lost == lost
+    assert failure.value.retryable == lost
 
 
 def test_supervisor_that_crashes_shows_its_traceback_and_another_attempt_would_not_help(
@@ -139,13 +139,13 @@ def test_supervisor_that_crashes_shows_its_traceback_and_another_attempt_would_n
         supervised_by(_says(POINT) + "raise OSError('disk full')")
     assert str(failure.value).startswith("the supervisor of the job ended with exit code 1:\nTraceback")
     assert str(failure.value).endswith("OSError: disk full")
-    assert not failure.value.lost
+    assert not failure.value.retryable
 
 
 def test_supervisor_that_is_killed_is_lost(supervised_by: Supervise) -> None:
     with pytest.raises(JobError, match="the supervisor of the job ended with exit code -9") as failure:
         supervised_by(_says(POINT) + "os.kill(os.getpid(), signal.SIGKILL)")
-    assert failure.value.lost
+    assert failure.value.retryable
 
 
 def test_supervisor_that_ends_without_a_report_has_failed(supervised_by: Supervise) -> None:
@@ -213,7 +213,7 @@ def test_journal_that_is_damaged_is_named_by_the_supervisor(store: Store) -> Non
     journal.write_text("spilt\n")
     with pytest.raises(JobError, match=f"^{journal}, line 1: expected .* found 'spilt'; remove the file") as error:
         list(run_job(folder, workspace, Path("testing.jsonl"), store.checkpoint("quick")))
-    assert not error.value.lost
+    assert not error.value.retryable
     assert journal.read_text() == "spilt\n"
 
 

@@ -50,7 +50,7 @@ class Jobs:
     """A runtime in which one job is; each poll goes on by one step, a state and what the journal has more by then."""
 
     def __init__(self, outlives: bool = True) -> None:
-        self.outlives = outlives
+        self.survives_submitter = outlives
         self.steps: list[tuple[JobState, list[Entry]]] = []
         self.logs: dict[str, str] = {}
         self.done: list[str] = []
@@ -130,7 +130,7 @@ def jobs() -> Jobs:
 @pytest.fixture
 def workspace(tmp_path: Path) -> Workspace:
     workspace = Workspace(tmp_path / "flare" / "fedavg")
-    workspace.take_up({"runtime": "poc"})
+    workspace.resume_or_create({"runtime": "poc"})
     return workspace
 
 
@@ -196,7 +196,7 @@ def test_job_is_submitted_followed_and_fetched(attempt: Attempt, jobs: Jobs, wor
     execution = workspace.execution()
     assert execution is not None
     assert (execution.job_id, execution.rounds, execution.ended) == ("job-1", 1, False)
-    assert execution.status == DONE.said
+    assert execution.status == DONE.status
     assert list(one.history.points.values()) == [VAL, LATER]
     assert one.history.missed == [missed]
 
@@ -218,7 +218,7 @@ def test_submitted_job_folder_names_its_execution_and_the_users_stays_as_it_is(
 def test_job_id_is_kept_as_soon_as_the_job_is_submitted(attempt: Attempt, jobs: Jobs, workspace: Workspace) -> None:
     jobs.unavailable_at = "poll job-1"
     error = _failure(attempt())
-    assert (str(error), error.lost) == ("the server is away; start it", True)
+    assert (str(error), error.retryable) == ("the server is away; start it", True)
     execution = workspace.execution()
     assert execution is not None
     assert execution.job_id == "job-1"
@@ -228,13 +228,13 @@ def test_job_whose_id_never_arrived_is_taken_over_and_not_submitted_twice(
     attempt: Attempt, jobs: Jobs, workspace: Workspace
 ) -> None:
     jobs.unavailable_at = "submit"
-    assert _failure(attempt()).lost
+    assert _failure(attempt()).retryable
     execution = workspace.execution()
     assert execution is not None
     assert (execution.submissions, execution.job_id) == (1, None)
     jobs.unavailable_at = ""
     jobs.steps = [(RUNNING, [Started(0), VAL]), (DONE, [LATER])]
-    assert _events(attempt()) == ([Progress("takes over FLARE job job-1"), VAL, LATER], None)
+    assert _events(attempt()) == ([Progress("reattaching to FLARE job job-1"), VAL, LATER], None)
     assert list(jobs.taken.values()) == ["job-1"]
 
 
@@ -253,7 +253,7 @@ def test_job_whose_id_never_arrived_and_that_died_is_submitted_again(
 
 
 def test_job_that_dies_with_its_supervisor_is_not_asked_for(attempt: Attempt, jobs: Jobs) -> None:
-    jobs.outlives, jobs.unavailable_at = False, "submit"
+    jobs.survives_submitter, jobs.unavailable_at = False, "submit"
     _failure(attempt())
     jobs.unavailable_at, jobs.steps = "", [(DONE, [Started(0)])]
     assert _events(attempt()) == ([Progress("FLARE job job-2 in the poc")], None)
@@ -273,7 +273,7 @@ def test_running_job_of_an_earlier_attempt_is_taken_over_and_nothing_is_told_twi
     again = attempt()
     events_again, error = _events(again)
     assert error is None
-    assert events_again == [Progress("takes over FLARE job job-1"), LATER]
+    assert events_again == [Progress("reattaching to FLARE job job-1"), LATER]
     assert "submit" not in jobs.done
     assert list(again.history.points.values()) == [VAL, LATER]
     assert [one.site for one in again.history.missed] == ["site-2"]
@@ -291,12 +291,12 @@ def test_job_that_ended_well_meanwhile_is_fetched(attempt: Attempt, jobs: Jobs, 
     workspace.save(replace(execution, submissions=1, job_id="job-9"))
     jobs.steps = [(DONE, [Started(0), VAL])]
     events, error = _events(attempt())
-    assert (events, error) == ([Progress("takes over FLARE job job-9"), VAL], None)
+    assert (events, error) == ([Progress("reattaching to FLARE job job-9"), VAL], None)
     assert jobs.done[-1] == "fetch job-9"
 
 
 def test_running_job_of_another_job_folder_is_ended_first(attempt: Attempt, jobs: Jobs, workspace: Workspace) -> None:
-    assert workspace.take_up({"runtime": "poc", "job_folder": "changed"}, ["job-9"]).superseded == ["job-9"]
+    assert workspace.resume_or_create({"runtime": "poc", "job_folder": "changed"}, ["job-9"]).superseded == ["job-9"]
     jobs.steps = [(RUNNING, []), (DONE, [Started(0), VAL])]
     events, error = _events(attempt())
     assert error is None
@@ -310,7 +310,7 @@ def test_running_job_of_another_job_folder_is_ended_first(attempt: Attempt, jobs
     assert ended is not None
     assert ended.superseded == []
     workspace.end()
-    assert workspace.take_up({"runtime": "poc"}).superseded == []
+    assert workspace.resume_or_create({"runtime": "poc"}).superseded == []
 
 
 def test_job_whose_result_is_lost_is_submitted_once_more_for_its_server_to_hand_it_over(
@@ -325,7 +325,7 @@ def test_job_whose_result_is_lost_is_submitted_once_more_for_its_server_to_hand_
     assert error is None
     assert events[-3:] == [
         Progress("no result of job-1; the job is submitted once more to hand it over"),
-        Progress("goes on after round 3 of 3"),
+        Progress("resuming after round 3 of 3"),
         Progress("FLARE job job-2 in the poc"),
     ]
     assert jobs.done[-1] == "fetch job-2"
@@ -356,7 +356,7 @@ def test_job_that_has_finished_is_finished_however_nvflare_says_that_it_ended(
     assert list(jobs.taken.values()) == ["job-1"]
     execution = workspace.execution()
     assert execution is not None
-    assert execution.status == ABNORMAL.said
+    assert execution.status == ABNORMAL.status
     assert list(one.history.points.values()) == [VAL, LATER]
 
 
@@ -388,7 +388,7 @@ def test_server_that_begins_from_zero_begins_another_history_and_none_of_it_is_t
     jobs.steps = [(FAILED, []), (RUNNING, second)]
     events, error = _events(attempt())
     assert error is not None
-    assert error.lost
+    assert error.retryable
     begun = workspace.execution()
     assert begun is not None
     assert begun.id != first.id
@@ -420,7 +420,7 @@ def test_history_whose_copy_is_lost_still_knows_its_finished_rounds(
     workspace.journal.unlink()
     jobs.lose_journal()
     jobs.steps = [(RUNNING, [Started(0)])]
-    assert "its server goes on after round 0, though it had finished round 1" in str(_failure(attempt()))
+    assert "its server resumed after round 0, though it had finished round 1" in str(_failure(attempt()))
 
 
 def test_points_after_the_last_round_that_a_server_lost_with_its_power_do_not_break_the_chain(
@@ -444,7 +444,7 @@ def test_points_after_the_last_round_that_a_server_lost_with_its_power_do_not_br
 def test_job_that_is_gone_is_submitted_again_and_goes_on(
     attempt: Attempt, jobs: Jobs, workspace: Workspace, outlives: bool
 ) -> None:
-    jobs.outlives = outlives
+    jobs.survives_submitter = outlives
     execution = workspace.execution()
     assert execution is not None
     workspace.save(replace(execution, submissions=1, job_id="job-9", rounds=2))
@@ -452,7 +452,7 @@ def test_job_that_is_gone_is_submitted_again_and_goes_on(
     jobs.steps += [(DONE, [Started(2), RoundDone(3), LATER])]
     events, error = _events(attempt())
     assert error is None
-    assert events == [Progress("goes on after round 2 of 3"), Progress("FLARE job job-1 in the poc"), LATER]
+    assert events == [Progress("resuming after round 2 of 3"), Progress("FLARE job job-1 in the poc"), LATER]
     assert ("poll job-9" in jobs.done) == outlives
 
 
@@ -461,7 +461,7 @@ def test_result_that_is_here_already_is_not_fetched_again(attempt: Attempt, jobs
     _events(attempt())
     jobs.done.clear()
     again = attempt()
-    assert _events(again) == ([Progress("the job has ended already; its result is here")], None)
+    assert _events(again) == ([Progress("already finished; using its stored result")], None)
     assert jobs.done == []
     assert list(again.history.points.values()) == [VAL, LATER]
     assert [one.round for one in again.history.missed] == [1]
@@ -559,7 +559,7 @@ def test_releases_are_charged_before_they_can_happen_and_settled_when_the_job_ha
     attempt: Attempt, jobs: Jobs, private: Releases
 ) -> None:
     jobs.unavailable_at = "submit"
-    assert _failure(attempt()).lost
+    assert _failure(attempt()).retryable
     assert _counts(private) == [3]
     jobs.unavailable_at, jobs.steps = "", [(RUNNING, [Started(0), VAL, RoundDone(1)])]
     list(_until(attempt().run(), 2))
@@ -576,7 +576,7 @@ def test_releases_of_a_history_that_cannot_go_on_count_for_ever(
     list(_until(attempt().run(), 2))
     jobs.lose_journal()
     jobs.steps = [(FAILED, []), (RUNNING, [Started(0), replace(VAL, time=9.0)])]
-    assert _failure(attempt()).lost
+    assert _failure(attempt()).retryable
     jobs.lose_journal()
     jobs.steps = [(FAILED, []), (DONE, [Started(0), RoundDone(3), Finished()])]
     assert _events(attempt())[1] is None
@@ -599,7 +599,7 @@ def test_rounds_of_a_broken_history_that_were_not_read_before_it_was_ended_count
     jobs.lose_journal()
     jobs.steps = [(FAILED, []), (RUNNING, [Started(0), replace(VAL, time=9.0)])]
     monkeypatch.setattr(Jobs, "abort", goes_on_until_then)
-    assert _failure(attempt()).lost
+    assert _failure(attempt()).retryable
     assert _counts(private)[0] == 2 + 3  # a round and one that was cut off; two and one that was cut off
     jobs.lose_journal()
     jobs.without_journal = True
@@ -607,14 +607,14 @@ def test_rounds_of_a_broken_history_that_were_not_read_before_it_was_ended_count
     list(_until(attempt().run(), 2))
     jobs.lose_journal()
     jobs.steps = [(FAILED, []), (RUNNING, [Started(0), replace(VAL, time=9.0)])]
-    assert _failure(attempt()).lost
+    assert _failure(attempt()).retryable
     assert _counts(private)[1] >= 2 + 3  # what cannot be read is taken to be all that could be
 
 
 def test_rounds_that_a_stopped_job_cannot_do_any_more_are_not_charged(
     attempt: Attempt, jobs: Jobs, private: Releases
 ) -> None:
-    jobs.outlives = False
+    jobs.survives_submitter = False
     jobs.steps = [(RUNNING, [Started(0), VAL, RoundDone(1)])]
     events = attempt().run()
     list(_until(events, 2))
@@ -632,7 +632,7 @@ def test_rounds_that_a_stopped_job_cannot_do_any_more_are_not_charged(
 def test_job_that_is_stopped_in_its_first_round_of_three_has_released_once(
     attempt: Attempt, jobs: Jobs, private: Releases
 ) -> None:
-    jobs.outlives = False
+    jobs.survives_submitter = False
     jobs.steps = [(RUNNING, [Started(0), VAL])]
     events = attempt().run()
     list(_until(events, 2))
@@ -643,7 +643,7 @@ def test_job_that_is_stopped_in_its_first_round_of_three_has_released_once(
 def test_nothing_is_taken_back_of_a_stopped_job_whose_journal_nobody_has(
     attempt: Attempt, jobs: Jobs, private: Releases
 ) -> None:
-    jobs.outlives, jobs.without_journal = False, True
+    jobs.survives_submitter, jobs.without_journal = False, True
     jobs.steps = [(RUNNING, [Started(0), VAL])]
     events = attempt().run()
     list(_until(events, 2))
@@ -654,13 +654,13 @@ def test_nothing_is_taken_back_of_a_stopped_job_whose_journal_nobody_has(
 def test_copy_of_a_journal_that_is_lost_takes_nothing_back(
     attempt: Attempt, jobs: Jobs, private: Releases, workspace: Workspace
 ) -> None:
-    jobs.outlives = False
+    jobs.survives_submitter = False
     jobs.steps = [(FAILED, [Started(0)]), (FAILED, [Started(0)]), (FAILED, [Started(0)])]
-    assert _failure(attempt()).lost
+    assert _failure(attempt()).retryable
     assert _counts(private) == [3]
     workspace.journal.unlink()
     jobs.unavailable_at = "submit"
-    assert _failure(attempt()).lost
+    assert _failure(attempt()).retryable
     assert _counts(private) == [3]
 
 
@@ -670,15 +670,15 @@ def test_copy_of_a_journal_that_is_lost_takes_nothing_back(
 def test_job_that_its_server_stopped_fails_with_the_servers_reason_for_good(attempt: Attempt, jobs: Jobs) -> None:
     jobs.steps = [(FAILED, [Started(0), Stopped("round 1: site-2: found 0 tokens")])]
     error = _failure(attempt())
-    assert (str(error), error.lost) == ("round 1: site-2: found 0 tokens", False)
+    assert (str(error), error.retryable) == ("round 1: site-2: found 0 tokens", False)
     assert "fetch job-1" not in jobs.done
 
 
 def test_job_that_a_policy_does_not_let_run_is_not_started_again(attempt: Attempt, jobs: Jobs) -> None:
     said = "FINISHED:FAILED_TO_RUN (site-2: BYOC not permitted)"
-    jobs.steps = [(JobState(ended=True, succeeded=False, said=said, forbidden=True), [])]
+    jobs.steps = [(JobState(ended=True, succeeded=False, status=said, forbidden=True), [])]
     error = _failure(attempt())
-    assert not error.lost
+    assert not error.retryable
     assert str(error).startswith(f"FLARE job job-1 may not run: {said}; see local/authorization.json")
 
 
@@ -691,7 +691,7 @@ def test_job_without_a_last_word_is_lost_and_shows_the_end_of_the_servers_log(at
     jobs.steps = [(FAILED, [Started(0)])]  # as are the next two
     jobs.logs["server"] = "".join(f"line {k}\n" for k in range(100)) + "MemoryError"
     error = _failure(attempt())
-    assert error.lost
+    assert error.retryable
     assert str(error).startswith(
         "FLARE job job-3 ended early: FINISHED:EXECUTION_EXCEPTION\nThe end of the server's log:\nline 61\n"
     )
@@ -703,7 +703,7 @@ def test_last_word_of_an_earlier_attempt_is_not_that_of_the_next_one(attempt: At
     _failure(attempt())
     jobs.steps = [(FAILED, []), (FAILED, [])]  # no new server even begins
     error = _failure(attempt())
-    assert error.lost
+    assert error.retryable
     assert " ended early: " in str(error)
 
 
@@ -723,8 +723,8 @@ def test_server_that_dies_is_started_again_and_nothing_is_told_twice(
     assert events == [
         Progress("FLARE job job-1 in the poc"),
         *(VAL, Progress("busy"), missed),
-        Progress("FLARE job job-1 is lost: its server died (FINISHED:EXECUTION_EXCEPTION); it is started again"),
-        Progress("goes on after round 1 of 3"),
+        Progress("FLARE job job-1 failed: its server died (FINISHED:EXECUTION_EXCEPTION); restarting"),
+        Progress("resuming after round 1 of 3"),
         Progress("FLARE job job-2 in the poc"),
         LATER,
     ]
@@ -751,7 +751,7 @@ def test_job_that_ends_for_sites_that_have_come_is_submitted_again_as_often_as_i
     assert jobs.done.count("abort job-1") >= 1
     execution = workspace.execution()
     assert execution
-    assert execution.status == DONE.said
+    assert execution.status == DONE.status
 
 
 def test_job_that_ends_for_sites_again_and_again_and_gets_nowhere_fails(attempt: Attempt, jobs: Jobs) -> None:
@@ -759,7 +759,7 @@ def test_job_that_ends_for_sites_again_and_again_and_gets_nowhere_fails(attempt:
         jobs.steps += [(RUNNING, [Started(0)]), (FAILED, [Regroup(["site-2"])]), (FAILED, [])]
     error = _failure(attempt())
     assert jobs.done.count("submit") == 3
-    assert error.lost
+    assert error.retryable
 
 
 def test_who_is_missing_is_told_before_the_job_is_submitted(attempt: Attempt, jobs: Jobs) -> None:
@@ -773,7 +773,7 @@ def test_trainers_own_traceback_is_shown_and_another_attempt_would_not_help(atte
     missed = [Missed("site-1", 2, "its trainer failed", "Traceback: é"), Missed("site-2", 2, "it is not connected")]
     jobs.steps = [(FAILED, [Started(0), Missed("site-2", 1, "an earlier reason"), RoundDone(1), *missed, STOPPED])]
     error = _failure(attempt())
-    assert not error.lost
+    assert not error.retryable
     assert str(error) == (f"{STOPPED.reason}\nthe trainer of site-1 failed:\nTraceback: é\nsite-2: it is not connected")
 
 
@@ -781,7 +781,7 @@ def test_trainers_traceback_is_found_in_its_sites_log_too(attempt: Attempt, jobs
     jobs.steps = [(FAILED, [Started(0), Missed("site-1", 2, "its trainer is gone (EXECUTION_EXCEPTION)"), STOPPED])]
     jobs.logs["site-1"] = f"loading\n{FAILURE_MARK}{json.dumps('Traceback: é')}\n{DIED}\n"
     error = _failure(attempt())
-    assert not error.lost
+    assert not error.retryable
     assert str(error) == f"{STOPPED.reason}\nthe trainer of site-1 failed:\nTraceback: é"
 
 
@@ -791,7 +791,7 @@ def test_trainer_that_was_killed_is_shown_with_its_sites_log_and_may_be_tried_ag
     jobs.steps = [(FAILED, [Started(0), Missed("site-1", 2, "its trainer is gone (EXECUTION_EXCEPTION)"), STOPPED])]
     jobs.logs["site-1"] = f"loading\n{DIED}\n"
     error = _failure(attempt())
-    assert error.lost
+    assert error.retryable
     assert "the trainer of site-1 failed:\nthe trainer process was killed by signal 9 (SIGKILL)" in str(error)
     assert str(error).endswith(f"The end of the site's log:\nloading\n{DIED}")
 
@@ -806,10 +806,10 @@ def test_job_that_is_taken_over_with_a_trainer_that_was_killed_before_is_started
     jobs.steps = [(RUNNING, []), (FAILED, [killed, STOPPED]), (FAILED, []), (DONE, [Started(1), LATER])]
     assert _events(attempt()) == (
         [
-            Progress("takes over FLARE job job-1"),
+            Progress("reattaching to FLARE job job-1"),
             killed,
-            Progress(f"FLARE job job-1 is lost: {STOPPED.reason}; it is started again"),
-            Progress("goes on after round 1 of 3"),
+            Progress(f"FLARE job job-1 failed: {STOPPED.reason}; restarting"),
+            Progress("resuming after round 1 of 3"),
             Progress("FLARE job job-2 in the poc"),
             LATER,
         ],
@@ -821,14 +821,14 @@ def test_job_that_is_taken_over_and_whose_trainer_fails_by_itself_fails_for_good
     jobs.steps = [(RUNNING, [Started(0), VAL])]
     list(_until(attempt().run(), 2))
     jobs.steps = [(RUNNING, []), (FAILED, [Missed("site-1", 1, "its trainer failed", "Traceback: é"), STOPPED])]
-    assert not _failure(attempt()).lost
+    assert not _failure(attempt()).retryable
     assert list(jobs.taken.values()) == ["job-1"]
 
 
-@pytest.mark.parametrize("state", [RUNNING, DONE, FAILED], ids=lambda state: state.said)
+@pytest.mark.parametrize("state", [RUNNING, DONE, FAILED], ids=lambda state: state.status)
 def test_job_that_its_server_stopped_is_not_taken_over(attempt: Attempt, jobs: Jobs, state: JobState) -> None:
     jobs.steps = [(FAILED, [Started(0), VAL, STOPPED])]
-    assert _failure(attempt()).lost
+    assert _failure(attempt()).retryable
     jobs.steps = [(state, []), (DONE, [Started(0), LATER])]
     assert _events(attempt()) == ([Progress("FLARE job job-2 in the poc"), LATER], None)
     assert jobs.done.index("abort job-1") < jobs.done.index("fetch job-2")
@@ -843,14 +843,14 @@ def test_last_word_of_an_earlier_job_does_not_keep_the_next_one_from_being_taken
     list(_until(attempt().run(), 1))  # of a supervisor that is killed before it hears anything of the new job
     jobs.done.clear()
     jobs.steps = [(DONE, []), (DONE, [Started(0), LATER])]
-    assert _events(attempt()) == ([Progress("takes over FLARE job job-2"), LATER], None)
+    assert _events(attempt()) == ([Progress("reattaching to FLARE job job-2"), LATER], None)
     assert "submit" not in jobs.done
 
 
 def test_site_that_went_silent_is_told_with_the_servers_reason(attempt: Attempt, jobs: Jobs) -> None:
-    jobs.steps = [(FAILED, [Started(0), Missed("site-1", 2, "it has said nothing for 30 s"), STOPPED])]
+    jobs.steps = [(FAILED, [Started(0), Missed("site-1", 2, "no message for 30 s"), STOPPED])]
     error = _failure(attempt())
-    assert (str(error), error.lost) == (f"{STOPPED.reason}\nsite-1: it has said nothing for 30 s", True)
+    assert (str(error), error.retryable) == (f"{STOPPED.reason}\nsite-1: no message for 30 s", True)
 
 
 @pytest.mark.parametrize("quiet", ["refused", "waiting"])
@@ -858,22 +858,22 @@ def test_only_silence_is_silence(attempt: Attempt, jobs: Jobs, monkeypatch: pyte
     now = [0.0]
     monkeypatch.setattr(supervisor.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(supervisor.time, "sleep", lambda _: now.__setitem__(0, now[0] + 1000.0))
-    state = replace(RUNNING, said="SUBMITTED (connected sites (1) < min_sites (2))", waiting=quiet == "waiting")
+    state = replace(RUNNING, status="SUBMITTED (connected sites (1) < min_sites (2))", waiting=quiet == "waiting")
     jobs.refuses, jobs.steps = quiet == "refused", [(state, [])] * 20
     events = attempt().run()
     told = list(_until(events, 2))
     refusal = "user not authorized for the action 'app_command'; what the job does is known only when it has ended"
-    assert told[-1] == Progress(refusal if quiet == "refused" else f"FLARE job job-1 waits: {state.said}")
+    assert told[-1] == Progress(refusal if quiet == "refused" else f"FLARE job job-1 waits: {state.status}")
     jobs.steps = [*jobs.steps, (DONE, [Started(0), VAL])]
     assert list(events) == [VAL]  # it is said once
 
 
 def test_job_whose_server_cannot_be_reached_is_left_alone(attempt: Attempt, jobs: Jobs) -> None:
     jobs.unavailable_at = "poll job-1"
-    assert _failure(attempt()).lost
+    assert _failure(attempt()).retryable
     assert "abort job-1" not in jobs.done
     jobs.unavailable_at, jobs.steps = "", [(RUNNING, [Started(0)]), (DONE, [VAL])]
-    assert _events(attempt())[0] == [Progress("takes over FLARE job job-1"), VAL]
+    assert _events(attempt())[0] == [Progress("reattaching to FLARE job job-1"), VAL]
 
 
 def test_job_in_which_nothing_happens_any_more_is_ended(
@@ -885,7 +885,7 @@ def test_job_in_which_nothing_happens_any_more_is_ended(
     monkeypatch.setattr(supervisor.time, "sleep", lambda _: now.__setitem__(0, now[0] + 1000.0))
     jobs.steps = [(RUNNING, [Started(0)]), (RUNNING, []), (RUNNING, [Progress("busy")])]
     error = _failure(one)  # site_timeout is 1800 s; the server has twice as long
-    assert error.lost
+    assert error.retryable
     assert str(error) == "FLARE job job-1: neither server nor sites said anything for 4000 s"
     assert jobs.done[-1] == "abort job-1"
 
@@ -897,7 +897,7 @@ def test_job_in_which_nothing_happens_any_more_is_ended(
 def test_supervisor_that_nobody_listens_to_ends_only_a_job_that_cannot_live_without_it(
     attempt: Attempt, jobs: Jobs, outlives: bool
 ) -> None:
-    jobs.outlives = outlives
+    jobs.survives_submitter = outlives
     jobs.steps = [(RUNNING, [Started(0), VAL])]
     events = attempt().run()
     list(_until(events, 2))
@@ -909,7 +909,7 @@ def test_supervisor_that_nobody_listens_to_ends_only_a_job_that_cannot_live_with
 def test_supervisor_whose_starter_is_gone_ends_only_a_job_that_cannot_live_without_it(
     attempt: Attempt, jobs: Jobs, outlives: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    jobs.outlives = outlives
+    jobs.survives_submitter = outlives
     jobs.steps = [(RUNNING, [Started(0), VAL])]
     events = attempt().run()
     list(_until(events, 2))
@@ -963,7 +963,7 @@ def test_supervisor_that_is_told_to_stop_before_it_takes_over_ends_the_job_too(
 
 def test_trainer_that_did_not_say_why_is_shown_with_the_end_of_its_sites_log() -> None:
     log = "".join(f"line {k}\n" for k in range(100)) + "ModuleNotFoundError: No module named 'nemo'\n"
-    exited = TrainerFailure("the trainer process ended with exit code 1", said_why=False)
+    exited = TrainerFailure("the trainer process ended with exit code 1", has_traceback=False)
     told = explain("site-1", exited, log)
     assert told.startswith(
         "the trainer of site-1 failed:\nthe trainer process ended with exit code 1\nThe end of the site's log:\nline 61"

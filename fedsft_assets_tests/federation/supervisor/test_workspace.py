@@ -25,30 +25,30 @@ def test_new_workspace_has_no_execution(workspace: Workspace) -> None:
 
 
 def test_execution_is_taken_up_again_with_all_that_is_known_of_it(workspace: Workspace) -> None:
-    begun = workspace.take_up(SUBJECT)
+    begun = workspace.resume_or_create(SUBJECT)
     assert (begun.submissions, begun.job_id, begun.rounds, begun.seconds) == (0, None, 0, 0.0)
     assert (begun.status, begun.ended) == (None, False)
     known = workspace.save(replace(begun, submissions=2, job_id="7", rounds=3, seconds=4.5, status="finished"))
     workspace.journal.write_text("")
-    assert Workspace(workspace.folder).take_up(dict(SUBJECT)) == known
+    assert Workspace(workspace.folder).resume_or_create(dict(SUBJECT)) == known
     assert workspace.journal.exists()
 
 
 @pytest.mark.parametrize("changed", ["runtime", "job_folder", "base_model"])
 def test_execution_of_something_else_begins_anew_in_an_empty_folder(workspace: Workspace, changed: str) -> None:
-    first = workspace.take_up(SUBJECT)
+    first = workspace.resume_or_create(SUBJECT)
     workspace.journal.write_text("")
     (workspace.runtime / "states").mkdir(parents=True)
-    other = workspace.take_up({**SUBJECT, changed: "other"})
+    other = workspace.resume_or_create({**SUBJECT, changed: "other"})
     assert other.id != first.id
     assert [path.name for path in workspace.folder.iterdir()] == ["execution.json"]
 
 
 def test_what_mlflow_is_to_know_stays_for_the_next_execution(workspace: Workspace) -> None:
-    workspace.take_up(SUBJECT)
+    workspace.resume_or_create(SUBJECT)
     workspace.tracking_record.write_text("{}")
     workspace.end()
-    workspace.take_up(SUBJECT)
+    workspace.resume_or_create(SUBJECT)
     assert workspace.tracking_record.exists()
 
 
@@ -86,12 +86,12 @@ def test_one_process_at_a_time_works_in_a_workspace_and_a_killed_one_lets_go(tmp
 
 
 def test_ended_execution_is_not_taken_up_again(workspace: Workspace) -> None:
-    first = workspace.take_up(SUBJECT)
+    first = workspace.resume_or_create(SUBJECT)
     workspace.journal.write_text("")
     workspace.end()
     assert workspace.execution() == replace(first, ended=True)
     assert workspace.journal.exists()
-    again = workspace.take_up(SUBJECT)
+    again = workspace.resume_or_create(SUBJECT)
     assert again.id != first.id
     assert not workspace.journal.exists()
 
@@ -101,15 +101,15 @@ def test_record_of_another_version_is_nothing_to_go_on_with(workspace: Workspace
     workspace.folder.mkdir(parents=True)
     (workspace.folder / "execution.json").write_text(content)
     assert workspace.execution() is None
-    assert workspace.take_up(SUBJECT).subject == SUBJECT
+    assert workspace.resume_or_create(SUBJECT).subject == SUBJECT
 
 
 def test_every_execution_has_an_id_of_its_own(tmp_path: Path) -> None:
-    assert len({Workspace(tmp_path / str(k)).take_up(SUBJECT).id for k in range(20)}) == 20
+    assert len({Workspace(tmp_path / str(k)).resume_or_create(SUBJECT).id for k in range(20)}) == 20
 
 
 def test_every_submission_of_every_execution_has_a_token_of_its_own(tmp_path: Path) -> None:
-    begun = [Workspace(tmp_path / str(k)).take_up(SUBJECT) for k in range(3)]
+    begun = [Workspace(tmp_path / str(k)).resume_or_create(SUBJECT) for k in range(3)]
     assert len({replace(one, submissions=k).token for one in begun for k in (1, 2, 3)}) == 9
     assert begun[0].token == replace(begun[0], job_id="7", rounds=3).token
 

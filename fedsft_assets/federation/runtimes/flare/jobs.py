@@ -56,7 +56,7 @@ class FlareJobs:
     several threads at once.
     """
 
-    outlives = True
+    survives_submitter = True
     _seconds_for_late_sites = 5.0  # once enough sites are there; whoever comes later is taken in by then
     _seconds_to_go_on = 10.0
     """A server that is started anew may take so long until it goes on with the jobs that it had."""
@@ -64,7 +64,7 @@ class FlareJobs:
     def __init__(self, startup_kit: Path, folder: Path, study: str = "default", timeouts: Timeouts | None = None):
         self.timeouts = timeouts or Timeouts()
         self._folder = folder
-        self._session = FlareSession(startup_kit, folder, study, self.timeouts, self._hopeless, self._what_to_do)
+        self._session = FlareSession(startup_kit, folder, study, self.timeouts, self._permanent_failure, self._hint)
         self._states: dict[str, JobState] = {}
         self._offsets: dict[str, int] = {}
         self._missing_since: dict[str, float] = {}
@@ -87,7 +87,7 @@ class FlareJobs:
 
         Raises UnavailableError that names the address, or the sites and what is the matter with each.
         """
-        self._session.ask(lambda session: session.get_system_info(), self.timeouts.connect)
+        self._session.call(lambda session: session.get_system_info(), self.timeouts.connect)
         begun, told = time.monotonic(), dict[str, str]()
         while True:
             answering, missing = self._look_at(sites)
@@ -107,7 +107,7 @@ class FlareJobs:
             time.sleep(_POLL_SECONDS)
         for site, why in missing.items():
             yield f"without {site} for now, which takes part once it is there: {why}"
-        server = self._session.ask(lambda session: session.report_version("server"))["server"]["version"]
+        server = self._session.call(lambda session: session.report_version("server"))["server"]["version"]
         _check_versions({"server": server, **answering})
 
     def submit(self, job_folder: Path, token: str | None = None) -> str:
@@ -123,7 +123,7 @@ class FlareJobs:
             # The folder's path becomes a word of a command, and its name that of the job.
             with plain_path(job_folder.parent) as place, temporary_files_in(self._folder):
                 folder = str(place / job_folder.name)
-                job_id = self._session.ask(lambda session: session.submit_job(folder, submit_token=token))
+                job_id = self._session.call(lambda session: session.submit_job(folder, submit_token=token))
         except SubmitTokenJobDeleted as error:
             job_id = error.job_id
         except SubmitTokenConflict as error:  # other bytes, as another version of this package may write them
@@ -134,9 +134,9 @@ class FlareJobs:
         from nvflare.fuel.flare_api.api_spec import JobNotFound
 
         try:
-            meta = self._session.ask(lambda session: session.get_job_meta(job_id))
+            meta = self._session.call(lambda session: session.get_job_meta(job_id))
         except JobNotFound:
-            state = JobState(ended=True, succeeded=False, said=_UNKNOWN)
+            state = JobState(ended=True, succeeded=False, status=_UNKNOWN)
         else:
             status = str(meta.get("status"))
             ended, succeeded = status.startswith(_ENDED), status == COMPLETED
@@ -144,7 +144,7 @@ class FlareJobs:
             said = f"{status} ({why})" if why else status
             state = JobState(ended, succeeded, said, status in _WAITING, forbidden=ended and bool(_FORBIDS.search(why)))
             if status in (_RUNNING, _DISPATCHED) and self._is_lost(job_id, _begun(meta)):
-                state = JobState(ended=True, succeeded=False, said="LOST (the server was started anew while it ran)")
+                state = JobState(ended=True, succeeded=False, status="LOST (the server was started anew while it ran)")
         self._states[job_id] = state
         return state
 
@@ -152,8 +152,8 @@ class FlareJobs:
         """From the job's server while it runs, from its result when it has ended."""
         state = self._states.get(job_id) or self.poll(job_id)
         if state.ended:
-            return self._lines_of_result(job_id) if state.said != _UNKNOWN else []
-        return self._lines_of_running_job(job_id) if state.said == _RUNNING else []
+            return self._lines_of_result(job_id) if state.status != _UNKNOWN else []
+        return self._lines_of_running_job(job_id) if state.status == _RUNNING else []
 
     def journal(self, job_id: str) -> list[str] | None:
         result = self._result(job_id)
@@ -170,7 +170,7 @@ class FlareJobs:
                 return {}
 
         try:
-            answer = self._session.ask(ask)
+            answer = self._session.call(ask)
         except RefusedError as error:
             return f"({error})"
         return str((answer.get("logs") or {}).get(name) or "")
@@ -183,14 +183,14 @@ class FlareJobs:
             return
         begun = time.monotonic()
         with contextlib.suppress(JobNotFound, JobNotRunning):
-            self._session.ask(lambda session: _abort(session, job_id), self.timeouts.abort)
+            self._session.call(lambda session: _abort(session, job_id), self.timeouts.abort)
         while not (state := self.poll(job_id)).ended:
             waited = time.monotonic() - begun
-            self._hasten(job_id, waited)
+            self._force_stop(job_id, waited)
             if waited > self.timeouts.abort:
                 raise UnavailableError(
-                    f"job {job_id} is still {state.said} at {self._session.address}, {self.timeouts.abort:.0f} s after"
-                    " it was told to stop; abort it there: nvflare job abort, or restart the site that hangs"
+                    f"job {job_id} is still {state.status} at {self._session.address}, {self.timeouts.abort:.0f} s"
+                    " after it was told to stop; abort it there: nvflare job abort, or restart the site that hangs"
                 )
             time.sleep(_POLL_SECONDS)
 
@@ -204,25 +204,25 @@ class FlareJobs:
         return [sys.executable, "-m", module], child_environment()
 
     def close(self) -> None:
-        self._session.drop()
+        self._session.disconnect()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _is_lost(self, job_id: str, begun: float) -> bool:
         """Whether the job began before its server did, which does not have it: NVFlare has such jobs run for ever."""
         if begun >= self._session.server_began:
             return False
-        system = self._session.ask(lambda session: session.get_system_info())
+        system = self._session.call(lambda session: session.get_system_info())
         if job_id in {job.job_id for job in system.job_info}:
             self._missing_since.pop(job_id, None)
             return False
         return time.monotonic() - self._missing_since.setdefault(job_id, time.monotonic()) >= self._seconds_to_go_on
 
-    def _hasten(self, job_id: str, waited: float) -> None:
+    def _force_stop(self, job_id: str, waited: float) -> None:
         """What can be done for a job that has not ended so many seconds after it was told to."""
 
     def _listed(self) -> dict[str, float]:
         """The sites that the server lists, and when it has heard of each the last time, by the server's clock."""
-        clients = self._session.ask(lambda session: session.get_connected_client_list())
+        clients = self._session.call(lambda session: session.get_connected_client_list())
         return {client.name: float(client.last_connect_time) for client in clients}
 
     def _ended(self, missing: list[str]) -> list[str]:  # noqa: ARG002
@@ -290,7 +290,7 @@ class FlareJobs:
             finally:
                 session.set_timeout(self.timeouts.command)
 
-        said = self._session.ask(ask) if sites else {}
+        said = self._session.call(ask) if sites else {}
         return {site: str(one.get("version") or "") for site, one in said.items() if one.get("error", "") != _SILENT}
 
     def _lines_of_running_job(self, job_id: str) -> list[str]:
@@ -302,7 +302,7 @@ class FlareJobs:
     def _more_of_journal(self, job_id: str) -> str:
         """Empty also while the job's server cannot answer: it starts, it ends, or it is busy. Others find that out."""
         question = {"offset": self._offsets.get(job_id, 0)}
-        answer = self._session.ask_once(
+        answer = self._session.try_call(
             lambda session: session.do_app_command(job_id, JOURNAL_COMMAND, question), _JOURNAL_SECONDS
         )
         if not answer or not answer.get("text"):
@@ -329,7 +329,7 @@ class FlareJobs:
         target = self._folder / "results" / job_id
         if not target.is_dir():
             try:
-                location = self._session.ask(lambda session: session.download_job_result(job_id))
+                location = self._session.call(lambda session: session.download_job_result(job_id))
             except (JobNotFound, JobNotDone):
                 return None
             if not location or not Path(location).is_dir():
@@ -339,11 +339,11 @@ class FlareJobs:
         workspace = target / "workspace"
         return workspace if workspace.is_dir() else None
 
-    def _hopeless(self) -> str:
+    def _permanent_failure(self) -> str:
         """Why there is no use in asking the server; empty if there is."""
         return ""
 
-    _what_to_do = "check that it runs and that this machine reaches it"
+    _hint = "check that it runs and that this machine reaches it"
 
 
 @contextlib.contextmanager

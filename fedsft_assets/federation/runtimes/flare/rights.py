@@ -43,8 +43,8 @@ _OF_A_JOB: dict[str, tuple[str, Ask]] = {
 
 def require_rights(session: FlareSession, folder: Path) -> None:
     """Raises RefusedError that names every right that is missing. `folder` is for the job that is never run."""
-    job_id = session.ask(lambda api: _submitted(api, folder))
-    missing = session.ask(lambda api: _missing(api, job_id)) if job_id else ["submit_job (to hand in a job)"]
+    job_id = session.call(lambda api: _submitted(api, folder))
+    missing = session.call(lambda api: _missing(api, job_id)) if job_id else ["submit_job (to hand in a job)"]
     if missing:
         raise RefusedError(
             f"the server at {session.address} does not give the user of {session.startup_kit} what a job needs:"

@@ -19,9 +19,9 @@ class FlareSession:
     """Opened on first use, and again when it was lost.
 
     `startup_kit` is the admin's folder with `startup/fed_admin.json`, which is only read; what is downloaded comes
-    into `folder`. `hopeless` says why there is no use in asking the server, if there is none; `what_to_do` is said of
-    a server that does not answer. Without `drop`, the connection keeps the interpreter from ending. Not for several
-    threads at once.
+    into `folder`. `permanent_failure` says why there is no use in calling the server, if there is none; `hint` is what
+    to do about a server that does not answer. Without `disconnect`, the connection keeps the interpreter from ending.
+    Not for several threads at once.
     """
 
     def __init__(
@@ -30,12 +30,12 @@ class FlareSession:
         folder: Path,
         study: str,
         timeouts: Timeouts,
-        hopeless: Callable[[], str],
-        what_to_do: str,
+        permanent_failure: Callable[[], str],
+        hint: str,
     ) -> None:
         self.startup_kit, self._study, self._timeouts = startup_kit, study, timeouts
         self._folder = folder
-        self._hopeless, self._what_to_do = hopeless, what_to_do
+        self._permanent_failure, self._hint = permanent_failure, hint
         self._session: Any = None
         self.server_began = 0.0
         """In seconds since the epoch, of the server that it is connected to."""
@@ -46,7 +46,7 @@ class FlareSession:
         admin = self._admin_config()
         return f"{admin.get('host')}:{admin.get('port')}"
 
-    def ask(self, call: Callable[[Any], _T], seconds: float | None = None) -> _T:
+    def call(self, call: Callable[[Any], _T], seconds: float | None = None) -> _T:
         """The answer to `call` of a connected session, trying anew for so long while the server is away.
 
         Raises UnavailableError when that takes too long or the server refuses, RefusedError for a missing right; what
@@ -62,7 +62,7 @@ class FlareSession:
         patience = seconds or self._timeouts.reconnect
         waited_until = time.monotonic() + patience
         while True:
-            if why := self._hopeless():
+            if why := self._permanent_failure():
                 raise UnavailableError(why)
             try:
                 with _quiet():
@@ -72,21 +72,21 @@ class FlareSession:
             except refused as error:
                 # A server that was restarted does not know the session, which is no refusal of its user.
                 if isinstance(error, api_spec.AuthenticationError) and self._session is not None:
-                    self.drop()
+                    self.disconnect()
                     continue
                 kind = RefusedError if isinstance(error, api_spec.AuthorizationError) else UnavailableError
                 raise kind(self._refusal(error)) from error
             except Exception as error:
-                self.drop()
+                self.disconnect()
                 left = waited_until - time.monotonic()
                 if left <= 0:
                     raise UnavailableError(
                         f"the server at {self.address} did not answer for {patience:.0f} s ({_said(error)});"
-                        f" {self._what_to_do}"
+                        f" {self._hint}"
                     ) from error
                 time.sleep(min(_RETRY_SECONDS, left))
 
-    def ask_once(self, call: Callable[[Any], _T], seconds: float) -> _T | None:
+    def try_call(self, call: Callable[[Any], _T], seconds: float) -> _T | None:
         """The answer of the server within so many seconds; None if there is none, or no open connection.
 
         Raises RefusedError: a missing right is an answer.
@@ -107,7 +107,7 @@ class FlareSession:
         finally:
             session.set_timeout(self._timeouts.command)
 
-    def drop(self) -> None:
+    def disconnect(self) -> None:
         """Let go of the connection; the next question opens another."""
         session, self._session = self._session, None
         if session is not None:

@@ -13,7 +13,7 @@ def start(system: PocSystem) -> None:
 
 def describe(status: PocStatus) -> str:
     """A few lines for a person."""
-    lines = [f"POC in {status.folder}: {status.said}"]
+    lines = [f"POC in {status.folder}: {status.state}"]
     if status.services:
         lines.append(f"server {status.address}")
     for name, pid in status.services.items():

@@ -18,7 +18,7 @@ class Poc(FlareJobs):
 
     _seconds_for_late_sites = 120.0
     _seconds_to_go_on = 0.0  # it never does: all that it had ended before it was started
-    _what_to_do = "look at `fedsft poc status`, and start it anew: fedsft poc stop; fedsft poc start"
+    _hint = "look at `fedsft poc status`, and start it anew: fedsft poc stop; fedsft poc start"
 
     def __init__(self, system: PocSystem, folder: Path, timeouts: Timeouts | None = None) -> None:
         super().__init__(system.admin_kit, folder, timeouts=timeouts or Timeouts(connect=120, sites=120))
@@ -27,7 +27,7 @@ class Poc(FlareJobs):
     def gather(self, sites: list[str], at_least: int) -> Iterator[str]:
         """Sites are started here, so all of them are waited for but those that cannot start."""
         if SERVER in self._system.start(sites):
-            self._session.drop()
+            self._session.disconnect()
         yield from super().gather(sites, at_least)
 
     def end_of_log(self, job_id: str, name: str, lines: int) -> str:
@@ -40,19 +40,19 @@ class Poc(FlareJobs):
         try:
             super().abort(job_id)
         except UnavailableError:
-            if not self._hopeless():
+            if not self._permanent_failure():
                 raise
         finally:
             self._system.end_job(job_id)
 
-    def _hasten(self, job_id: str, waited: float) -> None:
+    def _force_stop(self, job_id: str, waited: float) -> None:
         if waited > _ABORT_SECONDS:
             self._system.end_job(job_id)
 
-    def _hopeless(self) -> str:
+    def _permanent_failure(self) -> str:
         if self._system.started(SERVER) < float("inf"):
             return ""
-        what = f"the server of the POC in {self._system.folder} does not run; {self._what_to_do}"
+        what = f"the server of the POC in {self._system.folder} does not run; {self._hint}"
         return f"{what}\n{self._system.end_of_console('server')}"
 
     def _listed(self) -> dict[str, float]:

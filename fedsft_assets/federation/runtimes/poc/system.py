@@ -70,7 +70,7 @@ class PocStatus:
     """FLARE job ids that have processes now."""
 
     @property
-    def said(self) -> str:
+    def state(self) -> str:
         running = [name for name, pid in self.services.items() if pid]
         if not self.services:
             return "not prepared"

@@ -111,7 +111,7 @@ class _Fork:
     folder: str
     streams: list[int]
 
-    def become(self) -> None:
+    def run(self) -> None:
         """Run what was asked for, in the process that was forked for it, as `python3 -u -m` would."""
         for number, stream in enumerate(self.streams):
             os.dup2(stream, number)
@@ -161,8 +161,8 @@ class _Server:
                     self._woken.recv(4096)
                 else:
                     self._end(key.data)  # who asked for it is gone
-            self._bury()
-        self._bury()
+            self._reap()
+        self._reap()
         return None
 
     def end_all(self) -> None:
@@ -199,7 +199,7 @@ class _Server:
             connection.close()
         self._children = {}
 
-    def _bury(self) -> None:
+    def _reap(self) -> None:
         """Tell the exit codes of what has ended."""
         while self._children:
             pid, status = os.waitpid(-1, os.WNOHANG)
@@ -274,7 +274,7 @@ def main() -> None:
     finally:
         server.end_all()
     if fork:
-        fork.become()
+        fork.run()
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ _SITES = (
 class Simulator:
     """One job in NVFlare's simulator, all its files in `folder`; its processes end with the supervisor's."""
 
-    outlives = False
+    survives_submitter = False
 
     def __init__(self, folder: Path, threads_per_trainer: int) -> None:
         """Each trainer uses so many threads: trainers that take all cores slow each other down."""
@@ -118,12 +118,12 @@ class Simulator:
 
     def poll(self, job_id: str) -> JobState:  # noqa: ARG002 there is one job
         if self._process is None:
-            return JobState(ended=True, succeeded=False, said="its simulator is gone")
+            return JobState(ended=True, succeeded=False, status="its simulator is gone")
         if any(isinstance(from_line(line), Finished) for line in self._ending.new_lines()):
             self._end()  # all is on the disk; by itself it would take its time
-            return JobState(ended=True, succeeded=True, said="finished")
+            return JobState(ended=True, succeeded=True, status="finished")
         code = self._process.poll()
-        return JobState(ended=code is not None, succeeded=False, said=f"exit code {code}")
+        return JobState(ended=code is not None, succeeded=False, status=f"exit code {code}")
 
     def new_lines(self, job_id: str) -> list[str]:  # noqa: ARG002
         return self._journal.new_lines()

@@ -92,7 +92,7 @@ def test_every_line_of_the_journal_comes_once_while_the_job_runs_and_after(
     job_id = jobs.submit(write_job(tmp_path / "scribe", SITES, LINES, seconds_between=0.7))
     seen: list[str] = []
     state = _ended(jobs, job_id, lambda: seen.extend(jobs.new_lines(job_id)))
-    assert state == JobState(ended=True, succeeded=True, said="FINISHED:COMPLETED")
+    assert state == JobState(ended=True, succeeded=True, status="FINISHED:COMPLETED")
     assert len(seen) > 0
     assert seen + jobs.new_lines(job_id) == LINES
     assert jobs.new_lines(job_id) == []
@@ -110,7 +110,7 @@ def test_failed_job_has_ended_without_success_and_its_files_are_there(jobs: Flar
     job_id = jobs.submit(write_job(tmp_path / "failing", SITES, LINES[:1], fails=True))
     state = _ended(jobs, job_id)
     assert not state.succeeded
-    assert state.said.startswith("FINISHED")
+    assert state.status.startswith("FINISHED")
     assert jobs.new_lines(job_id) == LINES[:1]
     assert "the scribe fails" in jobs.end_of_log(job_id, "server", lines=200)
 
@@ -119,13 +119,13 @@ def test_aborted_job_has_ended_when_abort_returns(jobs: FlareJobs, tmp_path: Pat
     job_id = jobs.submit(write_job(tmp_path / "long", SITES, LINES, seconds_between=600))
     _running(jobs, job_id)
     jobs.abort(job_id)
-    assert jobs.poll(job_id) == JobState(ended=True, succeeded=False, said="FINISHED:ABORTED")
+    assert jobs.poll(job_id) == JobState(ended=True, succeeded=False, status="FINISHED:ABORTED")
     jobs.abort(job_id)
 
 
 def test_job_that_the_server_does_not_know_has_ended_without_success(jobs: FlareJobs, tmp_path: Path) -> None:
     job_id = "00000000-0000-0000-0000-000000000000"
-    assert jobs.poll(job_id) == JobState(ended=True, succeeded=False, said="UNKNOWN")
+    assert jobs.poll(job_id) == JobState(ended=True, succeeded=False, status="UNKNOWN")
     assert jobs.new_lines(job_id) == []
     assert jobs.journal(job_id) is None
     assert jobs.end_of_log(job_id, "server", lines=5) == ""
@@ -146,9 +146,9 @@ def test_token_stands_for_one_job_whoever_hands_it_in_and_whatever_became_of_it(
     meta = folder / "meta.json"
     meta.write_text(json.dumps({**json.loads(meta.read_text()), "comment": "as another version writes it"}))
     assert jobs.submit(folder, "a-token") == first
-    jobs._session.ask(lambda session: session.delete_job(first))
+    jobs._session.call(lambda session: session.delete_job(first))
     assert jobs.submit(folder, "a-token") == first
-    assert jobs.poll(first) == JobState(ended=True, succeeded=False, said="UNKNOWN")
+    assert jobs.poll(first) == JobState(ended=True, succeeded=False, status="UNKNOWN")
 
 
 def test_submission_leaves_nothing_behind_but_in_its_own_folder(
@@ -161,7 +161,7 @@ def test_submission_leaves_nothing_behind_but_in_its_own_folder(
     job_id = jobs.submit(folder, "one-token")
     _ended(jobs, job_id)
     assert jobs.submit(folder, "one-token") == job_id
-    jobs._session.ask(lambda session: session.delete_job(job_id))
+    jobs._session.call(lambda session: session.delete_job(job_id))
     assert jobs.submit(folder, "one-token") == job_id
     assert list(temporary.iterdir()) == []
     assert tempfile.gettempdir() == str(temporary)

@@ -69,9 +69,9 @@ def test_missing_right_is_no_silence(tmp_path: Path) -> None:
     session = _session(tmp_path, Api({"app_command"}))
     said = r"the server at center:8102 refuses \(study default, startup kit .*\): user not authorized .* 'app_command'"
     with pytest.raises(RefusedError, match=said):
-        session.ask_once(lambda api: api.do_app_command("job-1", "journal", {}), 1.0)
+        session.try_call(lambda api: api.do_app_command("job-1", "journal", {}), 1.0)
     with pytest.raises(RefusedError, match=said):
-        session.ask(lambda api: api.do_app_command("job-1", "journal", {}))
+        session.call(lambda api: api.do_app_command("job-1", "journal", {}))
 
 
 @pytest.mark.parametrize("error", [JobNotRunning(), NoConnection(), InternalError()])
@@ -79,7 +79,7 @@ def test_server_that_has_no_answer_now_is_silent(tmp_path: Path, error: Exceptio
     def ask(_api: Any) -> str:
         raise error
 
-    assert _session(tmp_path, Api()).ask_once(ask, 1.0) is None
+    assert _session(tmp_path, Api()).try_call(ask, 1.0) is None
 
 
 def test_every_right_that_is_missing_is_named_with_what_it_is_for(tmp_path: Path) -> None:

@@ -111,17 +111,17 @@ def test_all_that_runs_listens_on_loopback_and_is_gone_when_the_job_is_aborted(
     poc.abort(job_id)
     assert system.job_processes(job_id) == []
     assert system.status().jobs == []
-    assert poc.poll(job_id).said == "FINISHED:ABORTED"
+    assert poc.poll(job_id).status == "FINISHED:ABORTED"
     assert "Worker_process started" in poc.end_of_log(job_id, "site-1", lines=200)
 
 
 def test_killed_site_is_started_again_and_nothing_else(system: PocSystem, poc: Poc, tmp_path: Path) -> None:
     before = system.status().services
     _kill(before["site-2"])
-    assert system.status().said == "incomplete"
+    assert system.status().state == "incomplete"
     poc.prepare(SITES)
     after = system.status()
-    assert after.said == "running"
+    assert after.state == "running"
     assert {name for name in before if after.services[name] != before[name]} == {"site-2"}
     job_id = poc.submit(write_job(tmp_path / "again", SITES, ["a"]))
     while not (state := poc.poll(job_id)).ended:
@@ -148,7 +148,7 @@ def test_job_of_a_dead_server_has_ended_when_it_is_aborted(system: PocSystem, po
     assert system.status().jobs == []
     while not (state := poc.poll(job_id)).ended:
         time.sleep(0.5)
-    assert state.said == "LOST (the server was started anew while it ran)"
+    assert state.status == "LOST (the server was started anew while it ran)"
     assert poc.new_lines(job_id) == []
     with pytest.raises(ResultLostError, match=f"has no result of job {job_id}"):
         poc.fetch(job_id, tmp_path / "files")
@@ -206,7 +206,7 @@ def test_renewed_poc_has_another_authority_and_lets_nobody_in_with_a_key_of_befo
     shutil.copytree(system.admin_kit, stolen)
     system.renew()
     assert marked_processes(system.mark) == []
-    assert system.status().said == "stopped"
+    assert system.status().state == "stopped"
     (authority,) = (system.folder / "provision").rglob("state/cert.json")
     assert json.loads(before)["root_pri_key"] != json.loads(authority.read_text())["root_pri_key"]
     with Poc(system, tmp_path / "flare") as poc:
@@ -227,7 +227,7 @@ def test_stopped_poc_has_no_process_and_starts_again_with_the_same_jobs(
     _start_long_job(poc, tmp_path / "long")
     assert system.stop() >= 1 + len(SITES) + 1 + len(SITES)
     assert marked_processes(system.mark) == []
-    assert system.status().said == "stopped"
+    assert system.status().state == "stopped"
     assert system.stop() == 0
     poc.prepare(SITES)
     assert poc.poll(job_id) == state
@@ -242,11 +242,11 @@ def test_two_pocs_do_not_meet(systems: Callable[..., PocSystem], tmp_path: Path)
         at_other.prepare(["site-1"])
         assert one.status().address != other.status().address
         job_id = at_one.submit(write_job(tmp_path / "small", ["site-1"], ["a"]))
-        assert at_other.poll(job_id).said == "UNKNOWN"
+        assert at_other.poll(job_id).status == "UNKNOWN"
         before = other.status()
         one.stop()
         assert other.status() == before
-        assert before.said == "running"
+        assert before.state == "running"
 
 
 def test_two_processes_that_start_at_once_start_one_poc(systems: Callable[..., PocSystem], tmp_path: Path) -> None:
@@ -302,9 +302,9 @@ def test_other_settings_start_an_idle_poc_anew_and_never_one_with_a_job(
 
 def test_prepared_poc_has_kits_and_no_process(systems: Callable[..., PocSystem], tmp_path: Path) -> None:
     system = systems(tmp_path)
-    assert system.status().said == "not prepared"
+    assert system.status().state == "not prepared"
     system.prepare(SITES)
-    assert system.status().said == "stopped"
+    assert system.status().state == "stopped"
     assert (system.admin_kit / "startup" / "fed_admin.json").is_file()
     assert marked_processes(system.mark) == []
 
@@ -315,7 +315,7 @@ def test_poc_whose_folder_was_removed_can_be_stopped(systems: Callable[..., PocS
     assert len(marked_processes(system.mark)) >= 2
     while (tmp_path / "home").exists():  # they write there meanwhile, and some of them may not survive it
         shutil.rmtree(tmp_path / "home", ignore_errors=True)
-    assert system.status().said == "not prepared"
+    assert system.status().state == "not prepared"
     system.stop()
     assert marked_processes(system.mark) == []
 
@@ -335,11 +335,11 @@ def test_copy_of_a_home_is_a_poc_of_its_own(systems: Callable[..., PocSystem], t
     system.start(["site-1"])
     shutil.copytree(system.folder, tmp_path / "copy" / "poc", symlinks=True)
     copy = systems(tmp_path / "copy")
-    assert copy.status().said == "not prepared"
+    assert copy.status().state == "not prepared"
     assert copy.stop() == 0
     copy.prepare(["site-1"])
     assert copy.status().address != system.status().address
-    assert system.status().said == "running"
+    assert system.status().state == "running"
 
 
 def test_job_runs_wherever_the_home_is(systems: Callable[..., PocSystem], tmp_path: Path) -> None:

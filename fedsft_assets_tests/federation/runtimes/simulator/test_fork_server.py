@@ -150,12 +150,12 @@ def test_checkpoint_whose_process_is_lost_with_the_server_can_be_made_by_another
     command, environment = [str(server.python), "-m", "forked_example"], {**os.environ, **server.environment}
     with pytest.raises(JobError, match="the job's fork server does not answer") as lost:
         make_checkpoint(command, environment, work, work, work, work)
-    assert lost.value.lost
+    assert lost.value.retryable
     server.start(dict(os.environ))
     environment |= server.environment
     with pytest.raises(JobError, match="No module named forked_example") as failed:
         make_checkpoint(command, environment, work, work, work, work)
-    assert not failed.value.lost
+    assert not failed.value.retryable
 
 
 def test_what_is_no_module_is_run_by_python_itself(server: ForkServer) -> None:
