@@ -65,7 +65,7 @@ def one_line_when_full(home: Path) -> Iterator[None]:
     os.dup2(writing, _STDERR)
     os.close(writing)
     done = threading.Event()
-    held = _Held(home, own)
+    held = _FilteredStream(home, own)
     thread = threading.Thread(target=held.pass_on, args=(reading, done), daemon=True)
     thread.start()
     try:
@@ -81,7 +81,7 @@ def one_line_when_full(home: Path) -> Iterator[None]:
         print(_full(home, home), file=sys.stderr)
 
 
-class _Held:
+class _FilteredStream:
     """Standard error on its way to where it goes."""
 
     def __init__(self, home: Path, into: int) -> None:

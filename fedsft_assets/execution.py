@@ -27,7 +27,7 @@ from fedsft_assets.specs.plan import SitePlan
 from fedsft_assets.specs.runtime import RuntimeSettings
 from fedsft_assets.store import Store, split_file
 from fedsft_assets.tracking import Outbox, Registered, TrackedJob, Tracking
-from fedsft_assets.tracking.record import Execution
+from fedsft_assets.tracking.record import TrackedExecution
 from fedsft_assets.tracking.tracked_job import close_as_killed
 from fedsft_assets.versions import adding, make_current
 
@@ -154,7 +154,7 @@ def close_abandoned(store: Store, job: str, say: Callable[[str], object]) -> Non
         )
 
 
-def privacy_spent(store: Store, execution: Execution, say: Callable[[str], object]) -> dict[str, float]:
+def privacy_spent(store: Store, execution: TrackedExecution, say: Callable[[str], object]) -> dict[str, float]:
     """What MLflow is to know of the privacy that the sites of an execution have spent by now; nothing without noise.
 
     That of the site that has spent most: its epsilon, and the releases that it is for. Never raises: what ended the

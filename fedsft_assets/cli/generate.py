@@ -26,7 +26,7 @@ from fedsft_assets.versions import CURRENT, current
 
 if TYPE_CHECKING:
     from fedsft_assets.model.language_model import LanguageModel
-    from fedsft_assets.model.text_generation import Turn
+    from fedsft_assets.model.text_generation import ChatTurn
 
 _BASE_MODEL = "base_model"
 _INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
@@ -40,14 +40,14 @@ class Conversation:
     model: "LanguageModel"
     settings: GenerationSettings
     chat: bool
-    turns: "list[Turn]" = field(default_factory=list)
+    turns: "list[ChatTurn]" = field(default_factory=list)
 
     def answer(self, text: str) -> Generator[str]:
         """The model's answer in pieces; how far it came is part of the conversation. Raises ModelError."""
-        from fedsft_assets.model.text_generation import Turn, chat_tokens, plain_tokens, prompt_room, stream
+        from fedsft_assets.model.text_generation import ChatTurn, chat_tokens, plain_tokens, prompt_room, stream
 
         model = self.model
-        turns = [*self.turns, Turn("user", text)]
+        turns = [*self.turns, ChatTurn("user", text)]
         if self.chat:
             tokens = chat_tokens(model.tokenizer, turns, prompt_room(model.lm, self.settings))
         else:
@@ -59,7 +59,7 @@ class Conversation:
                     said += piece
                     yield piece
         finally:
-            self.turns = [*turns, Turn("assistant", said)]
+            self.turns = [*turns, ChatTurn("assistant", said)]
 
 
 def main() -> None:

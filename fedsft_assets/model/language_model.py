@@ -239,11 +239,11 @@ class LanguageModel(nn.Module):
         Prompts get the template of training, or the tokenizer's chat template; one that leaves no room for the
         answer loses its beginning.
         """
-        from fedsft_assets.model.text_generation import Turn, chat_tokens, complete, plain_tokens, prompt_room
+        from fedsft_assets.model.text_generation import ChatTurn, chat_tokens, complete, plain_tokens, prompt_room
 
         settings = settings or GenerationSettings()
         tokens = [
-            chat_tokens(self.tokenizer, [Turn("user", text)], prompt_room(self.lm, settings))
+            chat_tokens(self.tokenizer, [ChatTurn("user", text)], prompt_room(self.lm, settings))
             if chat
             else plain_tokens(self.text_encoder, text, self.prompt_template)
             for text in prompts

@@ -25,7 +25,7 @@ _UNFINISHED = "\ufffd"  # what a part of a character's bytes decodes to
 
 
 @dataclass(frozen=True)
-class Turn:
+class ChatTurn:
     """What one side of a conversation said."""
 
     role: Literal["system", "user", "assistant"]
@@ -37,7 +37,7 @@ def plain_tokens(encoder: TextEncoder, text: str, prompt_template: str) -> list[
     return encoder.front + encoder.prompts([template(prompt_template).prompt(text)])[0]
 
 
-def chat_tokens(tokenizer: Any, turns: Sequence[Turn], room: int | None = None) -> list[int]:
+def chat_tokens(tokenizer: Any, turns: Sequence[ChatTurn], room: int | None = None) -> list[int]:
     """The tokens of a conversation, up to where the assistant's next turn begins, by the tokenizer's chat template.
 
     If they are more than `room`, the oldest turns are left out, a question always together with its answer; what

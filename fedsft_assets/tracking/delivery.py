@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 from fedsft_assets.federation.protocol.points import Point
 from fedsft_assets.tracking.mlflow_store import CHAMPION, Tracking
 from fedsft_assets.tracking.mlflow_values import JOB, Value, value_of, values_of
-from fedsft_assets.tracking.record import Ending, Execution, Registration
+from fedsft_assets.tracking.record import Ending, Registration, TrackedExecution
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -42,7 +42,9 @@ class Delivery:
     comes first again.
     """
 
-    def __init__(self, tracking: Tracking, execution: Execution, save: Callable[[Execution], object]) -> None:
+    def __init__(
+        self, tracking: Tracking, execution: TrackedExecution, save: Callable[[TrackedExecution], object]
+    ) -> None:
         self._tracking = tracking
         self._execution = execution
         self._save = save

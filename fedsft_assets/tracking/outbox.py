@@ -21,7 +21,7 @@ from fedsft_assets.files import publish_folder
 from fedsft_assets.tracking.delivery import Delivery, NotKeptError
 from fedsft_assets.tracking.mlflow_store import ANSWER_SECONDS, Tracking, answer_within
 from fedsft_assets.tracking.mlflow_values import distinct
-from fedsft_assets.tracking.record import Ending, Execution
+from fedsft_assets.tracking.record import Ending, TrackedExecution
 
 _EXECUTION = "execution.json"
 _POINTS = "points.jsonl"
@@ -48,7 +48,7 @@ class Entry:
     """An execution that has ended and is to be delivered."""
 
     folder: Path
-    execution: Execution
+    execution: TrackedExecution
     ending: Ending
 
     @property
@@ -60,7 +60,7 @@ class Entry:
     def artifacts(self) -> list[Path]:
         return sorted((self.folder / _ARTIFACTS).iterdir())
 
-    def save(self, execution: Execution) -> None:
+    def save(self, execution: TrackedExecution) -> None:
         execution.write(self.folder / _EXECUTION)
 
 
@@ -80,7 +80,7 @@ class Outbox:
 
     def put(
         self,
-        execution: Execution,
+        execution: TrackedExecution,
         points: Iterable[Point],
         ending: Ending,
         artifacts: Iterable[Path] = (),
@@ -107,7 +107,7 @@ class Outbox:
         folder = self.folder / execution_id
         if not folder.is_dir():
             return None
-        return Entry(folder, Execution.read(folder / _EXECUTION), Ending.read(folder / _ENDING))
+        return Entry(folder, TrackedExecution.read(folder / _EXECUTION), Ending.read(folder / _ENDING))
 
     def remove(self, entry: Entry) -> None:
         """Remove an entry that is delivered, unless a later ending of the same execution has taken its place."""

@@ -18,7 +18,7 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
 
 
 @dataclass
-class Execution:
+class TrackedExecution:
     """One execution of a job, from its first attempt to its end.
 
     `id` is a tag of its MLflow runs, so that they are found again when the answer to their creation was lost.

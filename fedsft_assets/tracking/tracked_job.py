@@ -20,7 +20,7 @@ from fedsft_assets.tracking.delivery import Delivery
 from fedsft_assets.tracking.mlflow_store import ANSWER_SECONDS, Tracking, answer_within, timed_out
 from fedsft_assets.tracking.mlflow_values import JOB, distinct
 from fedsft_assets.tracking.outbox import BusyError, Entry, Outbox, explained, is_refusal
-from fedsft_assets.tracking.record import Ending, Execution, Registration, Status
+from fedsft_assets.tracking.record import Ending, Registration, Status, TrackedExecution
 from fedsft_assets.tracking.tensorboard import EventFiles
 
 _TICK_SECONDS = 1.0  # points of so long are sent together
@@ -29,7 +29,7 @@ _LONGEST_ANSWER = 120.0
 _ENDED_PATIENCE = 10.0  # for a job that failed or was cancelled
 _DISK_SECONDS = 30.0
 
-Spent = Callable[[Execution], dict[str, float]]
+Spent = Callable[[TrackedExecution], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class TrackedJob:
         else:
             close_as_killed(self._record, self._outbox, earlier, spent)
             values = {name: str(value) for name, value in params.items()}
-            self._execution = Execution(execution_id, job, sites, values, tags, note, round(time.time(), 3))
+            self._execution = TrackedExecution(execution_id, job, sites, values, tags, note, round(time.time(), 3))
         self._execution.write(self._record)  # before anything is made under its id
         self._earlier = points = distinct(earlier) if goes_on else []
         delivery = Delivery(tracking, self._execution, self._save)
@@ -156,7 +156,7 @@ class TrackedJob:
         except OSError as error:  # what ended the job is what its user must see
             self._say(f"tracking: {explained(error)}")
 
-    def _save(self, execution: Execution) -> None:
+    def _save(self, execution: TrackedExecution) -> None:
         with self._record_lock:
             if self._record.is_file():  # else the execution is finished, and what is left of it is in the outbox
                 execution.write(self._record)
@@ -196,9 +196,9 @@ def _never_raising(say: Callable[[str], object]) -> Callable[[str], object]:
     return tell
 
 
-def _read(path: Path) -> Execution | None:
+def _read(path: Path) -> TrackedExecution | None:
     try:
-        return Execution.read(path)
+        return TrackedExecution.read(path)
     except (FileNotFoundError, ValueError, TypeError):
         return None  # there is none, or one of another version of this package
 
@@ -240,7 +240,7 @@ class _DeliveryThread(threading.Thread):
         self,
         tracking: Tracking,
         outbox: Outbox,
-        execution: Execution,
+        execution: TrackedExecution,
         delivery: Delivery,
         say: Callable[[str], object],
     ) -> None:

@@ -19,7 +19,7 @@ from fedsft_assets.federation.protocol.job_report import MODEL_FILE
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.generation_settings import GenerationSettings
 from fedsft_assets.model.language_model import LanguageModel
-from fedsft_assets.model.text_generation import Turn, chat_tokens, complete, plain_tokens
+from fedsft_assets.model.text_generation import ChatTurn, chat_tokens, complete, plain_tokens
 from fedsft_assets.model.tokenizer.tiny import EOS, tiny_tokenizer
 from fedsft_assets.settings import PROJECT
 from fedsft_assets.store import Store, archive_file
@@ -104,7 +104,7 @@ def test_sampling_and_chat_are_asked_for_by_options(
     archive = current(Store(home).checkpoint("endless")) / MODEL_FILE
     done = command("--checkpoint", str(archive), "--chat", "--prompt", "Why?", *how)
     settings = GenerationSettings(12, temperature=1.5, top_k=40, top_p=0.9, seed=3)
-    tokens = chat_tokens(model.tokenizer, [Turn("user", "Why?")])
+    tokens = chat_tokens(model.tokenizer, [ChatTurn("user", "Why?")])
     assert done.stdout == complete(model.lm.eval(), model.tokenizer, [tokens], settings)[0] + "\n"
 
 
@@ -328,10 +328,10 @@ def test_a_chat_remembers_what_was_said(model: LanguageModel) -> None:
     first = "".join(conversation.answer("Why?"))
     second = "".join(conversation.answer("And then?"))
     assert first
-    turns = [Turn("user", "Why?"), Turn("assistant", first), Turn("user", "And then?")]
+    turns = [ChatTurn("user", "Why?"), ChatTurn("assistant", first), ChatTurn("user", "And then?")]
     tokens = chat_tokens(model.tokenizer, turns)
     assert [second] == complete(model.lm.eval(), model.tokenizer, [tokens], SETTINGS)
-    assert conversation.turns == [*turns, Turn("assistant", second)]
+    assert conversation.turns == [*turns, ChatTurn("assistant", second)]
 
 
 def test_an_answer_that_was_stopped_is_remembered_as_far_as_it_came(model: LanguageModel) -> None:
@@ -339,7 +339,7 @@ def test_an_answer_that_was_stopped_is_remembered_as_far_as_it_came(model: Langu
     pieces = conversation.answer("Why?")
     said = next(pieces) + next(pieces)
     pieces.close()
-    assert conversation.turns == [Turn("user", "Why?"), Turn("assistant", said)]
+    assert conversation.turns == [ChatTurn("user", "Why?"), ChatTurn("assistant", said)]
 
 
 def test_a_message_that_is_too_long_is_not_part_of_the_conversation(model: LanguageModel) -> None:

@@ -15,7 +15,7 @@ from fedsft_assets.defs.resources import MLflowResource, SourceResource, StoreRe
 from fedsft_assets.federation.protocol.points import Point
 from fedsft_assets.settings import Settings
 from fedsft_assets.tracking import Outbox
-from fedsft_assets.tracking.record import Ending, Execution
+from fedsft_assets.tracking.record import Ending, TrackedExecution
 from fedsft_assets_tests.shipped import DATASETS
 
 SENSOR = defs.resolve_sensor_def("new_data")
@@ -184,7 +184,7 @@ def test_what_waits_for_the_tracking_server_is_delivered_without_a_person(
 ) -> None:
     store = Settings(home=tmp_path).store
     shutil.copyfile(empty_mlflow_database, tmp_path / "mlflow.db")
-    execution = Execution("its id", "fedavg", ["site-1"], {"rounds": "3"}, {}, "a note", 1.7e9)
+    execution = TrackedExecution("its id", "fedavg", ["site-1"], {"rounds": "3"}, {}, "a note", 1.7e9)
     Outbox(store.outbox).put(execution, [Point("val_loss", 2.0, 0, 0, time=1.7e9)], Ending("KILLED", 1.7e9 + 5))
 
     no_database = f"sqlite:///{tmp_path}"

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from fedsft_assets.model.language_model import LanguageModel
 from fedsft_assets.model.training.batches import Tokens
-from fedsft_assets.model.training.choose_devices import devices_for
+from fedsft_assets.model.training.devices.choose import devices_for
 from fedsft_assets.model.training.local_training import mean_loss, train_round
 from fedsft_assets.model.training.lora import add_adapters
 from fedsft_assets.specs.plan import SitePlan

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.generation_settings import GenerationSettings
-from fedsft_assets.model.text_generation import Turn, chat_tokens, complete, plain_tokens, prompt_room, stream
+from fedsft_assets.model.text_generation import ChatTurn, chat_tokens, complete, plain_tokens, prompt_room, stream
 from fedsft_assets.model.tokenizer.encode import TextEncoder, front_tokens
 from fedsft_assets.model.tokenizer.tiny import EOS, tiny_tokenizer
 
@@ -332,9 +332,9 @@ def chatting(tokenizer: Any) -> Iterator[Any]:
 
 
 TURNS = [
-    Turn("system", "Be brief."),
-    *(Turn("assistant" if k % 2 else "user", f"turn {k}") for k in range(6)),
-    Turn("user", "the last question"),
+    ChatTurn("system", "Be brief."),
+    *(ChatTurn("assistant" if k % 2 else "user", f"turn {k}") for k in range(6)),
+    ChatTurn("user", "the last question"),
 ]
 
 

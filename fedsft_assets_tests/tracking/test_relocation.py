@@ -10,7 +10,7 @@ import pytest
 
 from fedsft_assets.store import Store
 from fedsft_assets.tracking import Tracking
-from fedsft_assets.tracking.record import Ending, Execution, Registration
+from fedsft_assets.tracking.record import Ending, Registration, TrackedExecution
 from fedsft_assets.tracking.relocation import _moving, relocate
 from fedsft_assets_tests.tracking.examples import tracking_record
 
@@ -89,14 +89,14 @@ def test_what_waits_for_the_tracking_server_is_at_the_new_place(tmp_path: Path) 
     )
     entry = before.outbox / "one"
     ending.write(entry / "ending.json")
-    execution = Execution("one", "fedavg", ["site-1"], {}, {}, f"in {before.home}/jobs", 1.0)
+    execution = TrackedExecution("one", "fedavg", ["site-1"], {}, {}, f"in {before.home}/jobs", 1.0)
     execution.write(tracking_record(before))
     before.home.rename(store.home)
     assert relocate(store, before.home) == 2
     moved = Ending.read(store.outbox / "one" / "ending.json")
     assert moved.registration
     assert moved.registration.archive == moved.tags["checkpoint.path"] == str(store.checkpoint("fedavg") / "model.nemo")
-    assert Execution.read(tracking_record(store)).note == f"in {store.home}/jobs"
+    assert TrackedExecution.read(tracking_record(store)).note == f"in {store.home}/jobs"
 
 
 def test_nothing_changes_in_a_database_that_cannot_be_changed_as_a_whole(

@@ -189,7 +189,7 @@ def _stream(
     complete = np.maximum(replies, inputs.last())
     order = np.argsort(complete, kind="stable")
     complete, replies, inputs = complete[order], replies[order], inputs.order(order)
-    held = _Held(messages, replies, inputs, complete)
+    held = _PendingTexts(messages, replies, inputs, complete)
     start = 0
     for path, count in zip(paths, messages.counts, strict=True):
         first = start
@@ -209,7 +209,7 @@ def _stream(
             raise DataError(f"{path}: has changed while it was read; start again")
 
 
-class _Held:
+class _PendingTexts:
     """The texts that are still needed, in the order of their rows."""
 
     def __init__(self, messages: _Messages, replies: Rows, inputs: _Paths, complete: Rows) -> None:

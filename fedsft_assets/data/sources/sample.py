@@ -14,7 +14,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fedsft_assets.data.sources.sample_text import Example, Turn, conversations, facts, passages
+from fedsft_assets.data.sources.sample_text import Example, SampleMessage, conversations, facts, passages
 
 _ALPACA_FILE = "data/train-00000-of-00001-a09b74b3ef9c3b56.parquet"
 _DOLLY_FILE = "databricks-dolly-15k.jsonl"
@@ -67,7 +67,7 @@ def sample_examples() -> Iterator[Example]:
         yield from _replies(tree)
 
 
-def _replies(turn: Turn) -> Iterator[Example]:
+def _replies(turn: SampleMessage) -> Iterator[Example]:
     """The best English replies below a turn, each with its prompt."""
     for reply in turn.replies:
         if (reply.role, reply.lang, reply.rank) == ("assistant", "en", 0):
@@ -108,12 +108,12 @@ def _write_oasst1(folder: Path, rng: random.Random) -> None:
         _write_parquet(folder / name, (message for tree in part for message in tree), _OASST1_SCHEMA)
 
 
-def _messages(root: Turn, index: int, rng: random.Random) -> list[dict[str, Any]]:
+def _messages(root: SampleMessage, index: int, rng: random.Random) -> list[dict[str, Any]]:
     """The tree's messages, parents before their replies, as rows of the published table."""
     tree_id = _identifier(rng)
     rows: list[dict[str, Any]] = []
 
-    def add(turn: Turn, parent_id: str | None, message_id: str) -> None:
+    def add(turn: SampleMessage, parent_id: str | None, message_id: str) -> None:
         written = _FIRST_MESSAGE + timedelta(hours=index, minutes=len(rows))
         rows.append(
             {

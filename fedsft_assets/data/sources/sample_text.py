@@ -246,7 +246,7 @@ class Example(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Turn:
+class SampleMessage:
     """One message of a conversation, with the messages that answer it."""
 
     role: str
@@ -254,7 +254,7 @@ class Turn:
     lang: str = "en"
     rank: int | None = None
     deleted: bool = False
-    replies: tuple["Turn", ...] = ()
+    replies: tuple["SampleMessage", ...] = ()
 
 
 def facts(rng: random.Random) -> list[Example]:
@@ -288,7 +288,7 @@ def passages(rng: random.Random) -> list[Example]:
     return _with_flaws(rows, rng)
 
 
-def conversations(rng: random.Random) -> list[Turn]:
+def conversations(rng: random.Random) -> list[SampleMessage]:
     """Trees of requests and ranked replies about chores, some with follow-ups.
 
     Beside what a reader of English best replies takes, there is what it must leave: weaker
@@ -303,26 +303,28 @@ def conversations(rng: random.Random) -> list[Turn]:
         rng.choice(threads).append(follow_up)
     trees = [_conversation(thread, rng) for thread in threads]
     for lang, request, reply in _FOREIGN:
-        trees.append(Turn("prompter", request, lang, replies=(Turn("assistant", reply, lang, rank=0),)))
+        trees.append(
+            SampleMessage("prompter", request, lang, replies=(SampleMessage("assistant", reply, lang, rank=0),))
+        )
     for chore in rng.sample(sorted(_CHORES), 6):
-        spam = Turn("assistant", "Visit my page!", deleted=True)
-        unranked = Turn("assistant", "I have no idea.")
-        trees.append(Turn("prompter", f"{chore.capitalize()}, quickly!", replies=(spam, unranked)))
+        spam = SampleMessage("assistant", "Visit my page!", deleted=True)
+        unranked = SampleMessage("assistant", "I have no idea.")
+        trees.append(SampleMessage("prompter", f"{chore.capitalize()}, quickly!", replies=(spam, unranked)))
     rng.shuffle(trees)
     return trees
 
 
-def _conversation(thread: list[tuple[str, str]], rng: random.Random) -> Turn:
+def _conversation(thread: list[tuple[str, str]], rng: random.Random) -> SampleMessage:
     """The thread's first request, its replies, and below the best one the rest of the thread."""
     (chore, request), *rest = thread
     one, two = _CHORES[chore]
     best = rng.choice(_OPENINGS) + " " + rng.choice(_STEPS) + rng.choice(_CLOSINGS)
     below = (_conversation(rest, rng),) if rest else ()
-    replies = [Turn("assistant", best.format(one=one, two=two), rank=0, replies=below)]
+    replies = [SampleMessage("assistant", best.format(one=one, two=two), rank=0, replies=below)]
     for rank in range(1, rng.randrange(1, 4)):
-        replies.append(Turn("assistant", rng.choice(_WEAKER_REPLIES).format(one=one, two=two), rank=rank))
+        replies.append(SampleMessage("assistant", rng.choice(_WEAKER_REPLIES).format(one=one, two=two), rank=rank))
     rng.shuffle(replies)
-    return Turn("prompter", request.format(chore=chore), replies=tuple(replies))
+    return SampleMessage("prompter", request.format(chore=chore), replies=tuple(replies))
 
 
 def _with_flaws(rows: list[Example], rng: random.Random) -> list[Example]:

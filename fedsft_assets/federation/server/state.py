@@ -27,7 +27,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 @dataclass
-class Progress:
+class RoundsDone:
     """What is known after `finished` rounds.
 
     `samples` are the records that each site has trained on so far. `best_round` is the round after which the
@@ -54,7 +54,9 @@ class ServerState:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / _STATE_FILE
         try:
-            self.progress = Progress(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else Progress()
+            self.progress = (
+                RoundsDone(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else RoundsDone()
+            )
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: is not the state of a job: {error}; remove {folder} to start anew") from error
         self._remove_others()

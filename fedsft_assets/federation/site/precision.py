@@ -15,7 +15,7 @@ from fedsft_assets.federation.site.cpu_slots import turn
 from fedsft_assets.federation.site.ranks import word_of_rank_0
 from fedsft_assets.model.language_model import LanguageModel
 from fedsft_assets.model.training.batches import Tokens
-from fedsft_assets.model.training.devices import require_devices
+from fedsft_assets.model.training.devices.interface import require_devices
 from fedsft_assets.model.training.precision_trial import Trial, faster_precision
 from fedsft_assets.specs.job import Precision
 from fedsft_assets.specs.plan import SitePlan

@@ -32,7 +32,7 @@ def start_all(devices: int, folder: Path) -> None:
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return
-    from fedsft_assets.model.training.devices import MEETING_FILE
+    from fedsft_assets.model.training.devices.interface import MEETING_FILE
 
     meeting = folder.absolute() / f"devices-{uuid4().hex}"
     loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
@@ -62,7 +62,7 @@ def word_of_rank_0(name: str, say: Callable[[], str]) -> str:
     """
     import torch.distributed as dist
 
-    from fedsft_assets.model.training.devices import MEETING_FILE
+    from fedsft_assets.model.training.devices.interface import MEETING_FILE
 
     store = dist.FileStore(f"{os.environ[MEETING_FILE]}-{name}", int(os.environ["WORLD_SIZE"]))
     store.set_timeout(_LONGEST_WAIT)
@@ -78,7 +78,7 @@ class Followers:
         """Of a process that has joined the others, and met them where `MEETING_FILE` says."""
         import torch.distributed as dist
 
-        from fedsft_assets.model.training.devices import MEETING_FILE
+        from fedsft_assets.model.training.devices.interface import MEETING_FILE
 
         # Waiting in the group that trains would keep GPUs busy, and end after minutes.
         self._store = dist.FileStore(f"{os.environ[MEETING_FILE]}-tasks", dist.get_world_size())

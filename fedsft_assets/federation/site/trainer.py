@@ -31,7 +31,7 @@ from fedsft_assets.federation.transport.wire import rounded
 from fedsft_assets.model.archive.nemo_archive import content_digest
 from fedsft_assets.model.language_model import LanguageModel
 from fedsft_assets.model.training.batches import truncated
-from fedsft_assets.model.training.choose_devices import devices_for
+from fedsft_assets.model.training.devices.choose import devices_for
 from fedsft_assets.model.training.drift_correction import ControlVariates, Correction, Proximal
 from fedsft_assets.model.training.local_training import StepPoint, mean_loss, split_tokens, train_round
 from fedsft_assets.model.training.optimizer import Moments

@@ -33,7 +33,7 @@ def send_pieces_of(size: int) -> None:
 
 
 @dataclass(frozen=True)
-class Described:
+class TensorHeader:
     """One tensor of a stream. `added` is to what it is to be added; `gap` are bytes before it that mean nothing."""
 
     name: str
@@ -65,7 +65,7 @@ class Contents:
     `piece` is the size of its pieces in bytes.
     """
 
-    def __init__(self, tensors: Sequence[Described], piece: int) -> None:
+    def __init__(self, tensors: Sequence[TensorHeader], piece: int) -> None:
         self.tensors, self.piece = tensors, piece
         self.ends = list(accumulate(one.gap + one.nbytes for one in tensors))
         self.starts = [end - one.nbytes for end, one in zip(self.ends, tensors, strict=True)]
@@ -75,7 +75,7 @@ class Contents:
     def from_bytes(cls, content: bytes) -> Self:
         """Raises ValueError for what no sender of this package says."""
         said = _Said.model_validate_json(content)
-        contents = cls([Described(*one) for one in said.tensors], said.piece)
+        contents = cls([TensorHeader(*one) for one in said.tensors], said.piece)
         names = [one.name for one in contents.tensors]
         if len(set(names)) < len(names):
             raise ValueError("a tensor is there twice")

@@ -20,7 +20,7 @@ from fedsft_assets.federation.transport.header import (
     LARGEST_GAP,
     LARGEST_PIECE,
     Contents,
-    Described,
+    TensorHeader,
     flat_bytes,
     piece_size,
 )
@@ -161,7 +161,7 @@ def _contents(items: Mapping[str, torch.Tensor], piece: int) -> Contents:
     tensors, before = list(items.values()), [None, *items.values()]
     return Contents(
         [
-            Described(name, str(one.dtype), list(one.shape), getattr(one, "added_to", None), _gap(last, one))
+            TensorHeader(name, str(one.dtype), list(one.shape), getattr(one, "added_to", None), _gap(last, one))
             for name, one, last in zip(items, tensors, before, strict=False)
         ],
         piece,

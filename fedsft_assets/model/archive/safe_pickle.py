@@ -22,7 +22,7 @@ class Maker:
 
 
 @dataclass(eq=False)
-class Described:
+class OpaqueObject:
     """An object as a pickle describes it, of a class that is never looked at: its arguments and its state."""
 
     kind: str
@@ -95,7 +95,7 @@ class _Reader(pickle._Unpickler):
     def _build(self) -> None:
         state = self.stack.pop()  # type: ignore[attr-defined]
         target = self.stack[-1]  # type: ignore[attr-defined]
-        if isinstance(target, Described):
+        if isinstance(target, OpaqueObject):
             target.state = state
         elif not isinstance(target, OrderedDict):  # whose state are the versions of modules
             raise _Refused(f"sets the state of a {type(target).__name__}")
@@ -111,7 +111,7 @@ class _Reader(pickle._Unpickler):
         target = self.stack[-1]  # type: ignore[attr-defined]
         for key, value in zip(items[::2], items[1::2], strict=True):
             # A nested tuple as a key can take years to hash.
-            if not isinstance(target, dict) or not isinstance(key, str | int | Described):
+            if not isinstance(target, dict) or not isinstance(key, str | int | OpaqueObject):
                 raise _Refused(f"puts a {type(key).__name__} as a key into a {type(target).__name__}")
             target[key] = value
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedsft_assets.model.archive.file_window import FileWindow
-from fedsft_assets.model.archive.safe_pickle import Described, Maker, read_pickle
+from fedsft_assets.model.archive.safe_pickle import Maker, OpaqueObject, read_pickle
 from fedsft_assets.model.errors import ModelError
 
 _LARGEST_PICKLE = 32 << 20
@@ -92,7 +92,7 @@ class TensorFile:
                 self._check(name, value)
                 self._tensors[name] = value
             else:
-                self.others[name] = value.kind if isinstance(value, Described) else type(value).__name__
+                self.others[name] = value.kind if isinstance(value, OpaqueObject) else type(value).__name__
         self.tensors = {name: TensorInfo(tensor.storage.dtype, tensor.shape) for name, tensor in self._tensors.items()}
         first: dict[_Tensor, str] = {}
         self.shared = {
@@ -243,8 +243,8 @@ _NAMES: dict[str, object] = {
     "torch._utils._rebuild_parameter": Maker(_parameter),
     "torch.Size": Maker(_sizes),
     # The states that layers of Transformer Engine keep for fp8: bytes, which nothing here opens.
-    "_io.BytesIO": Described.maker("BytesIO"),
-    "_codecs.encode": Described.maker("bytes"),
+    "_io.BytesIO": OpaqueObject.maker("BytesIO"),
+    "_codecs.encode": OpaqueObject.maker("bytes"),
 }
 _known = _NAMES.get
 

@@ -36,7 +36,7 @@ _MASK = re.compile(r"(^|\.)(attn|attention)\.(bias|masked_bias|causal_mask)$")
 
 
 @dataclass(frozen=True)
-class StoredTensor:
+class TensorEntry:
     """A tensor of a weights file, without its values; `dtype` is named as in the safetensors format."""
 
     file: str
@@ -44,14 +44,14 @@ class StoredTensor:
     shape: tuple[int, ...]
 
 
-def read_stored(folder: Path) -> dict[str, StoredTensor]:
+def read_stored(folder: Path) -> dict[str, TensorEntry]:
     """The tensors in the folder's weights files, by name.
 
     Raises ModelError if a file is missing, cannot be read, or is a Git LFS pointer, be it one of the tokenizer.
     """
     for path in sorted(folder.iterdir()):
         _refuse_pointer(path)
-    stored: dict[str, StoredTensor] = {}
+    stored: dict[str, TensorEntry] = {}
     for name in _weights_files(folder):
         path = folder / name
         try:
@@ -66,7 +66,7 @@ def read_stored(folder: Path) -> dict[str, StoredTensor]:
     return stored
 
 
-def use_numbers(folder: Path, config: Any, stored: Mapping[str, StoredTensor]) -> None:
+def use_numbers(folder: Path, config: Any, stored: Mapping[str, TensorEntry]) -> None:
     """Have quantized weights loaded as the numbers that they stand for.
 
     Raises ModelError for weights that are quantized in another way, and for tensors that are no floating
@@ -107,7 +107,7 @@ def _integers_of_the_model(config: Any) -> set[str]:
 
 
 def require_fit(
-    folder: Path, config: Any, lm: Any, report: Mapping[str, Any], stored: Mapping[str, StoredTensor]
+    folder: Path, config: Any, lm: Any, report: Mapping[str, Any], stored: Mapping[str, TensorEntry]
 ) -> list[str]:
     """Look at the loaded model, and at what transformers reports of the loading (`output_loading_info`).
 
@@ -148,7 +148,7 @@ def require_fit(
     return left_out
 
 
-def _require_ties(folder: Path, lm: Any, stored: Mapping[str, StoredTensor]) -> None:
+def _require_ties(folder: Path, lm: Any, stored: Mapping[str, TensorEntry]) -> None:
     for target, source in lm.get_expanded_tied_weights_keys(all_submodels=True).items():
         if lm.get_parameter(target) is not lm.get_parameter(source):
             raise ModelError(
@@ -158,7 +158,7 @@ def _require_ties(folder: Path, lm: Any, stored: Mapping[str, StoredTensor]) -> 
             )
 
 
-def _require_whole_experts(folder: Path, stored: Mapping[str, StoredTensor]) -> None:
+def _require_whole_experts(folder: Path, stored: Mapping[str, TensorEntry]) -> None:
     """Experts that a file holds one by one become one tensor: each must have all weights, in one shape."""
     layers: dict[str, dict[str, dict[int, str]]] = {}
     for name in stored:
@@ -227,29 +227,29 @@ def _refuse_pointer(path: Path) -> None:
         )
 
 
-def _safetensors(path: Path) -> dict[str, StoredTensor]:
+def _safetensors(path: Path) -> dict[str, TensorEntry]:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 it is no dictionary
         return {
-            name: StoredTensor(path.name, part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()
+            name: TensorEntry(path.name, part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()
         }
 
 
-def _torch_checkpoint(path: Path) -> dict[str, StoredTensor]:
+def _torch_checkpoint(path: Path) -> dict[str, TensorEntry]:
     tensors = torch.load(path, map_location="meta", weights_only=True)
     return {
-        name: StoredTensor(path.name, _BIN_TYPES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
+        name: TensorEntry(path.name, _BIN_TYPES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
         for name, tensor in tensors.items()
     }
 
 
-def _is_mask(name: str, tensor: StoredTensor) -> bool:
+def _is_mask(name: str, tensor: TensorEntry) -> bool:
     return len(tensor.shape) != 1 and _MASK.search(name) is not None
 
 
-def _in_file(stored: Mapping[str, StoredTensor], name: str) -> str:
+def _in_file(stored: Mapping[str, TensorEntry], name: str) -> str:
     return f" in {stored[name].file}" if name in stored else ""
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedsft_assets.model.archive.safe_pickle import Described, Maker, read_pickle
+from fedsft_assets.model.archive.safe_pickle import Maker, OpaqueObject, read_pickle
 from fedsft_assets.model.archive.source import MegatronSource, Member
 from fedsft_assets.model.archive.torch_reader import TYPES, TensorFile, TensorInfo
 from fedsft_assets.model.errors import ModelError
@@ -49,7 +49,7 @@ class DistributedTensors:
         """Read the description. Raises ModelError for one that does not say where every value is, once."""
         self._where = f"{source.path}: {METADATA}"
         content = read_pickle(source.content(METADATA, _LARGEST_METADATA), self._where, _known)
-        if not isinstance(content, Described) or not isinstance(content.field("state_dict_metadata"), dict):
+        if not isinstance(content, OpaqueObject) or not isinstance(content.field("state_dict_metadata"), dict):
             raise ModelError(f"{self._where}: is no description of a distributed checkpoint")
         stored = self._stored(content.field("storage_data"))
         self.tensors: dict[str, TensorInfo] = {}
@@ -58,7 +58,7 @@ class DistributedTensors:
         self._pieces: dict[str, list[_Piece]] = {}
         left = _MOST_PIECES
         for name, value in content.field("state_dict_metadata").items():
-            if not isinstance(name, str) or not isinstance(value, Described):
+            if not isinstance(name, str) or not isinstance(value, OpaqueObject):
                 raise ModelError(f"{self._where}: {str(name)[:200]}: is no description of a tensor")
             if not value.kind.endswith(".TensorStorageMetadata"):
                 self.others[name] = value.kind.rpartition(".")[2]
@@ -101,22 +101,22 @@ class DistributedTensors:
                 raise ModelError(f"{where}: expected {expected}, found {file.tensors.get('')}")
             return file.read("", rows)
 
-    def _stored(self, storage: Any) -> dict[tuple[str, tuple[int, ...]], Described]:
+    def _stored(self, storage: Any) -> dict[tuple[str, tuple[int, ...]], OpaqueObject]:
         """Where pieces are, by the tensor's name and the piece's offsets."""
         if not isinstance(storage, dict):
             raise ModelError(f"{self._where}: storage_data: is no description of places")
         stored = {}
         for index, place in storage.items():
-            if not isinstance(index, Described) or not isinstance(place, Described):
+            if not isinstance(index, OpaqueObject) or not isinstance(place, OpaqueObject):
                 raise ModelError(f"{self._where}: storage_data: is no description of places")
             name, offset = index.field("fqn"), index.field("offset")
             if isinstance(name, str) and (offset is None or isinstance(offset, tuple)):
                 stored[name, offset or ()] = place
         return stored
 
-    def _info(self, name: str, value: Described) -> TensorInfo:
+    def _info(self, name: str, value: OpaqueObject) -> TensorInfo:
         properties = value.field("properties")
-        state = properties.state if isinstance(properties, Described) else None
+        state = properties.state if isinstance(properties, OpaqueObject) else None
         dtype = state[0] if isinstance(state, tuple) and state else None
         if isinstance(state, dict):
             dtype = state.get("dtype")
@@ -135,9 +135,9 @@ class DistributedTensors:
         name: str,
         info: TensorInfo,
         chunk: Any,
-        stored: Mapping[tuple[str, tuple[int, ...]], Described],
+        stored: Mapping[tuple[str, tuple[int, ...]], OpaqueObject],
     ) -> _Piece:
-        if not isinstance(chunk, Described):
+        if not isinstance(chunk, OpaqueObject):
             raise ModelError(f"{self._where}: {name}: has no pieces")
         offsets, sizes = self._sizes(name, chunk.field("offsets")), self._sizes(name, chunk.field("sizes"))
         inside = len(offsets) == len(sizes) == len(info.shape) and all(
@@ -186,7 +186,7 @@ def _known(name: str) -> object | None:
         return Maker(OrderedDict[str, Any])
     if name in _DTYPES:
         return _DTYPES[name]
-    return Described.maker(name) if name.startswith(_DESCRIBED) else None
+    return OpaqueObject.maker(name) if name.startswith(_DESCRIBED) else None
 
 
 def _size(sizes: Any) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ import torch
 from fedsft_assets.memory import freed_memory_kept
 from fedsft_assets.model.language_model import LanguageModel
 from fedsft_assets.model.training.batches import Tokens, evaluation_batches, micro_batches, training_batches
-from fedsft_assets.model.training.devices import Devices, OneDevice
+from fedsft_assets.model.training.devices.interface import Devices, OneDevice
 from fedsft_assets.model.training.drift_correction import Correction
 from fedsft_assets.model.training.optimizer import Moments, Schedule, build_optimizer, moments_of
 from fedsft_assets.model.training.seeds import seed_of

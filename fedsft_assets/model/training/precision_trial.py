@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from fedsft_assets.model.language_model import LanguageModel
 from fedsft_assets.model.training.batches import Tokens, micro_batches
-from fedsft_assets.model.training.devices import OneDevice, precisions
+from fedsft_assets.model.training.devices.interface import OneDevice, precisions
 from fedsft_assets.model.training.local_training import add_gradients, round_batches, training_mode
 from fedsft_assets.specs.job import Precision
 from fedsft_assets.specs.plan import SitePlan

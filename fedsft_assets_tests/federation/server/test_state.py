@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedsft_assets.federation.server.state import Progress, ServerState, remove_archived
+from fedsft_assets.federation.server.state import RoundsDone, ServerState, remove_archived
 from fedsft_assets.settings import PROJECT
 from fedsft_assets_tests.small_disk import fill, small_disk, why_not
 
@@ -37,13 +37,13 @@ def _files(folder: Path) -> list[str]:
 
 def test_new_state_has_no_finished_round(folder: Path) -> None:
     state = ServerState(folder)
-    assert state.progress == Progress(finished=0, samples={}, best_round=0, best_loss=None, first=None)
+    assert state.progress == RoundsDone(finished=0, samples={}, best_round=0, best_loss=None, first=None)
     assert state.algorithm() == {}
 
 
 def test_state_is_the_same_after_it_is_opened_again(folder: Path) -> None:
     state = ServerState(folder)
-    state.progress = Progress(3, {"site-1": 48, "site-é": 7}, 2, 1.25, "digest")
+    state.progress = RoundsDone(3, {"site-1": 48, "site-é": 7}, 2, 1.25, "digest")
     state.commit(_weights(0.1), {"momentum": torch.tensor([0.3])})
     again = ServerState(folder)
     assert again.progress == state.progress
@@ -54,7 +54,7 @@ def test_state_is_the_same_after_it_is_opened_again(folder: Path) -> None:
 
 def test_best_loss_that_is_no_number_can_be_kept(folder: Path) -> None:
     state = ServerState(folder)
-    state.progress = Progress(1, {}, 1, float("inf"))
+    state.progress = RoundsDone(1, {}, 1, float("inf"))
     state.commit(_weights(1), {})
     assert ServerState(folder).progress.best_loss == float("inf")
 

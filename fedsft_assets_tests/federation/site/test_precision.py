@@ -15,7 +15,7 @@ from fedsft_assets.model.base_model import create_base_model
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.language_model import LanguageModel
 from fedsft_assets.model.training.batches import Tokens
-from fedsft_assets.model.training.devices import MEETING_FILE
+from fedsft_assets.model.training.devices.interface import MEETING_FILE
 from fedsft_assets.model.training.precision_trial import Trial
 from fedsft_assets.settings import PROJECT
 from fedsft_assets.specs.job import Precision, TrainingSpec
@@ -146,7 +146,7 @@ from pathlib import Path
 import torch
 from fedsft_assets.federation.site.precision import site_precision
 from fedsft_assets.model.training.batches import Tokens
-from fedsft_assets.model.training.devices import devices_for
+from fedsft_assets.model.training.devices.interface import devices_for
 from fedsft_assets.model.language_model import LanguageModel
 from fedsft_assets.specs.plan import SitePlan
 from fedsft_assets_tests.model.slower import slower_in

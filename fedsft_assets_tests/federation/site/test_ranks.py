@@ -9,7 +9,7 @@ import os
 import sys
 import torch.distributed as dist
 from fedsft_assets.federation.site.ranks import Followers, Task
-from fedsft_assets.model.training.devices import MEETING_FILE
+from fedsft_assets.model.training.devices.interface import MEETING_FILE
 os.environ[MEETING_FILE] = sys.argv[1]
 rank = int(sys.argv[2])
 dist.init_process_group("gloo", store=dist.FileStore(sys.argv[1], 2), rank=rank, world_size=2)
@@ -29,7 +29,7 @@ import os
 import sys
 import time
 from fedsft_assets.federation.site.ranks import word_of_rank_0
-from fedsft_assets.model.training.devices import MEETING_FILE
+from fedsft_assets.model.training.devices.interface import MEETING_FILE
 os.environ.update({MEETING_FILE: sys.argv[1], "RANK": sys.argv[2], "WORLD_SIZE": "2"})
 time.sleep(int(sys.argv[2]))
 print(word_of_rank_0("precision", lambda: f"said by {sys.argv[2]}"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsft_assets.model.archive.safe_pickle import Described, Maker, read_pickle
+from fedsft_assets.model.archive.safe_pickle import Maker, OpaqueObject, read_pickle
 from fedsft_assets.model.errors import ModelError
 
 
@@ -17,14 +17,14 @@ class Point:
 
 
 def _described(name: str) -> object | None:
-    return Described.maker(name) if name.endswith(".Point") else None
+    return OpaqueObject.maker(name) if name.endswith(".Point") else None
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_an_object_is_described_without_its_class(protocol):
     found = read_pickle(pickle.dumps({"p": [Point(1, 2)]}, protocol), "file", _described)
     point = found["p"][0]
-    assert isinstance(point, Described)
+    assert isinstance(point, OpaqueObject)
     assert point.kind == f"{__name__}.Point"
     assert (point.field("x"), point.field("y"), point.field("z")) == (1, 2, None)
 

@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from fedsft_assets.model.language_model import LanguageModel
 from fedsft_assets.model.training.batches import Tokens
-from fedsft_assets.model.training.devices import precisions
+from fedsft_assets.model.training.devices.interface import precisions
 from fedsft_assets.model.training.precision_trial import faster_precision
 from fedsft_assets.specs.plan import SitePlan
 from fedsft_assets_tests.model.slower import slower_in

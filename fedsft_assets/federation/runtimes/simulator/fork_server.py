@@ -126,7 +126,7 @@ class _Fork:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
-class _Server:
+class _ForkLoop:
     """The loop of the server process, which has one thread, always."""
 
     def __init__(self, listener: socket.socket, parent: int) -> None:
@@ -233,9 +233,9 @@ def _request(connection: socket.socket) -> _Fork:
 
 
 def _import_and_serve(
-    server: _Server, first: Sequence[str], modules: Sequence[str], base_model: str | None
+    server: _ForkLoop, first: Sequence[str], modules: Sequence[str], base_model: str | None
 ) -> _Fork | None:
-    """Import everything, and fork in between for whoever waits once `first` is imported, as `_Server.serve` does."""
+    """Import everything, and fork in between for whoever waits once `first` is imported, as `_ForkLoop.serve` does."""
     for name in first:
         _import(name)
     for name in modules:
@@ -268,7 +268,7 @@ def main() -> None:
     parser.add_argument("--imports", type=Path, required=True, help="a JSON file with what is to be imported")
     args = parser.parse_args()
     imports = json.loads(args.imports.read_text(encoding="utf-8"))
-    server = _Server(socket.socket(fileno=args.listener), args.parent)
+    server = _ForkLoop(socket.socket(fileno=args.listener), args.parent)
     try:
         fork = _import_and_serve(server, **imports) or server.serve()
     finally:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fedsft_assets.model.language_model import LanguageModel
 from fedsft_assets.model.training.batches import Tokens
-from fedsft_assets.model.training.devices import OneDevice, precisions, untried
+from fedsft_assets.model.training.devices.interface import OneDevice, precisions, untried
 from fedsft_assets.model.training.local_training import RoundReport, train_round
 from fedsft_assets.specs.plan import SitePlan
 from fedsft_assets_tests.model.weights import assert_same_weights

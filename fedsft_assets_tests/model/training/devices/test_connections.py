@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from fedsft_assets.model.errors import ModelError
-from fedsft_assets.model.training.device_connections import require_own_connections
+from fedsft_assets.model.training.devices.connections import require_own_connections
 from fedsft_assets_tests import stranger
 
 _CALL = """

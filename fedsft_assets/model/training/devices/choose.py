@@ -1,7 +1,7 @@
 """Which devices a site trains on: one, or several through Lightning."""
 
 from fedsft_assets.model.language_model import LanguageModel
-from fedsft_assets.model.training.devices import Devices, OneDevice
+from fedsft_assets.model.training.devices.interface import Devices, OneDevice
 from fedsft_assets.specs.plan import ResolvedTraining
 
 
@@ -9,6 +9,6 @@ def devices_for(model: LanguageModel, training: ResolvedTraining) -> Devices:
     """The devices that the plan asks for. Raises ModelError if there are not as many, or torchrun started others."""
     if training.devices == 1:
         return OneDevice(model, training.precision)
-    from fedsft_assets.model.training.multi_device import ManyDevices
+    from fedsft_assets.model.training.devices.multi_device import ManyDevices
 
     return ManyDevices(model, training)

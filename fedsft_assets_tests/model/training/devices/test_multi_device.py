@@ -13,8 +13,8 @@ import torch
 
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.language_model import LanguageModel
-from fedsft_assets.model.training.choose_devices import devices_for
-from fedsft_assets.model.training.devices import MEETING_FILE
+from fedsft_assets.model.training.devices.choose import devices_for
+from fedsft_assets.model.training.devices.interface import MEETING_FILE
 from fedsft_assets.specs.plan import SitePlan
 from fedsft_assets_tests.model import one_round
 from fedsft_assets_tests.model.weights import assert_same_weights

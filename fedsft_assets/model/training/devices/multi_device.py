@@ -20,8 +20,8 @@ from torch.optim import Optimizer
 from fedsft_assets.model.language_model import LanguageModel, compute_device
 from fedsft_assets.model.training.answer_loss import AnswerLoss
 from fedsft_assets.model.training.batches import Batch
-from fedsft_assets.model.training.device_connections import require_own_connections
-from fedsft_assets.model.training.devices import MEETING_FILE, autocast, require_devices, untried
+from fedsft_assets.model.training.devices.connections import require_own_connections
+from fedsft_assets.model.training.devices.interface import MEETING_FILE, autocast, require_devices, untried
 from fedsft_assets.specs.plan import ResolvedTraining
 
 
