@@ -63,7 +63,7 @@ class _Rounds(FederatedSFT):
         self.of_the_missing: list[Point] = []
         self.open(folder / "state")
 
-    def _ask(
+    def _broadcast_task(
         self,
         task: str,
         number: int,
@@ -71,11 +71,11 @@ class _Rounds(FederatedSFT):
         compare: Callable[[Mapping[str, T]], dict[str, str]],
     ) -> dict[str, T]:
         results = {}
-        self._number = number
+        self.review.begin(number)
         for site in self.sites:
             trainer = self._trainers[site]
             sent = FLModel(
-                params={name: tensor.clone() for name, tensor in {**self._weights, **self._control}.items()},
+                params={name: tensor.clone() for name, tensor in self.global_model.tensors(Kind.FULL).items()},
                 params_type=ParamsType.FULL,
                 current_round=number,
                 total_rounds=self.num_rounds,

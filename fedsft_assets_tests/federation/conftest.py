@@ -14,10 +14,10 @@ def base_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """`base.nemo` is the base model of the tests' own, whose weights are BASE."""
     real = read_nemo_weights
     monkeypatch.setattr(
-        "fedsft_assets.federation.server.controller.read_nemo_weights",
+        "fedsft_assets.federation.server.global_model.read_nemo_weights",
         lambda path: copied(BASE) if path == Path("base.nemo") else real(path),
     )
-    monkeypatch.setattr("fedsft_assets.federation.server.controller.own_base_model", lambda path, _environment: path)
+    monkeypatch.setattr("fedsft_assets.federation.server.global_model.own_base_model", lambda path, _environment: path)
     monkeypatch.delenv(STATE_ROOT, raising=False)
 
 

@@ -219,7 +219,7 @@ def play(server: Server, rounds: int) -> list[Weights]:
     models = []
     for number in range(server.state.progress.finished, rounds):
         server.run_round(number)
-        models.append(copied(server._weights))
+        models.append(copied(server.global_model.weights))
     return models
 
 

@@ -11,12 +11,11 @@ import tarfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from nvflare.apis.controller_spec import ClientTask
 from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_constant import FLContextKey, ReturnCode
@@ -52,14 +51,11 @@ from fedsft_assets.federation.protocol.messages import (
     VALIDATE_TASK,
     VERSION,
     VERSION_KEY,
-    Kind,
     Wire,
     other_version,
 )
-from fedsft_assets.federation.protocol.points import VAL_LOSS
 from fedsft_assets.federation.protocol.site_messages import (
     NotFiniteError,
-    PointMessage,
     RoundLimits,
     ScoreMessage,
     failure_of,
@@ -67,31 +63,19 @@ from fedsft_assets.federation.protocol.site_messages import (
     quoted,
 )
 from fedsft_assets.federation.protocol.state_folder import execution_folder
-from fedsft_assets.federation.server.aggregation import TokenWeightedAverage
-from fedsft_assets.federation.server.base_model import own_base_model, read_nemo_weights
-from fedsft_assets.federation.server.cross_checks import (
-    differing_scores,
-    differing_starts,
-    other_start,
-    outsized_updates,
-)
 from fedsft_assets.federation.server.curves import merged_train_loss, merged_val_loss
+from fedsft_assets.federation.server.global_model import GlobalModel
 from fedsft_assets.federation.server.liveness import SiteWatch
-from fedsft_assets.federation.server.optimizer import ServerOptimizer
 from fedsft_assets.federation.server.presence import Part, Presence, PresenceWatch, look_at
+from fedsft_assets.federation.server.review import Review
 from fedsft_assets.federation.server.site_update import SiteUpdate
 from fedsft_assets.federation.server.state import ServerState, remove_archived
 from fedsft_assets.federation.server.unreadable_results import tell_of_unreadable_results
-from fedsft_assets.federation.transport.header import LARGEST_GAP
 from fedsft_assets.federation.transport.install import send_tensors_as_streams
 from fedsft_assets.federation.transport.receiving import tensors_stored_in
-from fedsft_assets.federation.transport.sending import addend
-from fedsft_assets.federation.transport.wire import rounded
-from fedsft_assets.memory import collect_messages, give_back_freed_memory
 
 _NOISE_ALONE = 10.0  # times the clipped change: nothing else need be looked for where a model goes astray
 _SECONDS_TO_ASK_AGAIN = 30.0  # an operator that follows the job asks for its journal all the time
-_FLOAT32 = 4  # bytes
 # For a site to be back, after which NVFlare would end the job; and for it to be seen that it is away.
 _SECONDS_TO_RETURN, _SECONDS_TO_SEE = 45.0, 12.0
 
@@ -150,16 +134,7 @@ class FederatedSFT(ModelController):
         self.noise_ratio = noise_ratio
         self.max_update_ratio = max_update_ratio
         self._limits = RoundLimits.model_validate(limits)
-        self._number = 0  # of the round that is under way
-        self._words: dict[tuple[object, ...], PointMessage] = {}  # that sites have said in it
-        self._starts: dict[str, Hashable] = {}  # of sites in it that begin with a model of their own
-        self._wire = Wire(wire)
         self._watch = SiteWatch(self.sites, site_timeout)
-        self._weights: dict[str, torch.Tensor] = {}
-        self._change: dict[str, torch.Tensor] = {}
-        self._optimizer: ServerOptimizer | None = None
-        self._control: dict[str, torch.Tensor] = {}  # the usual direction of all sites together, of SCAFFOLD
-        self._holders: set[str] = set()  # sites with the model to which the last change is to be added
         self._lock = threading.Lock()
         self._presence: Presence | None = None
         self._look: Callable[[], Mapping[str, Part]] | None = None
@@ -193,7 +168,9 @@ class FederatedSFT(ModelController):
                     self.run_round(number)
                     if number + 1 < self.num_rounds and (sites := self._have_come()):
                         raise _RegroupError(sites)
-                self.score(self._broadcast_task(VALIDATE_TASK, self.num_rounds, self._scored, self._odd_scores))
+                self.score(
+                    self._broadcast_task(VALIDATE_TASK, self.num_rounds, self.review.score, self.review.odd_scores)
+                )
                 self.state.commit_progress()
                 complete = True
         except _AbortedError:
@@ -315,10 +292,21 @@ class FederatedSFT(ModelController):
         """Take up the state in the folder, or begin one there."""
         self.state = ServerState(folder)
         self.journal = Journal(folder / JOURNAL_FILE)
+        self.global_model = GlobalModel(self.state, Wire(self.wire), self.algorithm, len(self.sites))
+        self.review = Review(
+            self._limits,
+            self.state,
+            self.global_model,
+            Wire(self.wire),
+            all_needed=self.min_sites == len(self.sites),
+            max_update_ratio=self.max_update_ratio,
+            say=lambda text: self.journal.add([Progress(text)]),
+        )
 
     def run_round(self, number: int) -> None:
         """One round (0-based), from the global model to the next one on the disk."""
-        self.finish_round(number, self._broadcast_task(TRAIN_TASK, number, self._updated, self._odd_updates))
+        updates = self._broadcast_task(TRAIN_TASK, number, self.review.update, self.review.odd_updates)
+        self.finish_round(number, updates)
 
     def finish_round(self, number: int, updates: Mapping[str, SiteUpdate]) -> None:
         """Score the model that was sent, and make the next one."""
@@ -328,20 +316,14 @@ class FederatedSFT(ModelController):
         points = {site: points_of(site, message.points) for site, message in said.items()}
         trained = {site: message.samples for site, message in said.items()}
         self.journal.add(merged_train_loss(points, trained, progress.samples, number + 1))
-        average, control = TokenWeightedAverage(self._shapes), TokenWeightedAverage()
         for site, update in updates.items():
             progress.first = update.message.first
-            self._note_records(site, update.message.records)
-            average.add(site, update.take_tensors(), update.message.tokens, whole=update.message.kind == Kind.FULL)
-            if update.directions:
-                control.add(site, update.take_directions(), 1)
-        self._apply(average)
-        self._update_control_variate(control)
+            self.review.note_records(site, update.message.records)
+        self.global_model.move(updates)
         for site, samples in trained.items():
             progress.samples[site] = progress.samples.get(site, 0) + samples
         progress.finished = number + 1
-        self.state.commit_round(self._optimizer.kept() if self._optimizer else self._control)
-        self._holders = set(updates)
+        self.state.commit_round(self.global_model.kept())
         self.journal.add([RoundDone(number + 1)])
 
     def score(self, scores: Mapping[str, ScoreMessage]) -> None:
@@ -355,88 +337,17 @@ class FederatedSFT(ModelController):
         if progress.finished > 0 and (progress.best_loss is None or loss < progress.best_loss):
             progress.best_loss, progress.best_round = loss, progress.finished
 
-    @property
-    def _shapes(self) -> dict[str, tuple[int, ...]] | None:
-        """Of the global model, if there is one."""
-        return {name: tuple(tensor.shape) for name, tensor in self._weights.items()} or None
-
     # What a site says.
-
-    def _records(self, site: str) -> int | None:
-        """That the site trains on: as the job says, or as the site itself said first."""
-        return self._limits.records.get(site) or self.state.progress.records.get(site)
-
-    def _note_records(self, site: str, records: int) -> None:
-        if self._records(site) is None:
-            self.state.progress.records[site] = records
-            self.journal.add([Progress(f"{site} · says that it trains on {records:,} records of its own")])
-
-    def _scored(self, site: str, result: FLModel) -> ScoreMessage:
-        score = self._limits.score(result.meta, self._number, self._records(site))
-        self._require_as_said_before(site, score)
-        return score
-
-    def _updated(self, site: str, result: FLModel) -> SiteUpdate:
-        """Raises ValueError for what cannot be used."""
-        message = self._limits.update(result.meta, self._number, self._records(site))
-        self._require_as_said_before(site, message)
-        expected = Kind.CHANGE if self._weights else Kind.FULL
-        if message.kind != expected:
-            raise ValueError(f"sent {message.kind!r} where {str(expected)!r} was to come; are the versions the same?")
-        update = SiteUpdate(message, result.params, self._shapes, self._wire, self.algorithm["name"] == "scaffold")
-        if self.state.progress.finished and message.first != self.state.progress.first:
-            raise ValueError(other_start("the sites before"))
-        others = [other for other, start in self._starts.items() if start != update.start]
-        if others and self.min_sites == len(self.sites):  # else it is seen who is right when all have answered
-            raise ValueError(other_start(", ".join(others)))
-        if not self._weights:
-            self._starts[site] = update.start
-        return update
 
     def _refuse(self, site: str, error: ValueError, what: str = "") -> None:
         """Go on without a site that has said what cannot be used; what makes models go astray is told beside."""
         astray = isinstance(error, NotFiniteError)
         self._watch.refuse(site, f"{error}; {self._why_infinite}" if astray else f"{what}{error}")
 
-    def _require_as_said_before(self, site: str, score: ScoreMessage) -> None:
-        """A point that came while the site worked is written down already."""
-        for point in score.points:
-            before = self._words.get((site, point.name, point.round, point.step), point)
-            if before.model_copy(update={"time": point.time}) != point:
-                raise ValueError(
-                    f"{point.name}: found {point.measured}, which the site had said to be {before.measured}"
-                )
-
-    def _odd_scores(self, scores: Mapping[str, ScoreMessage]) -> dict[str, str]:
-        """Sites whose word is not that of the others, and why; raises ValueError where nobody can say who is right."""
-        losses = {site: score.named(VAL_LOSS)[0] for site, score in scores.items()}
-        return differing_scores(losses, self._limits.precision)
-
-    def _odd_updates(self, updates: Mapping[str, SiteUpdate]) -> dict[str, str]:
-        """The same for updates."""
-        odd = differing_starts({site: update.start for site, update in updates.items()}) if not self._weights else {}
-        left = {site: update for site, update in updates.items() if site not in odd}
-        odd |= self._odd_scores({site: update.message for site, update in left.items()})
-        if not self.max_update_ratio:
-            return odd
-        left = {site: update for site, update in left.items() if site not in odd}
-        steps = {site: self._limits.work.steps(update.message.records) for site, update in left.items()}
-        norms = {site: update.norm for site, update in left.items()}
-        odd |= outsized_updates(norms, steps, self.max_update_ratio)
-        directions = {site: update.norm_of_directions for site, update in left.items()}
-        return outsized_updates(directions, steps, self.max_update_ratio) | odd
-
     def _begin(self) -> None:
         if self.package and (wrong := other_version(self.package, "server")):
             raise ValueError(wrong)
-        if self.state.progress.finished:
-            self._weights = self.state.weights()
-        elif self.base_model:
-            weights = read_nemo_weights(own_base_model(Path(self.base_model), os.environ))
-            self._weights = self.state.write_weights(0, weights, weights.pop)  # there they take no memory
-            give_back_freed_memory()
-        if self.algorithm["name"] == "scaffold":
-            self._control = self.state.algorithm()
+        self.global_model.load(self.base_model)
 
     def _broadcast_task(
         self,
@@ -451,7 +362,7 @@ class FederatedSFT(ModelController):
         NotEnoughSitesError, ValueError, or what `take` raises beside.
         """
         connected = {client.name for client in self.engine.get_clients()}
-        self._number, self._words, self._starts = number, {}, {}
+        self.review.begin(number)
         self._watch.begin(connected)
         results: dict[str, T] = {}
         errors: list[Exception] = []
@@ -476,9 +387,9 @@ class FederatedSFT(ModelController):
                 result.params = None
                 self._watch.done(site)
 
-        for kind, targets in self._recipients(connected).items():
+        for kind, targets in self.global_model.recipients(connected).items():
             message = FLModel(
-                params={**(self._weights if kind == Kind.FULL else self._change), **self._control},
+                params=self.global_model.tensors(kind),
                 params_type=ParamsType.FULL,
                 current_round=number,
                 total_rounds=self.num_rounds,
@@ -530,45 +441,6 @@ class FederatedSFT(ModelController):
                 f"{what} has results of {len(results)} of {len(self.sites)} sites; min_sites is {self.min_sites}"
             )
 
-    def _recipients(self, connected: set[str]) -> dict[Kind, list[str]]:
-        """Who gets what: the last change is for sites that have the model to which it is added."""
-        holders = self._holders & connected if self._change else set()
-        groups = {Kind.CHANGE: sorted(holders), Kind.FULL: sorted(connected - holders)}
-        return {kind: sites for kind, sites in groups.items() if sites}
-
-    def _apply(self, average: TokenWeightedAverage) -> None:
-        """Make the next global model of the averaged results and write it, one tensor after the other."""
-        self._change = {}
-        collect_messages()  # the last task holds the change that it was sent with
-        give_back_freed_memory()
-        number = self.state.progress.finished + 1
-        if not self._weights:
-            first = dict(average.tensors())
-            self._weights = self.state.write_weights(number, first, first.__getitem__)
-            return
-        if self.algorithm["name"] == "fedopt" and self._optimizer is None:
-            self._optimizer = ServerOptimizer(self.algorithm, self._weights, self.state.algorithm())
-
-        def moved(name: str) -> torch.Tensor:
-            weight, mean = self._weights[name], average.mean(name)
-            if mean is None:
-                return weight
-            change = rounded(self._optimizer.change(name, mean) if self._optimizer else mean, self._wire)
-            if self._wire == Wire.BF16_DIFF:
-                self._change[name] = addend(change, name, number)
-            return weight.add(change).to(weight.dtype)
-
-        self._weights = self.state.write_weights(number, dict(self._weights), moved)
-        average.clear()
-        give_back_freed_memory()
-
-    def _update_control_variate(self, control: TokenWeightedAverage) -> None:
-        """Move the direction of all sites by what those that answered changed of theirs."""
-        share = len(control.sites) / len(self.sites)
-        for name, mean in control.tensors():
-            change = mean.mul_(share)
-            self._control[name] = self._control[name].add_(change) if name in self._control else change
-
     # What is written down.
 
     def _take_progress(self, message: Any) -> None:
@@ -580,12 +452,10 @@ class FederatedSFT(ModelController):
         if site in self._watch.refused:
             return
         try:
-            said = self._limits.word(message.payload, self._number)
+            said = self.review.word(site, message.payload)
         except ValueError as error:
             self._refuse(site, error, "a message: ")
             return
-        for point in said.points:
-            self._words.setdefault((site, point.name, point.round, point.step), point)
         self.journal.add([Progress(f"{site} · {said.text}"), *points_of(site, said.points)], durable=False)
 
     def _refuse_unreadable(self, message: Any, why: str) -> None:
@@ -626,17 +496,12 @@ class FederatedSFT(ModelController):
         if complete:
             self.state.hand_over_to(run_dir)
 
-    def _most_bytes(self) -> int | None:
-        """Of the tensors of a result: those of the model, and of a direction; None before there is a model."""
-        size = sum(max(weight.element_size(), _FLOAT32) * weight.numel() for weight in self._weights.values())
-        return 2 * size + 2 * LARGEST_GAP * len(self._weights) if self._weights else None
-
     @contextmanager
     def _offloaded(self) -> Iterator[None]:
         """Results wait on the disk, beside the state, until they are averaged."""
         results = self.state.folder / "results"
         shutil.rmtree(results, ignore_errors=True)  # of a server that was killed
-        with tensors_stored_in(results, self._most_bytes()):
+        with tensors_stored_in(results, self.global_model.largest_result):
             yield
 
 

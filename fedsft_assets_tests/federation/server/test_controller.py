@@ -151,12 +151,12 @@ def test_what_is_added_to_the_global_model_is_the_mean_in_float64_within_what_th
 
     def applied(start: Weights) -> Weights:
         server = Server(tmp_path, map(Site, tokens), wire=wire)
-        server._weights = copied(start)
+        server.global_model.weights = copied(start)
         average = TokenWeightedAverage({name: tuple(tensor.shape) for name, tensor in start.items()})
         for site, change in changes.items():
             average.add(site, {name: tensor.to(travel) for name, tensor in change.items()}, tokens[site])
-        server._apply(average)
-        return server._weights
+        server.global_model.apply(average)
+        return server.global_model.weights
 
     added = applied({name: torch.zeros_like(tensor) for name, tensor in BASE.items()})
     for name, tensor in added.items():
@@ -314,10 +314,10 @@ def test_sites_have_the_global_model_bit_for_bit_in_every_round(tmp_path: Path) 
     server = Server(tmp_path, sites, wire="bf16-diff")
     server._begin()
     for number in range(3):
-        before = copied(server._weights)
+        before = copied(server.global_model.weights)
         server.run_round(number)
         assert all(same(site.model, before) for site in sites)
-        assert not same(server._weights, before)
+        assert not same(server.global_model.weights, before)
 
 
 def test_in_fp32_every_site_gets_the_whole_model_every_time(tmp_path: Path) -> None:

@@ -241,7 +241,7 @@ def test_lie_that_comes_first_does_not_make_liars_of_the_others(tmp_path: Path) 
     (missed,) = server.of(Missed)
     assert missed.site == "site-1"
     assert missed.reason.startswith("refused: began with another base model or other adapters than site-2, site-3; all")
-    assert server._weights["embedding"].shape == (50, 8)
+    assert server.global_model.weights["embedding"].shape == (50, 8)
     assert server.state.progress.first is None
 
 
@@ -258,7 +258,9 @@ def test_private_site_is_held_to_the_records_that_it_said_first(tmp_path: Path) 
     server.run()
     assert server.panics == ["round 2: site-2: records: found 128, expected 48, which it has"]
     assert Progress("site-2 · says that it trains on 48 records of its own") in server.of(Progress)
-    assert Server(tmp_path, sites, limits=limits)._records("site-2") == 48  # a server that is started again knows it
+    assert (
+        Server(tmp_path, sites, limits=limits).review.records("site-2") == 48
+    )  # a server that is started again knows it
 
 
 def test_site_with_many_more_steps_may_go_further(tmp_path: Path) -> None:

@@ -216,13 +216,13 @@ def test_with_bf16_changes_every_site_has_the_servers_model_bit_for_bit(
     limits = _limits(trainers[0]).model_dump()
     server = FederatedSFT(["site-1", "site-2"], num_rounds=3, limits=limits, base_model="base.nemo", wire="bf16-diff")
     server.open(tmp_path / "state")
-    server._weights = _copy(base)
+    server.global_model.weights = _copy(base)
     kinds = [[Kind.FULL, Kind.FULL], [Kind.CHANGE, Kind.CHANGE], [Kind.CHANGE, Kind.FULL], [Kind.CHANGE] * 2]
     for number, by_site in enumerate(kinds):
-        before = _copy(server._weights)
+        before = _copy(server.global_model.weights)
         average = TokenWeightedAverage({name: tuple(tensor.shape) for name, tensor in before.items()})
         for trainer, kind in zip(trainers, by_site, strict=True):
-            task = _sent(server._weights if kind == Kind.FULL else server._change, number, kind)
+            task = _sent(server.global_model.weights if kind == Kind.FULL else server.global_model.change, number, kind)
             if number == 3:
                 trainer.evaluate(task)
             else:
@@ -232,9 +232,9 @@ def test_with_bf16_changes_every_site_has_the_servers_model_bit_for_bit(
             assert _same(trainer.exchange.given, before)
         assert _same(dict(trainers[0].devices.weights()), dict(trainers[1].devices.weights())) == (number == 3)
         if number < 3:
-            server._apply(average)
-            assert not _same(server._weights, before)
-    assert _same(dict(trainers[0].devices.weights()), server._weights)
+            server.global_model.apply(average)
+            assert not _same(server.global_model.weights, before)
+    assert _same(dict(trainers[0].devices.weights()), server.global_model.weights)
 
 
 def test_without_a_model_of_the_servers_a_site_begins_with_its_own_adapters_and_sends_them_whole(
