@@ -16,7 +16,7 @@ from fedsft_assets.store import Store, split_file
 _STOP_INSIDE_FOLDER = """
 import sys, time
 from pathlib import Path
-from fedsft_assets.store import publish_folder
+from fedsft_assets.files import publish_folder
 with publish_folder(Path(sys.argv[1])) as fresh:
     (fresh / "a").write_text("new")
     print("writing", flush=True)
@@ -25,7 +25,7 @@ with publish_folder(Path(sys.argv[1])) as fresh:
 _STOP_INSIDE_FILE = """
 import sys, time
 from pathlib import Path
-from fedsft_assets.store import publish_file
+from fedsft_assets.files import publish_file
 with publish_file(Path(sys.argv[1])) as fresh:
     fresh.write_text("new, and only half of")
     print("writing", flush=True)
@@ -34,7 +34,7 @@ with publish_file(Path(sys.argv[1])) as fresh:
 _PUBLISH_FILE_FOREVER = """
 import itertools, sys
 from pathlib import Path
-from fedsft_assets.store import publish_file
+from fedsft_assets.files import publish_file
 for k in itertools.count():
     with publish_file(Path(sys.argv[1])) as fresh, fresh.open("w") as file:
         for _ in range(50):
@@ -45,7 +45,7 @@ for k in itertools.count():
 _PUBLISH_FOREVER = """
 import itertools, sys
 from pathlib import Path
-from fedsft_assets.store import publish_folder
+from fedsft_assets.files import publish_folder
 for k in itertools.count():
     with publish_folder(Path(sys.argv[1])) as fresh:
         for name in "abc":

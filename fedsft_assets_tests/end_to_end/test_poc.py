@@ -129,7 +129,7 @@ def test_job_that_is_aborted_while_it_trains_leaves_no_process(
 _POC = RuntimeSettings(name="poc")
 _SUPERVISOR_KILLED_BEFORE_IT_WRITES_THE_ID = """
 import os, signal
-from fedsft_assets.federation import supervisor
+from fedsft_assets.federation.supervisor import supervisor
 from fedsft_assets.federation.supervisor.workspace import Workspace
 save = Workspace.save
 def killed(workspace, execution):

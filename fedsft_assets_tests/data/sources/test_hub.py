@@ -304,7 +304,7 @@ def test_what_arrived_before_a_kill_is_not_asked_for_again(
     server.troubles += [Trouble(LARGE, pause=0.15)]
     process = _python(f"""
         from pathlib import Path
-        from fedsft_assets.data import hub
+        from fedsft_assets.data.sources import hub
         hub._SAY_EVERY = 0
         hub.download("{MADE_UP}", "{PINNED}", ["{LARGE}"], Path("{area}"), say=lambda line: print(line, flush=True))
     """)

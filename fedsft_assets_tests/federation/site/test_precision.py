@@ -146,7 +146,7 @@ from pathlib import Path
 import torch
 from fedsft_assets.federation.site.precision import site_precision
 from fedsft_assets.model.training.batches import Tokens
-from fedsft_assets.model.training.devices.interface import devices_for
+from fedsft_assets.model.training.devices.choose import devices_for
 from fedsft_assets.model.language_model import LanguageModel
 from fedsft_assets.specs.plan import SitePlan
 from fedsft_assets_tests.model.slower import slower_in

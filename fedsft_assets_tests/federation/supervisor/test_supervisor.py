@@ -27,9 +27,10 @@ from fedsft_assets.federation.protocol.messages import EXECUTION_KEY
 from fedsft_assets.federation.protocol.points import Point
 from fedsft_assets.federation.runtimes.interface import JobState, RefusedError, ResultLostError, UnavailableError
 from fedsft_assets.federation.site.failure_log import FAILURE_MARK, TrainerFailure
-from fedsft_assets.federation.supervisor import supervisor
+from fedsft_assets.federation.supervisor import supervision, supervisor
+from fedsft_assets.federation.supervisor.failures import explain
 from fedsft_assets.federation.supervisor.privacy import RELEASES_FILE, Releases
-from fedsft_assets.federation.supervisor.supervisor import Supervision, explain
+from fedsft_assets.federation.supervisor.supervision import Supervision
 from fedsft_assets.federation.supervisor.workspace import Workspace
 from fedsft_assets.files import file_digest
 from fedsft_assets.specs.job import FiltersSpec, JobSpec, PrivacySpec, SiteSpec, TrainingSpec
@@ -140,8 +141,8 @@ Attempt = Callable[[], Supervision]
 @pytest.fixture
 def attempt(tmp_path: Path, workspace: Workspace, jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> Attempt:
     """Begins another attempt to bring the same execution to its end."""
-    monkeypatch.setattr(supervisor, "_POLL_SECONDS", 0.0)
-    monkeypatch.setattr(supervisor, "make_runtime", lambda *_, **__: jobs.connect())
+    monkeypatch.setattr(supervision, "_POLL_SECONDS", 0.0)
+    monkeypatch.setattr(supervision, "make_runtime", lambda *_, **__: jobs.connect())
     spec = JobSpec(
         name="fedavg", description="", rounds=3, sites={site: SiteSpec(dataset="alpaca") for site in SITES}, min_sites=1
     )
@@ -364,8 +365,8 @@ def test_finished_job_that_does_not_end_is_ended_and_fetched(
     attempt: Attempt, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr(supervisor.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(supervisor.time, "sleep", lambda _: now.__setitem__(0, now[0] + 20.0))
+    monkeypatch.setattr(supervision.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(supervision.time, "sleep", lambda _: now.__setitem__(0, now[0] + 20.0))
     jobs.steps = [(RUNNING, [Started(0), VAL, RoundDone(3), Finished()]), *[(RUNNING, [])] * 2]
     jobs.steps += [(JobState(True, False, "FINISHED:ABORTED"), [])]
     events, error = _events(attempt())
@@ -471,14 +472,14 @@ def test_seconds_are_those_of_all_attempts_also_of_one_that_was_killed(
     attempt: Attempt, jobs: Jobs, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [1000.0]
-    monkeypatch.setattr(supervisor.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(supervisor.time, "sleep", lambda _: now.__setitem__(0, now[0] + 2.0))
+    monkeypatch.setattr(supervision.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(supervision.time, "sleep", lambda _: now.__setitem__(0, now[0] + 2.0))
     jobs.steps = [(RUNNING, [VAL]), *[(RUNNING, [])] * 4, (RUNNING, [LATER])]
     events = attempt().run()
     assert list(_until(events, 3))[-1] == LATER  # after 10 seconds; nobody asks it for anything any more
     execution = workspace.execution()
     assert execution is not None
-    assert 10.0 - supervisor._SAVE_SECONDS <= execution.seconds <= 10.0
+    assert 10.0 - supervision._SAVE_SECONDS <= execution.seconds <= 10.0
 
     now[0] = 5.0  # another machine, on another day
     jobs.steps = [(RUNNING, []), (RUNNING, []), (DONE, [])]
@@ -856,8 +857,8 @@ def test_site_that_went_silent_is_told_with_the_servers_reason(attempt: Attempt,
 @pytest.mark.parametrize("quiet", ["refused", "waiting"])
 def test_only_silence_is_silence(attempt: Attempt, jobs: Jobs, monkeypatch: pytest.MonkeyPatch, quiet: str) -> None:
     now = [0.0]
-    monkeypatch.setattr(supervisor.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(supervisor.time, "sleep", lambda _: now.__setitem__(0, now[0] + 1000.0))
+    monkeypatch.setattr(supervision.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(supervision.time, "sleep", lambda _: now.__setitem__(0, now[0] + 1000.0))
     state = replace(RUNNING, status="SUBMITTED (connected sites (1) < min_sites (2))", waiting=quiet == "waiting")
     jobs.refuses, jobs.steps = quiet == "refused", [(state, [])] * 20
     events = attempt().run()
@@ -881,8 +882,8 @@ def test_job_in_which_nothing_happens_any_more_is_ended(
 ) -> None:
     one = attempt()
     now = [0.0]
-    monkeypatch.setattr(supervisor.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(supervisor.time, "sleep", lambda _: now.__setitem__(0, now[0] + 1000.0))
+    monkeypatch.setattr(supervision.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(supervision.time, "sleep", lambda _: now.__setitem__(0, now[0] + 1000.0))
     jobs.steps = [(RUNNING, [Started(0)]), (RUNNING, []), (RUNNING, [Progress("busy")])]
     error = _failure(one)  # site_timeout is 1800 s; the server has twice as long
     assert error.retryable
@@ -914,7 +915,7 @@ def test_supervisor_whose_starter_is_gone_ends_only_a_job_that_cannot_live_witho
     events = attempt().run()
     list(_until(events, 2))
     monkeypatch.setattr(os, "getppid", lambda: 1)
-    with pytest.raises(supervisor._OrphanedError):
+    with pytest.raises(supervision.OrphanedError):
         next(events)
     assert ("abort job-1" in jobs.done) == (not outlives)
 
