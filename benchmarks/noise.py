@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.data import Target
-from benchmarks.transfer_model import Shape, random_tensors
+from benchmarks.transfer.model import Shape, random_tensors
 from fedsft_assets.federation.site.update_filters import ChangeFilter
 from fedsft_assets.specs.job import FiltersSpec, PrivacySpec
 

@@ -18,8 +18,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from benchmarks.training_data import TrainingInput
-from benchmarks.training_watch import Watch
+from benchmarks.training.data import TrainingInput
+from benchmarks.training.watch import Watch
 
 Rival = Callable[[TrainingInput, Watch], float]
 Rows = Sequence[dict[str, list[int]]]

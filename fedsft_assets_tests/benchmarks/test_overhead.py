@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from benchmarks.data import BenchmarkError
-from benchmarks.overhead import sites_table, sites_targets, study_table, study_targets
-from benchmarks.overhead_contenders import Run
-from benchmarks.overhead_equal import require_equal_work
-from benchmarks.overhead_input import Input, Part, Rows, SiteInput
-from benchmarks.overhead_notes import Note, Scored, Trained, note, read_notes
-from benchmarks.overhead_ours import notes
-from benchmarks.overhead_tree import Cost
+from benchmarks.overhead.__main__ import sites_table, sites_targets, study_table, study_targets
+from benchmarks.overhead.contenders import Run
+from benchmarks.overhead.equal import require_equal_work
+from benchmarks.overhead.input import Input, Part, Rows, SiteInput
+from benchmarks.overhead.notes import Note, Scored, Trained, note, read_notes
+from benchmarks.overhead.ours import notes
+from benchmarks.overhead.tree import Cost
 from fedsft_assets.federation.protocol.points import Point
 from fedsft_assets.settings import PROJECT
 
@@ -165,10 +165,10 @@ _MEASURE = """
 import json, os, sys
 from dataclasses import asdict
 from pathlib import Path
-from benchmarks import overhead_tree
-overhead_tree._SECONDS_TO_END = 0.5
+from benchmarks.overhead import tree
+tree._SECONDS_TO_END = 0.5
 command, log = sys.argv[1:-1], Path(sys.argv[-1])
-print(json.dumps(asdict(overhead_tree.cost(command, os.environ, log))))
+print(json.dumps(asdict(tree.cost(command, os.environ, log))))
 """
 
 

@@ -11,11 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.data import BenchmarkError
-from benchmarks.training import require_equal_losses
-from benchmarks.training_data import TrainingInput
-from benchmarks.training_flops import Shape, step_operations
-from benchmarks.training_parts import PARTS
-from benchmarks.training_watch import Trained
+from benchmarks.training.__main__ import require_equal_losses
+from benchmarks.training.data import TrainingInput
+from benchmarks.training.flops import Shape, step_operations
+from benchmarks.training.parts import PARTS
+from benchmarks.training.watch import Trained
 from fedsft_assets.settings import PROJECT
 
 _LAYERS, _WIDTH, _VOCABULARY = 2, 32, 97

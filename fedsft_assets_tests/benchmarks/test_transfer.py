@@ -7,10 +7,10 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from benchmarks.transfer import BF16, SIZES, Run, _figures, _Note, _targets
-from benchmarks.transfer_job import Exchange
-from benchmarks.transfer_model import Shape, Weights, random_tensors
-from benchmarks.transfer_watch import Peaks
+from benchmarks.transfer.__main__ import BF16, SIZES, Run, _figures, _Note, _targets
+from benchmarks.transfer.job import Exchange
+from benchmarks.transfer.model import Shape, Weights, random_tensors
+from benchmarks.transfer.watch import Peaks
 from fedsft_assets.settings import PROJECT
 
 _SMALL = Shape(layers=1, width=8, vocabulary=11, positions=4)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from benchmarks.data import PROJECT
 from benchmarks.data_files import FOLDERS
-from benchmarks.training_data import TrainingInput
-from benchmarks.training_ours import preset
+from benchmarks.training.data import TrainingInput
+from benchmarks.training.ours import preset
 from fedsft_assets.federation.job_folder import build_job_folder
 from fedsft_assets.federation.protocol.job_report import JobReport
 from fedsft_assets.federation.supervisor.launch import run_job

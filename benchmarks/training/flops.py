@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 
-from benchmarks.training_data import TrainingInput
-from benchmarks.training_run import train
+from benchmarks.training.data import TrainingInput
+from benchmarks.training.run import train
 
 _ROWS = 4096  # of a matrix product: a batch of 8 full records of 512 tokens
 _REPEATS = 8

@@ -13,7 +13,7 @@ compared with that. The first round of `bf16-diff` sends sites the whole model i
 
 MB/s are bytes of the model to or from all sites over the time in which they travelled, from the first byte asked for to
 the last one there. A round is from one arrival of the model at the last site to the next: with the average and the
-state on the disk. Memory is anonymous memory (see transfer_watch), the largest of each process while the job ran. A
+state on the disk. Memory is anonymous memory (see `watch`), the largest of each process while the job ran. A
 site's is that of its trainer above what it was before it had a model; the server's is all of it.
 """
 
@@ -32,9 +32,9 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.data import BenchmarkError, Target, print_targets, say
-from benchmarks.transfer_job import Exchange, environment, our_job, stock_job
-from benchmarks.transfer_model import Shape, write_archive
-from benchmarks.transfer_watch import MemoryWatch, Peaks
+from benchmarks.transfer.job import Exchange, environment, our_job, stock_job
+from benchmarks.transfer.model import Shape, write_archive
+from benchmarks.transfer.watch import MemoryWatch, Peaks
 from fedsft_assets.federation.runtimes.processes import MARK, stop_marked
 
 OURS, STOCK = "ours", "stock"

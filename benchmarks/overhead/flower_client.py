@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from benchmarks.overhead_input import Input, SiteInput
+from benchmarks.overhead.input import Input, SiteInput
 
 if TYPE_CHECKING:
-    from benchmarks.overhead_torch import Loop
+    from benchmarks.overhead.torch_loop import Loop
 
 INPUT = "OVERHEAD_INPUT"  # its folder, in the environment
 
@@ -45,7 +45,7 @@ def evaluate(message: Message, context: Context) -> Message:
 @cache
 def _loop() -> tuple[Input, Loop]:
     """A process of Ray's serves many clients, one after the other."""
-    from benchmarks.overhead_torch import Loop
+    from benchmarks.overhead.torch_loop import Loop
 
     given = Input(Path(os.environ[INPUT]))
     return given, Loop(given)

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.overhead_input import Input
-from benchmarks.overhead_torch import Loop
+from benchmarks.overhead.input import Input
+from benchmarks.overhead.torch_loop import Loop
 
 
 def run(given: Input, into: Path) -> None:

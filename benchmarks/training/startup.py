@@ -6,7 +6,7 @@ NVFlare's own connection is left out: it needs a running job.
 import sys
 from pathlib import Path
 
-from benchmarks.training_watch import Watch
+from benchmarks.training.watch import Watch
 
 
 def start(plan_file: Path) -> float:

@@ -11,9 +11,9 @@ from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe
 from nvflare.recipe import SimEnv, set_per_site_config
 from nvflare.recipe.utils import add_final_global_evaluation
 
-from benchmarks.overhead_input import Input
+from benchmarks.overhead.input import Input
 
-_SCRIPT = "benchmarks/overhead_nvflare_client.py"  # from the project's root: NVFlare finds no other path to it again
+_SCRIPT = "benchmarks/overhead/nvflare_client.py"  # from the project's root: NVFlare finds no other path to it again
 
 
 def run(given: Input, into: Path) -> None:
@@ -25,7 +25,7 @@ def run(given: Input, into: Path) -> None:
     recipe = FedAvgRecipe(
         name="overhead",
         model={
-            "class_path": "benchmarks.overhead_nvflare_model.BaseModel",
+            "class_path": "benchmarks.overhead.nvflare_model.BaseModel",
             "args": {"folder": str(given.hugging_face)},
         },
         min_clients=len(sites),

@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.data import PROJECT, SAMPLES, BenchmarkError, Target, print_targets, require_samples, say
-from benchmarks.overhead_contenders import (
+from benchmarks.overhead.contenders import (
     CONTENDERS,
     FLOWER_DEFAULT,
     OURS,
@@ -25,8 +25,8 @@ from benchmarks.overhead_contenders import (
     Contenders,
     Run,
 )
-from benchmarks.overhead_equal import require_equal_work
-from benchmarks.overhead_input import Input, Part
+from benchmarks.overhead.equal import require_equal_work
+from benchmarks.overhead.input import Input, Part
 
 STUDY, SITES = "study", "sites"
 _SITES = (3, 10, 30, 100)
@@ -91,7 +91,7 @@ class Benchmark:
         """What contenders are given: the three sites of the published study, or so many that are generated."""
         folder = self._work / name
         described = [str(SAMPLES), str(folder), json.dumps(asdict(part)), *([] if sites is None else [str(sites)])]
-        command = [sys.executable, "-m", "benchmarks.overhead_data", *described]
+        command = [sys.executable, "-m", "benchmarks.overhead.data", *described]
         done = subprocess.run(command, cwd=PROJECT, env=self._environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise BenchmarkError(f"the input of {name} could not be made:\n{done.stderr[-4000:]}")

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from benchmarks.training_data import SEED, TrainingInput
-from benchmarks.training_parts import Part
-from benchmarks.training_watch import Watch
+from benchmarks.training.data import SEED, TrainingInput
+from benchmarks.training.parts import Part
+from benchmarks.training.watch import Watch
 from fedsft_assets.model.language_model import LanguageModel
 from fedsft_assets.model.training.batches import Tokens
 from fedsft_assets.model.training.local_training import train_round

@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from benchmarks.data import BenchmarkError
-from benchmarks.overhead_contenders import PLAIN, Run
-from benchmarks.overhead_input import Input
+from benchmarks.overhead.contenders import PLAIN, Run
+from benchmarks.overhead.input import Input
 
 _AT_FIRST = 1e-3  # of a loss, relative where it is above 1: the base model's is the same for all
 _AFTER_ROUNDS = 1e-2

@@ -16,9 +16,9 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.data import PROJECT, SAMPLES, BenchmarkError, Target, print_targets, require_samples, say
-from benchmarks.training_flops import Share
-from benchmarks.training_parts import CONTENDERS, PARTS, RIVALS, SAME_BATCHES, Part
-from benchmarks.training_watch import Trained
+from benchmarks.training.flops import Share
+from benchmarks.training.parts import CONTENDERS, PARTS, RIVALS, SAME_BATCHES, Part
+from benchmarks.training.watch import Trained
 
 STARTUP, PHASES = "startup", "phases"
 _STARTS = 5
@@ -43,7 +43,7 @@ class _Benchmark:
 
     def run(self) -> list[Target]:
         say(f"{_cores()} CPUs, as many threads for each contender, load average {os.getloadavg()[0]:.1f}")
-        self._process("-c", "import benchmarks.rivals, benchmarks.training_ours, datasets, trl")  # compiled and cached
+        self._process("-c", "import benchmarks.rivals, benchmarks.training.ours, datasets, trl")  # compiled and cached
         targets = []
         for name in self.args.part:
             targets += {
@@ -78,7 +78,7 @@ class _Benchmark:
         say(f"\n{part.name:18}{'tokens/s':>10}{'GFLOP/s':>10}{'product':>10}{'and after':>10}{'share':>8}")
         shares = {}
         for contender in part.contenders:
-            found = shares[contender] = Share(**self._json("benchmarks.training_flops", contender, str(folder)))
+            found = shares[contender] = Share(**self._json("benchmarks.training.flops", contender, str(folder)))
             say(
                 f"{contender:18}{found.tokens_per_second:10.1f}{found.training:10.1f}"
                 f"{found.before:10.1f}{found.after:10.1f}{found.of_product:8.2f}"
@@ -86,7 +86,7 @@ class _Benchmark:
         return [Target("gpt2_small_of_matmul", shares["ours"].of_product, 0.75, at_least=True)]
 
     def _startup(self) -> list[Target]:
-        start = ("-m", "benchmarks.training_startup", str(self._input(self._part("tiny")) / "plan.json"))
+        start = ("-m", "benchmarks.training.startup", str(self._input(self._part("tiny")) / "plan.json"))
         self._process(*start)  # leaves the tokens behind, as the data assets do
         starts = 1 if self.args.quick else _STARTS
         seconds = [float(self._process(*start).splitlines()[-1]) for _ in range(starts)]
@@ -95,7 +95,7 @@ class _Benchmark:
 
     def _phases(self) -> list[Target]:
         """Where the seconds of a short federated job go; there is no target for them here."""
-        seconds = self._json("benchmarks.training_phases", str(self._input(self._part("tiny"))))
+        seconds = self._json("benchmarks.training.phases", str(self._input(self._part("tiny"))))
         said = ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items())
         say(f"\n{PHASES:18}seconds, at the slowest of three sites: {said}")
         return []
@@ -111,7 +111,7 @@ class _Benchmark:
     def _input(self, part: Part) -> Path:
         if part.name not in self.inputs:
             folder = self.work / part.name
-            self._process("-m", "benchmarks.training_data", str(SAMPLES), str(folder), json.dumps(asdict(part)))
+            self._process("-m", "benchmarks.training.data", str(SAMPLES), str(folder), json.dumps(asdict(part)))
             self.inputs[part.name] = folder
         return self.inputs[part.name]
 
@@ -121,7 +121,7 @@ class _Benchmark:
         runs: Runs = {name: [] for name in part.contenders}
         for _ in range(part.repeats):
             for name in part.contenders:
-                runs[name].append(Trained(**self._json("benchmarks.training_run", name, str(folder))))
+                runs[name].append(Trained(**self._json("benchmarks.training.run", name, str(folder))))
         _table(part, runs)
         require_equal_losses(part, runs)
         return runs

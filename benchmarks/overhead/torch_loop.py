@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
-from benchmarks.overhead_input import Input, Rows, SiteInput
-from benchmarks.overhead_notes import Scored, Trained, note
+from benchmarks.overhead.input import Input, Rows, SiteInput
+from benchmarks.overhead.notes import Scored, Trained, note
 
 _NO_LOSS = -100
 

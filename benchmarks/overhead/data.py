@@ -13,8 +13,8 @@ from typing import Any
 
 from benchmarks.data import PROJECT
 from benchmarks.data_files import FOLDERS
-from benchmarks.overhead_input import HEADS, LAYERS, SEED, VOCABULARY, WIDTH, Input, Part, Rows, SiteInput
-from benchmarks.training_data import make_splits
+from benchmarks.overhead.input import HEADS, LAYERS, SEED, VOCABULARY, WIDTH, Input, Part, Rows, SiteInput
+from benchmarks.training.data import make_splits
 from fedsft_assets.data.records import Record, dump_records, read_records
 from fedsft_assets.federation.job_folder import build_job_folder, read_plans
 from fedsft_assets.model.language_model import LanguageModel

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.data import PROJECT
-from benchmarks.transfer_model import Shape
+from benchmarks.transfer.model import Shape
 
-_SCRIPT = "from benchmarks.transfer_site import main\n\nmain()\n"
+_SCRIPT = "from benchmarks.transfer.site import main\n\nmain()\n"
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def stock_job(exchange: Exchange, diaries: Path, root: Path) -> Path:
     script.write_text(_SCRIPT, encoding="utf-8")
     recipe = FedAvgRecipe(
         name="transfer",
-        model={"class_path": "benchmarks.transfer_model.Weights", "args": settings},
+        model={"class_path": "benchmarks.transfer.model.Weights", "args": settings},
         min_clients=exchange.sites,
         num_rounds=exchange.rounds,
         train_script=str(script),
@@ -126,4 +126,4 @@ def environment(folder: Path, ours: bool) -> dict[str, str]:
 
 
 def _command(way: str, diaries: Path, *more: str) -> list[str]:
-    return ["python3", "-u", "-m", "benchmarks.transfer_site", way, "--diaries", str(diaries), *more]
+    return ["python3", "-u", "-m", "benchmarks.transfer.site", way, "--diaries", str(diaries), *more]

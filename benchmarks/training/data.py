@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.data import PROJECT
 from benchmarks.data_files import FOLDERS
-from benchmarks.training_parts import Part
+from benchmarks.training.parts import Part
 
 SEED = 1234
 _GPT2_VOCABULARY = 50_257
@@ -108,7 +108,7 @@ def make_splits(samples: Path, folder: Path) -> dict[str, Path]:
 
 
 def _make_model(part: Part, archive: Path) -> Any:
-    from benchmarks.training_ours import preset
+    from benchmarks.training.ours import preset
     from fedsft_assets.model.base_model import create_base_model
     from fedsft_assets.model.language_model import LanguageModel
 
@@ -138,7 +138,7 @@ def _gpt2_small(max_length: int) -> Any:
 
 
 def _write_plan(part: Part, target: TrainingInput, splits: dict[str, Path]) -> None:
-    from benchmarks.training_ours import site_plan
+    from benchmarks.training.ours import site_plan
     from fedsft_assets.files import file_digest
     from fedsft_assets.store import split_file
 

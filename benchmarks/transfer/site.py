@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.transfer_watch import anonymous_memory
+from benchmarks.transfer.watch import anonymous_memory
 
 CHANGE = 1.001  # a site's "training": each weight becomes so many times what it was
 

@@ -5,8 +5,8 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from benchmarks.overhead_input import Input
-from benchmarks.overhead_notes import Note, Scored, Trained, note
+from benchmarks.overhead.input import Input
+from benchmarks.overhead.notes import Note, Scored, Trained, note
 from fedsft_assets.federation.protocol.job_report import MODEL_FILE, JobReport
 from fedsft_assets.federation.protocol.points import Point
 from fedsft_assets.federation.supervisor.launch import run_job

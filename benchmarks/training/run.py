@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.training_data import TrainingInput
-from benchmarks.training_watch import Trained, Watch
+from benchmarks.training.data import TrainingInput
+from benchmarks.training.watch import Trained, Watch
 
 
 def train(contender: str, given: TrainingInput) -> Trained:
@@ -18,7 +18,7 @@ def train(contender: str, given: TrainingInput) -> Trained:
 
 def _contender(name: str) -> Callable[[TrainingInput, Watch], float]:
     if name == "ours":
-        from benchmarks.training_ours import ours
+        from benchmarks.training.ours import ours
 
         return ours
     from benchmarks.rivals import RIVALS

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.data import PROJECT, BenchmarkError
-from benchmarks.overhead_input import Input
-from benchmarks.overhead_notes import NOTES, Note, Scored, Trained, read_notes
-from benchmarks.overhead_tree import Cost, cost
+from benchmarks.overhead.input import Input
+from benchmarks.overhead.notes import NOTES, Note, Scored, Trained, read_notes
+from benchmarks.overhead.tree import Cost, cost
 
 OURS, PLAIN, NVFLARE = "ours", "plain", "nvflare"
 FLOWER, FLOWER_DEFAULT = "flower", "flower-default"
@@ -33,15 +33,15 @@ class _Contender:
 _GPT2 = "transformers.models.gpt2.modeling_gpt2"
 _CONTENDERS = {
     OURS: _Contender(
-        "benchmarks.overhead_ours",
+        "benchmarks.overhead.ours",
         "fedsft_assets.federation.supervisor.supervisor, fedsft_assets.federation.server.controller,"
         " fedsft_assets.federation.site.trainer",
     ),
-    PLAIN: _Contender("benchmarks.overhead_plain", _GPT2),
-    FLOWER: _Contender("benchmarks.overhead_flower", _GPT2, options=("--cpus", "1"), flower=True),
-    FLOWER_DEFAULT: _Contender("benchmarks.overhead_flower", _GPT2, flower=True),
+    PLAIN: _Contender("benchmarks.overhead.plain", _GPT2),
+    FLOWER: _Contender("benchmarks.overhead.flower", _GPT2, options=("--cpus", "1"), flower=True),
+    FLOWER_DEFAULT: _Contender("benchmarks.overhead.flower", _GPT2, flower=True),
     # By default each of its trainers takes all cores, and they get in each other's way.
-    NVFLARE: _Contender("benchmarks.overhead_nvflare", _GPT2, environment={"OMP_NUM_THREADS": "1"}),
+    NVFLARE: _Contender("benchmarks.overhead.nvflare_job", _GPT2, environment={"OMP_NUM_THREADS": "1"}),
 }
 CONTENDERS = tuple(_CONTENDERS)
 

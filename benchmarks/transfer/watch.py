@@ -83,7 +83,7 @@ def _name(process: psutil.Process) -> str:
     """What the process is in the job; a trainer is known by the site whose NVFlare process started it."""
     try:
         command = " ".join(process.cmdline())
-        if "transfer_site" in command or "train.py" in command:
+        if "transfer.site" in command or "train.py" in command:
             parent = process.parent()
             return f"trainer {_site(' '.join(parent.cmdline())) if parent else process.pid}"
         return f"site {_site(command)}" if "simulator_worker" in command else "server"

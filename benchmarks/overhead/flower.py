@@ -13,8 +13,8 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
 
-from benchmarks.overhead_flower_client import INPUT, app
-from benchmarks.overhead_input import Input
+from benchmarks.overhead.flower_client import INPUT, app
+from benchmarks.overhead.input import Input
 
 
 def run(given: Input, into: Path, cpus: float | None) -> None:
@@ -25,7 +25,7 @@ def run(given: Input, into: Path, cpus: float | None) -> None:
     def main(grid: Grid, _context: Context) -> None:
         import torch
 
-        from benchmarks.overhead_torch import Loop
+        from benchmarks.overhead.torch_loop import Loop
 
         sites = len(given.sites)
         strategy = FedAvg(min_train_nodes=sites, min_evaluate_nodes=sites, min_available_nodes=sites)

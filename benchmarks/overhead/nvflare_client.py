@@ -5,8 +5,8 @@ from pathlib import Path
 
 import nvflare.client as flare
 
-from benchmarks.overhead_input import Input
-from benchmarks.overhead_torch import Loop
+from benchmarks.overhead.input import Input
+from benchmarks.overhead.torch_loop import Loop
 
 
 def main() -> None:

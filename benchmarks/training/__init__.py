@@ -1,0 +1,1 @@
+"""Training beside a plain loop, the Hugging Face Trainer and TRL's SFTTrainer."""

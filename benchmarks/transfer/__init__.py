@@ -1,0 +1,1 @@
+"""Exchanging models without training, beside NVFlare's own recipe."""
