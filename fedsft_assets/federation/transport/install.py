@@ -45,7 +45,12 @@ class StreamedTensors(TensorDecomposer):
         return Sending(items)
 
     def download(self, from_fqcn: str, ref_id: str, *, fobs_ctx: Any = None, **settings: Any) -> Any:  # noqa: ARG002
-        """Fetch the tensors of a message; returns an error, or None, and the tensors by NVFlare's names for them."""
+        """Fetch the tensors of a message; returns an error, or None, and the tensors by NVFlare's names for them.
+
+        Raises OSError where this machine has no room for them.
+        """
         receiving = receiver()
         tensor_downloader.download_object(from_fqcn=from_fqcn, ref_id=ref_id, consumer=receiving, **settings)
+        if receiving.fault:
+            raise receiving.fault
         return receiving.error, receiving.tensors

@@ -74,6 +74,7 @@ class _Receiving(Consumer):
     def __init__(self) -> None:
         super().__init__()
         self.error: str | None = None
+        self.fault: OSError | None = None  # of this machine, which NVFlare would take for one of the peer
         self._contents: Contents | None = None
         self._position = 0
 
@@ -199,6 +200,9 @@ class Stored(_Receiving):
         except ValueError as error:
             self._break(f"its stream has no contents that can be read ({' '.join(str(error).split())[:_SHOWN]})")
             return state
+        except OSError as error:
+            self.fault = error
+            raise
 
     def begin(self, contents: Contents) -> None:
         if self._at_most is not None and contents.total > self._at_most:

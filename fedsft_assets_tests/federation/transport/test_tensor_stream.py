@@ -1,5 +1,6 @@
 """Tensors as a stream of pieces: what arrives is what was sent, in memory, on the disk, and added to what is there."""
 
+import errno
 import gc
 import json
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from fedsft_assets.federation.protocol.messages import KIND_KEY, VERSION, VERSIO
 from fedsft_assets.federation.server.state import ServerState
 from fedsft_assets.federation.site.global_model import ExchangeError, SiteExchange
 from fedsft_assets.federation.site.update_filters import ChangeFilter
-from fedsft_assets.federation.transport import header, install
+from fedsft_assets.federation.transport import header, install, receiving
 from fedsft_assets.federation.transport.buffers import StoredTensor
 from fedsft_assets.federation.transport.install import StreamedTensors, send_tensors_as_streams
 from fedsft_assets.federation.transport.receiving import BrokenTensor, add_to, tensors_stored_in
@@ -116,6 +117,29 @@ def test_tensors_on_the_disk_are_those_that_were_sent_and_gone_with_the_block(tm
         assert _same({name: tensor.materialize() for name, tensor in stored.items()}, _tensors())
         assert len(list((tmp_path / "results").iterdir())) == 1
     assert not (tmp_path / "results").exists()
+
+
+def test_a_disk_without_room_is_this_machines_fault_whatever_nvflare_makes_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetch(from_fqcn: Any, ref_id: str, consumer: Any, **_: Any) -> None:
+        state = None
+        try:
+            while True:
+                status, data, following = from_fqcn.produce(state, "the receiver")
+                if status == ProduceRC.EOF:
+                    return
+                state = consumer.consume(ref_id, following, [bytes(piece) for piece in data])
+        except OSError as error:  # NVFlare tells the consumer alone, who is to blame the peer
+            consumer.download_failed(ref_id, f"receiver failed: {error}")
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tensor_downloader, "download_object", fetch)
+    monkeypatch.setattr(receiving.Stored, "take", full)
+    with tensors_stored_in(tmp_path / "results"), pytest.raises(OSError, match="No space left on device"):
+        _sent(_tensors())
 
 
 @pytest.mark.usefixtures("pieces")
