@@ -97,7 +97,8 @@ def test_a_step_does_not_depend_on_how_its_batch_is_computed(
     for name, gradient in whole.gradients.items():
         torch.testing.assert_close(parts.gradients[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
     assert [point.loss for point in report.points] == pytest.approx([p.loss for p in whole_report.points], abs=1e-5)
-    assert_same_weights(weights, whole_weights, atol=1e-5)
+    # AdamW's steps are as long for small gradients, whose rounding shows: a tenth of the learning rate.
+    assert_same_weights(weights, whole_weights, atol=3e-5)
 
 
 def test_gradients_are_those_of_the_mean_over_the_tokens_of_the_batch(
