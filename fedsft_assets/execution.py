@@ -24,14 +24,13 @@ from fedsft_assets.files import link_or_copy
 from fedsft_assets.specs.job import JobSpec, PrivacySpec
 from fedsft_assets.specs.model_preset import ModelPreset
 from fedsft_assets.specs.plan import SitePlan
-from fedsft_assets.specs.runtime import RuntimeSettings
+from fedsft_assets.specs.runtime import SIMULATOR, RuntimeSettings
 from fedsft_assets.store import Store, split_file
 from fedsft_assets.tracking import Outbox, Registered, TrackedJob, Tracking
 from fedsft_assets.tracking.record import TrackedExecution
 from fedsft_assets.tracking.tracked_job import close_as_killed
 from fedsft_assets.versions import adding, make_current
 
-_SIMULATOR = RuntimeSettings()
 CHART_FILE = "val_loss.png"
 _INPUTS_FILE = "inputs.json"
 _PRIVACY, _DATASET = "filters.privacy.", "site."  # with a field, and a site's name, behind it: parameters in MLflow
@@ -80,7 +79,7 @@ def execute_job(
     tracking: Tracking,
     tags: dict[str, str],
     say: Callable[[str], object],
-    runtime: RuntimeSettings = _SIMULATOR,
+    runtime: RuntimeSettings = SIMULATOR,
 ) -> ExecutedJob:
     """Run a version of a job folder in the store, track it, make its checkpoint the current version and register it.
 

@@ -64,3 +64,6 @@ class RuntimeSettings(Spec):
     sites: list[str] = []
     poc: PocSettings = PocSettings()
     production: ProductionSettings = ProductionSettings()
+
+
+SIMULATOR = RuntimeSettings()

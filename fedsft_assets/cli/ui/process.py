@@ -1,7 +1,7 @@
-"""The processes of the user interfaces, one for each command here: nobody but `ui.py` starts them.
+"""The processes of the user interfaces, one for each command here: nobody but `start` starts them.
 
 What a process has to know that nobody else may is in a pipe, its standard input: command lines are for all to read.
-What listens on loopback is behind `ui_guard`, and sockets that are files are in a folder of this account's.
+What listens on loopback is behind `guard`, and sockets that are files are in a folder of this account's.
 """
 
 import argparse

@@ -297,7 +297,6 @@ class FederatedSFT(ModelController):
             self._limits,
             self.state,
             self.global_model,
-            Wire(self.wire),
             all_needed=self.min_sites == len(self.sites),
             max_update_ratio=self.max_update_ratio,
             say=lambda text: self.journal.add([Progress(text)]),

@@ -30,7 +30,7 @@ class GlobalModel:
 
     def __init__(self, state: ServerState, wire: Wire, algorithm: Mapping[str, Any], sites: int) -> None:
         """`sites` is how many the job has."""
-        self._state, self._wire, self._algorithm, self._sites = state, wire, algorithm, sites
+        self._state, self.wire, self._algorithm, self._sites = state, wire, algorithm, sites
         self.weights: dict[str, torch.Tensor] = {}
         self.change: dict[str, torch.Tensor] = {}
         self.control: dict[str, torch.Tensor] = {}
@@ -106,8 +106,8 @@ class GlobalModel:
             weight, mean = self.weights[name], average.mean(name)
             if mean is None:
                 return weight
-            change = rounded(self._optimizer.change(name, mean) if self._optimizer else mean, self._wire)
-            if self._wire == Wire.BF16_DIFF:
+            change = rounded(self._optimizer.change(name, mean) if self._optimizer else mean, self.wire)
+            if self.wire == Wire.BF16_DIFF:
                 self.change[name] = addend(change, name, number)
             return weight.add(change).to(weight.dtype)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from nvflare.app_common.abstract.fl_model import FLModel
 
-from fedsft_assets.federation.protocol.messages import Kind, Wire
+from fedsft_assets.federation.protocol.messages import Kind
 from fedsft_assets.federation.protocol.points import VAL_LOSS
 from fedsft_assets.federation.protocol.site_messages import PointMessage, RoundLimits, ScoreMessage, WordMessage
 from fedsft_assets.federation.server.cross_checks import (
@@ -31,12 +31,11 @@ class Review:
         limits: RoundLimits,
         state: ServerState,
         model: GlobalModel,
-        wire: Wire,
         all_needed: bool,
         max_update_ratio: float | None,
         say: Callable[[str], object],
     ) -> None:
-        self._limits, self._state, self._model, self._wire = limits, state, model, wire
+        self._limits, self._state, self._model = limits, state, model
         self._all_needed, self._max_update_ratio, self._say = all_needed, max_update_ratio, say
         self.begin(0)
 
@@ -68,7 +67,7 @@ class Review:
         expected = Kind.CHANGE if self._model.weights else Kind.FULL
         if message.kind != expected:
             raise ValueError(f"sent {message.kind!r} where {str(expected)!r} was to come; are the versions the same?")
-        update = SiteUpdate(message, result.params, self._model.shapes, self._wire, self._model.uses_directions)
+        update = SiteUpdate(message, result.params, self._model.shapes, self._model.wire, self._model.uses_directions)
         if self._state.progress.finished and message.first != self._state.progress.first:
             raise ValueError(other_start("the sites before"))
         others = [other for other, start in self._starts.items() if start != update.start]

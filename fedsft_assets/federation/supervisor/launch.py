@@ -14,10 +14,9 @@ from fedsft_assets.federation.runtimes.processes import MARK, execution_mark, st
 from fedsft_assets.federation.supervisor.workspace import Execution, Workspace, Workspaces
 from fedsft_assets.files import folder_digest
 from fedsft_assets.process_env import child_environment, home_environment
-from fedsft_assets.specs.runtime import RuntimeSettings
+from fedsft_assets.specs.runtime import SIMULATOR, RuntimeSettings
 from fedsft_assets.versions import existing
 
-_SIMULATOR = RuntimeSettings()
 _SECONDS_TO_ABORT = 14.0  # a FLARE job takes half as long to end
 
 
@@ -97,7 +96,7 @@ def run_job(
     workspace: Path,
     testing_file: Path,
     into: Path,
-    runtime: RuntimeSettings = _SIMULATOR,
+    runtime: RuntimeSettings = SIMULATOR,
     execution: Execution | None = None,
 ) -> Iterator[Event]:
     """Run a job to its end, yielding what happens; the last event is the JobReport.
