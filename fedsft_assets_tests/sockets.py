@@ -54,6 +54,8 @@ class Scan:
         """Add what these processes have now: sockets that listen, UDP sockets that are not for one peer alone."""
         for process in processes:
             try:
+                if not process.cmdline():
+                    continue  # it is ending: its memory is gone, and its sockets are about to be
                 program, connections = _program(process), process.net_connections("inet")
                 addresses = _listening_unix(process)
             except (psutil.Error, OSError):
@@ -99,6 +101,5 @@ def _listening_unix(process: psutil.Process) -> list[str]:
 
 
 def _program(process: psutil.Process) -> str:
-    words = process.cmdline()
-    modules = [word for word in words if word.startswith(("nvflare.", "fedsft_assets."))]
+    modules = [word for word in process.cmdline() if word.startswith(("nvflare.", "fedsft_assets."))]
     return modules[-1] if modules else process.name()

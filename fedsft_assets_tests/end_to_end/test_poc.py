@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -61,7 +62,18 @@ def system(prepared_home: Path, tmp_path_factory: pytest.TempPathFactory, empty_
 
 
 def _trainers(system: PocSystem, job_id: str) -> list[psutil.Process]:
-    return [p for p in system.job_processes(job_id) if "fedsft_assets.federation.site.process" in p.cmdline()]
+    """The trainers of a job, without what is forked from one and has not become another program yet."""
+    found = []
+    for process in system.job_processes(job_id):
+        with suppress(psutil.Error):
+            parent = process.parent()
+            if _is_trainer(process) and not (parent and _is_trainer(parent)):
+                found.append(process)
+    return found
+
+
+def _is_trainer(process: psutil.Process) -> bool:
+    return "fedsft_assets.federation.site.process" in process.cmdline()
 
 
 def test_federated_job_trains_in_a_poc_and_its_files_come_back(
@@ -76,10 +88,8 @@ def test_federated_job_trains_in_a_poc_and_its_files_come_back(
         while not (state := poc.poll(job_id)).ended:
             lines += poc.new_lines(job_id)
             for trainer in _trainers(system, job_id):
-                try:
+                with suppress(psutil.Error):
                     seen_trainers[trainer.pid] = trainer.environ()
-                except psutil.Error:
-                    continue
             time.sleep(0.5)
         live = len(lines)
         lines += poc.new_lines(job_id)

@@ -304,13 +304,14 @@ class Supervision:
     def _read(self, job_id: str) -> Generator[Event, None, bool]:
         """Events of what the job's journal has more; whether it has any. Raises BrokenChainError."""
         lines = self._runtime.new_lines(job_id)
-        yield from self.history.take(lines)
+        events = list(self.history.take(lines))
         rounds = self.history.rounds
         if rounds != self._execution.rounds or self.seconds - self._execution.seconds > _SAVE_SECONDS:
             self._save(rounds=rounds)
         if lines:
             to_come = 0 if self.history.said_all else self.history.releases_to_come
             self._charges.charge(self._execution.id, self.history.releases + to_come)
+        yield from events  # all is on the disk: whoever hears of something may stop this process at once
         return bool(lines)
 
     def _is_done(self, state: JobState) -> bool:

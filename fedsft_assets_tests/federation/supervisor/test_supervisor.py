@@ -625,7 +625,7 @@ def test_rounds_that_a_stopped_job_cannot_do_any_more_are_not_charged(
     assert _counts(private) == [3]  # two, and one that was cut off
     jobs.steps = [(RUNNING, [Started(2), replace(LATER, round=2)])]
     events = attempt().run()
-    list(_until(events, 2))
+    list(_until(events, 3))
     events.close()  # type: ignore[attr-defined]
     assert _counts(private) == [4]
 
