@@ -4,8 +4,8 @@ Plain Python: a notebook or a test calls it directly.
 """
 
 import json
+import logging
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -14,9 +14,7 @@ from fedsft_assets.data.split_report import SplitReport
 from fedsft_assets.evaluation.comparison import plot
 from fedsft_assets.federation.job_folder import SPEC_FILE, read_plans, read_spec
 from fedsft_assets.federation.protocol.job_report import REPORT_FILE, JobReport
-from fedsft_assets.federation.protocol.journal import EntryError, Missed, Progress, from_line
-from fedsft_assets.federation.protocol.points import Point
-from fedsft_assets.federation.protocol.tail import Tail
+from fedsft_assets.federation.protocol.journal import Missed, Progress
 from fedsft_assets.federation.supervisor.launch import held_workspace, run_job
 from fedsft_assets.federation.supervisor.privacy import RELEASES_FILE, Releases, ReleasesError
 from fedsft_assets.federation.supervisor.workspace import Workspaces
@@ -27,6 +25,7 @@ from fedsft_assets.specs.plan import SitePlan
 from fedsft_assets.specs.runtime import SIMULATOR, RuntimeSettings
 from fedsft_assets.store import Store, split_file
 from fedsft_assets.tracking import Outbox, Registered, TrackedJob, Tracking
+from fedsft_assets.tracking.journal_points import JournalPoints
 from fedsft_assets.tracking.record import TrackedExecution
 from fedsft_assets.tracking.tracked_job import close_as_killed
 from fedsft_assets.versions import adding, make_current
@@ -34,6 +33,8 @@ from fedsft_assets.versions import adding, make_current
 CHART_FILE = "val_loss.png"
 _INPUTS_FILE = "inputs.json"
 _PRIVACY, _DATASET = "filters.privacy.", "site."  # with a field, and a site's name, behind it: parameters in MLflow
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,12 +79,11 @@ def execute_job(
     preset: ModelPreset,
     tracking: Tracking,
     tags: dict[str, str],
-    say: Callable[[str], object],
     runtime: RuntimeSettings = SIMULATOR,
 ) -> ExecutedJob:
     """Run a version of a job folder in the store, track it, make its checkpoint the current version and register it.
 
-    `tags` go to the MLflow runs beside the data versions; `say` gets one line of progress at a time.
+    `tags` go to the MLflow runs beside the data versions. Progress is logged, a line at a time.
     A tracking server that does not answer changes nothing but that it gets everything later (see `Outbox`).
     Raises JobError if the job fails; its MLflow runs are then FAILED, or KILLED if it was interrupted.
     """
@@ -92,9 +92,8 @@ def execute_job(
     combined = inputs.combined(store)
     data = SplitReport.read(combined).digest
     params = {"model": preset.name, **_params(spec, plan, runtime.name)}
-    with held_workspace(job_folder, store.flare(spec.name), runtime.name, say) as (workspace, execution):
-        close_abandoned(store, spec.name, say)
-        earlier = journal_points(workspace.journal)
+    with held_workspace(job_folder, store.flare(spec.name), runtime.name) as (workspace, execution):
+        close_abandoned(store, spec.name)
         versions = {"data_version.job_folder": job_folder.name, "data_version.combined": data}
         with TrackedJob(
             tracking,
@@ -105,11 +104,9 @@ def execute_job(
             params,
             {**tags, **versions},
             spec.description,
-            say,
             workspace.tracking_record,
-            earlier,
-            lambda: journal_points(workspace.journal),
-            lambda execution: privacy_spent(store, execution, say),
+            workspace.journal,
+            lambda execution: privacy_spent(store, execution),
         ) as tracked:
             report: JobReport | None = None
             for event in run_job(
@@ -122,11 +119,9 @@ def execute_job(
             ):
                 match event:
                     case Progress(text):
-                        say(text)
+                        _log.info(text)
                     case Missed(site, number, reason):
-                        say(f"round {number} continues without {site}: {reason}")
-                    case Point():
-                        tracked.log(event)
+                        _log.warning("round %d continues without %s: %s", number, site, reason)
                     case JobReport():
                         report = event
             assert report is not None, "run_job ends with a report or raises"
@@ -142,18 +137,18 @@ def execute_job(
     return ExecutedJob(report, folder, folder / CHART_FILE, registered)
 
 
-def close_abandoned(store: Store, job: str, say: Callable[[str], object]) -> None:
+def close_abandoned(store: Store, job: str) -> None:
     """End the MLflow runs of executions whose process died before it could, and that nobody has taken up since."""
     for workspace in Workspaces(store.flare(job)).abandoned():
         close_as_killed(
             workspace.tracking_record,
             Outbox(store.outbox),
-            journal_points(workspace.journal),
-            lambda execution: privacy_spent(store, execution, say),
+            JournalPoints(workspace.journal).read(),
+            lambda execution: privacy_spent(store, execution),
         )
 
 
-def privacy_spent(store: Store, execution: TrackedExecution, say: Callable[[str], object]) -> dict[str, float]:
+def privacy_spent(store: Store, execution: TrackedExecution) -> dict[str, float]:
     """What MLflow is to know of the privacy that the sites of an execution have spent by now; nothing without noise.
 
     That of the site that has spent most: its epsilon, and the releases that it is for. Never raises: what ended the
@@ -170,23 +165,10 @@ def privacy_spent(store: Store, execution: TrackedExecution, say: Callable[[str]
         spec = PrivacySpec.model_validate(privacy)
         epsilon, releases = Releases(store.home / RELEASES_FILE).most_spent(datasets, spec)
     except (ReleasesError, OSError) as error:
-        say(f"the privacy that was spent is not in MLflow: {error}")
+        _log.warning("the privacy that was spent is not in MLflow: %s", error)
         return {}
-    say(f"of its privacy a site has spent epsilon {epsilon:.4g} by now, in {releases} releases")
+    _log.info("of its privacy a site has spent epsilon %.4g by now, in %d releases", epsilon, releases)
     return {"epsilon": epsilon, "releases": float(releases)}
-
-
-def journal_points(journal: Path) -> list[Point]:
-    """The points in the file of a journal, as far as it is written; none if it is not there."""
-    points = []
-    for line in Tail(journal).new_lines():
-        try:
-            entry = from_line(line)
-        except EntryError:
-            continue  # what another version of this package wrote
-        if isinstance(entry, Point):
-            points.append(entry)
-    return points
 
 
 def _params(spec: JobSpec, plan: SitePlan, runtime: str) -> dict[str, Any]:

@@ -1,18 +1,15 @@
 """The tracking server or store, and how long it may take to answer.
 
-MLflow itself waits two minutes for an answer and tries seven times again. Both are wrong here: whoever asks
-has a journal and tries again when it suits, and asking twice what was taken the first time makes things twice.
+MLflow itself waits two minutes for an answer and repeats a request seven times. Both are wrong here: whoever delivers
+has all of it on the disk and tries again when it suits, and a request that is repeated may make things twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+import os
 from dataclasses import dataclass
-from functools import cache, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from fedsft_assets.credentials import as_given, redacted, take_credentials
 from fedsft_assets.files import locked, publish_file
@@ -24,10 +21,10 @@ if TYPE_CHECKING:
 
 EXPERIMENT = "fedsft"
 CHAMPION = "champion"
-ANSWER_SECONDS = 10.0
+ANSWER_SECONDS = 10
 _SQLITE = "sqlite:///"
-
-_seconds: ContextVar[float | None] = ContextVar("seconds that MLflow may take to answer", default=None)
+_TIMEOUT, _RETRIES = "MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+_SET_BY_USER = frozenset(os.environ) & {_TIMEOUT, _RETRIES}
 
 
 @dataclass(frozen=True)
@@ -57,8 +54,10 @@ class Tracking:
         return self.uri.startswith(("http://", "https://"))
 
     def client(self) -> MlflowClient:
+        """A client whose requests `limit_requests` limits."""
         from mlflow import MlflowClient
 
+        limit_requests()
         if self.uri.startswith(_SQLITE):
             _make_store(Path(self.uri.removeprefix(_SQLITE)), self.artifacts)
         with redacted():
@@ -67,11 +66,11 @@ class Tracking:
     def experiment_id(self) -> str:
         """Of the one experiment that all jobs share; made when it is not there.
 
-        Raises MlflowException, after a few times ANSWER_SECONDS if there is no answer.
+        Raises MlflowException if there is no answer in time.
         """
         from mlflow.exceptions import MlflowException
 
-        with redacted(), answer_within(_seconds.get() or ANSWER_SECONDS):
+        with redacted():
             client = self.client()
             if existing := client.get_experiment_by_name(EXPERIMENT):
                 return str(existing.experiment_id)
@@ -104,18 +103,14 @@ def _make_store(database: Path, artifacts: Path | None) -> None:
                 SqlAlchemyStore(f"{_SQLITE}{fresh}", artifacts.as_uri())
 
 
-@contextmanager
-def answer_within(seconds: float) -> Iterator[None]:
-    """In this block and thread, MLflow gives a request so long to be answered, and never repeats it.
+def limit_requests(seconds: int | None = None) -> None:
+    """Have MLflow, in this process, wait `seconds` for an answer and never repeat a request.
 
-    Others in this process, and processes that it starts, keep MLflow's own limits.
+    MLflow's own variables say so; those that the user has set stay. Without `seconds`, an earlier limit stays, else it
+    is ANSWER_SECONDS.
     """
-    _let_requests_be_limited()
-    token = _seconds.set(seconds)
-    try:
-        yield
-    finally:
-        _seconds.reset(token)
+    limits = {_TIMEOUT: str(seconds or os.environ.get(_TIMEOUT, ANSWER_SECONDS)), _RETRIES: "0"}
+    os.environ.update({name: value for name, value in limits.items() if name not in _SET_BY_USER})
 
 
 def timed_out(error: BaseException) -> bool:
@@ -123,20 +118,3 @@ def timed_out(error: BaseException) -> bool:
     from requests.exceptions import Timeout
 
     return isinstance(error.__cause__, Timeout)
-
-
-@cache
-def _let_requests_be_limited() -> None:
-    """MLflow takes its limits from the environment only, which is that of all threads and children."""
-    from mlflow.utils import rest_utils
-
-    request = rest_utils._get_http_response_with_retries
-
-    @wraps(request)
-    def limited(method: str, url: str, max_retries: int, *args: Any, **rest: Any) -> Any:
-        seconds = _seconds.get()
-        if seconds is None:
-            return request(method, url, max_retries, *args, **rest)
-        return request(method, url, 0, *args, **{**rest, "timeout": seconds})
-
-    rest_utils._get_http_response_with_retries = limited

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +20,7 @@ from fedsft_assets.credentials import redact
 from fedsft_assets.federation.protocol.points import Point
 from fedsft_assets.files import publish_folder
 from fedsft_assets.tracking.delivery import Delivery, NotKeptError
-from fedsft_assets.tracking.mlflow_store import ANSWER_SECONDS, Tracking, answer_within
+from fedsft_assets.tracking.mlflow_store import ANSWER_SECONDS, Tracking, limit_requests
 from fedsft_assets.tracking.mlflow_values import distinct
 from fedsft_assets.tracking.record import Ending, TrackedExecution
 
@@ -28,6 +29,8 @@ _POINTS = "points.jsonl"
 _ENDING = "ending.json"
 _ARTIFACTS = "artifacts"
 _LATER = (408, 429)  # HTTP's "took too long" and "too many requests"
+
+_log = logging.getLogger(__name__)
 
 
 class BusyError(RuntimeError):
@@ -139,17 +142,17 @@ class Outbox:
     def deliver(
         self,
         tracking: Tracking,
-        say: Callable[[str], object],
         stop: Callable[[], bool] = lambda: False,
-        answer_seconds: float = ANSWER_SECONDS,
+        answer_seconds: int = ANSWER_SECONDS,
     ) -> list[Undelivered]:
-        """Deliver what waits, saying a line for each; returns what stays, and why.
+        """Deliver what waits, logging a line for each; returns what stays, and why.
 
         Stops at the first entry that gets no answer, since the others would get none either, and begins no
         further one once `stop()` is true. Each request may take `answer_seconds`.
         """
         left: list[Undelivered] = []
         unreachable = ""
+        limit_requests(answer_seconds)
         for execution_id in self.entries():
             if not unreachable and stop():
                 unreachable = "there was no time left for it"
@@ -161,10 +164,9 @@ class Outbox:
                         continue  # delivered meanwhile
                     job = entry.execution.job
                     if not unreachable:
-                        with answer_within(answer_seconds):
-                            version = deliver_entry(tracking, entry)
+                        version = deliver_entry(tracking, entry)
                         self.remove(entry)
-                        say(f"{job}: MLflow has all of it now" + (f", as version {version}" if version else ""))
+                        _log.info("%s: MLflow has all of it now%s", job, f", as version {version}" if version else "")
                         continue
             except BusyError as error:
                 reason = str(error)

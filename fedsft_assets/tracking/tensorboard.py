@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from fedsft_assets.federation.protocol.points import Point
 from fedsft_assets.files import locked
-from fedsft_assets.tracking.mlflow_values import JOB, distinct
+from fedsft_assets.tracking.mlflow_values import JOB
 
 if TYPE_CHECKING:
     from tensorboard.summary.writer.record_writer import RecordWriter
@@ -32,17 +32,22 @@ class EventFiles:
     """
 
     def __init__(self, folder: Path, points: Iterable[Point] = ()) -> None:
-        self._folder = self._place = folder
         self._writers: dict[str, RecordWriter] = {}
         self._written: set[Hashable] = set()
         self._held = ExitStack()
         for earlier in folder.glob("*/"):
             with suppress(BlockingIOError, FileNotFoundError), locked(earlier, wait=False):
                 shutil.rmtree(earlier, ignore_errors=True)
-        self._start_over(points)
+        self._place = folder / datetime.now().strftime("%Y-%m-%d %H:%M:%S.%f")
+        self._place.mkdir(parents=True)
+        self._held.enter_context(locked(self._place))
+        self.add(points)
 
     def add(self, points: Iterable[Point]) -> None:
-        """Write points that are not there yet. Raises OSError."""
+        """Write points that are not there yet, in their order: TensorBoard drops what follows one that comes late.
+
+        Raises OSError.
+        """
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 
@@ -56,31 +61,11 @@ class EventFiles:
         for writer in self._writers.values():
             writer.flush()
 
-    def complete(self, points: Iterable[Point]) -> None:
-        """Have all points of the execution there, in their order, and close the files. Raises OSError.
-
-        TensorBoard drops what follows a point that comes late, so if one is missing, the files are written anew.
-        """
-        points = distinct(points)
-        if any(point.identity not in self._written for point in points):
-            self._start_over(points)
-        self.close()
-
     def close(self) -> None:
         for writer in self._writers.values():
             writer.close()
         self._writers.clear()
         self._held.close()
-
-    def _start_over(self, points: Iterable[Point]) -> None:
-        self.close()
-        if self._place != self._folder:
-            shutil.rmtree(self._place, ignore_errors=True)
-        self._place = self._folder / datetime.now().strftime("%Y-%m-%d %H:%M:%S.%f")
-        self._place.mkdir(parents=True)
-        self._held.enter_context(locked(self._place))
-        self._written.clear()
-        self.add(points)
 
     def _writer(self, role: str) -> RecordWriter:
         from tensorboard.compat.proto.event_pb2 import Event

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from typing import Any, Self
 
 from fedsft_assets.federation.protocol.job_report import MODEL_FILE, JobReport
@@ -17,19 +16,22 @@ from fedsft_assets.federation.protocol.phases import metric_name
 from fedsft_assets.federation.protocol.points import Point
 from fedsft_assets.store import Store
 from fedsft_assets.tracking.delivery import Delivery
-from fedsft_assets.tracking.mlflow_store import ANSWER_SECONDS, Tracking, answer_within, timed_out
-from fedsft_assets.tracking.mlflow_values import JOB, distinct
+from fedsft_assets.tracking.journal_points import JournalPoints
+from fedsft_assets.tracking.mlflow_store import ANSWER_SECONDS, Tracking, limit_requests, timed_out
+from fedsft_assets.tracking.mlflow_values import JOB
 from fedsft_assets.tracking.outbox import BusyError, Entry, Outbox, explained, is_refusal
 from fedsft_assets.tracking.record import Ending, Registration, Status, TrackedExecution
 from fedsft_assets.tracking.tensorboard import EventFiles
 
-_TICK_SECONDS = 1.0  # points of so long are sent together
+_TICK_SECONDS = 1.0  # between looks at the journal; what came meanwhile is sent together
 _FIRST_PAUSE, _LONGEST_PAUSE, _LONGEST_PAUSE_AT_END = 1.0, 30.0, 5.0  # before a request is tried again
-_LONGEST_ANSWER = 120.0
+_LONGEST_ANSWER = 120
 _ENDED_PATIENCE = 10.0  # for a job that failed or was cancelled
 _DISK_SECONDS = 30.0
 
 Spent = Callable[[TrackedExecution], dict[str, float]]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,12 @@ class Registered:
 class TrackedJob:
     """One execution of a job in MLflow and TensorBoard, from construction to `finish` or the end of the `with` block.
 
-    Nothing here waits for the tracking server but the end, which waits `tracking.patience` seconds at most; what is
-    not delivered by then is in the store's outbox. `record` is the file with what is known of the last execution in the
-    same place. If it has this `execution_id` too, this is a further attempt: its MLflow runs go on. If it has another
-    one and its process died before it could say how it ended, it is closed as KILLED. `earlier` are the points of that
-    last execution, whichever it is; `journal` gives all that this one has in its durable file. `spent` gives what an
-    execution that did not end well has cost all the same, as single numbers by name.
+    Its points come from the file `journal`, to which another process appends. Nothing here waits for the tracking
+    server but the end, which waits `tracking.patience` seconds at most; what is not delivered by then is in the store's
+    outbox. `record` is the file with what is known of the last execution in the same place. If it has this
+    `execution_id` too, this is a further attempt, and its MLflow runs are resumed. If it has another one whose process
+    died before it could say how it ended, that one is closed as KILLED. `spent` gives what an execution that did not
+    end well has cost all the same, as single numbers by name.
     """
 
     def __init__(
@@ -65,10 +67,8 @@ class TrackedJob:
         params: dict[str, Any],
         tags: dict[str, str],
         note: str,
-        say: Callable[[str], object],
         record: Path,
-        earlier: Sequence[Point] = (),
-        journal: Callable[[], Iterable[Point]] = tuple,
+        journal: Path,
         spent: Spent = lambda _: {},
     ) -> None:
         self._tracking = tracking
@@ -76,23 +76,18 @@ class TrackedJob:
         self._outbox = Outbox(store.outbox)
         self._record = record
         self._record_lock = threading.Lock()
-        self._say = say = _never_raising(say)
-        self._journal = journal
-        self._logged: list[Point] = []
+        self._points = JournalPoints(journal)
         last = _read(self._record)
-        goes_on = last is not None and last.id == execution_id
-        if last and goes_on:  # parameters stay, MLflow lets nobody change them
+        if last and last.id == execution_id:  # parameters stay, MLflow lets nobody change them
             self._execution = replace(last, tags={**last.tags, **tags}, ended=False)
         else:
-            close_as_killed(self._record, self._outbox, earlier, spent)
+            close_as_killed(self._record, self._outbox, spent=spent)
             values = {name: str(value) for name, value in params.items()}
             self._execution = TrackedExecution(execution_id, job, sites, values, tags, note, round(time.time(), 3))
         self._execution.write(self._record)  # before anything is made under its id
-        self._earlier = points = distinct(earlier) if goes_on else []
         delivery = Delivery(tracking, self._execution, self._save)
-        delivery.add(points)
-        self._events = _EventThread(store.tensorboard(job), points, say)
-        self._delivery = _DeliveryThread(tracking, self._outbox, self._execution, delivery, say)
+        self._events = _EventThread(store.tensorboard(job), self._points)
+        self._delivery = _DeliveryThread(tracking, self._outbox, self._execution, delivery, self._points)
         self._events.start()
         self._delivery.start()
 
@@ -100,12 +95,6 @@ class TrackedJob:
     def run_id(self) -> str | None:
         """Of the job's MLflow run; None until the tracking server has made it."""
         return self._execution.runs.get(JOB)
-
-    def log(self, point: Point) -> None:
-        """Have a point delivered soon. Never waits, never raises."""
-        self._logged.append(point)
-        self._events.points.put(point)
-        self._delivery.points.put(point)
 
     def finish(self, report: JobReport, checkpoint: Path, artifacts: list[Path], model: str, data: str) -> Registered:
         """Deliver everything and end the MLflow runs well.
@@ -154,7 +143,7 @@ class TrackedJob:
             self._save(self._execution)
             self._deliver(entry, min(_ENDED_PATIENCE, self._tracking.patience))
         except OSError as error:  # what ended the job is what its user must see
-            self._say(f"tracking: {explained(error)}")
+            _log.error("tracking: %s", explained(error))
 
     def _save(self, execution: TrackedExecution) -> None:
         with self._record_lock:
@@ -163,37 +152,29 @@ class TrackedJob:
 
     def _put(self, ending: Ending, artifacts: Sequence[Path] = (), texts: dict[str, str] | None = None) -> Entry:
         """Have everything that belongs to the execution in the outbox, whatever happens from here on."""
-        points = distinct([*self._earlier, *self._journal(), *self._logged])
-        self._events.complete(points)
+        points = self._points.read()
+        self._events.complete()
         return self._outbox.put(self._execution, points, ending, artifacts, texts)
 
     def _deliver(self, entry: Entry, patience: float) -> None:
         if not self._delivery.deliver(entry, patience):
-            self._say(
-                f"the tracking server has not taken everything ({self._delivery.trouble}); the rest waits in "
-                f"{entry.folder} and is delivered by `fedsft track` or with the next job"
+            _log.warning(
+                "the tracking server has not taken everything (%s); the rest waits in %s and is delivered by"
+                " `fedsft track` or with the next job",
+                self._delivery.trouble,
+                entry.folder,
             )
 
 
-def close_as_killed(record: Path, outbox: Outbox, points: Sequence[Point], spent: Spent = lambda _: {}) -> None:
+def close_as_killed(record: Path, outbox: Outbox, points: Sequence[Point] = (), spent: Spent = lambda _: {}) -> None:
     """Have the MLflow runs ended of an execution whose process died before it could say how it ended.
 
-    `spent` is as TrackedJob has it.
+    `points` are those that may not have been sent. `spent` is as TrackedJob has it.
     """
     last = _read(record)
     if last and not last.ended and not outbox.get(last.id):
         outbox.put(last, points, Ending("KILLED", round(time.time(), 3), spent(last)))
         replace(last, ended=True).write(record)
-
-
-def _never_raising(say: Callable[[str], object]) -> Callable[[str], object]:
-    """Saying something must end no thread."""
-
-    def tell(text: str) -> None:
-        with suppress(Exception):
-            say(text)
-
-    return tell
 
 
 def _read(path: Path) -> TrackedExecution | None:
@@ -206,31 +187,28 @@ def _read(path: Path) -> TrackedExecution | None:
 class _EventThread(threading.Thread):
     """Writes TensorBoard's event files: a disk may be slow, too."""
 
-    def __init__(self, folder: Path, first: list[Point], say: Callable[[str], object]) -> None:
+    def __init__(self, folder: Path, points: JournalPoints) -> None:
         super().__init__(name="tensorboard", daemon=True)
-        self.points: SimpleQueue[Point | None] = SimpleQueue()
-        self._all: list[Point] = []
-        self._folder = folder
-        self._first = first
-        self._say = say
+        self._folder, self._points = folder, points
+        self._ended = threading.Event()
 
-    def complete(self, points: list[Point]) -> None:
-        """Have all these there, and end."""
-        self._all = points
-        self.points.put(None)
+    def complete(self) -> None:
+        """Have all points there, and end."""
+        self._ended.set()
         self.join(_DISK_SECONDS)
 
     def run(self) -> None:
         try:
-            files = EventFiles(self._folder, self._first)
-            while True:
-                points, ended = _taken(self.points)
+            files, written, ended = EventFiles(self._folder), 0, False
+            while not ended:
+                ended = self._ended.is_set()  # what is read from here on is all
+                points = self._points.read(written)
                 files.add(points)
-                if ended:
-                    files.complete(self._all)
-                    return
+                written += len(points)
+                self._ended.wait(_TICK_SECONDS)
+            files.close()
         except Exception as error:  # curves to look at are no reason to fail
-            self._say(f"TensorBoard's event files in {self._folder} are not complete: {explained(error)}")
+            _log.warning("TensorBoard's event files in %s are not complete: %s", self._folder, explained(error))
 
 
 class _DeliveryThread(threading.Thread):
@@ -242,10 +220,9 @@ class _DeliveryThread(threading.Thread):
         outbox: Outbox,
         execution: TrackedExecution,
         delivery: Delivery,
-        say: Callable[[str], object],
+        points: JournalPoints,
     ) -> None:
         super().__init__(name="mlflow", daemon=True)
-        self.points: SimpleQueue[Point | None] = SimpleQueue()
         self.ending: Entry | None = None
         self.version: str | None = None
         self.trouble = "there was no time for an answer"
@@ -253,7 +230,7 @@ class _DeliveryThread(threading.Thread):
         self._outbox = outbox
         self._execution = execution
         self._delivery = delivery
-        self._say = say
+        self._points, self._added = points, 0
         self._stale = outbox.get(execution.id)
         self._ending_asked = threading.Event()
         self._settled = threading.Event()
@@ -264,7 +241,6 @@ class _DeliveryThread(threading.Thread):
         """Deliver the rest, which is in the outbox, waiting so many seconds at most. Whether all of it is there."""
         self.ending = entry
         self._ending_asked.set()
-        self.points.put(None)
         self._settled.wait(patience)
         self._given_up.set()
         return self._delivered
@@ -285,25 +261,26 @@ class _DeliveryThread(threading.Thread):
         """Send points as they come, try again what failed, until the ending is delivered or given up."""
         opened, others_wait, failures = False, True, 0
         pause, answer_seconds, progress = _FIRST_PAUSE, ANSWER_SECONDS, 0
+        limit_requests(answer_seconds)
         while not self._given_up.is_set():
             try:
-                with answer_within(answer_seconds):
-                    if not opened:
-                        self._delivery.open(running=self.ending is None)
-                        opened = True
-                    if self.ending:
-                        self._deliver_ending(self.ending)
-                        return
-                    self._delivery.send()
+                self._add_points()
+                if not opened:
+                    self._delivery.open(running=self.ending is None)
+                    opened = True
+                if self.ending:
+                    self._deliver_ending(self.ending)
+                    return
+                self._delivery.send()
                 pause, failures = _FIRST_PAUSE, 0
                 if others_wait:
                     others_wait = False
-                    self._outbox.deliver(self._tracking, self._say, stop=self._ending_asked.is_set)
-                self._delivery.add(_taken(self.points)[0])
+                    self._outbox.deliver(self._tracking, stop=self._ending_asked.is_set)
+                self._ending_asked.wait(_TICK_SECONDS)
             except Exception as error:  # whatever MLflow says, training goes on
                 self.trouble, opened, failures = explained(error), False, failures + 1
                 if failures == 1 and not self.ending:
-                    self._say(f"MLflow: {self.trouble}; training goes on, what is measured is kept and sent later")
+                    _log.warning("MLflow: %s; training goes on, what is measured is kept and sent later", self.trouble)
                 if self.ending and failures > 1 and is_refusal(error):
                     self._settled.set()
                     return
@@ -311,8 +288,14 @@ class _DeliveryThread(threading.Thread):
                     pause, progress = _FIRST_PAUSE, self._delivery.progress
                 if timed_out(error):
                     answer_seconds = min(2 * answer_seconds, _LONGEST_ANSWER)
+                    limit_requests(answer_seconds)
                 (self._given_up if self.ending else self._ending_asked).wait(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_AT_END if self.ending else _LONGEST_PAUSE)
+
+    def _add_points(self) -> None:
+        points = self._points.read(self._added)
+        self._delivery.add(points)
+        self._added += len(points)
 
     def _deliver_ending(self, ending: Entry) -> None:
         self._delivery.add(ending.points)
@@ -321,17 +304,3 @@ class _DeliveryThread(threading.Thread):
         self._outbox.remove(ending)
         self._delivered = True
         self._settled.set()
-
-
-def _taken(points: SimpleQueue[Point | None]) -> tuple[list[Point], bool]:
-    """The next points, as many as come within a moment, and whether None has said that they are the last."""
-    taken: list[Point] = []
-    first = points.get()
-    deadline = time.monotonic() + _TICK_SECONDS
-    while first is not None:
-        taken.append(first)
-        try:
-            first = points.get(timeout=max(0.0, deadline - time.monotonic()))
-        except Empty:
-            return taken, False
-    return taken, True

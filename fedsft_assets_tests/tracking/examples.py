@@ -9,6 +9,7 @@ from typing import Any
 from mlflow.entities import Run
 
 from fedsft_assets.federation.protocol.job_report import JobReport
+from fedsft_assets.federation.protocol.journal import Journal
 from fedsft_assets.federation.protocol.points import Point
 from fedsft_assets.federation.supervisor.workspace import Workspace
 from fedsft_assets.store import Store
@@ -79,14 +80,24 @@ def tracking_record(store: Store) -> Path:
     return Workspace(store.flare("fedavg") / "workspace").tracking_record
 
 
+def journal_file(store: Store) -> Path:
+    """The copy of the journal of the last execution."""
+    return Workspace(store.flare("fedavg") / "workspace").journal
+
+
+def write(store: Store, points: Iterable[Point]) -> None:
+    """Have points in the journal."""
+    Journal(journal_file(store)).add(points)
+
+
 def track(tracking: Tracking, store: Store, execution_id: str = "", **others: Any) -> TrackedJob:
     """A new execution unless its id is given."""
     params = others.pop("params", {"rounds": ROUNDS, "learning_rate": 4e-3, "max_local_steps": None})
     given = {
-        "say": lambda _: None,
         "tags": {"dagster.run_id": "abc"},
         "note": "FedAvg over two",
         "record": tracking_record(store),
+        "journal": journal_file(store),
         **others,
     }
     return TrackedJob(tracking, store, "fedavg", execution_id or uuid.uuid4().hex, SITES, params, **given)

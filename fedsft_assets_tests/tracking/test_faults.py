@@ -1,12 +1,11 @@
 """A tracking server that is down, dies, is slow, or answers into the void: all arrives, once, and nobody waits."""
 
-import json
 import signal
 import subprocess
 import sys
 import threading
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,6 +25,7 @@ from fedsft_assets_tests.tracking.examples import (
     track,
     tracking_record,
     until,
+    write,
 )
 from fedsft_assets_tests.tracking.server import HOST, Proxy, TrackingServer, unused_port
 
@@ -57,22 +57,20 @@ def _assert_complete(tracking: Tracking, points: list[Point], status: str = "FIN
 
 
 def test_server_that_is_down_at_the_start_gets_everything_when_it_is_up(
-    server: TrackingServer, store: Store, checkpoint: Path
+    server: TrackingServer, store: Store, checkpoint: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tracking, points, said = Tracking(server.url), job_points(), []
-    with track(tracking, store, say=said.append) as job:
-        for point in points[:10]:
-            job.log(point)
-        until(lambda: said, "a line about the server that is down")
+    tracking, points = Tracking(server.url), job_points()
+    with track(tracking, store) as job:
+        write(store, points[:10])
+        until(lambda: caplog.messages, "a line about the server that is down")
         assert job.run_id is None
         server.start()
-        for point in points[10:]:
-            job.log(point)
+        write(store, points[10:])
         until(lambda: curve(tracking, "fedavg", "val_loss"), "points arrive while the job runs")
         registered = finish(job, checkpoint)
     assert (registered.version, registered.run_id) == ("1", runs(tracking)["fedavg"].info.run_id)
-    assert len(said) == 1
-    assert "training goes on" in said[0]
+    (said,) = caplog.messages
+    assert "training goes on" in said
     _assert_complete(tracking, points)
 
 
@@ -82,12 +80,10 @@ def test_server_that_is_killed_in_the_middle_gets_everything_after_its_return(
     tracking, points = Tracking(server.url), job_points()
     server.start()
     with track(tracking, store) as job:
-        for point in points[:10]:
-            job.log(point)
+        write(store, points[:10])
         until(lambda: curve(tracking, "fedavg", "val_loss"), "points arrive")
         server.kill()
-        for point in points[10:]:
-            job.log(point)
+        write(store, points[10:])
         begun = threading.Thread(target=server.start)  # it comes back while the job waits for its end
         begun.start()
         finish(job, checkpoint)
@@ -98,8 +94,7 @@ def test_server_that_is_killed_in_the_middle_gets_everything_after_its_return(
 def test_slow_server_gets_everything(running_server: TrackingServer, store: Store, checkpoint: Path) -> None:
     tracking, points = Tracking(running_server.url), job_points()
     with Proxy(running_server.port, lambda _: "late", delay=0.3) as proxy, track(Tracking(proxy.url), store) as job:
-        for point in points:
-            job.log(point)
+        write(store, points)
         assert finish(job, checkpoint).version == "1"
     _assert_complete(tracking, points)
 
@@ -116,11 +111,9 @@ def test_nothing_is_doubled_when_answers_are_lost(
 
     with Proxy(running_server.port, forward) as proxy:
         with track(Tracking(proxy.url, patience=300), store) as job:
-            for point in points[:20]:
-                job.log(point)
+            write(store, points[:20])
             until(lambda: curve(tracking, "fedavg", "val_loss"), "points arrive")
-            for point in points[20:]:
-                job.log(point)
+            write(store, points[20:])
             assert finish(job, checkpoint).version == "1"
         dropped = {line.split()[1].split("?")[0] for line in proxy.requests if _is_change(line)}
     assert {"/api/2.0/mlflow/runs/create", "/api/2.0/mlflow/runs/log-batch"} <= dropped
@@ -132,7 +125,7 @@ def test_nothing_is_doubled_when_requests_are_served_after_they_were_given_up(
     running_server: TrackingServer, store: Store, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first requests to make a run and to log a batch reach the server when others have taken their place."""
-    monkeypatch.setattr(tracked_job, "ANSWER_SECONDS", 2.0)
+    monkeypatch.setattr(tracked_job, "ANSWER_SECONDS", 2)
     tracking, points, late = Tracking(running_server.url), job_points(), []
 
     def forward(line: str) -> str:
@@ -143,30 +136,28 @@ def test_nothing_is_doubled_when_requests_are_served_after_they_were_given_up(
 
     with Proxy(running_server.port, forward, delay=6.0) as proxy:
         with track(Tracking(proxy.url), store) as job:
-            for point in points[:20]:
-                job.log(point)
+            write(store, points[:20])
             until(lambda: len(proxy.served) == len(proxy.requests) and len(late) == 2, "late requests are served")
-            for point in points[20:]:
-                job.log(point)
+            write(store, points[20:])
             finish(job, checkpoint)
         creations = [line for line in proxy.served if "runs/create" in line]
     assert len(creations) == 4  # one too many, whose run is removed
     _assert_complete(tracking, points)
 
 
-def test_a_silent_server_holds_nobody_up(running_server: TrackingServer, store: Store) -> None:
+def test_a_silent_server_holds_nobody_up(
+    running_server: TrackingServer, store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
     tracking = Tracking(running_server.url)
     points = [Point("train_loss", step / 7, 1, step, None, step, 1, time=1.7e9 + step) for step in range(20_000)]
 
     def cancelled_job(url: str) -> None:
-        with track(Tracking(url, patience=0.1), store, say=said.append) as job:
+        with track(Tracking(url, patience=0.1), store):
             until(lambda: proxy.requests, "a request is under way")
-            for point in points:
-                job.log(point)
+            write(store, points)
             logged.append(len(proxy.served))
             raise KeyboardInterrupt
 
-    said: list[str] = []
     logged: list[int] = []
     with Proxy(running_server.port, lambda _: "hold") as proxy:
         with pytest.raises(KeyboardInterrupt):
@@ -174,21 +165,18 @@ def test_a_silent_server_holds_nobody_up(running_server: TrackingServer, store: 
         assert (logged, proxy.served) == ([0], [])  # all were logged and the job had ended before any answer
         assert len(proxy.requests) == 1
     (waits,) = Outbox(store.outbox).entries()
-    assert said[-1].startswith("the tracking server has not taken everything")
-    assert str(store.outbox / waits) in said[-1]
-    until(
-        lambda: not Outbox(store.outbox).deliver(tracking, said.append), "the job's own thread lets go, and all is sent"
-    )
+    assert caplog.messages[-1].startswith("the tracking server has not taken everything")
+    assert str(store.outbox / waits) in caplog.messages[-1]
+    until(lambda: not Outbox(store.outbox).deliver(tracking), "the job's own thread lets go, and all is sent")
     _assert_complete(tracking, points, "KILLED")
 
 
 def test_what_a_server_never_took_is_delivered_by_the_command(
     server: TrackingServer, store: Store, checkpoint: Path
 ) -> None:
-    tracking, points, said = Tracking(server.url, patience=0.5), job_points(), []
-    with track(tracking, store, say=said.append, journal=lambda: points) as job:
-        for point in points:
-            job.log(point)
+    tracking, points = Tracking(server.url, patience=0.5), job_points()
+    with track(tracking, store) as job:
+        write(store, points)
         registered = finish(job, checkpoint)
     assert (registered.model, registered.version, registered.run_id) == ("fedsft-tiny", None, None)
     assert not tracking_record(store).exists()
@@ -218,8 +206,7 @@ def test_what_a_server_never_took_is_delivered_by_the_command(
 def test_next_job_delivers_what_waits(running_server: TrackingServer, store: Store, checkpoint: Path) -> None:
     tracking, points = Tracking(running_server.url), job_points()
     with track(Tracking(f"http://{HOST}:{unused_port()}", patience=0.1), store) as job:
-        for point in points:
-            job.log(point)
+        write(store, points)
         finish(job, checkpoint)
     assert len(Outbox(store.outbox).entries()) == 1
     with track(tracking, store) as job:
@@ -236,7 +223,7 @@ def _all_runs(tracking: Tracking) -> list:
 
 
 def test_entry_that_mlflow_refuses_does_not_hold_up_the_others(
-    running_server: TrackingServer, store: Store, checkpoint: Path
+    running_server: TrackingServer, store: Store, checkpoint: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tracking, points, outbox = Tracking(running_server.url), job_points(), Outbox(store.outbox)
     nowhere = Tracking(f"http://{HOST}:{unused_port()}", patience=0.1)
@@ -246,22 +233,22 @@ def test_entry_that_mlflow_refuses_does_not_hold_up_the_others(
     assert bad is not None
     bad.save(replace(bad.execution, params={"a name with a \0 in it": "1"}))
     with track(nowhere, store) as job:
-        for point in points:
-            job.log(point)
+        write(store, points)
         finish(job, checkpoint)
-    said: list[str] = []
-    (left,) = outbox.deliver(tracking, said.append)
+    caplog.clear()
+    caplog.set_level("INFO", "fedsft_assets")
+    (left,) = outbox.deliver(tracking)
     assert left.folder == bad.folder
     assert "a name with a" in left.reason
-    assert len(said) == 1
+    assert len(caplog.messages) == 1
     assert outbox.entries() == [bad.execution.id]
 
 
 def test_a_killed_process_goes_on_in_the_same_mlflow_runs(
-    running_server: TrackingServer, store: Store, checkpoint: Path, tmp_path: Path
+    running_server: TrackingServer, store: Store, checkpoint: Path
 ) -> None:
     """Killed with points that were sent, points that were not, and a request whose answer it never saw."""
-    tracking, points, journal = Tracking(running_server.url), job_points(), tmp_path / "journal.jsonl"
+    tracking, points = Tracking(running_server.url), job_points()
     batches: list[str] = []
 
     def forward(line: str) -> str:
@@ -271,15 +258,10 @@ def test_a_killed_process_goes_on_in_the_same_mlflow_runs(
         return {1: "pass", 2: "pass", 3: "drop"}.get(len(batches), "hold")  # parameters, the job, one site, the other
 
     with Proxy(running_server.port, forward) as proxy:
-        command = [sys.executable, "-c", _KILLED, proxy.url, str(store.home), str(journal)]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, text=True) as process:
-            assert process.stdin is not None
+        command = [sys.executable, "-c", _KILLED, proxy.url, str(store.home)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
             try:
-                for point in points[:30]:
-                    with journal.open("a") as file:
-                        file.write(json.dumps(asdict(point)) + "\n")
-                    process.stdin.write("another\n")
-                    process.stdin.flush()
+                write(store, points[:30])
                 until(lambda: len(batches) >= 4, "one batch is served whose answer is lost, and one is not")
             finally:
                 process.send_signal(signal.SIGKILL)
@@ -288,26 +270,20 @@ def test_a_killed_process_goes_on_in_the_same_mlflow_runs(
     assert 0 < len(sent) < len(expected(points[:30]))
     assert set(sent) <= set(expected(points))
 
-    with track(tracking, store, "the execution", earlier=points[:30]) as job:
-        for point in points[30:]:
-            job.log(point)
+    with track(tracking, store, "the execution") as job:
+        write(store, points[30:])
         finish(job, checkpoint)
     assert {name: run.info.run_id for name, run in runs(tracking).items()} == before
     _assert_complete(tracking, points)
 
 
 _KILLED = """
-import json, sys
+import sys
 from pathlib import Path
-from fedsft_assets.federation.protocol.points import Point
 from fedsft_assets.store import Store
 from fedsft_assets.tracking import Tracking
 from fedsft_assets_tests.tracking.examples import track
-url, home, journal = sys.argv[1:]
+url, home = sys.argv[1:]
 job = track(Tracking(url), Store(Path(home)), "the execution")
-with_points = 0
-for _ in sys.stdin:
-    line = Path(journal).read_text().splitlines()[with_points]
-    job.log(Point(**json.loads(line)))
-    with_points += 1
+sys.stdin.read()
 """

@@ -11,7 +11,7 @@ from fedsft_assets.federation.supervisor.privacy import RELEASES_FILE, Releases,
 from fedsft_assets.federation.supervisor.workspace import Workspaces
 from fedsft_assets.store import Store
 from fedsft_assets.tracking import Outbox, TrackedJob, Tracking
-from fedsft_assets_tests.tracking.examples import REPORT, SITES, curve, job_points, runs, statuses, track
+from fedsft_assets_tests.tracking.examples import REPORT, SITES, curve, job_points, runs, statuses, track, write
 
 DATASETS = dict(zip(SITES, ["alpaca", "dolly"], strict=True))
 PARAMS = {
@@ -28,13 +28,8 @@ def releases(store: Store) -> Releases:
     return Releases(store.home / RELEASES_FILE)
 
 
-def _track(
-    tracking: Tracking, store: Store, execution: str, said: list[str] | None = None, **others: Any
-) -> TrackedJob:
-    def spent(of: Any) -> dict[str, float]:
-        return privacy_spent(store, of, [].append if said is None else said.append)
-
-    return track(tracking, store, execution, params=PARAMS, spent=spent, **others)
+def _track(tracking: Tracking, store: Store, execution: str, **others: Any) -> TrackedJob:
+    return track(tracking, store, execution, params=PARAMS, spent=lambda of: privacy_spent(store, of), **others)
 
 
 def _fail(tracking: Tracking, store: Store, execution: str, error: BaseException, **others: Any) -> None:
@@ -50,17 +45,24 @@ def _fail(tracking: Tracking, store: Store, execution: str, error: BaseException
     ("error", "status"), [(RuntimeError("trainer died"), "FAILED"), (KeyboardInterrupt(), "KILLED")]
 )
 def test_attempt_that_ends_early_has_what_its_sites_have_spent(
-    tracking: Tracking, store: Store, releases: Releases, error: BaseException, status: str
+    tracking: Tracking,
+    store: Store,
+    releases: Releases,
+    error: BaseException,
+    status: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     releases.charge({"site-2": "dolly"}, "of an earlier job", 1.0, 4)
     releases.charge(DATASETS, "first", 2.0, 3)
-    said: list[str] = []
-    _fail(tracking, store, "first", error, said=said)
+    caplog.set_level("INFO", "fedsft_assets")
+    _fail(tracking, store, "first", error)
     run = runs(tracking)["fedavg"]
     assert run.info.status == status
     # Of the site that has spent most, all that ever left it.
     assert run.data.metrics == {"epsilon": pytest.approx(epsilon([(1.0, 4), (2.0, 3)], 1e-5)), "releases": 7}
-    assert said == [f"of its privacy a site has spent epsilon {run.data.metrics['epsilon']:.4g} by now, in 7 releases"]
+    assert caplog.messages == [
+        f"of its privacy a site has spent epsilon {run.data.metrics['epsilon']:.4g} by now, in 7 releases"
+    ]
 
 
 def test_last_value_is_that_of_the_last_attempt(
@@ -69,7 +71,8 @@ def test_last_value_is_that_of_the_last_attempt(
     releases.charge(DATASETS, "first", 2.0, 3)
     _fail(tracking, store, "first", RuntimeError("trainer died"))
     releases.charge(DATASETS, "first", 2.0, 5)
-    with _track(tracking, store, "first", earlier=job_points()[:2]) as job:
+    write(store, job_points()[:2])
+    with _track(tracking, store, "first") as job:
         report = replace(REPORT, epsilon=epsilon([(2.0, 5)], 1e-5), releases=5)
         job.finish(report, checkpoint, [], model="fedsft-tiny", data="data")
     metrics = runs(tracking)["fedavg"].data.metrics
@@ -83,25 +86,25 @@ def test_execution_whose_process_died_has_it_too(tracking: Tracking, store: Stor
     workspace.folder.mkdir(parents=True)
     dead = _track(tracking, store, "first", record=workspace.tracking_record)
     dead._delivery._given_up.set()  # what is left of a process that was killed
-    dead.log(job_points()[0])
     dead._delivery.join()
-    close_abandoned(store, "fedavg", print)
-    Outbox(store.outbox).deliver(tracking, print)
+    close_abandoned(store, "fedavg")
+    Outbox(store.outbox).deliver(tracking)
     assert set(statuses(tracking).values()) == {"KILLED"}
     assert runs(tracking)["fedavg"].data.metrics["epsilon"] == epsilon([(2.0, 3)], 1e-5)
 
 
-def test_record_of_releases_that_cannot_be_read_hides_no_failure(tracking: Tracking, store: Store) -> None:
+def test_record_of_releases_that_cannot_be_read_hides_no_failure(
+    tracking: Tracking, store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
     (store.home / RELEASES_FILE).write_text("[]")
-    said: list[str] = []
-    _fail(tracking, store, "first", RuntimeError("trainer died"), said=said)
+    _fail(tracking, store, "first", RuntimeError("trainer died"))
     assert statuses(tracking)["fedavg"] == "FAILED"
-    assert len(said) == 1
-    assert said[0].startswith(f"the privacy that was spent is not in MLflow: {store.home / RELEASES_FILE}: is not")
+    (said,) = caplog.messages
+    assert said.startswith(f"the privacy that was spent is not in MLflow: {store.home / RELEASES_FILE}: is not")
 
 
 def test_job_without_noise_has_no_epsilon(tracking: Tracking, store: Store, checkpoint: Path) -> None:
-    with track(tracking, store, spent=lambda of: privacy_spent(store, of, print)) as job:
+    with track(tracking, store, spent=lambda of: privacy_spent(store, of)) as job:
         job.finish(REPORT, checkpoint, [], model="fedsft-tiny", data="data")
-    assert privacy_spent(store, job._execution, print) == {}
+    assert privacy_spent(store, job._execution) == {}
     assert "epsilon" not in runs(tracking)["fedavg"].data.metrics

@@ -14,7 +14,7 @@ from fedsft_assets.federation.protocol.points import Point
 from fedsft_assets.store import Store
 from fedsft_assets.tracking import Tracking
 from fedsft_assets.tracking.tensorboard import EventFiles
-from fedsft_assets_tests.tracking.examples import SITES, finish, job_points, track, until
+from fedsft_assets_tests.tracking.examples import SITES, finish, job_points, track, until, write
 
 _ALL = {"scalars": 0}
 
@@ -42,7 +42,7 @@ def test_every_point_is_there_once_with_its_time_over_the_records_trained_on(tmp
     for point in [*points, *points]:
         files.add([point])
     assert _read(tmp_path / "fedavg") == _expected(points)  # while the job still runs
-    files.complete(points)
+    files.close()
     assert _read(tmp_path / "fedavg") == _expected(points)
     assert {path.name for path in (tmp_path / "fedavg").glob("*/*") if path.is_dir()} == set(SITES)
 
@@ -54,15 +54,7 @@ def test_files_begin_anew_with_what_was_there_before(tmp_path: Path) -> None:
     half.write_bytes(half.read_bytes()[:-5])
     files = EventFiles(tmp_path, points[:15])
     files.add(points[15:])
-    files.complete(points)
-    assert _read(tmp_path) == _expected(points)
-
-
-def test_points_that_nobody_saw_live_are_there_in_the_end(tmp_path: Path) -> None:
-    points = job_points()
-    files = EventFiles(tmp_path)
-    files.add(points[:5] + points[8:])
-    files.complete(points)
+    files.close()
     assert _read(tmp_path) == _expected(points)
 
 
@@ -70,7 +62,7 @@ def test_an_open_tensorboard_forgets_the_execution_before(tmp_path: Path) -> Non
     points = job_points()
     reader = EventMultiplexer(size_guidance=_ALL)
     for of_execution in (job_points(rounds=5), points):
-        EventFiles(tmp_path / "fedavg").complete(of_execution)
+        EventFiles(tmp_path / "fedavg", of_execution).close()
         reader.AddRunsFromDirectory(str(tmp_path))
         reader.Reload()
     (run,) = [run for run in reader.Runs() if not run.endswith(tuple(SITES))]
@@ -85,7 +77,7 @@ import sys
 from pathlib import Path
 from fedsft_assets.federation.protocol.points import Point
 from fedsft_assets.tracking.tensorboard import EventFiles
-EventFiles(Path(sys.argv[1])).complete([Point("val_loss", 1.0, 0, 0)])
+EventFiles(Path(sys.argv[1]), [Point("val_loss", 1.0, 0, 0)]).close()
 print({name.split(".")[0] for name in sys.modules} & {"torch", "tensorflow", "dagster", "mlflow"})
 """
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
@@ -100,10 +92,10 @@ def test_a_tracked_job_leaves_its_event_files(
     points = job_points()
 
     def run() -> None:
-        with track(tracking, store, journal=lambda: points) as job:
-            for point in points[:12]:
-                job.log(point)
+        with track(tracking, store) as job:
+            write(store, points[:12])
             until(lambda: _read(store.tensorboard("fedavg")) == _expected(points[:12]), "points are there live")
+            write(store, points[12:])
             if error:
                 raise error
             finish(job, checkpoint)
@@ -120,7 +112,8 @@ def test_another_execution_of_the_job_that_goes_on_keeps_its_curves(tmp_path: Pa
     points = job_points()
     one = EventFiles(tmp_path, points[:4])
     EventFiles(tmp_path, points).close()
-    one.complete(points)
+    one.add(points)
+    one.close()
     assert len(list(tmp_path.iterdir())) == 2
     EventFiles(tmp_path).close()
     assert len(list(tmp_path.iterdir())) == 1

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedsft_assets.federation.protocol.job_report import MODEL_FILE
+from fedsft_assets.federation.protocol.journal import to_line
 from fedsft_assets.federation.protocol.points import Point
 from fedsft_assets.store import Store
 from fedsft_assets.tracking import CHAMPION, Outbox, Tracking
@@ -18,20 +19,21 @@ from fedsft_assets_tests.tracking.examples import (
     expected,
     finish,
     job_points,
+    journal_file,
     runs,
     statuses,
     stored,
     track,
     until,
+    write,
 )
 from fedsft_assets_tests.tracking.server import HOST, unused_port
 
 
 def _cancel(tracking: Tracking, store: Store, points: list[Point], error: BaseException, **others: object) -> None:
     def run() -> None:
-        with track(tracking, store, **others) as job:
-            for point in points:
-                job.log(point)
+        with track(tracking, store, **others):
+            write(store, points)
             raise error
 
     with pytest.raises(type(error)):
@@ -55,8 +57,7 @@ def test_job_has_one_mlflow_run_with_a_child_for_each_site(tracking: Tracking, s
 
 def test_curves_share_the_axis_of_records_trained_on(tracking: Tracking, store: Store, checkpoint: Path) -> None:
     with track(tracking, store) as job:
-        for point in job_points():
-            job.log(point)
+        write(store, job_points())
         finish(job, checkpoint)
     assert curve(tracking, "fedavg", "val_loss") == list(zip(REPORT.samples, REPORT.val_loss, strict=True))
     assert curve(tracking, "fedavg", "round") == [(0, 0), (64, 1), (128, 2)]
@@ -70,9 +71,8 @@ def test_curves_share_the_axis_of_records_trained_on(tracking: Tracking, store: 
 
 
 def test_points_are_in_mlflow_while_the_job_runs(tracking: Tracking, store: Store) -> None:
-    job = track(tracking, store)
-    job.log(Point("train_loss", 3.0, 1, 16, "site-1", 1, 100))
-    job.log(Point("val_loss", 2.0, 1, 32))
+    track(tracking, store)
+    write(store, [Point("train_loss", 3.0, 1, 16, "site-1", 1, 100), Point("val_loss", 2.0, 1, 32)])
     until(lambda: curve(tracking, "fedavg", "val_loss") == [(32, 2.0)], "val_loss is there")
     until(lambda: curve(tracking, "fedavg site-1", "train_loss") == [(16, 3.0)], "train_loss is there")
     assert statuses(tracking)["fedavg"] == "RUNNING"
@@ -81,8 +81,7 @@ def test_points_are_in_mlflow_while_the_job_runs(tracking: Tracking, store: Stor
 def test_more_points_than_one_call_takes_arrive_once(tracking: Tracking, store: Store, checkpoint: Path) -> None:
     points = [Point("train_loss", float(step), 1, step, None, step, 1, time=1.7e9 + step) for step in range(1, 1202)]
     with track(tracking, store) as job:
-        for point in points:
-            job.log(point)
+        write(store, points)
         finish(job, checkpoint)
     assert stored(tracking) == expected(points)
 
@@ -91,8 +90,7 @@ def test_numbers_that_are_none_arrive_too(tracking: Tracking, store: Store, chec
     odd = [float("nan"), float("inf"), float("-inf"), -0.0, 5e-324, 1 / 3]
     points = [Point("train_loss", value, 1, i, None, i, 1, time=1.7e9) for i, value in enumerate(odd)]
     with track(tracking, store) as job:
-        for point in points:
-            job.log(point)
+        write(store, points)
         finish(job, checkpoint)
     largest = 1.7976931348623157e308
     assert [value for *_, value in stored(tracking)] == list(
@@ -106,16 +104,33 @@ def test_of_a_round_that_is_done_twice_the_first_points_count(
 ) -> None:
     points = job_points()
     again = [replace(point, value=point.value + 1, time=point.time + 100) for point in points if point.round == 1]
-    with track(tracking, store, journal=lambda: [*points, *again]) as job:
-        for point in [*points, *again]:
-            job.log(point)
+    journal_file(store).parent.mkdir(parents=True)
+    with track(tracking, store) as job:
+        with journal_file(store).open("a", encoding="utf-8") as file:  # as no Journal would write it
+            file.writelines(to_line(point) for point in [*points, *again])
         finish(job, checkpoint)
     assert stored(tracking) == expected(points)
 
 
-def test_points_that_nobody_logged_come_from_the_journal(tracking: Tracking, store: Store, checkpoint: Path) -> None:
-    with track(tracking, store, journal=job_points) as job:
+def test_points_that_were_in_the_journal_before_arrive_too(tracking: Tracking, store: Store, checkpoint: Path) -> None:
+    write(store, job_points())
+    with track(tracking, store) as job:
         finish(job, checkpoint)
+    assert stored(tracking) == expected(job_points())
+
+
+def test_points_of_a_journal_that_is_gone_arrive_all_the_same(tracking: Tracking, store: Store) -> None:
+    """The supervisor removes it when another history begins, and this one fails."""
+    write(store, job_points())
+
+    def run() -> None:
+        with track(tracking, store):
+            until(lambda: curve(tracking, "fedavg", "val_loss"), "points are there")
+            journal_file(store).unlink()
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        run()
     assert stored(tracking) == expected(job_points())
 
 
@@ -163,10 +178,9 @@ def test_attempt_that_goes_on_continues_the_mlflow_runs(tracking: Tracking, stor
     points = job_points()
     _cancel(tracking, store, points[:9], RuntimeError("trainer died"), execution_id="first")
     before = {name: run.info.run_id for name, run in runs(tracking).items()}
-    with track(tracking, store, "first", earlier=points[:9], tags={"dagster.run_id": "second"}) as job:
+    with track(tracking, store, "first", tags={"dagster.run_id": "second"}) as job:
         until(lambda: set(statuses(tracking).values()) == {"RUNNING"}, "the MLflow runs live again")
-        for point in points[9:]:
-            job.log(point)
+        write(store, points[9:])
         finish(job, checkpoint)
     assert {name: run.info.run_id for name, run in runs(tracking).items()} == before
     assert {run.data.tags["dagster.run_id"] for run in runs(tracking).values()} == {"second"}
@@ -179,17 +193,17 @@ def test_execution_whose_process_died_is_closed_when_another_begins(
 ) -> None:
     points = job_points()
     dead = track(tracking, store, "first")
-    dead.log(points[0])
-    until(lambda: curve(tracking, "fedavg", "val_loss"), "a point is there")
+    write(store, points[:5])
+    until(lambda: stored(tracking) == expected(points[:5]), "its points are there")
     dead._delivery._given_up.set()  # what is left of a process that was killed
-    dead.log(points[0])
     dead._delivery.join()
+    journal_file(store).unlink()
     runs_before = runs(tracking)
     for run in runs_before.values():
         tracking.client().update_run(run.info.run_id, name=f"first {run.info.run_name}")
-    with track(tracking, store, "second", earlier=points[:5]) as job:
+    with track(tracking, store, "second") as job:
         finish(job, checkpoint)
-    Outbox(store.outbox).deliver(tracking, print)
+    Outbox(store.outbox).deliver(tracking)
     found = statuses(tracking)
     assert {name: status for name, status in found.items() if name.startswith("first")} == {
         "first fedavg": "KILLED",
@@ -207,8 +221,9 @@ def test_process_that_dies_at_the_very_end_goes_on_in_the_same_mlflow_runs(
     """All is in MLflow, or in the outbox, but whoever runs the job does not know that it has ended."""
     points = job_points()
     first = tracking if delivered else Tracking(f"http://{HOST}:{unused_port()}", patience=0.1)
+    write(store, points)
     for server in (first, tracking):
-        with track(server, store, "first", earlier=points, journal=lambda: points) as job:
+        with track(server, store, "first") as job:
             registered = finish(job, checkpoint)
     assert (registered.version, registered.run_id) == ("1", runs(tracking)["fedavg"].info.run_id)
     assert set(statuses(tracking).values()) == {"FINISHED"}

@@ -1,8 +1,9 @@
 """Starting the supervisor of a job, listening to it, and making sure that nothing of it stays behind."""
 
+import logging
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,15 +20,15 @@ from fedsft_assets.versions import existing
 
 _SECONDS_TO_ABORT = 14.0  # a FLARE job takes half as long to end
 
+_log = logging.getLogger(__name__)
+
 
 @contextmanager
-def held_workspace(
-    job_folder: Path, workspaces: Path, runtime: str, say: Callable[[str], object]
-) -> Iterator[tuple[Workspace, Execution]]:
+def held_workspace(job_folder: Path, workspaces: Path, runtime: str) -> Iterator[tuple[Workspace, Execution]]:
     """The workspace of this very job folder in that runtime, and the execution to bring to its end in it.
 
     `workspaces` is the folder of all workspaces of the job. As long as the block lasts, nobody else works in this one:
-    who wants to execute the same waits, and says so. Those of other job folders are left alone, but for FLARE jobs that
+    who wants to execute the same waits, and logs so. Those of other job folders are left alone, but for FLARE jobs that
     nobody follows any more: they are ended before the next one is submitted, since sites are for one at a time. Raises
     JobError as `begin_execution` does.
     """
@@ -36,7 +37,7 @@ def held_workspace(
     workspace = everyone.of(subject)
 
     def waiting() -> None:
-        say("waiting for another run that executes the same job with the same inputs")
+        _log.info("waiting for another run that executes the same job with the same inputs")
 
     with workspace.held(waiting=waiting):
         abandoned = {}
