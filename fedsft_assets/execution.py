@@ -12,10 +12,10 @@ from typing import Any, Self
 
 from fedsft_assets.data.split_report import SplitReport
 from fedsft_assets.evaluation.comparison import plot
-from fedsft_assets.federation.job_folder import SPEC_FILE, read_plans, read_spec
+from fedsft_assets.federation.job_folder import SPEC_FILE, JobFolder
 from fedsft_assets.federation.protocol.job_report import REPORT_FILE, JobReport
 from fedsft_assets.federation.protocol.journal import Missed, Progress
-from fedsft_assets.federation.supervisor.launch import held_workspace, run_job
+from fedsft_assets.federation.supervisor.launch import held_workspace, read_job_folder, run_job
 from fedsft_assets.federation.supervisor.privacy import RELEASES_FILE, Releases, ReleasesError
 from fedsft_assets.federation.supervisor.workspace import Workspaces
 from fedsft_assets.files import link_or_copy
@@ -46,9 +46,9 @@ class CheckpointInputs:
     validation_file: str
 
     @classmethod
-    def of(cls, job_folder: Path, store: Store) -> Self:
-        plan = read_plans(job_folder)[0]
-        return cls(str(job_folder.relative_to(store.home)), str(plan.base_model), str(plan.validation_file))
+    def of(cls, job: JobFolder) -> Self:
+        plan = job.plans[0]
+        return cls(str(job.path.relative_to(job.home)), str(plan.base_model), str(plan.validation_file))
 
     @classmethod
     def read(cls, checkpoint: Path) -> Self:
@@ -87,14 +87,15 @@ def execute_job(
     A tracking server that does not answer changes nothing but that it gets everything later (see `Outbox`).
     Raises JobError if the job fails; its MLflow runs are then FAILED, or KILLED if it was interrupted.
     """
-    spec, plan = read_spec(job_folder), read_plans(job_folder)[0]
-    inputs = CheckpointInputs.of(job_folder, store)
+    job = read_job_folder(job_folder)
+    spec = job.spec
+    inputs = CheckpointInputs.of(job)
     combined = inputs.combined(store)
     data = SplitReport.read(combined).digest
-    params = {"model": preset.name, **_params(spec, plan, runtime.name)}
-    with held_workspace(job_folder, store.flare(spec.name), runtime.name) as (workspace, execution):
+    params = {"model": preset.name, **_params(spec, job.plans[0], runtime.name)}
+    with held_workspace(job, store.flare(spec.name), runtime.name) as (workspace, execution):
         close_abandoned(store, spec.name)
-        versions = {"data_version.job_folder": job_folder.name, "data_version.combined": data}
+        versions = {"data_version.job_folder": job.digest, "data_version.combined": data}
         with TrackedJob(
             tracking,
             store,
@@ -110,7 +111,7 @@ def execute_job(
         ) as tracked:
             report: JobReport | None = None
             for event in run_job(
-                job_folder=job_folder,
+                job,
                 workspace=workspace.folder,
                 testing_file=split_file(combined, "testing"),
                 into=workspace.checkpoint,
@@ -119,9 +120,9 @@ def execute_job(
             ):
                 match event:
                     case Progress(text):
-                        _log.info(text)
+                        _log.info("%s · %s", spec.name, text)
                     case Missed(site, number, reason):
-                        _log.warning("round %d continues without %s: %s", number, site, reason)
+                        _log.warning("%s · round %d continues without %s: %s", spec.name, number, site, reason)
                     case JobReport():
                         report = event
             assert report is not None, "run_job ends with a report or raises"
@@ -130,7 +131,7 @@ def execute_job(
                 plot([report], addition.folder / CHART_FILE)
                 inputs.write(addition.folder)
             folder = addition.version
-            artifacts = [folder / REPORT_FILE, job_folder / SPEC_FILE, folder / CHART_FILE]
+            artifacts = [folder / REPORT_FILE, job.path / SPEC_FILE, folder / CHART_FILE]
             registered = tracked.finish(report, folder, artifacts, model=f"fedsft-{preset.name}", data=data)
         make_current(folder)
         workspace.end()
@@ -165,9 +166,11 @@ def privacy_spent(store: Store, execution: TrackedExecution) -> dict[str, float]
         spec = PrivacySpec.model_validate(privacy)
         epsilon, releases = Releases(store.home / RELEASES_FILE).most_spent(datasets, spec)
     except (ReleasesError, OSError) as error:
-        _log.warning("the privacy that was spent is not in MLflow: %s", error)
+        _log.warning("%s · the privacy that was spent is not in MLflow: %s", execution.job, error)
         return {}
-    _log.info("of its privacy a site has spent epsilon %.4g by now, in %d releases", epsilon, releases)
+    _log.info(
+        "%s · a site has spent epsilon %.4g of its privacy by now, in %d releases", execution.job, epsilon, releases
+    )
     return {"epsilon": epsilon, "releases": float(releases)}
 
 

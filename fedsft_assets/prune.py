@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fedsft_assets.data.split_report import SplitReport
 from fedsft_assets.execution import CheckpointInputs
-from fedsft_assets.federation.job_folder import read_plans
+from fedsft_assets.federation.job_folder import JobFolder
 from fedsft_assets.federation.supervisor.workspace import Workspace, Workspaces
 from fedsft_assets.files import locked
 from fedsft_assets.store import Store
@@ -99,7 +99,7 @@ def _origins(store: Store, version: Path) -> list[Path]:
         inputs = CheckpointInputs.read(version)
         return [store.home / inputs.job_folder, (store.home / inputs.base_model).parent, inputs.combined(store)]
     if family.parent.name == "job_folders":
-        plans = [plan.located(store.home) for plan in read_plans(version)]
+        plans = JobFolder.read(version).located_plans
         return [path.parent for plan in plans for path in (plan.base_model, plan.training_file, plan.validation_file)]
     return []
 

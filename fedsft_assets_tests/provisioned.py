@@ -240,7 +240,7 @@ def running(federation: Federation) -> Iterator[Federation]:
 def events_of_job(federation: Federation, store: Store, job: str) -> Iterator[Event]:
     """What happens while the study runs a job in the federation, as `run_job` tells it."""
     return run_job(
-        job_folder=current(store.job_folder(job)),
+        job=current(store.job_folder(job)),
         workspace=store.flare(job),
         testing_file=split_file(current(store.combined), "testing"),
         into=store.checkpoint(job),

@@ -8,7 +8,7 @@ import pytest
 from nvflare.fuel.utils.class_utils import instantiate_class
 
 from fedsft_assets.federation.job_folder import JobFolderError, verify_job_folder
-from fedsft_assets.files import file_digest
+from fedsft_assets.files import file_digest, folder_digest
 from fedsft_assets.model.archive.nemo_archive import CONFIG
 from fedsft_assets.model.nemo_model import SFTModel
 from fedsft_assets.versions import current
@@ -52,5 +52,6 @@ def test_job_folder_of_another_version_is_not_run(tmp_path: Path) -> None:
     manifest = folder / "manifest.json"
     digests = json.loads(manifest.read_text()) | {str(plan.relative_to(folder)): file_digest(plan)}
     manifest.write_text(json.dumps(digests), encoding="utf-8")
+    folder = folder.rename(folder.with_name(folder_digest(folder)))
     with pytest.raises(JobFolderError, match=r"was built with fedsft-assets 0\.1\.0, and this is .*; build it again"):
         verify_job_folder(folder)

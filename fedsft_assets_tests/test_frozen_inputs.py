@@ -10,7 +10,7 @@ import pytest
 
 from fedsft_assets.defs.assets.job_folder import job_folder_asset
 from fedsft_assets.defs.resources import made_by, resources
-from fedsft_assets.federation.job_folder import read_plans
+from fedsft_assets.federation.job_folder import JobFolder
 from fedsft_assets.settings import Settings
 from fedsft_assets.specs.dataset import COMBINED
 from fedsft_assets.specs.job import JobSpec, SiteSpec
@@ -27,7 +27,7 @@ def trained(job_folder: Path) -> dg.MaterializeResult[Path]:
     if os.environ.get(_FAILS):
         raise RuntimeError("the trainer dies")
     with Path(os.environ[_TRAINED]).open("a") as file:
-        print(read_plans(job_folder)[0].training.learning_rate, file=file)
+        print(JobFolder.read(job_folder).plans[0].training.learning_rate, file=file)
     return dg.MaterializeResult(value=job_folder)
 
 
@@ -96,7 +96,7 @@ def test_a_run_trains_on_what_it_made_itself(runs: Runs) -> None:
     assert runs.trained_at() == [0.001, 0.002]
     for result, rate in ((first, 0.001), (second, 0.002)):
         folder = made_by(runs.store, result.run_id, ["job_folder", "study"])
-        assert read_plans(folder)[0].training.learning_rate == rate
+        assert JobFolder.read(folder).plans[0].training.learning_rate == rate
 
 
 @pytest.mark.parametrize("other_ends", [True, False], ids=["the other ended well", "the other failed too"])
@@ -129,4 +129,4 @@ def test_a_run_that_did_not_make_it_takes_what_is_current(runs: Runs) -> None:
     runs.run(0.002)
     assert runs.train().success
     assert runs.trained_at() == [0.001, 0.002, 0.002]
-    assert read_plans(current(runs.store.job_folder("study")))[0].training.learning_rate == 0.002
+    assert JobFolder.read(current(runs.store.job_folder("study"))).plans[0].training.learning_rate == 0.002

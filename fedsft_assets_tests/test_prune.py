@@ -9,7 +9,7 @@ import pytest
 
 from fedsft_assets.data.split_report import SplitReport
 from fedsft_assets.execution import CheckpointInputs
-from fedsft_assets.federation.job_folder import build_job_folder
+from fedsft_assets.federation.job_folder import JobFolder, build_job_folder
 from fedsft_assets.federation.supervisor.launch import held_workspace
 from fedsft_assets.federation.supervisor.workspace import Workspaces
 from fedsft_assets.prune import remove, unneeded
@@ -41,7 +41,7 @@ class Home:
         job_folder = build_job_folder(SPEC, TINY, store).folder
         with adding(store.checkpoint("quick")) as addition:
             (addition.folder / "model.nemo").write_text(content)
-            CheckpointInputs.of(job_folder, store).write(addition.folder)
+            CheckpointInputs.of(JobFolder.read(job_folder)).write(addition.folder)
         make_current(addition.version)
         return {
             "processed": processed,
@@ -66,7 +66,8 @@ class Home:
     def execute(self) -> Path:
         """Begin and end an execution of the current job folder; gives its workspace."""
         store = self.store
-        with held_workspace(current(store.job_folder("quick")), store.flare("quick"), "poc", print) as (workspace, _):
+        job = JobFolder.read(current(store.job_folder("quick")))
+        with held_workspace(job, store.flare("quick"), "poc") as (workspace, _):
             workspace.end()
         return workspace.folder
 
@@ -115,7 +116,7 @@ def test_the_latest_execution_keeps_its_workspace_and_what_it_is_of(home: Home) 
 def test_a_workspace_in_which_somebody_works_stays(home: Home) -> None:
     home.make("1")
     store, folder = home.store, current(home.store.job_folder("quick"))
-    with held_workspace(folder, store.flare("quick"), "poc", print) as (workspace, execution):
+    with held_workspace(JobFolder.read(folder), store.flare("quick"), "poc") as (workspace, execution):
         home.make("2")
         home.execute()
         workspace.save(replace(execution, rounds=0))

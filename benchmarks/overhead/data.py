@@ -16,7 +16,7 @@ from benchmarks.data_files import FOLDERS
 from benchmarks.overhead.input import HEADS, LAYERS, SEED, VOCABULARY, WIDTH, Input, Part, Rows, SiteInput
 from benchmarks.training.data import make_splits
 from fedsft_assets.data.records import Record, dump_records, read_records
-from fedsft_assets.federation.job_folder import build_job_folder, read_plans
+from fedsft_assets.federation.job_folder import JobFolder, build_job_folder
 from fedsft_assets.model.language_model import LanguageModel
 from fedsft_assets.model.prompt_template import DEFAULT_TEMPLATE, template
 from fedsft_assets.model.tokenizer.tiny import EOS
@@ -70,7 +70,7 @@ def write_input(given: Input, part: Part, spec: JobSpec, texts: Sequence[Record]
         model.save(addition.folder / f"{preset.name}.nemo")
     make_current(addition.version)
     job_folder = build_job_folder(_job(spec, store, part), preset, store).folder
-    plans = [plan.located(store.home) for plan in read_plans(job_folder)]
+    plans = JobFolder.read(job_folder).located_plans
     validation = _rows(_tokens(model, plans[0].validation_file, part)[: part.evaluation_records])
     _tokens(model, split_file(current(store.combined), "testing"), part)
     given.write(part, [_site(model, plan, part) for plan in plans], validation)

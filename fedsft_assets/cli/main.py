@@ -42,7 +42,7 @@ _FORMATS: "dict[str, Layout | None]" = {
     "megatron-core": "megatron-core",
     "huggingface": None,
 }
-_PATIENT_SECONDS = 60.0  # for one answer of the tracking server, where somebody waits for it
+_PATIENT_SECONDS = 60  # for one answer of the tracking server, where somebody waits for it
 
 
 def main() -> None:
@@ -216,6 +216,6 @@ def _track(_: argparse.Namespace, settings: Settings) -> None:
     if not outbox.entries():
         print("no pending MLflow records")
         return
-    left = outbox.deliver(Tracking.of(settings), print, answer_seconds=_PATIENT_SECONDS)
+    left = outbox.deliver(Tracking.of(settings), answer_seconds=_PATIENT_SECONDS)
     if left:
         sys.exit("\n".join(f"{entry.job}: not delivered: {entry.reason}; {entry.folder} stays" for entry in left))

@@ -61,13 +61,11 @@ def new_data_sensor(datasets: Sequence[DatasetSpec]) -> dg.SensorDefinition:
     default_status=dg.DefaultSensorStatus.RUNNING,
     description="Brings MLflow what it did not take when a job ended. Looks at one folder when there is nothing.",
 )
-def undelivered_tracking(
-    context: dg.SensorEvaluationContext, store: StoreResource, mlflow: MLflowResource
-) -> dg.SkipReason:
+def undelivered_tracking(store: StoreResource, mlflow: MLflowResource) -> dg.SkipReason:
     outbox, begun = Outbox(store.files.outbox), time.monotonic()
     if not outbox.entries():
         return dg.SkipReason("no pending MLflow records")
-    left = outbox.deliver(mlflow.tracking, context.log.info, stop=lambda: time.monotonic() - begun > _DELIVERY_SECONDS)
+    left = outbox.deliver(mlflow.tracking, stop=lambda: time.monotonic() - begun > _DELIVERY_SECONDS)
     return dg.SkipReason("\n".join(f"{entry.job}: not delivered: {entry.reason}" for entry in left) or "all delivered")
 
 

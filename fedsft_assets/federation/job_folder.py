@@ -10,12 +10,12 @@ import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import NoReturn, Self
 
 from fedsft_assets import __version__
 from fedsft_assets.federation.noise_ratio import NoiseRatio, noise_ratio
 from fedsft_assets.federation.protocol.site_messages import RoundLimits
-from fedsft_assets.files import file_digest
+from fedsft_assets.files import file_digest, folder_digest
 from fedsft_assets.specs.job import JobSpec
 from fedsft_assets.specs.model_preset import ModelPreset
 from fedsft_assets.specs.plan import SitePlan
@@ -31,6 +31,52 @@ _REQUESTS_PER_SECOND, _MOST_SECONDS_BETWEEN_REQUESTS = 20, 2.0
 
 class JobFolderError(ValueError):
     """A job folder that is not as it was built."""
+
+
+@dataclass(frozen=True)
+class JobFolder:
+    """A version of a job folder in the store of a home, parsed once and handed on.
+
+    The paths of `plans`, one for each site in the order of the spec, are relative to the home.
+    """
+
+    path: Path
+    spec: JobSpec
+    plans: tuple[SitePlan, ...]
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Of a folder that `verify_job_folder` has taken."""
+        spec = JobSpec.model_validate_json((path / SPEC_FILE).read_text(encoding="utf-8"))
+        plans = [(path / f"app_{site}" / _PLAN).read_text(encoding="utf-8") for site in spec.sites]
+        return cls(path, spec, tuple(map(SitePlan.model_validate_json, plans)))
+
+    @property
+    def home(self) -> Path:
+        return self.path.parents[2]
+
+    @property
+    def digest(self) -> str:
+        """Of all that is in it."""
+        return self.path.name
+
+    @property
+    def located_plans(self) -> list[SitePlan]:
+        """The plans with the paths of this machine."""
+        return [plan.located(self.home) for plan in self.plans]
+
+    @property
+    def base_model(self) -> Path:
+        """The archive."""
+        return self.home / self.plans[0].base_model
+
+    @property
+    def absent_private_sites(self) -> list[str]:
+        """Sites whose data is private and not on this machine."""
+        private = self.spec.private_sites
+        return [
+            plan.site for plan in self.plans if plan.site in private and not (self.home / plan.training_file).is_file()
+        ]
 
 
 @dataclass(frozen=True)
@@ -96,6 +142,18 @@ def build_job_folder(
 
 def verify_job_folder(job_folder: Path) -> None:
     """Raises JobFolderError if the folder is not as it was built, or was built by another version of this package."""
+    if folder_digest(job_folder) != job_folder.name:
+        _name_change(job_folder)
+    # Unparsed: another version's plans may have other fields.
+    plan = json.loads(next(job_folder.glob(f"app_*/{_PLAN}")).read_text(encoding="utf-8"))
+    if (built_with := plan.get("package")) != __version__:
+        raise JobFolderError(
+            f"{job_folder}: was built with fedsft-assets {built_with}, and this is {__version__}; build it again"
+        )
+
+
+def _name_change(job_folder: Path) -> NoReturn:
+    """Raise JobFolderError that names a file that has changed."""
     path = job_folder / _MANIFEST
     if not path.is_file():
         raise JobFolderError(f"{path} does not exist; build the job folder again")
@@ -109,30 +167,7 @@ def verify_job_folder(job_folder: Path) -> None:
     ):
         if names:
             raise JobFolderError(f"{job_folder / names[0]}: {what} since the job folder was built; build it again")
-    # Unparsed: another version's plans may have other fields.
-    plan = json.loads(next(job_folder.glob(f"app_*/{_PLAN}")).read_text(encoding="utf-8"))
-    if (built_with := plan.get("package")) != __version__:
-        raise JobFolderError(
-            f"{job_folder}: was built with fedsft-assets {built_with}, and this is {__version__}; build it again"
-        )
-
-
-def read_spec(job_folder: Path) -> JobSpec:
-    """The JobSpec that a job folder was built from."""
-    return JobSpec.model_validate_json((job_folder / SPEC_FILE).read_text(encoding="utf-8"))
-
-
-def read_plans(job_folder: Path) -> list[SitePlan]:
-    """What each site is told, in the order of the JobSpec; its paths are relative to the home."""
-    return [
-        SitePlan.model_validate_json((job_folder / f"app_{site}" / _PLAN).read_text(encoding="utf-8"))
-        for site in read_spec(job_folder).sites
-    ]
-
-
-def home_of(job_folder: Path) -> Path:
-    """The home in whose store a version of a job folder lies."""
-    return job_folder.parents[2]
+    raise JobFolderError(f"{path}: has changed since the job folder was built; build it again")
 
 
 def _site_plan(spec: JobSpec, site: str, preset: ModelPreset, store: Store, inputs: JobInputs) -> SitePlan:

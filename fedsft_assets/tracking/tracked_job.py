@@ -143,7 +143,7 @@ class TrackedJob:
             self._save(self._execution)
             self._deliver(entry, min(_ENDED_PATIENCE, self._tracking.patience))
         except OSError as error:  # what ended the job is what its user must see
-            _log.error("tracking: %s", explained(error))
+            _log.error("%s · tracking: %s", self._execution.job, explained(error))
 
     def _save(self, execution: TrackedExecution) -> None:
         with self._record_lock:
@@ -159,8 +159,9 @@ class TrackedJob:
     def _deliver(self, entry: Entry, patience: float) -> None:
         if not self._delivery.deliver(entry, patience):
             _log.warning(
-                "the tracking server has not taken everything (%s); the rest waits in %s and is delivered by"
+                "%s · the tracking server has not taken everything (%s); the rest waits in %s and is delivered by"
                 " `fedsft track` or with the next job",
+                self._execution.job,
                 self._delivery.trouble,
                 entry.folder,
             )
@@ -280,7 +281,11 @@ class _DeliveryThread(threading.Thread):
             except Exception as error:  # whatever MLflow says, training goes on
                 self.trouble, opened, failures = explained(error), False, failures + 1
                 if failures == 1 and not self.ending:
-                    _log.warning("MLflow: %s; training goes on, what is measured is kept and sent later", self.trouble)
+                    _log.warning(
+                        "%s · MLflow: %s; training goes on, what is measured is kept and sent later",
+                        self._execution.job,
+                        self.trouble,
+                    )
                 if self.ending and failures > 1 and is_refusal(error):
                     self._settled.set()
                     return

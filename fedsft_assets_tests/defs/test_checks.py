@@ -18,7 +18,7 @@ from fedsft_assets.defs.assets.raw import raw_asset
 from fedsft_assets.defs.assets.splits import combined_asset, processed_asset
 from fedsft_assets.defs.checks import CHECKS, data_checks
 from fedsft_assets.defs.resources import resources
-from fedsft_assets.federation.job_folder import read_plans
+from fedsft_assets.federation.job_folder import JobFolder
 from fedsft_assets.model.preset_tokenizer import preset_tokenizer
 from fedsft_assets.settings import Settings
 from fedsft_assets.specs.dataset import ColumnsSpec, DatasetSpec
@@ -233,7 +233,7 @@ def test_a_shrunken_dataset_is_refused_and_trained_on_by_nothing(mine: Mine) -> 
 
 def _job_folder_trains_on(mine: Mine) -> Path:
     """The splits that the job folder was built on last."""
-    (plan, *_) = read_plans(current(mine.store.job_folder("study")))
+    (plan, *_) = JobFolder.read(current(mine.store.job_folder("study"))).plans
     return plan.located(mine.store.home).training_file.parent
 
 

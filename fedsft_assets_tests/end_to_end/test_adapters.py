@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedsft_assets.federation.job_folder import build_job_folder, read_plans
+from fedsft_assets.federation.job_folder import JobFolder, build_job_folder
 from fedsft_assets.federation.protocol.job_report import MODEL_FILE, JobReport
 from fedsft_assets.federation.protocol.journal import Progress
 from fedsft_assets.federation.protocol.messages import BEST_MODEL, LAST_MODEL
@@ -45,7 +45,7 @@ def test_adapters_of_two_sites_become_a_checkpoint(store: Store, tmp_path: Path)
     build_job_folder(spec, TINY, store)
     said, report = [], None
     for event in run_job(
-        job_folder=current(store.job_folder("lora")),
+        job=current(store.job_folder("lora")),
         workspace=store.flare("lora"),
         testing_file=split_file(current(store.combined), "testing"),
         into=store.checkpoint("lora"),
@@ -55,7 +55,7 @@ def test_adapters_of_two_sites_become_a_checkpoint(store: Store, tmp_path: Path)
         if isinstance(event, JobReport):
             report = event
     assert report is not None
-    plan = read_plans(current(store.job_folder("lora")))[0].located(store.home)
+    plan = JobFolder.read(current(store.job_folder("lora"))).located_plans[0]
     validation = split_file(current(store.combined), "validation")
 
     # The adapters of the first round change nothing, so its loss is the base model's; then it falls.

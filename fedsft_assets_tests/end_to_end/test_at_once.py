@@ -16,17 +16,21 @@ from fedsft_assets.versions import current
 pytestmark = pytest.mark.slow
 
 _EXECUTE = """
-import json, sys
+import json, logging, sys
+from logging.handlers import BufferingHandler
 from pathlib import Path
 from fedsft_assets.execution import execute_job
 from fedsft_assets.store import Store
 from fedsft_assets.tracking import Tracking
 from fedsft_assets_tests.prepared import TINY
-store, said = Store(Path(sys.argv[1])), []
+store, said = Store(Path(sys.argv[1])), BufferingHandler(10**9)
+logging.getLogger("fedsft_assets").addHandler(said)
+logging.getLogger("fedsft_assets").setLevel("INFO")
 tracking = Tracking(store.mlflow_uri, store.mlflow_artifacts)
-executed = execute_job(Path(sys.argv[2]), store, TINY, tracking, {}, said.append)
+executed = execute_job(Path(sys.argv[2]), store, TINY, tracking, {})
 report = executed.report
-print(json.dumps([report.checkpoint_digest, report.val_loss, report.test_loss, said]))
+lines = [record.getMessage() for record in said.buffer]
+print(json.dumps([report.checkpoint_digest, report.val_loss, report.test_loss, lines]))
 """
 
 

@@ -59,7 +59,7 @@ class Study:
         last: Event | None = None
         attack = threading.Thread(target=when_it_trains)
         for last in run_job(
-            job_folder=current(self.store.job_folder(self.job)),
+            job=current(self.store.job_folder(self.job)),
             workspace=self.store.flare(self.job),
             testing_file=split_file(current(self.store.combined), "testing"),
             into=self.store.checkpoint(self.job),

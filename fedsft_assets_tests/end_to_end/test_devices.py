@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 import pytest
 
-from fedsft_assets.federation.job_folder import build_job_folder, read_plans
+from fedsft_assets.federation.job_folder import JobFolder, build_job_folder
 from fedsft_assets.federation.protocol.events import Event, JobError
 from fedsft_assets.federation.protocol.job_report import JobReport
 from fedsft_assets.federation.protocol.journal import Progress
@@ -41,7 +41,7 @@ def _start(store: Store, folder: Path, devices: int, strategy: str = "ddp", roun
     (folder / "wide.yaml").write_text(JOB.format(devices=devices, strategy=strategy, rounds=rounds))
     build_job_folder(JobSpec.load(folder / "wide.yaml", list(DATASETS)), TINY, store)
     return run_job(
-        job_folder=current(store.job_folder("wide")),
+        job=current(store.job_folder("wide")),
         workspace=store.flare("wide"),
         testing_file=split_file(current(store.combined), "testing"),
         into=store.checkpoint("wide"),
@@ -94,7 +94,7 @@ def test_a_killed_device_ends_the_job_and_none_listened_to_the_network(store: St
 
 def test_a_failing_device_shows_its_own_traceback(store: Store, tmp_path: Path) -> None:
     events = _start(store, tmp_path, 2)
-    plan = read_plans(current(store.job_folder("wide")))[0].located(store.home)
+    plan = JobFolder.read(current(store.job_folder("wide"))).located_plans[0]
     plan.training_file.write_text(plan.training_file.read_text() + "\n")
     with pytest.raises(JobError) as failure:
         list(events)

@@ -14,7 +14,7 @@ from fedsft_assets.federation.protocol.events import Event, JobError
 from fedsft_assets.federation.protocol.job_report import JobReport
 from fedsft_assets.federation.protocol.journal import Progress
 from fedsft_assets.federation.runtimes.processes import marked_processes
-from fedsft_assets.federation.supervisor.launch import begin_execution, run_job
+from fedsft_assets.federation.supervisor.launch import begin_execution, read_job_folder, run_job
 from fedsft_assets.federation.supervisor.workspace import Workspace
 from fedsft_assets.settings import PROJECT
 from fedsft_assets.store import Store, split_file
@@ -39,7 +39,7 @@ def test_server_whose_disk_is_full_says_so_and_goes_on_when_there_is_room(
 ) -> None:
     job = build("alpaca", **SHORT)
     workspace = Workspace(store.flare(job))
-    execution = begin_execution(current(store.job_folder(job)), workspace.folder, "simulator")
+    execution = begin_execution(read_job_folder(current(store.job_folder(job))), workspace.folder, "simulator")
 
     def run(watch: Callable[[Event], object]) -> JobReport:
         for event in run_job(

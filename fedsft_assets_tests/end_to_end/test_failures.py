@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from fedsft_assets.execution import execute_job
-from fedsft_assets.federation.job_folder import read_plans
+from fedsft_assets.federation.job_folder import JobFolder
 from fedsft_assets.federation.protocol.events import Event, JobError
 from fedsft_assets.federation.protocol.journal import Progress
 from fedsft_assets.federation.runtimes.processes import marked_processes
@@ -84,11 +84,11 @@ def test_killed_trainer_fails_the_job_with_a_clear_message(store: Store, build: 
 
 def test_crashed_trainer_shows_its_own_traceback(store: Store, build: Callable[..., str]) -> None:
     job = build("alpaca")
-    plan = read_plans(current(store.job_folder(job)))[0].located(store.home)
+    plan = JobFolder.read(current(store.job_folder(job))).located_plans[0]
     plan.training_file.write_text(plan.training_file.read_text() + "\n")
     tracking = Tracking(store.mlflow_uri, store.mlflow_artifacts)
     with pytest.raises(JobError) as failure:
-        execute_job(current(store.job_folder(job)), store, TINY, tracking, {}, say=lambda _: None)
+        execute_job(current(store.job_folder(job)), store, TINY, tracking, {})
     assert "the trainer of site-1 failed" in str(failure.value)
     assert "Traceback (most recent call last)" in str(failure.value)
     assert f"{plan.training_file} has changed since; build the job folder again" in str(failure.value)

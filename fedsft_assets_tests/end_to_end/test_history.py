@@ -1,8 +1,10 @@
 """An execution whose server loses its rounds: another history begins, and nothing of the two is mixed."""
 
 import json
+import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -26,37 +28,56 @@ class _StoppedError(Exception):
     pass
 
 
-def _execute(store: Store, job: str, say: Callable[[str], object]) -> ExecutedJob:
+class _StopAt(logging.Handler):
+    """Stops whoever logs such a line."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self._text = text
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._text in record.getMessage():
+            raise _StoppedError
+
+
+@contextmanager
+def _stops_at(text: str) -> Iterator[None]:
+    handler, logger = _StopAt(text), logging.getLogger("fedsft_assets")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+def _execute(store: Store, job: str) -> ExecutedJob:
     tracking = Tracking(store.mlflow_uri, store.mlflow_artifacts)
-    return execute_job(current(store.job_folder(job)), store, TINY, tracking, {}, say)
+    return execute_job(current(store.job_folder(job)), store, TINY, tracking, {})
 
 
 def test_job_that_begins_from_zero_is_another_history_with_a_curve_and_mlflow_runs_of_its_own(
-    store: Store, build: Callable[..., str]
+    store: Store, build: Callable[..., str], caplog: pytest.LogCaptureFixture
 ) -> None:
     privacy = {"clip": 1.0, "noise_multiplier": NOISE, "delta": 1e-5, "accept_useless_noise": True}
     job = build("fedavg", rounds=ROUNDS, max_local_steps=2, max_evaluation_records=8, filters={"privacy": privacy})
     workspace = workspace_of(current(store.job_folder(job)), store, "simulator")
 
-    def stop_in_round_3(text: str) -> None:
-        if f"round 3 of {ROUNDS}" in text:
-            raise _StoppedError
-
-    with pytest.raises(_StoppedError):
-        _execute(store, job, stop_in_round_3)
+    caplog.set_level("INFO", "fedsft_assets")
+    with _stops_at(f"round 3 of {ROUNDS}"), pytest.raises(_StoppedError):
+        _execute(store, job)
     first = workspace.execution()
     assert first is not None
     assert first.rounds in (2, 3)  # by the time that it was stopped
     shutil.rmtree(workspace.runtime / "states" / first.id)
 
     with pytest.raises(JobError, match=rf"^history {first.id} cannot go on: its server has begun anew") as failed:
-        _execute(store, job, lambda _: None)
+        _execute(store, job)
     assert failed.value.retryable
     second = workspace.execution()
     assert second is not None
     assert second.id != first.id
 
-    executed = _execute(store, job, lambda _: None)
+    executed = _execute(store, job)
     report = executed.report
     assert report.history == second.id
     client = Tracking(store.mlflow_uri).client()

@@ -35,12 +35,9 @@ print(json.dumps({"loss": loss, "answer": model.generate([prompt], GenerationSet
 """
 
 
-def _execute(job: str, store: Store) -> tuple[ExecutedJob, list[str]]:
-    said: list[str] = []
+def _execute(job: str, store: Store) -> ExecutedJob:
     tracking = Tracking(store.mlflow_uri, store.mlflow_artifacts)
-    return execute_job(
-        current(store.job_folder(job)), store, TINY, tracking, {"dagster.run_id": "none"}, said.append
-    ), said
+    return execute_job(current(store.job_folder(job)), store, TINY, tracking, {"dagster.run_id": "none"})
 
 
 def _in_a_new_process(archive: Path, records: Path, prompt: str) -> dict[str, object]:
@@ -51,11 +48,12 @@ def _in_a_new_process(archive: Path, records: Path, prompt: str) -> dict[str, ob
 
 
 def test_federated_job_ends_with_a_checkpoint_that_is_tracked_and_registered(
-    store: Store, build: Callable[..., str]
+    store: Store, build: Callable[..., str], caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "fedsft_assets")
     job = build("fedavg", rounds=ROUNDS, max_local_steps=6)
     with scanned(str(store.flare(job))) as scan:
-        executed, said = _execute(job, store)
+        executed = _execute(job, store)
     report = executed.report
 
     assert scan.beyond_loopback == []
@@ -70,7 +68,7 @@ def test_federated_job_ends_with_a_checkpoint_that_is_tracked_and_registered(
     assert report.samples == [0, *(3 * 6 * 16 * k for k in range(1, ROUNDS + 1))]
     assert report.best_val_loss < report.base_val_loss
     for site in ("site-1", "site-2", "site-3"):
-        assert any(line.startswith(f"{site} · round {ROUNDS} of {ROUNDS}") for line in said)
+        assert any(line.startswith(f"{job} · {site} · round {ROUNDS} of {ROUNDS}") for line in caplog.messages)
     assert list((store.home / "flare").rglob("site_states/**/*.pt")) == []  # optimizers of a job that has ended
 
     restored = _in_a_new_process(
@@ -98,8 +96,8 @@ def test_federated_job_ends_with_a_checkpoint_that_is_tracked_and_registered(
 
 def test_same_seed_gives_the_same_losses(store: Store, build: Callable[..., str]) -> None:
     job = build("fedavg", rounds=2, max_local_steps=4)
-    first, _ = _execute(job, store)
-    second, _ = _execute(job, store)
+    first = _execute(job, store)
+    second = _execute(job, store)
     assert second.report.val_loss == pytest.approx(first.report.val_loss, abs=1e-3)
     assert second.report.test_loss == pytest.approx(first.report.test_loss, abs=1e-3)
 
@@ -107,7 +105,7 @@ def test_same_seed_gives_the_same_losses(store: Store, build: Callable[..., str]
 def test_restored_checkpoint_answers_questions_of_its_training_distribution(
     store: Store, build: Callable[..., str]
 ) -> None:
-    executed, _ = _execute(build("combined", rounds=6), store)
+    executed = _execute(build("combined", rounds=6), store)
     assert executed.report.kind == "centralized"
     archive = executed.folder / MODEL_FILE
     validation = split_file(current(store.combined), "validation")

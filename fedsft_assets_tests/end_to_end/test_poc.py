@@ -22,7 +22,7 @@ from fedsft_assets.federation.protocol.tail import Tail
 from fedsft_assets.federation.runtimes.poc.runtime import Poc
 from fedsft_assets.federation.runtimes.poc.system import PocSystem
 from fedsft_assets.federation.runtimes.processes import MARK, marked_processes
-from fedsft_assets.federation.supervisor.launch import begin_execution, run_job
+from fedsft_assets.federation.supervisor.launch import begin_execution, read_job_folder, run_job
 from fedsft_assets.federation.supervisor.workspace import Workspace
 from fedsft_assets.process_env import home_environment
 from fedsft_assets.specs.runtime import PocSettings, RuntimeSettings
@@ -157,7 +157,7 @@ def test_job_whose_submitter_is_killed_before_it_knows_the_id_is_taken_over(syst
     folder, workspace, checkpoint = current(store.job_folder(job)), Workspace(store.flare(job)), store.checkpoint(job)
     testing_file = split_file(current(store.combined), "testing")
     before = {path.name for path in (system.folder / "jobs").glob("*")}
-    execution = begin_execution(folder, workspace.folder, "poc")
+    execution = begin_execution(read_job_folder(folder), workspace.folder, "poc")
     options = {"job-folder": folder, "workspace": workspace.folder, "testing-file": testing_file, "into": checkpoint}
     killed = subprocess.run(
         [

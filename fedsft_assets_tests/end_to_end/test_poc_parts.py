@@ -69,7 +69,7 @@ class Study:
 
     def _attempt(self) -> Iterator[Event]:
         return run_job(
-            job_folder=current(self.store.job_folder(self.job)),
+            job=current(self.store.job_folder(self.job)),
             workspace=self.store.flare(self.job),
             testing_file=split_file(current(self.store.combined), "testing"),
             into=self.store.checkpoint(self.job),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from fedsft_assets.federation.job_folder import read_plans, read_spec
+from fedsft_assets.federation.job_folder import JobFolder
 from fedsft_assets.federation.runtimes.processes import marked_processes
 from fedsft_assets.federation.supervisor.workspace import Workspace, Workspaces
 from fedsft_assets.store import Store
@@ -237,9 +237,10 @@ class Attempts:
 
 def workspace_of(job_folder: Path, store: Store, runtime: str) -> Workspace:
     """The workspace in which a version of a job folder is executed in a runtime."""
-    base_model = read_plans(job_folder)[0].base_model.parent.name
+    job = JobFolder.read(job_folder)
+    base_model = job.base_model.parent.name
     subject = {"runtime": runtime, "job_folder": job_folder.name, "base_model": base_model}
-    return Workspaces(store.flare(read_spec(job_folder).name)).of(subject)
+    return Workspaces(store.flare(job.spec.name)).of(subject)
 
 
 def _sent(process: psutil.Process, sign: signal.Signals) -> bool:

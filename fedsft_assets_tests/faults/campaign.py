@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fedsft_assets.federation.job_folder import read_spec
+from fedsft_assets.federation.job_folder import JobFolder
 from fedsft_assets.federation.runtimes.processes import marked_processes, stop_marked
 from fedsft_assets.federation.supervisor.workspace import Workspace
 from fedsft_assets.store import Store
@@ -173,7 +173,7 @@ class Campaign:
 
     def _differences(self, variant: str, reference: Result) -> list[str]:
         job, _ = VARIANTS[variant]
-        spec = read_spec(current(self._store.job_folder(job)))
+        spec = JobFolder.read(current(self._store.job_folder(job))).spec
         workspace = self._workspace(job)
         found = Result.of_execution(workspace.folder, current(self._store.checkpoint(job)))
         missed = found.missed(spec)

@@ -12,20 +12,21 @@ from typing import Any
 
 import torch
 
-from fedsft_assets.execution import journal_points
-from fedsft_assets.federation.job_folder import read_spec
+from fedsft_assets.federation.job_folder import JobFolder
 from fedsft_assets.federation.protocol.job_report import JobReport, global_curve
 from fedsft_assets.federation.protocol.journal import JOURNAL_FILE, RoundDone, Started, from_line
 from fedsft_assets.federation.protocol.messages import LAST_MODEL
 from fedsft_assets.federation.protocol.phases import phase_of
 from fedsft_assets.federation.protocol.points import Point
+from fedsft_assets.federation.protocol.tail import Tail
 from fedsft_assets.federation.server.curves import merged_val_loss
 from fedsft_assets.federation.supervisor.workspace import Workspace
 from fedsft_assets.specs.job import JobSpec
 from fedsft_assets.store import Store, split_file
 from fedsft_assets.tracking import Tracking
 from fedsft_assets.tracking.delivery import EXECUTION_TAG
-from fedsft_assets.tracking.mlflow_values import JOB, distinct, value_of, values_of
+from fedsft_assets.tracking.journal_points import JournalPoints
+from fedsft_assets.tracking.mlflow_values import JOB, value_of, values_of
 from fedsft_assets.versions import current
 from fedsft_assets_tests.faults.same_participation import POINTS_OF_THE_MISSING, SCORES
 
@@ -51,14 +52,14 @@ class Result:
         names = (*("samples", "val_loss", "tokens", "best_round", "missed"), *_SCORES)
         return cls(
             _weights(files.result),
-            _of_curves(journal_points(files.journal)),
+            _of_curves(files.journal),
             {name: getattr(report, name) for name in names},
         )
 
     @classmethod
     def of_same_participation(cls, folder: Path, spec: JobSpec, missed: Missed) -> "Result":
         """From the folder that `same_participation` left."""
-        points = _of_curves(journal_points(folder / JOURNAL_FILE))
+        points = _of_curves(folder / JOURNAL_FILE)
         curve = global_curve(points, spec)
         scores = json.loads((folder / SCORES).read_text(encoding="utf-8"))
         in_rounds = {site: [n for n in rounds if n <= spec.rounds] for site, rounds in missed.items()}
@@ -93,7 +94,7 @@ _SCORES = ("test_loss", "perplexity", "checkpoint_digest")
 def with_same_participation(store: Store, job: str, missed: Missed, threads: int, into: Path) -> Result:
     """What the job gives when these sites miss these rounds and each trainer has so many threads."""
     folder = current(store.job_folder(job))
-    spec = read_spec(folder)
+    spec = JobFolder.read(folder).spec
     if not (into / SCORES).is_file():
         module = "fedsft_assets_tests.faults.same_participation"
         arguments = [
@@ -161,7 +162,7 @@ def differences_in_mlflow(store: Store, workspace: Workspace, sites: Iterable[st
     if len(versions) != 1:
         differs.append(f"MLflow has {len(versions)} versions of the model")
     wanted: defaultdict[tuple[str, str], Counter[Hashable]] = defaultdict(Counter)
-    for point in distinct(journal_points(workspace.journal)):
+    for point in JournalPoints(workspace.journal).read():
         for role, value in values_of(point):
             wanted[role, value.key][value.identity] += 1
     for role, run in runs.items():
@@ -178,5 +179,7 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
     return loaded
 
 
-def _of_curves(points: list[Point]) -> list[Point]:
-    return [point for point in points if not phase_of(point.name)]
+def _of_curves(journal: Path) -> list[Point]:
+    """Points as they stand in a journal, also those that are there twice."""
+    entries = map(from_line, Tail(journal).new_lines())
+    return [entry for entry in entries if isinstance(entry, Point) and not phase_of(entry.name)]

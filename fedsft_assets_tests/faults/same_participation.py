@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 
-from fedsft_assets.federation.job_folder import home_of, read_plans, read_spec, round_limits
+from fedsft_assets.federation.job_folder import JobFolder, round_limits
 from fedsft_assets.federation.protocol.messages import (
     BEST_MODEL,
     KIND_KEY,
@@ -107,9 +107,8 @@ def main() -> None:
     torch.set_num_threads(int(sys.argv[4]))
     shutil.rmtree(into, ignore_errors=True)
     into.mkdir(parents=True)
-    home = home_of(job_folder)
-    plans = [plan.located(home) for plan in read_plans(job_folder)]
-    rounds = _Rounds(read_spec(job_folder), plans, missed, home, into)
+    job = JobFolder.read(job_folder)
+    rounds = _Rounds(job.spec, job.located_plans, missed, job.home, into)
     rounds.run()
     points = [point for point in rounds.of_the_missing if not phase_of(point.name)]
     (into / POINTS_OF_THE_MISSING).write_text(json.dumps([asdict(point) for point in points]))

@@ -1,7 +1,7 @@
 """The process that executes a job, in place of a Dagster worker: `python -m … <home> <job> <runtime>`."""
 
+import logging
 import sys
-from functools import partial
 from pathlib import Path
 
 from fedsft_assets.execution import execute_job
@@ -20,9 +20,10 @@ def main() -> None:
     store, job = Store(Path(sys.argv[1])), sys.argv[2]
     tracking = Tracking(store.mlflow_uri, store.mlflow_artifacts)
     runtime = Settings(runtime=sys.argv[3]).where_jobs_run()
+    logging.basicConfig(stream=sys.stdout, format="%(message)s")
+    logging.getLogger("fedsft_assets").setLevel(logging.INFO)
     try:
-        say = partial(print, flush=True)
-        execute_job(current(store.job_folder(job)), store, TINY, tracking, {}, say=say, runtime=runtime)
+        execute_job(current(store.job_folder(job)), store, TINY, tracking, {}, runtime=runtime)
     except JobError as error:
         print(error, flush=True)
         sys.exit(LOST if error.retryable else REFUSED)

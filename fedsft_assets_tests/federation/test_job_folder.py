@@ -13,11 +13,10 @@ import pytest
 from fedsft_assets import __version__
 from fedsft_assets.data.records import read_records
 from fedsft_assets.federation.job_folder import (
+    JobFolder,
     JobFolderError,
     JobFolderReport,
     build_job_folder,
-    read_plans,
-    read_spec,
     verify_job_folder,
 )
 from fedsft_assets.federation.kit_policy import SERVER_PART
@@ -72,7 +71,7 @@ def test_private_data_needs_no_copy_and_has_no_digest(store: Store) -> None:
     spec = JobSpec.load(PROJECT / "jobs" / "fedavg.yaml", list(DATASETS))
     sites = {**spec.sites, "site-2": SiteSpec(dataset="patients", private=True)}
     build_job_folder(spec.model_copy(update={"sites": sites}), TINY, store)
-    plans = {plan.site: plan for plan in read_plans(current(store.job_folder("fedavg")))}
+    plans = {plan.site: plan for plan in JobFolder.read(current(store.job_folder("fedavg"))).plans}
     assert plans["site-2"].training_file == Path("processed/patients/private/training.jsonl")
     assert plans["site-2"].digests.keys() == {"validation_file"}
     assert plans["site-1"].digests.keys() == {"training_file", "validation_file"}
@@ -106,7 +105,7 @@ def test_folder_is_accepted_by_nvflares_own_validator(store: Store, build: Build
 
 def test_plan_tells_a_site_all_that_it_needs(store: Store, build: Build) -> None:
     build("fedavg", rounds=4, batch_size=2)
-    plans = [plan.located(store.home) for plan in read_plans(current(store.job_folder("fedavg")))]
+    plans = JobFolder.read(current(store.job_folder("fedavg"))).located_plans
     assert [plan.site for plan in plans] == ["site-1", "site-2", "site-3"]
     for plan, dataset in zip(plans, DATASETS, strict=True):
         assert json.loads(plan.training_file.read_text()) == {"input": dataset, "output": "training"}
@@ -122,13 +121,13 @@ def test_plan_tells_a_site_all_that_it_needs(store: Store, build: Build) -> None
 
 
 def test_centralized_job_trains_on_the_combined_split(store: Store, build: Build) -> None:
-    (plan,) = read_plans(build("combined").folder)
+    (plan,) = JobFolder.read(build("combined").folder).plans
     assert plan.located(store.home).training_file == split_file(current(store.combined), "training")
 
 
 def test_folder_holds_the_job_with_its_overrides(store: Store, build: Build) -> None:
     build("fedavg", rounds=4, learning_rate=0.5)
-    spec = read_spec(current(store.job_folder("fedavg")))
+    spec = JobFolder.read(current(store.job_folder("fedavg"))).spec
     assert (spec.name, spec.kind, spec.rounds, spec.training.learning_rate) == ("fedavg", "federated", 4, 0.5)
 
 
@@ -178,7 +177,7 @@ def test_nvflare_starts_a_job_with_as_few_sites_as_a_round_needs(store: Store, b
 
 def test_sites_are_told_how_to_train_and_what_to_send(store: Store, build: Build) -> None:
     build("fedavg", wire="bf16-diff", algorithm={"name": "fedprox", "mu": 0.5}, filters={"exclude": ["head"]})
-    for plan in read_plans(current(store.job_folder("fedavg"))):
+    for plan in JobFolder.read(current(store.job_folder("fedavg"))).plans:
         assert plan.wire == "bf16-diff"
         assert plan.algorithm == FedProx(name="fedprox", mu=0.5)
         assert plan.filters.exclude == ["head"]
@@ -197,8 +196,18 @@ def test_folder_has_no_code(build: Build) -> None:
 def test_folder_is_verified_as_it_was_built(store: Store, build: Build) -> None:
     build("fedavg")
     verify_job_folder(current(store.job_folder("fedavg")))
-    shutil.copytree(current(store.job_folder("fedavg")), store.home / "elsewhere")
-    verify_job_folder(store.home / "elsewhere")
+    folder = current(store.job_folder("fedavg"))
+    shutil.copytree(folder, store.home / "elsewhere" / folder.name)
+    verify_job_folder(store.home / "elsewhere" / folder.name)
+
+
+def test_folder_is_read_once_and_for_all(store: Store, build: Build) -> None:
+    report = build("fedavg")
+    job = JobFolder.read(report.folder)
+    assert [plan.site for plan in job.plans] == list(job.spec.sites)
+    assert (job.home, job.digest) == (store.home, report.digest)
+    assert job.base_model == archive_file(current(store.base_model("tiny")))
+    assert job.absent_private_sites == []
 
 
 @pytest.mark.parametrize(
@@ -241,7 +250,7 @@ def test_folder_without_its_manifest_is_not_as_it_was_built(store: Store, build:
 
 
 def test_server_of_a_job_with_adapters_needs_no_base_model(store: Store, build: Build) -> None:
-    (plan, *_) = read_plans(build("fedavg", peft={"rank": 4}).folder)
+    (plan, *_) = JobFolder.read(build("fedavg", peft={"rank": 4}).folder).plans
     assert plan.training.peft == PeftSpec(rank=4)
     config = json.loads((current(store.job_folder("fedavg")) / "app_server/config/config_fed_server.json").read_text())
     assert not config["workflows"][0]["args"].get("base_model")

@@ -62,7 +62,6 @@ def checkpoint_asset(spec: JobSpec) -> dg.AssetsDefinition:
                 model.load(),
                 mlflow.tracking,
                 tags={"dagster.run_id": context.run_id, "dagster.asset": context.asset_key.to_user_string()},
-                say=lambda text: context.log.info(f"{spec.name} · {text}"),
                 runtime=runtime.settings(config.runtime and config.runtime.value, config.threads_per_trainer),
             )
         return _result(executed)

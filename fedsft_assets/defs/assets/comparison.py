@@ -9,7 +9,7 @@ from fedsft_assets.defs.metadata import image
 from fedsft_assets.defs.resources import StoreResource
 from fedsft_assets.evaluation.comparison import compare, plot, write_table
 from fedsft_assets.execution import CheckpointInputs
-from fedsft_assets.federation.job_folder import read_plans
+from fedsft_assets.federation.job_folder import JobFolder
 from fedsft_assets.federation.protocol.job_report import JobReport
 from fedsft_assets.files import file_digest
 from fedsft_assets.model.split_loss import split_loss
@@ -28,7 +28,7 @@ def comparison_asset(jobs: Sequence[JobSpec]) -> dg.AssetsDefinition:
     def comparison(store: StoreResource, **checkpoints: Path) -> dg.MaterializeResult[Path]:
         files = store.files
         inputs = CheckpointInputs.read(next(iter(checkpoints.values())))
-        plan = read_plans(files.home / inputs.job_folder)[0].located(files.home)
+        plan = JobFolder.read(files.home / inputs.job_folder).located_plans[0]
         base = split_loss(plan.base_model, split_file(inputs.combined(files), "testing"), plan)
         result = compare([JobReport.read(checkpoint) for checkpoint in checkpoints.values()], base.loss)
         with adding(files.report("comparison")) as addition:

@@ -12,7 +12,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fedsft_assets.federation.job_folder import home_of, read_plans
+from fedsft_assets.federation.job_folder import JobFolder
 from fedsft_assets.federation.protocol.events import JobError
 from fedsft_assets.federation.protocol.job_report import MODEL_FILE
 from fedsft_assets.federation.runtimes.simulator.forked_python import LOST
@@ -55,7 +55,7 @@ def _make(job_folder: Path, weights: Path, testing_file: Path, into: Path) -> Ch
     from fedsft_assets.model.language_model import LanguageModel
     from fedsft_assets.model.split_loss import split_loss
 
-    plan = read_plans(job_folder)[0].located(home_of(job_folder))
+    plan = JobFolder.read(job_folder).located_plans[0]
     model = LanguageModel.load(plan.base_model)
     trained = torch.load(weights, map_location="cpu", weights_only=True, mmap=True)
     if plan.training.peft:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from fedsft_assets.federation.job_folder import JobFolderError, home_of, read_plans, read_spec, verify_job_folder
+from fedsft_assets.federation.job_folder import JobFolder, JobFolderError, verify_job_folder
 from fedsft_assets.federation.protocol.events import Event, Failed, JobError, decode
 from fedsft_assets.federation.protocol.job_report import JobReport
 from fedsft_assets.federation.runtimes.processes import MARK, execution_mark, stop_marked
@@ -24,15 +24,15 @@ _log = logging.getLogger(__name__)
 
 
 @contextmanager
-def held_workspace(job_folder: Path, workspaces: Path, runtime: str) -> Iterator[tuple[Workspace, Execution]]:
-    """The workspace of this very job folder in that runtime, and the execution to bring to its end in it.
+def held_workspace(job: JobFolder, workspaces: Path, runtime: str) -> Iterator[tuple[Workspace, Execution]]:
+    """The workspace of this job folder in that runtime, and the execution to bring to its end in it.
 
     `workspaces` is the folder of all workspaces of the job. As long as the block lasts, nobody else works in this one:
     who wants to execute the same waits, and logs so. Those of other job folders are left alone, but for FLARE jobs that
     nobody follows any more: they are ended before the next one is submitted, since sites are for one at a time. Raises
     JobError as `begin_execution` does.
     """
-    subject = _subject(job_folder, runtime)
+    subject = _subject(job, runtime)
     everyone = Workspaces(workspaces)
     workspace = everyone.of(subject)
 
@@ -52,13 +52,13 @@ def held_workspace(job_folder: Path, workspaces: Path, runtime: str) -> Iterator
         yield workspace, execution
 
 
-def begin_execution(job_folder: Path, workspace: Path, runtime: str) -> Execution:
-    """The unfinished execution of this very job folder in that runtime, or else a new one.
+def begin_execution(job: JobFolder, workspace: Path, runtime: str) -> Execution:
+    """The unfinished execution of this job folder in that runtime, or else a new one.
 
-    A new one begins in an empty workspace, in which nobody but the caller works. Raises JobError if the job folder or
-    its base model is missing, or not as it was made.
+    A new one begins in an empty workspace, in which nobody but the caller works. Raises JobError if the base model is
+    missing, or not as it was made.
     """
-    return _begin(Workspace(workspace), _subject(job_folder, runtime))
+    return _begin(Workspace(workspace), _subject(job, runtime))
 
 
 def _begin(workspace: Workspace, subject: dict[str, str], superseded: Sequence[str] = ()) -> Execution:
@@ -67,33 +67,34 @@ def _begin(workspace: Workspace, subject: dict[str, str], superseded: Sequence[s
     return workspace.resume_or_create(subject, superseded)
 
 
-def _subject(job_folder: Path, runtime: str) -> dict[str, str]:
+def _subject(job: JobFolder, runtime: str) -> dict[str, str]:
     """What is executed: the job folder names its base model and its data by their digests."""
+    if runtime != "production" and (absent := job.absent_private_sites):
+        raise JobError(
+            f"{job.path}: the data of {', '.join(absent)} is private and not on this machine; run the job where it"
+            " is, in the runtime 'production'"
+        )
+    base_model = job.base_model.parent
     try:
-        verify_job_folder(job_folder)
-        _require_data(job_folder, runtime)
-        base_model = read_plans(job_folder)[0].located(home_of(job_folder)).base_model.parent
-        if folder_digest(existing(base_model)) != base_model.name:
-            raise JobError(f"{base_model}: is not what it was when it was made; materialize base_model again")
-        return {"runtime": runtime, "job_folder": folder_digest(job_folder), "base_model": base_model.name}
+        unchanged = folder_digest(existing(base_model)) == base_model.name
+    except FileNotFoundError as error:
+        raise JobError(str(error)) from error
+    if not unchanged:
+        raise JobError(f"{base_model}: is not what it was when it was made; materialize base_model again")
+    return {"runtime": runtime, "job_folder": job.digest, "base_model": base_model.name}
+
+
+def read_job_folder(path: Path) -> JobFolder:
+    """Raises JobError if the job folder is missing, not as it was built, or of another version of this package."""
+    try:
+        verify_job_folder(path)
+        return JobFolder.read(path)
     except (JobFolderError, FileNotFoundError) as error:
         raise JobError(str(error)) from error
 
 
-def _require_data(job_folder: Path, runtime: str) -> None:
-    """Raises JobError for sites whose data nobody has who takes part in that runtime."""
-    private = read_spec(job_folder).private_sites
-    plans = [plan.located(home_of(job_folder)) for plan in read_plans(job_folder)]
-    absent = [plan.site for plan in plans if plan.site in private and not plan.training_file.is_file()]
-    if absent and runtime != "production":
-        raise JobError(
-            f"{job_folder}: the data of {', '.join(absent)} is private and not on this machine; run the job where it"
-            " is, in the runtime 'production'"
-        )
-
-
 def run_job(
-    job_folder: Path,
+    job: JobFolder | Path,
     workspace: Path,
     testing_file: Path,
     into: Path,
@@ -102,18 +103,19 @@ def run_job(
 ) -> Iterator[Event]:
     """Run a job to its end, yielding what happens; the last event is the JobReport.
 
-    `job_folder` is a version in the store of a home, where its data and base model are; `execution` is what
-    `begin_execution` gave, if the caller has begun one. An execution that did not come to its end
+    `job` is a version of a job folder in the store of a home, where its data and base model are, or its path;
+    `execution` is what `begin_execution` gave, if the caller has begun one. An execution that did not come to its end
     goes on after its last finished round; `Workspace.end` is for the caller, when nothing is left to do. The
     checkpoint and its report are in `into`. Closing the iterator, or any exception in the caller, stops the job.
     Raises JobError if the job fails, after all its processes have ended.
     """
+    job = job if isinstance(job, JobFolder) else read_job_folder(job)
     if execution is None:
-        begin_execution(job_folder, workspace, runtime.name)
+        begin_execution(job, workspace, runtime.name)
     mark = execution_mark(str(workspace))
     command = [
         *(sys.executable, "-m", "fedsft_assets.federation.supervisor.supervisor"),
-        *("--job-folder", str(job_folder), "--workspace", str(workspace)),
+        *("--job-folder", str(job.path), "--workspace", str(workspace)),
         *("--testing-file", str(testing_file), "--into", str(into), "--runtime", runtime.model_dump_json()),
     ]
     errors = workspace.with_suffix(".err")
@@ -126,7 +128,7 @@ def run_job(
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
-            env={**child_environment(), **home_environment(home_of(job_folder)), MARK: mark},
+            env={**child_environment(), **home_environment(job.home), MARK: mark},
         )
     try:
         assert supervisor.stdout is not None

@@ -10,7 +10,7 @@ from collections.abc import Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from fedsft_assets.federation.job_folder import home_of, read_plans, read_spec
+from fedsft_assets.federation.job_folder import JobFolder
 from fedsft_assets.federation.protocol.events import Event, JobError
 from fedsft_assets.federation.protocol.job_report import MODEL_FILE, JobReport, global_curve
 from fedsft_assets.federation.protocol.journal import EntryError, Missed, Progress, Regroup
@@ -48,17 +48,16 @@ class OrphanedError(Exception):
 class Supervision:
     """One attempt to bring an execution to its end."""
 
-    def __init__(self, job_folder: Path, workspace: Workspace, runtime: RuntimeSettings) -> None:
+    def __init__(self, job: JobFolder, workspace: Workspace, runtime: RuntimeSettings) -> None:
         execution = workspace.execution()
         assert execution, "run_job begins an execution before it starts a supervisor"
-        self.spec, self.plans = read_spec(job_folder), read_plans(job_folder)
-        self._job_folder, self._workspace, self._execution = job_folder, workspace, execution
+        self.spec = job.spec
+        self._job, self._workspace, self._execution = job, workspace, execution
         self._begun, self._seconds_before = time.monotonic(), execution.seconds
         self._runtime_name = runtime.name
         self.history = History(workspace.journal, self.spec.rounds, execution.rounds)
-        home = home_of(job_folder)
-        self._charges = PrivacyCharges(Releases(home / RELEASES_FILE), self.spec)
-        self._runtime: Runtime = make_runtime(runtime, home, workspace.runtime, trainers=len(self.spec.sites))
+        self._charges = PrivacyCharges(Releases(job.home / RELEASES_FILE), self.spec)
+        self._runtime: Runtime = make_runtime(runtime, job.home, workspace.runtime, trainers=len(self.spec.sites))
         self._restarts_left = _RESTARTS
 
     def run(self) -> Iterator[Event]:
@@ -157,7 +156,7 @@ class Supervision:
         with publish_folder(into) as folder:
             made = make_checkpoint(
                 *self._runtime.command("fedsft_assets.federation.supervisor.checkpoint"),
-                self._job_folder,
+                self._job.path,
                 weights,
                 testing_file,
                 folder,
@@ -176,7 +175,7 @@ class Supervision:
                 phases={**longest_phases(points), "save": round_to_ms(time.monotonic() - saving)},
                 checkpoint_digest=made.digest,
                 base_model_digest=made.base_model_digest,
-                validation_digest=self.plans[0].digests["validation_file"],
+                validation_digest=self._job.plans[0].digests["validation_file"],
                 runtime=self._runtime_name,
                 job_id=self.job_id,
                 status=self._execution.status or "",
@@ -261,7 +260,7 @@ class Supervision:
         """The job folder, with the execution that it is for in its meta.json."""
         folder = self._workspace.submitted / self.spec.name
         shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(self._job_folder, folder)
+        shutil.copytree(self._job.path, folder)
         meta_file = folder / "meta.json"
         meta = json.loads(meta_file.read_text(encoding="utf-8"))
         meta_file.write_text(json.dumps({**meta, EXECUTION_KEY: self._execution.id}, indent=2), encoding="utf-8")

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
+from fedsft_assets.federation.job_folder import JobFolder
 from fedsft_assets.federation.protocol.events import Event, Failed, JobError, encode
 from fedsft_assets.federation.protocol.journal import EntryError, Progress
 from fedsft_assets.federation.protocol.messages import BEST_MODEL
@@ -26,10 +27,10 @@ from fedsft_assets.specs.yaml_file import SpecError
 
 
 def supervise(
-    job_folder: Path, workspace: Workspace, testing_file: Path, into: Path, runtime: RuntimeSettings
+    job: JobFolder, workspace: Workspace, testing_file: Path, into: Path, runtime: RuntimeSettings
 ) -> Iterator[Event]:
     """Bring the job to its end and write its checkpoint and report into the folder `into`. Raises JobError."""
-    supervision = Supervision(job_folder, workspace, runtime)
+    supervision = Supervision(job, workspace, runtime)
     try:
         yield from supervision.run()
         if report := supervision.finished(into):
@@ -60,7 +61,7 @@ def main() -> None:
     code = 1
     try:
         workspace = Workspace(args.workspace)
-        for event in supervise(args.job_folder, workspace, args.testing_file, args.into, args.runtime):
+        for event in supervise(JobFolder.read(args.job_folder), workspace, args.testing_file, args.into, args.runtime):
             print(encode(event), file=events, flush=True)
         code = 0
     except JobError as error:

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from fedsft_assets.federation.job_folder import build_job_folder
+from fedsft_assets.federation.job_folder import JobFolder, build_job_folder
 from fedsft_assets.federation.protocol.events import Event, Failed, JobError, encode
 from fedsft_assets.federation.protocol.journal import Progress
 from fedsft_assets.federation.protocol.points import Point
 from fedsft_assets.federation.runtimes.processes import MARK, marked_processes
-from fedsft_assets.federation.supervisor.launch import begin_execution, run_job
+from fedsft_assets.federation.supervisor.launch import begin_execution, read_job_folder, run_job
 from fedsft_assets.federation.supervisor.workspace import Workspace
 from fedsft_assets.specs.dataset import COMBINED
 from fedsft_assets.specs.job import JobSpec, SiteSpec
@@ -47,6 +47,10 @@ def _make_base_model(store: Store, content: str) -> None:
         (base_model / "tiny.nemo").write_text(content)
 
 
+def _job(store: Store) -> JobFolder:
+    return read_job_folder(current(store.job_folder("quick")))
+
+
 def _build(store: Store, rounds: int = 1) -> None:
     spec = JobSpec(name="quick", description="", rounds=rounds, sites={"site-1": SiteSpec(dataset="alpaca")})
     build_job_folder(spec, PRESETS["tiny"], store)
@@ -57,12 +61,12 @@ def test_private_data_that_is_elsewhere_is_asked_for_in_production_only(store: S
     build_job_folder(spec, PRESETS["tiny"], store)
     folder, workspace = current(store.job_folder("quick")), store.flare("quick")
     with pytest.raises(JobError) as error:
-        begin_execution(folder, workspace, "simulator")
+        begin_execution(read_job_folder(folder), workspace, "simulator")
     assert str(error.value) == (
         f"{folder}: the data of site-1 is private and not on this machine; run the job where it is,"
         " in the runtime 'production'"
     )
-    assert begin_execution(folder, workspace, "production").subject["runtime"] == "production"
+    assert begin_execution(read_job_folder(folder), workspace, "production").subject["runtime"] == "production"
 
 
 Supervise = Callable[..., "list[Event]"]
@@ -188,7 +192,7 @@ def test_job_folder_that_was_changed_is_not_run(store: Store) -> None:
     path = current(store.job_folder("quick")) / "app_site-1" / "config" / "plan.json"
     path.write_text(path.read_text().replace('"rounds": 1', '"rounds": 9'))
     with pytest.raises(JobError, match=f"^{path}: has changed since the job folder was built; build it again$"):
-        begin_execution(current(store.job_folder("quick")), store.flare("quick"), "simulator")
+        begin_execution(_job(store), store.flare("quick"), "simulator")
     assert not store.flare("quick").exists()
 
 
@@ -196,19 +200,19 @@ def test_base_model_that_is_missing_is_named(store: Store) -> None:
     version = current(store.base_model("tiny"))
     shutil.rmtree(version)
     with pytest.raises(JobError, match=f"^{version}: is not there"):
-        begin_execution(current(store.job_folder("quick")), store.flare("quick"), "simulator")
+        begin_execution(_job(store), store.flare("quick"), "simulator")
 
 
 def test_base_model_that_was_changed_is_not_run(store: Store) -> None:
     version = current(store.base_model("tiny"))
     (version / "tiny.nemo").write_text("another")
     with pytest.raises(JobError, match=f"^{version}: is not what it was when it was made"):
-        begin_execution(current(store.job_folder("quick")), store.flare("quick"), "simulator")
+        begin_execution(_job(store), store.flare("quick"), "simulator")
 
 
 def test_journal_that_is_damaged_is_named_by_the_supervisor(store: Store) -> None:
     folder, workspace = current(store.job_folder("quick")), store.flare("quick")
-    begin_execution(folder, workspace, "simulator")
+    begin_execution(read_job_folder(folder), workspace, "simulator")
     journal = Workspace(workspace).journal
     journal.write_text("spilt\n")
     with pytest.raises(JobError, match=f"^{journal}, line 1: expected .* found 'spilt'; remove the file") as error:
@@ -218,7 +222,7 @@ def test_journal_that_is_damaged_is_named_by_the_supervisor(store: Store) -> Non
 
 
 def test_unfinished_execution_is_taken_up_and_an_ended_one_is_not(store: Store) -> None:
-    where = (current(store.job_folder("quick")), store.flare("quick"), "simulator")
+    where = (_job(store), store.flare("quick"), "simulator")
     first = begin_execution(*where)
     assert begin_execution(*where) == first
     Workspace(store.flare("quick")).end()
@@ -227,17 +231,17 @@ def test_unfinished_execution_is_taken_up_and_an_ended_one_is_not(store: Store) 
 
 @pytest.mark.parametrize("changed", ["job folder", "base model", "runtime"])
 def test_unfinished_execution_of_something_else_is_not_taken_up(store: Store, changed: str) -> None:
-    first = begin_execution(current(store.job_folder("quick")), store.flare("quick"), "simulator")
+    first = begin_execution(_job(store), store.flare("quick"), "simulator")
     if changed == "job folder":
         _build(store, rounds=2)
     elif changed == "base model":
         _make_base_model(store, "another base model")
         _build(store)
     runtime = "poc" if changed == "runtime" else "simulator"
-    assert begin_execution(current(store.job_folder("quick")), store.flare("quick"), runtime).id != first.id
+    assert begin_execution(_job(store), store.flare("quick"), runtime).id != first.id
 
 
 def test_rebuilt_job_folder_with_the_same_content_is_the_same_job(store: Store) -> None:
-    first = begin_execution(current(store.job_folder("quick")), store.flare("quick"), "simulator")
+    first = begin_execution(_job(store), store.flare("quick"), "simulator")
     _build(store)
-    assert begin_execution(current(store.job_folder("quick")), store.flare("quick"), "simulator") == first
+    assert begin_execution(_job(store), store.flare("quick"), "simulator") == first

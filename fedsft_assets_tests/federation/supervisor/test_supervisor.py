@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fedsft_assets.federation.job_folder import JobFolder
 from fedsft_assets.federation.protocol.events import Event, JobError
 from fedsft_assets.federation.protocol.job_report import MODEL_FILE
 from fedsft_assets.federation.protocol.journal import (
@@ -166,7 +167,7 @@ def attempt(tmp_path: Path, workspace: Workspace, jobs: Jobs, monkeypatch: pytes
         (folder / f"app_{site}" / "config" / "plan.json").write_text(plan.model_dump_json())
     (folder / "job.json").write_text(spec.model_dump_json())
     (folder / "meta.json").write_text(json.dumps({"name": "fedavg", "min_clients": 1}))
-    return lambda: Supervision(folder, workspace, RuntimeSettings(name="poc"))
+    return lambda: Supervision(JobFolder.read(folder), workspace, RuntimeSettings(name="poc"))
 
 
 def _events(one: Supervision) -> tuple[list[Event], JobError | None]:

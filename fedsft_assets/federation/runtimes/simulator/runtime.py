@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-from fedsft_assets.federation.job_folder import read_plans
+from fedsft_assets.federation.job_folder import JobFolder
 from fedsft_assets.federation.kit_policy import write_simulation_policy
 from fedsft_assets.federation.protocol.journal import JOURNAL_FILE, Finished, from_line
 from fedsft_assets.federation.protocol.messages import (
@@ -87,7 +87,7 @@ class Simulator:
         environment = self._environment()
         assert self._plain, "a job is submitted to a runtime that is prepared"
         if can_fork():
-            base_model = read_plans(job_folder)[0].located(Path(os.environ[STUDY_HOME])).base_model
+            base_model = JobFolder.read(job_folder).plans[0].located(Path(os.environ[STUDY_HOME])).base_model
             self._forks = self._forks or ForkServer(self._plain / "python", _SIMULATION, _SITES, base_model)
             self._forks.start(environment)
             environment |= self._forks.environment
