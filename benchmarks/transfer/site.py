@@ -99,12 +99,14 @@ class _Ours:
     def __init__(self, wire: str) -> None:
         from fedsft_assets.federation.protocol.messages import Wire
         from fedsft_assets.federation.site.global_model import SiteExchange
+        from fedsft_assets.federation.site.reporter import Reporter, send_through_site
         from fedsft_assets.federation.site.update_filters import ChangeFilter
         from fedsft_assets.federation.transport.install import send_tensors_as_streams
         from fedsft_assets.federation.transport.receiving import add_to
         from fedsft_assets.specs.job import FiltersSpec
 
         self.site = ""
+        self._reporter = Reporter("a site", send_through_site)
         self.exchange = SiteExchange("a site", Wire(wire), ChangeFilter(FiltersSpec()), {})
         send_tensors_as_streams()
         add_to(self.exchange)
@@ -117,22 +119,24 @@ class _Ours:
         from fedsft_assets.federation.protocol.messages import (
             FIRST_KEY,
             KIND_KEY,
-            POINTS_KEY,
             RECORDS_KEY,
             SAMPLES_KEY,
             Kind,
         )
-        from fedsft_assets.federation.protocol.points import TRAIN_LOSS, VAL_LOSS, VAL_LOSS_LOCAL, Point, points_to_data
+        from fedsft_assets.federation.protocol.points import TRAIN_LOSS, VAL_LOSS, VAL_LOSS_LOCAL, Point
 
         done = received.current_round
         self.exchange.take(received)
         points = [Point(VAL_LOSS, 1.0 / (1 + done), done, done, tokens=1)]
+        if not evaluates:
+            points += [
+                Point(TRAIN_LOSS, 1.0, done + 1, done + 1, step=1, tokens=1),
+                Point(VAL_LOSS_LOCAL, 1.0, done + 1, done + 1, tokens=1),
+            ]
+        self._reporter.report(f"round {done}", points)
+        self._reporter.flush()
         if evaluates:
-            return FLModel(metrics={VAL_LOSS: 1.0}, meta={POINTS_KEY: points_to_data(points)})
-        points += [
-            Point(TRAIN_LOSS, 1.0, done + 1, done + 1, step=1, tokens=1),
-            Point(VAL_LOSS_LOCAL, 1.0, done + 1, done + 1, tokens=1),
-        ]
+            return FLModel(metrics={VAL_LOSS: 1.0})
         return FLModel(
             params=self.exchange.changes(self._trained(), Kind.CHANGE),
             params_type=ParamsType.FULL,
@@ -143,7 +147,6 @@ class _Ours:
                 SAMPLES_KEY: 1,
                 RECORDS_KEY: 1,
                 FIRST_KEY: None,
-                POINTS_KEY: points_to_data(points),
             },
         )
 

@@ -10,8 +10,10 @@ import json
 import os
 import shutil
 import sys
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,17 +21,9 @@ import torch
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 
 from fedsft_assets.federation.job_folder import JobFolder, round_limits
-from fedsft_assets.federation.protocol.messages import (
-    BEST_MODEL,
-    KIND_KEY,
-    POINTS_KEY,
-    TRAIN_TASK,
-    VERSION,
-    VERSION_KEY,
-    Kind,
-)
+from fedsft_assets.federation.protocol.messages import BEST_MODEL, KIND_KEY, TRAIN_TASK, VERSION, VERSION_KEY, Kind
 from fedsft_assets.federation.protocol.phases import PhaseClock, phase_of
-from fedsft_assets.federation.protocol.points import Point
+from fedsft_assets.federation.protocol.points import Point, points_to_data
 from fedsft_assets.federation.server.controller import FederatedSFT
 from fedsft_assets.federation.site.trainer import SiteTrainer
 from fedsft_assets.federation.supervisor.checkpoint import make_checkpoint
@@ -58,10 +52,17 @@ class _Rounds(FederatedSFT):
             wire=spec.wire,
             algorithm=spec.algorithm.model_dump(),
         )
-        self._trainers = {plan.site: SiteTrainer(plan, PhaseClock(), lambda _text, _points: None) for plan in plans}
+        self._trainers = {plan.site: SiteTrainer(plan, PhaseClock(), partial(self._tell, plan.site)) for plan in plans}
         self._missed, self._run_dir = missed, folder
         self.of_the_missing: list[Point] = []
+        self._absent: set[str] = set()  # in the round that is under way
         self.open(folder / "state")
+
+    def _tell(self, site: str, text: str, points: list[Point]) -> None:
+        if site in self._absent:
+            self.of_the_missing += points
+        elif points:
+            self.note_report(site, json.dumps({"id": uuid.uuid4().hex, "text": text, "points": points_to_data(points)}))
 
     def _broadcast_task(
         self,
@@ -72,6 +73,7 @@ class _Rounds(FederatedSFT):
     ) -> dict[str, T]:
         results = {}
         self.review.begin(number)
+        self._absent = {site for site in self.sites if number + 1 in self._missed.get(site, [])}
         for site in self.sites:
             trainer = self._trainers[site]
             sent = FLModel(
@@ -82,8 +84,7 @@ class _Rounds(FederatedSFT):
                 meta={KIND_KEY: str(Kind.FULL), VERSION_KEY: VERSION},
             )
             result = trainer.train(sent) if task == TRAIN_TASK else trainer.evaluate(sent)
-            if number + 1 in self._missed.get(site, []):
-                self.of_the_missing += [Point(**point, site=site) for point in result.meta[POINTS_KEY]]
+            if site in self._absent:
                 continue
             if task == TRAIN_TASK:
                 result.params = {name: made(tensor) for name, tensor in result.params.items()}

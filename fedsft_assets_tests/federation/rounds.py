@@ -1,6 +1,7 @@
 """The server's part of a job without a server: sites that answer, fail or say nothing, in a test's own process."""
 
 import json
+import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,6 @@ from nvflare.private.defs import CellMessageHeaderKeys
 from fedsft_assets.federation.protocol.journal import JOURNAL_FILE, Entry, from_line
 from fedsft_assets.federation.protocol.messages import (
     KIND_KEY,
-    POINTS_KEY,
     RECORDS_KEY,
     SAMPLES_KEY,
     VALIDATE_TASK,
@@ -37,6 +37,7 @@ Weights = dict[str, torch.Tensor]
 # What a site does with a task: a result, None for silence, or a return code of NVFlare's for a trainer that is gone.
 Answer = FLModel | None | str
 BATCH = 16
+POINTS_KEY = "points"  # where a site here has what it reports before its result
 
 
 def weights(seed: int, size: float = 1.0) -> Weights:
@@ -170,6 +171,10 @@ class Server(FederatedSFT):
         for name in targets:
             answer = self.members[name](task_name, data)
             if isinstance(answer, FLModel):
+                if POINTS_KEY in answer.meta:
+                    points = answer.meta.pop(POINTS_KEY)
+                    report = {"id": f"{task_name} {data.current_round}", "text": "busy", "points": points}
+                    deliver(self, name, json.dumps(report))
                 callback(answer)
             elif answer is None:
                 self._standing += 1
@@ -224,11 +229,12 @@ def play(server: Server, rounds: int) -> list[Weights]:
 
 
 def says(server: Server, site: str, text: str, points: Iterable[Point] = (), **changes: Any) -> None:
-    """A message of a site while it works, as NVFlare hands it over."""
-    deliver(server, site, json.dumps({"text": text, "points": points_to_data([*points]), **changes}))
+    """A report of a site while it works, as NVFlare hands it over."""
+    report = {"id": uuid.uuid4().hex, "text": text, "points": points_to_data([*points])}
+    deliver(server, site, json.dumps({**report, **changes}))
 
 
-def deliver(server: Server, site: str, content: Any) -> None:
-    """The same, whatever is in it."""
+def deliver(server: Server, site: str, content: Any) -> str:
+    """The same, whatever is in it; the code of the answer."""
     headers = {CellMessageHeaderKeys.TOKEN: f"token of {site}", MessageHeaderKey.ORIGIN: "a cell"}
-    server._take_progress(Message(headers, content))
+    return str(server._take_report(Message(headers, content)).get_header(MessageHeaderKey.RETURN_CODE))

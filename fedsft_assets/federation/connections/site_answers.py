@@ -19,6 +19,8 @@ from nvflare.fuel.hci.proto import ReplyKeyword
 from nvflare.private.admin_defs import error_reply
 from nvflare.private.defs import CellChannel, RequestHeader, SysCommandTopic, TrainingTopic, new_cell_message
 
+from fedsft_assets.federation.protocol.messages import PROGRESS_CHANNEL, PROGRESS_TOPIC
+
 _ALL, _BULK = "*", "bulk"
 # By channel, the topics. What is streamed has its own channel inside.
 _ANSWERED: dict[str, tuple[str, ...]] = {
@@ -28,6 +30,7 @@ _ANSWERED: dict[str, tuple[str, ...]] = {
     CellChannel.RETURN_ONLY: (_ALL,),  # answers to what the site has asked
     CellChannel.CELLNET: (_BULK, CellChannelTopic.Bye),
     CLIENT_API: (_ALL,),  # of a trainer
+    PROGRESS_CHANNEL: (PROGRESS_TOPIC,),  # the same
     OBJ_DOWNLOADER_CHANNEL: (_ALL,),  # what the site has offered
     STREAM_CHANNEL: (_ALL,),
     "credential_manager": ("key_exchange",),

@@ -4,7 +4,7 @@ from enum import StrEnum
 
 from fedsft_assets import __version__
 
-VERSION = "4"  # of all this; server and sites must have the same
+VERSION = "5"  # of all this; server and sites must have the same
 
 TRAIN_TASK = "train"
 VALIDATE_TASK = "validate"
@@ -16,7 +16,6 @@ EXECUTIONS_KEY = "executions"  # that the server can go on with: what a site kee
 
 # In the metadata of a result.
 TOKENS_KEY = "NUM_STEPS_CURRENT_ROUND"  # that a round trained on; NVFlare's name for what results are weighted by
-POINTS_KEY = "points"
 SAMPLES_KEY = "samples"
 RECORDS_KEY = "records"  # that a site trains on
 FIRST_KEY = "first"  # digests of the base model and the adapters that a site began with, if it made them itself
@@ -25,9 +24,7 @@ FAILURE_KEY = "failure"  # why the site can do nothing more in this job
 # What an algorithm sends beside the weights has tensors' names behind it.
 CONTROL = "control:"
 
-# NVFlare's analytics record in which a trainer says what it is doing; its value is JSON.
-PROGRESS_RECORD = "fedsft"
-# By which that goes on to the server. NVFlare's own events have a sender that nobody has checked.
+# By which a trainer reports to the server, as JSON; the answer is OK when the server's journal has it.
 PROGRESS_CHANNEL = "fedsft"
 PROGRESS_TOPIC = "progress"
 

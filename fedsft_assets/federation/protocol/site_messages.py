@@ -6,7 +6,7 @@ raises ValueError, whose message names the field, what was found and what was ex
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -14,7 +14,6 @@ from fedsft_assets.federation.protocol.messages import (
     FAILURE_KEY,
     FIRST_KEY,
     KIND_KEY,
-    POINTS_KEY,
     RECORDS_KEY,
     SAMPLES_KEY,
     TOKENS_KEY,
@@ -74,15 +73,19 @@ class PointMessage(_Message):
         return f"{self.value:.6g} over {self.tokens} tokens"
 
 
-class WordMessage(_Message):
-    """What a site says while it works: a line of text, and the points that it stands for."""
+class ReportMessage(_Message):
+    """What a site reports while it works: a line of text, and the points that it stands for.
 
+    A message that is sent again has the same `id`.
+    """
+
+    id: Annotated[str, Field(min_length=1, max_length=_SHOWN), AfterValidator(_one_line)]
     text: Annotated[str, Field(min_length=1, max_length=_MOST_CHARACTERS), AfterValidator(_one_line)]
     points: Annotated[list[PointMessage], Field(max_length=_MOST_POINTS_AT_ONCE)]
 
 
 class ScoreMessage(_Message):
-    """A site's result of a task: what it measured of the model that it was given."""
+    """What a site has reported by the end of a task: what it measured of the model that it was given."""
 
     points: list[PointMessage]
 
@@ -91,7 +94,7 @@ class ScoreMessage(_Message):
 
 
 class UpdateMessage(ScoreMessage):
-    """A site's result of a round: what stands beside its tensors.
+    """A site's result of a round: what stands beside its tensors, and what it has reported.
 
     `tokens` and `samples` are what the round trained on, `records` how many the site has.
     """
@@ -101,9 +104,6 @@ class UpdateMessage(ScoreMessage):
     samples: Positive
     records: Positive
     first: Annotated[str, Field(max_length=200)] | None
-
-
-Result = TypeVar("Result", bound=ScoreMessage)
 
 
 class RoundLimits(BaseModel):
@@ -121,42 +121,43 @@ class RoundLimits(BaseModel):
     validation_records: int
     records: dict[str, int | None]
 
-    def word(self, content: Any, number: int) -> WordMessage:
-        """What a site says while round `number` (0-based) is under way, from JSON."""
+    def report(self, content: Any, number: int) -> ReportMessage:
+        """What a site reports while round `number` (0-based) is under way, from JSON."""
         if not isinstance(content, str):
             raise ValueError(f"found {_shown(content)}, expected JSON")
         try:
-            said = WordMessage.model_validate_json(content)
+            said = ReportMessage.model_validate_json(content)
         except ValidationError as error:
             raise ValueError(_explained(error)) from error
         _check_values(said.points)
         for point in said.points:
-            # What is said last of a round may come when the next one has begun.
-            _require(number - 1 <= point.round <= number + 1, point.name, "round", point.round, f"about {number}")
+            now = round_of(point.name, number)
+            # What a site that is too slow reports of a round may come when the next one has begun.
+            _require(now - 1 <= point.round <= now, point.name, "round", point.round, f"{now}")
         return said
 
-    def score(self, meta: Mapping[str, Any], number: int, records: int | None) -> ScoreMessage:
+    def score(self, points: list[PointMessage], number: int, records: int | None) -> ScoreMessage:
         """The result of validating the model after `number` rounds, of a site with so many records, if known."""
-        score = _parsed(ScoreMessage, {"points": meta.get(POINTS_KEY)})
-        _check_values(score.points)
+        score = ScoreMessage(points=points)
         self._check_score(score, number, None if records is None else self.work.samples(records) * number)
         _require_only(score, (VAL_LOSS,))
         return score
 
-    def update(self, meta: Mapping[str, Any], number: int, records: int | None) -> UpdateMessage:
+    def update(
+        self, meta: Mapping[str, Any], points: list[PointMessage], number: int, records: int | None
+    ) -> UpdateMessage:
         """The result of round `number` (0-based) of a site with so many records, if that is known."""
-        update = _parsed(
-            UpdateMessage,
-            {
-                "kind": meta.get(KIND_KEY),
-                "tokens": meta.get(TOKENS_KEY),
-                "samples": meta.get(SAMPLES_KEY),
-                "records": meta.get(RECORDS_KEY),
-                "first": meta.get(FIRST_KEY),
-                "points": meta.get(POINTS_KEY),
-            },
-        )
-        _check_values(update.points)
+        try:
+            update = UpdateMessage(
+                kind=meta.get(KIND_KEY),
+                tokens=meta.get(TOKENS_KEY),
+                samples=meta.get(SAMPLES_KEY),
+                records=meta.get(RECORDS_KEY),
+                first=meta.get(FIRST_KEY),
+                points=points,
+            )
+        except ValidationError as error:
+            raise ValueError(_explained(error)) from error
         if records is not None:
             _require(update.records == records, "records", None, update.records, f"{records}, which it has")
         samples = self.work.samples(update.records)
@@ -203,6 +204,11 @@ class RoundLimits(BaseModel):
         _require(tokens == update.tokens, "tokens", None, update.tokens, f"the {tokens} of its steps")
 
 
+def round_of(metric: str, number: int) -> int:
+    """The finished rounds that a metric is measured after while round `number` (0-based) is under way."""
+    return number + 1 if metric in (TRAIN_LOSS, VAL_LOSS_LOCAL) else number
+
+
 def points_of(site: str, messages: Sequence[PointMessage]) -> list[Point]:
     """Points as the site's that has sent them."""
     return [
@@ -219,13 +225,6 @@ def failure_of(meta: Mapping[str, Any]) -> str | None:
         raise ValueError(f"{FAILURE_KEY}: found {_shown(said)}, expected a traceback")
     kept = said[-_MOST_OF_A_TRACEBACK:]
     return "".join(character if character.isprintable() or character in "\n\t" else "\ufffd" for character in kept)
-
-
-def _parsed(kind: type[Result], content: dict[str, Any]) -> Result:
-    try:
-        return kind.model_validate(content)
-    except ValidationError as error:
-        raise ValueError(_explained(error)) from error
 
 
 def _explained(error: ValidationError) -> str:

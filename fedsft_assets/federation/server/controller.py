@@ -25,6 +25,9 @@ from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 from nvflare.app_common.workflows.model_controller import ModelController
 from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey
+from nvflare.fuel.f3.cellnet.defs import ReturnCode as CellReturnCode
+from nvflare.fuel.f3.cellnet.utils import make_reply
+from nvflare.fuel.f3.message import Message
 from nvflare.private.defs import CellMessageHeaderKeys
 
 from fedsft_assets.federation.connections.local_driver import require_local_driver
@@ -149,7 +152,7 @@ class FederatedSFT(ModelController):
         self.open(self._state_folder())
         self.engine.register_app_command(JOURNAL_COMMAND, self._hand_out_journal)
         cell = getattr(self.engine.server, "job_cell", None) or self.engine.get_cell()  # the simulator has both
-        cell.core_cell.register_request_cb(PROGRESS_CHANNEL, PROGRESS_TOPIC, self._take_progress)
+        cell.core_cell.register_request_cb(PROGRESS_CHANNEL, PROGRESS_TOPIC, self._take_report)
         tell_of_unreadable_results(self._refuse_unreadable)
         if not fl_ctx.get_prop(FLContextKey.SIMULATE_MODE, False):  # in the simulator nobody comes, or comes again
             require_local_driver("fedsft-server configure")
@@ -330,7 +333,7 @@ class FederatedSFT(ModelController):
         progress = self.state.progress
         points = [point for site, score in scores.items() for point in points_of(site, score.points)]
         whole = merged_val_loss(points, progress.finished, sum(progress.samples.values()))
-        self.journal.add([whole, *points])
+        self.journal.add([whole])
         loss = whole.value
         self.info(f"val_loss {loss:.4f} after {progress.finished} rounds")
         if progress.finished > 0 and (progress.best_loss is None or loss < progress.best_loss):
@@ -442,20 +445,28 @@ class FederatedSFT(ModelController):
 
     # What is written down.
 
-    def _take_progress(self, message: Any) -> None:
-        """What a site says while it works; points may come this way before the result that has them too."""
+    def _take_report(self, message: Any) -> Message:
+        """Write down what a site reports while it works, and answer that it is there: the site repeats it until then.
+
+        It becomes durable with the round: what a machine loses of an unfinished one is measured anew.
+        """
         site = self._sender(message)
         if site is None:
-            return
+            return make_reply(CellReturnCode.UNAUTHENTICATED)
         self._watch.heard(site)
-        if site in self._watch.refused:
-            return
+        if site not in self._watch.refused:
+            self.note_report(site, message.payload)
+        return make_reply(CellReturnCode.OK)
+
+    def note_report(self, site: str, content: Any) -> None:
+        """Check a site's report, in JSON, and write it down. Raises OSError."""
         try:
-            said = self.review.word(site, message.payload)
+            report = self.review.report(site, content)
         except ValueError as error:
             self._refuse(site, error, "a message: ")
             return
-        self.journal.add([Progress(f"{site} · {said.text}"), *points_of(site, said.points)], durable=False)
+        if report:
+            self.journal.add([Progress(f"{site} · {report.text}"), *points_of(site, report.points)], durable=False)
 
     def _refuse_unreadable(self, message: Any, why: str) -> None:
         if site := self._sender(message):

@@ -1,5 +1,6 @@
 """What a site says in a round: checked as it arrives, against the job's limits, its own words, and the other sites'."""
 
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
@@ -7,7 +8,13 @@ from nvflare.app_common.abstract.fl_model import FLModel
 
 from fedsft_assets.federation.protocol.messages import Kind
 from fedsft_assets.federation.protocol.points import VAL_LOSS
-from fedsft_assets.federation.protocol.site_messages import PointMessage, RoundLimits, ScoreMessage, WordMessage
+from fedsft_assets.federation.protocol.site_messages import (
+    PointMessage,
+    ReportMessage,
+    RoundLimits,
+    ScoreMessage,
+    round_of,
+)
 from fedsft_assets.federation.server.cross_checks import (
     differing_scores,
     differing_starts,
@@ -42,28 +49,35 @@ class Review:
     def begin(self, number: int) -> None:
         """The round (0-based) that is under way from now on."""
         self._number = number
-        self._words: dict[tuple[object, ...], PointMessage] = {}  # that sites have said in it
+        self._reports: set[tuple[str, str]] = set()  # sites and ids of their messages
+        self._points: defaultdict[str, dict[tuple[object, ...], PointMessage]] = defaultdict(dict)  # by site
         self._starts: dict[str, Hashable] = {}  # of sites in it that begin with a model of their own
 
     # Each raises ValueError for what cannot be used.
 
-    def word(self, site: str, payload: Any) -> WordMessage:
-        """What a site says while it works; its points may come this way before the result that has them too."""
-        said = self._limits.word(payload, self._number)
-        for point in said.points:
-            self._words.setdefault((site, point.name, point.round, point.step), point)
-        return said
+    def report(self, site: str, payload: Any) -> ReportMessage | None:
+        """What a site reports while it works; None if it is the same message once more."""
+        message = self._limits.report(payload, self._number)
+        if (site, message.id) in self._reports:
+            return None
+        known = self._points[site]
+        for point in message.points:
+            before = known.setdefault((point.name, point.round, point.step), point)
+            if before.model_copy(update={"time": point.time}) != point:
+                raise ValueError(
+                    f"{point.name}: found {point.measured}, which the site had said to be {before.measured}"
+                )
+        self._reports.add((site, message.id))
+        return message
 
-    def score(self, site: str, result: FLModel) -> ScoreMessage:
-        """What a site says of the model that it was given."""
-        score = self._limits.score(result.meta, self._number, self.records(site))
-        self._require_as_said_before(site, score)
-        return score
+    def score(self, site: str, _result: FLModel) -> ScoreMessage:
+        """What a site has measured of the model that it was given."""
+        return self._limits.score(self._points_of_round(site), self._number, self.records(site))
 
     def update(self, site: str, result: FLModel) -> SiteUpdate:
         """What a site has made of it."""
-        message = self._limits.update(result.meta, self._number, self.records(site))
-        self._require_as_said_before(site, message)
+        points = self._points_of_round(site)
+        message = self._limits.update(result.meta, points, self._number, self.records(site))
         expected = Kind.CHANGE if self._model.weights else Kind.FULL
         if message.kind != expected:
             raise ValueError(f"sent {message.kind!r} where {str(expected)!r} was to come; are the versions the same?")
@@ -108,11 +122,6 @@ class Review:
             self._state.progress.records[site] = records
             self._say(f"{site} · says that it trains on {records:,} records of its own")
 
-    def _require_as_said_before(self, site: str, score: ScoreMessage) -> None:
-        """A point that came while the site worked is written down already."""
-        for point in score.points:
-            before = self._words.get((site, point.name, point.round, point.step), point)
-            if before.model_copy(update={"time": point.time}) != point:
-                raise ValueError(
-                    f"{point.name}: found {point.measured}, which the site had said to be {before.measured}"
-                )
+    def _points_of_round(self, site: str) -> list[PointMessage]:
+        """What the site has reported of the round that is under way, in its order."""
+        return [point for point in self._points[site].values() if point.round == round_of(point.name, self._number)]

@@ -11,7 +11,6 @@ import os
 import sys
 import time
 import traceback
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,11 +18,11 @@ import psutil
 
 from fedsft_assets.federation.protocol.messages import other_version
 from fedsft_assets.federation.protocol.phases import JOB_STARTED, PhaseClock
-from fedsft_assets.federation.protocol.points import Point, points_to_data
 from fedsft_assets.federation.site.cpu_slots import turn
 from fedsft_assets.federation.site.failure_log import FAILURE_MARK
 from fedsft_assets.federation.site.files import with_own_files
 from fedsft_assets.federation.site.ranks import Followers, Task, start_all
+from fedsft_assets.federation.site.reporter import Reporter, send_through_site
 from fedsft_assets.specs.plan import SitePlan
 
 if TYPE_CHECKING:
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
 # When one of several processes dies, the others fail because they lost it. Torchrun ends them within this time, so
 # that only the one that failed first is heard.
 _SECONDS_TO_BE_ENDED = 3.0
+_SECONDS_FOR_LAST_WORDS = 5.0
 
 
 def main() -> None:
@@ -70,11 +70,12 @@ def _work(plan: SitePlan) -> None:
         raise ExchangeError(f"{plan.site}: {wrong}")
     with clock.phase("load"):
         plan = with_own_files(plan, os.environ)
-    trainer = SiteTrainer(plan, clock, partial(_tell, plan.site), site_state_folder(Path.cwd().parent, plan.site))
+    reporter = Reporter(plan.site, send_through_site)
+    trainer = SiteTrainer(plan, clock, reporter.report, site_state_folder(Path.cwd().parent, plan.site))
     gc.freeze()  # what is loaded by now stays: collections need not look through it again
     followers = Followers() if plan.training.devices > 1 else None
     if trainer.devices.rank == 0:
-        _lead(trainer, followers)
+        _lead(trainer, followers, reporter)
     elif followers:
         for task in followers.tasks():
             trainer.follow(task)
@@ -82,7 +83,7 @@ def _work(plan: SitePlan) -> None:
         followers.part()
 
 
-def _lead(trainer: "SiteTrainer", followers: Followers | None) -> None:
+def _lead(trainer: "SiteTrainer", followers: Followers | None, reporter: Reporter) -> None:
     """Do what NVFlare asks for until the job ends, together with the site's other devices if there are any."""
     import nvflare.client as flare
 
@@ -94,9 +95,10 @@ def _lead(trainer: "SiteTrainer", followers: Followers | None) -> None:
         evaluates = flare.is_evaluate()
         if followers:
             followers.tell(Task("evaluate" if evaluates else "train", received.current_round))
-        with turn(lambda: _tell(trainer.plan.site, "waiting for a CPU slot", [])):
+        with turn(lambda: reporter.report("waiting for a CPU slot", [])):
             result = trainer.evaluate(received) if evaluates else trainer.train(received)
         with trainer.clock.phase("transfer"):
+            reporter.flush()  # the server judges a result by the points that it has
             flare.send(result)
     if followers:
         followers.tell(None)
@@ -111,18 +113,6 @@ def _is_end_of_job(error: Exception) -> bool:
 
 def _leads() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
-
-
-def _tell(site: str, text: str, points: list[Point]) -> None:
-    """Print a line for the site's own log, and send it to the server with its points."""
-    import nvflare.client as flare
-    from nvflare.apis.analytix import AnalyticsDataType
-
-    from fedsft_assets.federation.protocol.messages import PROGRESS_RECORD
-
-    print(f"{site} · {text}", flush=True)
-    said = json.dumps({"text": text, "points": points_to_data(points)})
-    flare.log(PROGRESS_RECORD, said, AnalyticsDataType.TEXT)
 
 
 def _give_up(why: str) -> None:

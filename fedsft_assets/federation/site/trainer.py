@@ -12,7 +12,6 @@ from fedsft_assets.federation.protocol.messages import (
     EXECUTIONS_KEY,
     FIRST_KEY,
     KIND_KEY,
-    POINTS_KEY,
     RECORDS_KEY,
     SAMPLES_KEY,
     TOKENS_KEY,
@@ -20,7 +19,7 @@ from fedsft_assets.federation.protocol.messages import (
     Wire,
 )
 from fedsft_assets.federation.protocol.phases import PhaseClock
-from fedsft_assets.federation.protocol.points import TRAIN_LOSS, VAL_LOSS, VAL_LOSS_LOCAL, Point, points_to_data
+from fedsft_assets.federation.protocol.points import TRAIN_LOSS, VAL_LOSS, VAL_LOSS_LOCAL, Point
 from fedsft_assets.federation.site.global_model import ExchangeError, SiteExchange, Weight
 from fedsft_assets.federation.site.precision import site_precision
 from fedsft_assets.federation.site.ranks import Task
@@ -115,10 +114,7 @@ class SiteTrainer:
     def _evaluate(self, received: FLModel) -> FLModel:
         self._forget_others(received)
         self._take(received)
-        samples = self._samples(received.current_round)
-        point = self._validate(VAL_LOSS, received.current_round, samples)
-        points = [point, *self.clock.points(received.current_round, samples, self.plan.site)]
-        return FLModel(metrics={VAL_LOSS: point.value}, meta={POINTS_KEY: points_to_data(points)})
+        return FLModel(metrics={VAL_LOSS: self._validate(VAL_LOSS, received.current_round)})
 
     def train(self, received: FLModel) -> FLModel:
         """Score the received weights, train one round from them, score the result."""
@@ -143,8 +139,7 @@ class SiteTrainer:
         self.moments = report.moments if self.plan.training.optimizer_state == "keep" else None
         control = self._control_changes(correction)
         self._keep(finished)
-        points = [self._step_point(step) for step in report.points]
-        points.append(self._validate(VAL_LOSS_LOCAL, finished, self._samples(finished)))
+        self._validate(VAL_LOSS_LOCAL, finished)
         return FLModel(
             params={**self.exchange.changes(self._weights(), kind), **control},
             params_type=ParamsType.FULL,
@@ -155,7 +150,6 @@ class SiteTrainer:
                 SAMPLES_KEY: report.samples,
                 RECORDS_KEY: len(self.training),
                 FIRST_KEY: self.first_digest,
-                POINTS_KEY: [*evaluation.meta[POINTS_KEY], *points_to_data(points)],
             },
         )
 
@@ -240,12 +234,15 @@ class SiteTrainer:
         """Records that this site has trained on after so many rounds."""
         return self.plan.work.samples(len(self.training)) * finished_rounds
 
-    def _validate(self, name: str, finished_rounds: int, samples: int) -> Point:
+    def _validate(self, name: str, finished_rounds: int) -> float:
         with self.clock.phase("validate"):
             loss = mean_loss(self.model, self.validation, self.plan.training, self.devices, self._show_validated)
-        point = Point(name, loss.loss, finished_rounds, samples, self.plan.site, tokens=loss.tokens)
-        self._say(f"{name} {loss.loss:.4f} after {finished_rounds} of {self.plan.rounds} rounds", [point])
-        return point
+        samples = self._samples(finished_rounds)
+        points = [Point(name, loss.loss, finished_rounds, samples, self.plan.site, tokens=loss.tokens)]
+        if name == VAL_LOSS:  # where the seconds went that passed since the last one
+            points += self.clock.points(finished_rounds, samples, self.plan.site)
+        self._say(f"{name} {loss.loss:.4f} after {finished_rounds} of {self.plan.rounds} rounds", points)
+        return loss.loss
 
     def _show(self, step: StepPoint) -> None:
         self._unsaid.append(self._step_point(step))

@@ -38,7 +38,6 @@ from fedsft_assets.federation.protocol.messages import (
     FAILURE_KEY,
     FIRST_KEY,
     LAST_MODEL,
-    POINTS_KEY,
     STATE_ROOT,
     TRAIN_TASK,
     VALIDATE_TASK,
@@ -53,7 +52,19 @@ from fedsft_assets.federation.server.controller import NotEnoughSitesError
 from fedsft_assets.federation.server.presence import Part
 from fedsft_assets.federation.transport import receiving
 from fedsft_assets.specs.job import FedAvg, FedOpt
-from fedsft_assets_tests.federation.rounds import BASE, Answer, Server, Site, Weights, copied, play, same, says, weights
+from fedsft_assets_tests.federation.rounds import (
+    BASE,
+    POINTS_KEY,
+    Answer,
+    Server,
+    Site,
+    Weights,
+    copied,
+    play,
+    same,
+    says,
+    weights,
+)
 
 pytestmark = pytest.mark.usefixtures("base_model")
 
@@ -108,8 +119,8 @@ def test_samples_of_a_site_that_sits_a_round_out_still_count(tmp_path: Path) -> 
 def test_whole_job_is_in_the_journal_in_its_order(tmp_path: Path) -> None:
     server = Server(tmp_path, [Site("site-1", steps=1), Site("site-2", steps=1)])
     server.run()
-    whole = [e for e in server.entries if not isinstance(e, Point) or e.site is None]
-    assert whole == [
+    sites_own = [e for e in server.entries if isinstance(e, Progress) or (isinstance(e, Point) and e.site)]
+    assert [e for e in server.entries if e not in sites_own] == [
         Started(0),
         Point("val_loss", 7.0, 0, 0),
         Point("train_loss", 8.0, 1, 32, None, 1, 200),
@@ -207,7 +218,7 @@ def test_finished_job_leaves_its_files_and_hands_them_over_once_more_if_it_is_as
     entries = (tmp_path / "job" / JOURNAL_FILE).read_bytes()
     assert entries.startswith(left[JOURNAL_FILE])
     more = [from_line(line) for line in entries[len(left[JOURNAL_FILE]) :].decode().splitlines()]
-    assert [entry for entry in more if not isinstance(entry, Point)] == [Started(3), Finished()]
+    assert [entry for entry in more if not isinstance(entry, Point | Progress)] == [Started(3), Finished()]
 
 
 # Going on.

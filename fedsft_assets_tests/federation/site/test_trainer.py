@@ -15,7 +15,6 @@ from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 from fedsft_assets.federation.protocol.messages import (
     FIRST_KEY,
     KIND_KEY,
-    POINTS_KEY,
     SAMPLES_KEY,
     VERSION,
     VERSION_KEY,
@@ -23,7 +22,7 @@ from fedsft_assets.federation.protocol.messages import (
 )
 from fedsft_assets.federation.protocol.phases import PhaseClock, metric_name, phase_of
 from fedsft_assets.federation.protocol.points import Point, points_to_data
-from fedsft_assets.federation.protocol.site_messages import RoundLimits, points_of
+from fedsft_assets.federation.protocol.site_messages import PointMessage, RoundLimits, points_of
 from fedsft_assets.federation.server.aggregation import TokenWeightedAverage
 from fedsft_assets.federation.server.controller import FederatedSFT
 from fedsft_assets.federation.site.global_model import ExchangeError
@@ -154,10 +153,6 @@ def _limits(trainer: SiteTrainer) -> RoundLimits:
     )
 
 
-def _points(data: list[dict[str, Any]], site: str = "site-1") -> list[Point]:
-    return [Point(**point, site=site) for point in data]
-
-
 # What travels.
 
 
@@ -167,14 +162,22 @@ def test_what_a_site_says_is_within_what_the_server_believes(
 ) -> None:
     trainer = make_trainer(**changes)
     limits, records = _limits(trainer), len(trainer.training)
-    for number in range(2):
-        update = limits.update(trainer.train(_sent(base, number)).meta, number, records)
-        assert (update.kind, update.records) == ("change", records)
+
+    def arrived(number: int) -> list[PointMessage]:
+        messages = []
         for text, points in heard:
-            content = json.dumps({"text": text, "points": points_to_data(points)})
-            assert points_of("site-1", limits.word(content, number).points) == points
+            report = limits.report(json.dumps({"id": "1", "text": text, "points": points_to_data(points)}), number)
+            assert points_of("site-1", report.points) == points
+            messages += report.points
         heard.clear()
-    limits.score(trainer.evaluate(_sent(base, 2)).meta, 2, records)
+        return messages
+
+    for number in range(2):
+        result = trainer.train(_sent(base, number))
+        update = limits.update(result.meta, arrived(number), number, records)
+        assert (update.kind, update.records) == ("change", records)
+    trainer.evaluate(_sent(base, 2))
+    limits.score(arrived(2), 2, records)
 
 
 def test_change_that_a_site_sends_is_what_it_trained_minus_what_it_was_given(
@@ -330,10 +333,10 @@ def test_model_that_is_not_the_sites_is_an_error_that_names_its_tensors(
 # What is measured and told.
 
 
-def test_result_says_how_much_was_trained_on(make_trainer: MakeTrainer, base: Weights) -> None:
+def test_result_says_how_much_was_trained_on(make_trainer: MakeTrainer, heard: Heard, base: Weights) -> None:
     trainer = make_trainer()
     result = trainer.train(_sent(base))
-    steps = [point for point in _points(result.meta[POINTS_KEY]) if point.name == "train_loss"]
+    steps = [point for point in heard.points if point.name == "train_loss"]
     assert [(point.round, point.step, point.samples, point.site) for point in steps] == [
         (1, 1, 4, "site-1"),
         (1, 2, 8, "site-1"),
@@ -343,36 +346,32 @@ def test_result_says_how_much_was_trained_on(make_trainer: MakeTrainer, base: We
     assert result.meta[FIRST_KEY] is None
 
 
-def test_losses_are_those_of_the_given_and_of_the_trained_model(make_trainer: MakeTrainer, base: Weights) -> None:
+def test_losses_are_those_of_the_given_and_of_the_trained_model(
+    make_trainer: MakeTrainer, heard: Heard, base: Weights
+) -> None:
     trainer = make_trainer()
     before = mean_loss(trainer.model, trainer.validation, trainer.plan.training)
-    result = trainer.train(_sent(base, 1))
+    trainer.train(_sent(base, 1))
     after = mean_loss(trainer.model, trainer.validation, trainer.plan.training)
-    points = {point.name: point for point in _points(result.meta[POINTS_KEY])}
+    points = {point.name: point for point in heard.points}
     assert points["val_loss"] == Point("val_loss", before.loss, 1, 8, "site-1", tokens=before.tokens)
     assert points["val_loss_local"] == Point("val_loss_local", after.loss, 2, 16, "site-1", tokens=after.tokens)
     assert before.loss != after.loss
 
 
-def test_every_point_that_is_told_comes_in_the_result_too(
-    make_trainer: MakeTrainer, heard: Heard, base: Weights
-) -> None:
+def test_every_value_is_told_once_in_its_order(make_trainer: MakeTrainer, heard: Heard, base: Weights) -> None:
     trainer = make_trainer()
     for number in range(2):
         heard.clear()
-        points = _points(trainer.train(_sent(base, number)).meta[POINTS_KEY])
-        told = heard.points
-        assert {point.name for point in told} == {"val_loss", "train_loss", "val_loss_local"}
-        measured = [point for point in points if not phase_of(point.name)]
-        assert told == measured
-        assert [point.time for point in told if point.name != "train_loss"] == [
-            point.time for point in measured if point.name != "train_loss"
-        ]
+        trainer.train(_sent(base, number))
+        measured = [point for point in heard.points if not phase_of(point.name)]
+        assert [point.name for point in measured] == ["val_loss", "train_loss", "train_loss", "val_loss_local"]
+        assert len({point.identity for point in heard.points}) == len(heard.points)
 
 
-def test_seconds_of_every_phase_come_with_the_result(make_trainer: MakeTrainer, base: Weights) -> None:
-    points = _points(make_trainer().train(_sent(base)).meta[POINTS_KEY])
-    assert {metric_name(phase) for phase in ("load", "tokenize", "validate")} <= {point.name for point in points}
+def test_seconds_of_every_phase_are_told(make_trainer: MakeTrainer, heard: Heard, base: Weights) -> None:
+    make_trainer().train(_sent(base))
+    assert {metric_name(phase) for phase in ("load", "tokenize", "validate")} <= {point.name for point in heard.points}
 
 
 def test_what_is_told_names_round_and_step(make_trainer: MakeTrainer, heard: Heard, base: Weights) -> None:
@@ -385,11 +384,11 @@ def test_what_is_told_names_round_and_step(make_trainer: MakeTrainer, heard: Hea
     assert any("val_loss" in text and "after 1 of 3 rounds" in text for text in heard.texts)
 
 
-def test_evaluation_scores_and_changes_nothing(make_trainer: MakeTrainer, base: Weights) -> None:
+def test_evaluation_scores_and_changes_nothing(make_trainer: MakeTrainer, heard: Heard, base: Weights) -> None:
     trainer = make_trainer()
     result = trainer.evaluate(_sent(base, 3))
     assert not result.params
-    assert [p.round for p in _points(result.meta[POINTS_KEY]) if p.name == "val_loss"] == [3]
+    assert [point.round for point in heard.points if point.name == "val_loss"] == [3]
     assert _same(dict(trainer.devices.weights()), base)
 
 
