@@ -88,13 +88,13 @@ def _lying(place: Path, module: str, lies: str, lie: str) -> str:
     ("lie", "cause"),
     [
         ("result.meta['NUM_STEPS_CURRENT_ROUND'] = 10**12", "tokens: found 1000000000000, expected at most "),
-        ("import numpy; result.meta['points'] = numpy.ones(3)", "points: found a ndarray: input should be a valid li"),
+        ("import numpy; result.meta['records'] = numpy.ones(3)", "records: found a ndarray: input should be a valid in"),
         ("import torch; result.params = {n: torch.ones(t.shape) for n, t in result.params.items()}", "its update has "),
         ("result.params['extra'] = [1.0]", "tensors differ from those|extra: found list"),
         (
             "trainer._tell('busy', [p for p in [trainer._step_point(__import__('types').SimpleNamespace("
             "round=9, step=1, samples=1, tokens=1, loss=0.5))]])",
-            "a message: train_loss: round: found 10, expected abo",
+            "a message: train_loss: round: found 10, expected 2",
         ),
         (
             "from fedsft_assets.federation.transport.header import Contents; Contents.to_bytes = lambda _: b'{}'",
