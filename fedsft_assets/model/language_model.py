@@ -15,21 +15,18 @@ from typing import Any, Self
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.initialization import no_init_weights
 
 from fedsft_assets.model.archive import nemo_archive
 from fedsft_assets.model.archive.torch_reader import TensorInfo
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.generation_settings import GenerationSettings, end_tokens
-from fedsft_assets.model.lean import lean_imports
 from fedsft_assets.model.prompt_template import DEFAULT_TEMPLATE, template
 from fedsft_assets.model.tokenizer.encode import TextEncoder, front_tokens
 from fedsft_assets.model.tokenizer.files import tokenizer_files, tokenizer_of
 from fedsft_assets.model.trainable import require_equal_ties, require_finite, require_floats, require_same_shapes
 from fedsft_assets.model.training.answer_loss import AnswerLoss
-
-with lean_imports():
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
 
 # The same function as GPT-2's own, in one kernel instead of eight.
 _ACTIVATIONS = ("activation_function", "hidden_act", "activation")
@@ -274,20 +271,19 @@ def import_architecture(path: Path) -> None:
     Raises ModelError that names the file.
     """
     hf = nemo_archive.read_config(path)["hf"]
-    with lean_imports():
-        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-        try:
-            MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.for_model(**hf))]
-        except Exception as error:
-            raise ModelError(f"{path}: no causal LM: {error}") from error
+    try:
+        MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.for_model(**hf))]
+    except Exception as error:
+        raise ModelError(f"{path}: no causal LM: {error}") from error
 
 
 def empty_lm(hf: Mapping[str, Any]) -> Any:
     """The causal LM of a Hugging Face configuration, in fp32; its weights have no values yet."""
     hf = {key: _FASTER_ACTIVATIONS.get(value, value) if key in _ACTIVATIONS else value for key, value in hf.items()}
     # Random values would be wasted: every tensor is loaded next, strictly.
-    with lean_imports(), no_init_weights():
+    with no_init_weights():
         config = AutoConfig.for_model(**hf)
         lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     lm.tie_weights()  # a part of the initialization that was left out

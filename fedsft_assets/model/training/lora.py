@@ -10,18 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, LoraModel, TaskType
 from safetensors.torch import save_file
+from transformers.pytorch_utils import Conv1D
 
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.language_model import LanguageModel
-from fedsft_assets.model.lean import lean_imports
 from fedsft_assets.model.training.lora_targets import Targets, choose_targets, shortest
 from fedsft_assets.model.training.seeds import seed_of
 from fedsft_assets.specs.job import PeftSpec
-
-with lean_imports():
-    from peft import LoraConfig, LoraModel, TaskType
-    from transformers.pytorch_utils import Conv1D
 
 ADAPTER_FOLDER = "adapter"  # beside a checkpoint, in peft's own format
 

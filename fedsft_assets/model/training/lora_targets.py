@@ -11,15 +11,12 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from peft import LoraConfig, LoraModel
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from fedsft_assets.model.errors import ModelError
-from fedsft_assets.model.lean import lean_imports
-
-with lean_imports():
-    from peft import LoraConfig, LoraModel
-    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-    from transformers.pytorch_utils import Conv1D
 
 
 @dataclass(frozen=True)
