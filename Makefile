@@ -29,7 +29,7 @@ FEDSFT := $(BIN)/python -m fedsft_assets.cli
 # Fields of a job in place of those in jobs/*.yaml, for example OVERRIDES="--rounds 3 --max-local-steps 12".
 OVERRIDES ?=
 
-.PHONY: setup demo study test test-long faults rivals lint ui tensorboard clean
+.PHONY: setup demo study test test-all test-long faults rivals lint ui tensorboard clean
 
 setup: $(READY)
 
@@ -53,12 +53,20 @@ ui: setup
 tensorboard: setup
 	$(FEDSFT) tensorboard
 
+# The tests of a file share what is costly to start; in the order of their names, the longest files come early.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# Minutes: all that is quick, and one real job in the simulator and one in a POC.
 test: setup
 	mkdir -p "$$FEDSFT_HOME"
-# The tests of a file share what is costly to start; in the order of their names, the longest files come early.
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --basetemp "$$FEDSFT_HOME/pytest" $(TESTS)
+	$(PYTEST) -m "not long and (not slow or essential)" --basetemp "$$FEDSFT_HOME/pytest" $(TESTS)
 
-# Those that take minutes each, of what `make test` has others for.
+# Everything but the long ones.
+test-all: setup
+	mkdir -p "$$FEDSFT_HOME"
+	$(PYTEST) --basetemp "$$FEDSFT_HOME/pytest" $(TESTS)
+
+# Those that take minutes each, of what `make test-all` has others for.
 test-long: setup
 	mkdir -p "$$FEDSFT_HOME"
 	$(BIN)/python -m pytest -m long -n 2 --basetemp "$$FEDSFT_HOME/pytest" $(TESTS)

@@ -3,14 +3,18 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from fedsft_assets.execution import ExecutedJob, execute_job
 from fedsft_assets.federation.protocol.job_report import MODEL_FILE, JobReport
+from fedsft_assets.federation.runtimes.poc.system import PocSystem
 from fedsft_assets.federation.runtimes.processes import marked_processes
+from fedsft_assets.process_env import home_environment
+from fedsft_assets.specs.runtime import SIMULATOR, PocSettings, RuntimeSettings
 from fedsft_assets.store import Store, split_file
 from fedsft_assets.tracking import CHAMPION, Tracking
 from fedsft_assets.versions import current
@@ -35,9 +39,11 @@ print(json.dumps({"loss": loss, "answer": model.generate([prompt], GenerationSet
 """
 
 
-def _execute(job: str, store: Store) -> ExecutedJob:
+def _execute(job: str, store: Store, runtime: RuntimeSettings = SIMULATOR) -> ExecutedJob:
     tracking = Tracking(store.mlflow_uri, store.mlflow_artifacts)
-    return execute_job(current(store.job_folder(job)), store, TINY, tracking, {"dagster.run_id": "none"})
+    return execute_job(
+        current(store.job_folder(job)), store, TINY, tracking, {"dagster.run_id": "none"}, runtime=runtime
+    )
 
 
 def _in_a_new_process(archive: Path, records: Path, prompt: str) -> dict[str, object]:
@@ -47,21 +53,39 @@ def _in_a_new_process(archive: Path, records: Path, prompt: str) -> dict[str, ob
     return result
 
 
+@pytest.fixture
+def poc(store: Store) -> Iterator[PocSystem]:
+    """Is started by the first job that runs in it."""
+    system = PocSystem(store.home / "poc", PocSettings(), home_environment(store.home))
+    yield system
+    system.stop()
+
+
+@pytest.mark.essential
+@pytest.mark.parametrize(
+    ("runtime", "program"),
+    [
+        ("simulator", "fedsft_assets.federation.runtimes.simulator.runtime"),
+        ("poc", "nvflare.private.fed.app.client.worker_process"),
+    ],
+)
 def test_federated_job_ends_with_a_checkpoint_that_is_tracked_and_registered(
-    store: Store, build: Callable[..., str], caplog: pytest.LogCaptureFixture
+    store: Store,
+    build: Callable[..., str],
+    poc: PocSystem,
+    caplog: pytest.LogCaptureFixture,
+    runtime: Literal["simulator", "poc"],
+    program: str,
 ) -> None:
     caplog.set_level("INFO", "fedsft_assets")
     job = build("fedavg", rounds=ROUNDS, max_local_steps=6)
-    with scanned(str(store.flare(job))) as scan:
-        executed = _execute(job, store)
+    with scanned(str(store.flare(job)), poc.mark) as scan:
+        executed = _execute(job, store, RuntimeSettings(name=runtime))
     report = executed.report
 
     assert scan.beyond_loopback == []
     assert scan.sockets  # the server's, at least
-    assert scan.programs >= {
-        "fedsft_assets.federation.supervisor.supervisor",
-        "fedsft_assets.federation.runtimes.simulator.runtime",
-    }
+    assert scan.programs >= {"fedsft_assets.federation.supervisor.supervisor", program}
     assert report == JobReport.read(current(store.checkpoint(job)))
     assert report.kind == "federated"
     assert len(report.val_loss) == len(report.samples) == ROUNDS + 1
@@ -92,6 +116,7 @@ def test_federated_job_ends_with_a_checkpoint_that_is_tracked_and_registered(
     champion = client.get_model_version_by_alias("fedsft-tiny", CHAMPION)
     assert str(champion.version) == executed.registered.version
     assert marked_processes(str(store.flare(job))) == []
+    assert runtime != "poc" or poc.status().jobs == []
 
 
 def test_same_seed_gives_the_same_losses(store: Store, build: Callable[..., str]) -> None:

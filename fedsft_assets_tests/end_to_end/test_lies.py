@@ -88,7 +88,10 @@ def _lying(place: Path, module: str, lies: str, lie: str) -> str:
     ("lie", "cause"),
     [
         ("result.meta['NUM_STEPS_CURRENT_ROUND'] = 10**12", "tokens: found 1000000000000, expected at most "),
-        ("import numpy; result.meta['records'] = numpy.ones(3)", "records: found a ndarray: input should be a valid in"),
+        (
+            "import numpy; result.meta['records'] = numpy.ones(3)",
+            "records: found a ndarray: input should be a valid in",
+        ),
         ("import torch; result.params = {n: torch.ones(t.shape) for n, t in result.params.items()}", "its update has "),
         ("result.params['extra'] = [1.0]", "tensors differ from those|extra: found list"),
         (

@@ -18,6 +18,33 @@ _QWEN_MOE = _LLAMA | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermedi
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 777.0}
 _SSM = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
 
+SMALL = {
+    **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+    **{"num_attention_heads": 2, "num_key_value_heads": 2},
+}
+_MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1}
+# With infinite numbers in their configuration.
+INFINITE: dict[str, dict[str, Any]] = {
+    "mamba2": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_heads": 4,
+        "head_dim": 16,
+        "state_size": 8,
+        "n_groups": 1,
+    },
+    "nemotron_h": {
+        **{**SMALL, "head_dim": 16, "layers_block_type": ["mamba", "attention"]},
+        **{"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1},
+    },
+    "falcon_h1": {**SMALL, **_MAMBA, "mamba_d_ssm": 64, "head_dim": 16},
+    "bamba": {**SMALL, **_MAMBA, "attn_layer_indices": [1]},
+    "granitemoehybrid": {
+        **{**SMALL, **_MAMBA, "layer_types": ["mamba", "attention"]},
+        **{"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 48},
+    },
+}
+
 # Rotary embeddings are never those of the defaults: whoever forgets to read what is said about them gets another model.
 CONFIGS: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
@@ -68,6 +95,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "mamba": _SSM,
     "falcon_mamba": _SSM,
+    **INFINITE,
 }
 DENSE = ["gpt2", "llama", "gpt_neox", "persimmon", "gemma3_text"]
 EXPERTS = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "granitemoe", "gpt_oss", "deepseek_v3", "jamba"]

@@ -16,32 +16,8 @@ from fedsft_assets.model.huggingface.export import export_huggingface
 from fedsft_assets.model.language_model import LanguageModel
 from fedsft_assets.model.training.batches import tokenize
 from fedsft_assets.specs.model_preset import model_preset
+from fedsft_assets_tests.model.small_models import INFINITE, SMALL
 
-SMALL = {
-    **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
-    **{"num_attention_heads": 2, "num_key_value_heads": 2},
-}
-MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1}
-INFINITE = {
-    "mamba2": {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_heads": 4,
-        "head_dim": 16,
-        "state_size": 8,
-        "n_groups": 1,
-    },
-    "nemotron_h": {
-        **{**SMALL, "head_dim": 16, "layers_block_type": ["mamba", "attention"]},
-        **{"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1},
-    },
-    "falcon_h1": {**SMALL, **MAMBA, "mamba_d_ssm": 64, "head_dim": 16},
-    "bamba": {**SMALL, **MAMBA, "attn_layer_indices": [1]},
-    "granitemoehybrid": {
-        **{**SMALL, **MAMBA, "layer_types": ["mamba", "attention"]},
-        **{"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 48},
-    },
-}
 VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 

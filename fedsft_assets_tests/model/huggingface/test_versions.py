@@ -16,9 +16,9 @@ from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.huggingface.export import export_huggingface
 from fedsft_assets.model.language_model import LanguageModel
 from fedsft_assets_tests.model.hf_tokenizers import hf_tokenizer
-from fedsft_assets_tests.model.small_models import DENSE, EXPERTS, MAMBA, small_model
+from fedsft_assets_tests.model.small_models import DENSE, EXPERTS, INFINITE, MAMBA, small_model
 
-KINDS = [*DENSE, *EXPERTS, *MAMBA]
+KINDS = [*DENSE, *EXPERTS, *MAMBA, *INFINITE]
 TEXT = "<|im_start|>What kind of snow, Zoë?<tool> It is white."
 
 
