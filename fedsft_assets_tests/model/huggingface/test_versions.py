@@ -19,6 +19,7 @@ from fedsft_assets_tests.model.hf_tokenizers import hf_tokenizer
 from fedsft_assets_tests.model.small_models import DENSE, EXPERTS, INFINITE, MAMBA, small_model
 
 KINDS = [*DENSE, *EXPERTS, *MAMBA, *INFINITE]
+KINDS_OF_4 = [kind for kind in KINDS if kind != "nemotron_h"]  # which transformers 4.57 does not have
 TEXT = "<|im_start|>What kind of snow, Zoë?<tool> It is white."
 
 
@@ -141,7 +142,7 @@ _IDS = list(range(3, 40))
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
     here = tmp_path_factory.mktemp("exported")
-    return {kind: exported(kind, here / kind) for kind in KINDS}
+    return {kind: exported(kind, here / kind) for kind in KINDS_OF_4}
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +166,7 @@ def read_by_4(tmp_path_factory, folders) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS_OF_4)
 def test_transformers_4_reads_the_same_model_and_tokenizer(folders, read_by_4, kind):
     folder, read = folders[kind], read_by_4[kind]
     assert read["version"].startswith("4.57.")
