@@ -64,6 +64,7 @@ def _home() -> Path:
 
 
 def _split(args: argparse.Namespace) -> None:
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # huggingface_hub reads it when it is imported
     try:
         from fedsft_assets.data.sources.fetch import fetch
         from fedsft_assets.data.splits import split_dataset

@@ -80,7 +80,7 @@ def create_base_model(
     missing and how to get it, and HubError for a download that fails.
     """
     if preset.archive or preset.published:
-        return _from_archive(preset, _archive(preset, downloads, say), into, say)
+        return _from_archive(preset, _archive(preset, downloads), into, say)
     if preset.folder is not None:
         lm, tokenizer = _from_folder(preset.folder, say)
     elif preset.name == "tiny":
@@ -103,7 +103,7 @@ def create_base_model(
     )
 
 
-def _archive(preset: ModelPreset, downloads: Path | None, say: Callable[[str], object]) -> Path:
+def _archive(preset: ModelPreset, downloads: Path | None) -> Path:
     """The preset's archive on this machine: the user's, or the published one, as it was when the preset was written."""
     if preset.archive:
         return preset.archive
@@ -111,12 +111,12 @@ def _archive(preset: ModelPreset, downloads: Path | None, say: Callable[[str], o
     assert published is not None, "the caller has looked"
     if downloads is None:
         raise ModelError(f"{preset.name}: is downloaded, but no folder for downloads was given; set FEDSFT_MODEL_PATH")
-    return _download(published, downloads, say)
+    return _download(published, downloads)
 
 
-def _download(published: PublishedArchive, downloads: Path, say: Callable[[str], object]) -> Path:
+def _download(published: PublishedArchive, downloads: Path) -> Path:
     area = downloads / f"models--{published.repository.replace('/', '--')}"
-    found = hub.download(published.repository, published.revision, [published.file], area, kind="model", say=say)
+    found = hub.download(published.repository, published.revision, [published.file], area, kind="model")
     digest = file_digest(found.paths[0])
     if digest != published.digest:
         raise ModelError(
@@ -225,7 +225,7 @@ def load_tokenizer(preset: ModelPreset, downloads: Path | None = None) -> Any:
     """
     if not preset.archive and not preset.published:
         return _tokenizer(preset.folder) if preset.folder else _tokenizer(*_smollm2())
-    archive = _archive(preset, downloads, print)
+    archive = _archive(preset, downloads)
     with open_source(archive, scratch=downloads or archive.parent) as opened:
         settings = read_source_settings(opened)
         if is_megatron(settings):

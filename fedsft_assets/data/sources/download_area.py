@@ -11,8 +11,9 @@ Knows files and digests only; nothing here talks to a hub.
 
 import fcntl
 import hashlib
+import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ import orjson
 
 from fedsft_assets.files import publish_file
 
-Say = Callable[[str], object]
+_log = logging.getLogger(__name__)
 
 
 class Content(NamedTuple):
@@ -42,13 +43,13 @@ class DownloadArea:
         return self.folder / commit / file
 
     @contextmanager
-    def locked(self, say: Say) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         self._own.mkdir(parents=True, exist_ok=True)
         with (self._own / "lock").open("wb") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                say(f"waiting for another download into {self.folder}")
+                _log.info("waiting for another download into %s", self.folder)
                 fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 

@@ -5,7 +5,6 @@ repositories are. It is read, never changed.
 """
 
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -50,9 +49,7 @@ def source_version(dataset: DatasetSpec, source: str) -> str:
     return _hub_version(dataset.hub, hub.resolve(dataset.hub, dataset.revision))
 
 
-def fetch(
-    dataset: DatasetSpec, source: str, into: Path, downloads: Path, say: Callable[[str], object] = print
-) -> FetchReport:
+def fetch(dataset: DatasetSpec, source: str, into: Path, downloads: Path) -> FetchReport:
     """Bring the dataset's files from the source to `into`, whole or not at all.
 
     Only the files that the dataset names are taken. They are read through first, so that what cannot
@@ -61,7 +58,7 @@ def fetch(
     """
     folder, version = _folder(dataset, source), None
     if folder is None and not _is_sampled(dataset, source):
-        folder, version = _download(dataset, downloads, say)
+        folder, version = _download(dataset, downloads)
     with publish_folder(into) as fresh:
         if folder is None:
             write_sample(dataset.name, fresh)
@@ -102,11 +99,11 @@ def _is_sampled(dataset: DatasetSpec, source: str) -> bool:
     return source == SAMPLE and dataset.hub is not None and dataset.name in SAMPLED
 
 
-def _download(dataset: DatasetSpec, downloads: Path, say: Callable[[str], object]) -> tuple[Path, str]:
+def _download(dataset: DatasetSpec, downloads: Path) -> tuple[Path, str]:
     """The folder with the dataset's files from the hub, and their version."""
     assert dataset.hub is not None, "DatasetSpec sees to it"
     area = downloads / f"datasets--{dataset.hub.replace('/', '--')}"
-    served = hub.download(dataset.hub, dataset.revision, dataset.file_names, area, say=say)
+    served = hub.download(dataset.hub, dataset.revision, dataset.file_names, area)
     depth = len(Path(dataset.file_names[0]).parts)
     return served.paths[0].parents[depth - 1], _hub_version(dataset.hub, served.commit)
 

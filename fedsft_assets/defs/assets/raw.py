@@ -24,11 +24,9 @@ def raw_asset(dataset: DatasetSpec) -> dg.AssetsDefinition:
         kinds={Path(dataset.file_names[0]).suffix.removeprefix(".")},
         description=f"{dataset.label} as it is in {dataset.hub or dataset.path}.",
     )
-    def raw(
-        context: dg.AssetExecutionContext, store: StoreResource, source: SourceResource, splits: SplitsResource
-    ) -> dg.MaterializeResult[Path]:
+    def raw(store: StoreResource, source: SourceResource, splits: SplitsResource) -> dg.MaterializeResult[Path]:
         with as_dagster_failure(DataError), adding(store.files.raw(dataset.name)) as addition:
-            report = fetch(dataset, source.place, addition.folder, store.files.downloads, say=context.log.info)
+            report = fetch(dataset, source.place, addition.folder, store.files.downloads)
         folder = addition.version
         records = first_records(read_examples(dataset, folder), splits.settings)
         return dg.MaterializeResult(

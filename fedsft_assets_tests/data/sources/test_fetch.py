@@ -26,7 +26,7 @@ def bring(tmp_path: Path) -> Bring:
     """Fetches into `raw` of the test's folder."""
 
     def bring_dataset(dataset: DatasetSpec, source: str | Path) -> FetchReport:
-        return fetch(dataset, str(source), tmp_path / "raw", tmp_path / "downloads", say=lambda _: None)
+        return fetch(dataset, str(source), tmp_path / "raw", tmp_path / "downloads")
 
     return bring_dataset
 

@@ -8,12 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from fedsft_assets.data.sources.sample import write_sample
 from fedsft_assets.federation.site.files import SITE_HOME, with_own_files
 from fedsft_assets.files import file_digest
+from fedsft_assets.settings import PROJECT
 from fedsft_assets.specs.job import TrainingSpec
 from fedsft_assets.specs.model_preset import PRESETS
 from fedsft_assets.specs.plan import SitePlan
 from fedsft_assets.specs.yaml_file import SpecError
+from fedsft_assets_tests.data.hub_server import HubServer
+from fedsft_assets_tests.shipped import DATASETS
 from fedsft_assets_tests.watched import open_to_others
 
 DIGEST = "0123" * 16  # of whatever the study has
@@ -155,6 +159,24 @@ def test_the_command_splits_a_sites_own_data_as_the_study_would(tmp_path: Path) 
     shown = _fedsft_site(site, "show")
     assert f"{file_digest(made)}  datasets/support/testing.jsonl" in shown.stdout
     assert "3 splits and 0 base models" in shown.stderr
+
+
+def test_the_command_downloads_a_published_dataset_and_requests_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dolly, cache, site = DATASETS["dolly"], tmp_path / "cache", tmp_path / "site"
+    assert dolly.hub
+    write_sample("dolly", tmp_path / "dolly")
+    site.mkdir()
+    monkeypatch.setenv("HF_HOME", str(cache))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with HubServer({dolly.hub: tmp_path / "dolly"}) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        done = _fedsft_site(site, "split", str(PROJECT / "datasets/dolly.yaml"))
+    assert done.returncode == 0, done.stderr
+    assert (site / "datasets/dolly/training.jsonl").is_file()
+    assert {Path(request.path).name for request in server.requests} == set(dolly.file_names)
+    assert not cache.exists()
 
 
 def test_the_command_says_what_a_job_would_use(plan: SitePlan, home: Path, tmp_path: Path) -> None:
