@@ -1,6 +1,7 @@
 """What is to be said, in one line, of a home that cannot be written or whose disk is full, whoever noticed it."""
 
 import errno
+import logging
 import os
 import re
 import select
@@ -27,6 +28,8 @@ _PIECE = 1 << 16
 _SECONDS_BETWEEN_LOOKS = 0.2
 _SECONDS_HELD = 1.0  # a stack trace comes before the error that it is of
 _SECONDS_DROPPED = 10.0
+
+_log = logging.getLogger(__name__)
 
 
 def explain(error: BaseException, home: Path) -> str | None:
@@ -78,7 +81,7 @@ def one_line_when_full(home: Path) -> Iterator[None]:
         os.close(reading)
         os.close(own)
     if held.was_full:
-        print(_full(home, home), file=sys.stderr)
+        _log.warning(_full(home, home))
 
 
 class _FilteredStream:

@@ -7,9 +7,9 @@ once something was made in it. Paths in the home or in the project are written a
 
 import fcntl
 import json
+import logging
 import os
 import shlex
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,31 +28,33 @@ _MADE = ("raw", "processed", "combined", "base_models", "job_folders", "checkpoi
 
 _in_use: list[IO[str]] = []  # locks that this process holds to its end
 
+_log = logging.getLogger(__name__)
 
-def close_home(home: Path) -> str | None:
-    """Have the home for its owner alone; one line for its user if it was not, as homes of earlier versions are."""
+
+def close_home(home: Path) -> None:
+    """Have the home for its owner alone, and warn its user if it was not, as homes of earlier versions are."""
     known = (home / HOME_FILE).exists() or (home / "poc").exists() or not _is_empty(home)
     closed = close_to_others(home, HOME_FOLDERS)
     if closed.refused:
-        return (
+        _log.warning(
             f"{home}: other accounts of this computer can read it, and it cannot be closed to them ({closed.refused});"
             " set FEDSFT_HOME to a folder on a disk that knows permissions"
         )
-    if not known or not closed.count:
-        return None
-    said = f"{home}: was open to other accounts of this computer, with {closed.count:,} files and folders; no longer"
-    if not closed.keys:
-        return said
-    return (
-        f"{said}. Whoever has read the POC's private keys can still become its administrator; renew its certificates:"
-        f" FEDSFT_HOME={shlex.quote(str(home))} fedsft poc renew"
-    )
+    elif known and closed.count:
+        renew = (
+            ". Whoever has read the POC's private keys can still become its administrator; renew its certificates:"
+            f" FEDSFT_HOME={shlex.quote(str(home))} fedsft poc renew"
+        )
+        _log.warning(
+            f"{home}: was open to other accounts of this computer, with {closed.count:,} files and folders; no longer"
+            f"{renew if closed.keys else ''}"
+        )
 
 
 def check_home(settings: Settings) -> None:
     """Raises HomeError if these settings say something else than what their home is for, or if that is gone.
 
-    A home that others may enter is closed, and standard error says so.
+    A home that others may enter is closed, with a warning.
     """
     _close(settings.home)
     if found := read_home(settings.home, settings.project):
@@ -89,8 +91,8 @@ def claim_home(settings: Settings, move: Callable[[Path], object]) -> None:
 
 
 def _close(home: Path) -> None:
-    if is_open(home) and (said := close_home(home)):
-        print(said, file=sys.stderr)
+    if is_open(home):
+        close_home(home)
 
 
 def _check(settings: Settings, found: HomeFile) -> None:

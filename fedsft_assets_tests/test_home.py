@@ -242,7 +242,7 @@ def _kits(home: Path) -> None:
         (home / "poc" / name).write_text("a key")
 
 
-def test_new_home_is_its_owners_alone_and_nothing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_new_home_is_its_owners_alone_and_nothing_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     new, there = tmp_path / "new", tmp_path / "there"
     there.mkdir()
     there.chmod(0o777)
@@ -253,11 +253,11 @@ def test_new_home_is_its_owners_alone_and_nothing_is_said(tmp_path: Path, capsys
     finally:
         os.umask(before)
     assert (new.stat().st_mode & 0o777, there.stat().st_mode & 0o777) == (0o700, 0o700)
-    assert capsys.readouterr().err == ""
+    assert caplog.messages == []
 
 
 def test_home_of_an_earlier_version_is_closed_when_it_is_used_and_its_user_is_told(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "home"
     _use(path)
@@ -267,46 +267,51 @@ def test_home_of_an_earlier_version_is_closed_when_it_is_used_and_its_user_is_to
     own.mkdir(mode=0o755)
     own.chmod(0o755)
     _claim(Settings(home=path))
-    said = f"{path}: was open to other accounts of this computer, with 5 files and folders; no longer\n"
-    assert capsys.readouterr().err == said
+    said = f"{path}: was open to other accounts of this computer, with 5 files and folders; no longer"
+    assert caplog.messages == [said]
     assert open_to_others(path) == [own]
     _claim(Settings(home=path))
     check_home(Settings(home=path))
-    assert capsys.readouterr().err == ""
+    assert caplog.messages == [said]
     _open(path)
     check_home(Settings(home=path))  # as the code location does, whoever has started it
-    assert capsys.readouterr().err == said
+    assert caplog.messages == [said, said]
 
 
-def test_who_could_have_read_the_keys_of_a_poc_is_told_how_they_are_renewed(tmp_path: Path) -> None:
+def test_who_could_have_read_the_keys_of_a_poc_is_told_how_they_are_renewed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "a home"
     _use(path)
     _kits(path)
     _open(path)
-    said = close_home(path)
-    assert said
+    close_home(path)
+    (said,) = caplog.messages
     assert said.endswith(
         " no longer. Whoever has read the POC's private keys can still become its administrator; renew its"
         f" certificates: FEDSFT_HOME='{path}' fedsft poc renew"
     )
     assert "\n" not in said
     assert open_to_others(path) == []
-    assert close_home(path) is None
+    close_home(path)
+    assert caplog.messages == [said]
 
 
-def test_keys_behind_a_closed_folder_need_not_be_renewed(tmp_path: Path) -> None:
+def test_keys_behind_a_closed_folder_need_not_be_renewed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "home"
     _use(path)
     _kits(path)
     _open(path)
     path.chmod(0o700)
-    said = close_home(path)
-    assert said
+    close_home(path)
+    (said,) = caplog.messages
     assert "renew" not in said
     assert open_to_others(path) == []
 
 
-def test_home_that_cannot_be_closed_is_told_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_home_that_cannot_be_closed_is_told_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "home"
     _use(path)
     path.chmod(0o755)
@@ -315,10 +320,11 @@ def test_home_that_cannot_be_closed_is_told_with_what_to_do(tmp_path: Path, monk
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(Path, "chmod", refused)
-    assert close_home(path) == (
+    close_home(path)
+    assert caplog.messages == [
         f"{path}: other accounts of this computer can read it, and it cannot be closed to them ({path}: Operation not"
         " permitted); set FEDSFT_HOME to a folder on a disk that knows permissions"
-    )
+    ]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root")

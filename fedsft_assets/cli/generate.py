@@ -79,8 +79,7 @@ def main() -> None:
     try:
         here = Settings()
         os.environ.update(home_environment(here.home))
-        if said := close_home(here.home):
-            _say(said)
+        close_home(here.home)
         archive = find_archive(args.checkpoint, here.store, here.model)
         _talk(archive, settings, args.chat, prompts, args.interactive)
     except (ModelError, SpecError) as error:

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from fedsft_assets.cli import poc, versions
 from fedsft_assets.cli.generate import find_archive
+from fedsft_assets.cli.log import shown_log
 from fedsft_assets.cli.ui.token import TokenFileError
 from fedsft_assets.credentials import redact, redact_error
 from fedsft_assets.defs.assets.job_folder import JobOverrides
@@ -48,7 +49,8 @@ _PATIENT_SECONDS = 60  # for one answer of the tracking server, where somebody w
 def main() -> None:
     """Whatever the command ends with, no secret is in it."""
     try:
-        _main()
+        with shown_log():
+            _main()
     except SystemExit as end:
         if isinstance(end.code, str):
             end.code = redact(end.code)
@@ -121,8 +123,7 @@ def _settings(args: argparse.Namespace) -> Settings:
     except ValidationError as error:
         sys.exit("\n".join(map(_wrong_setting, error.errors())))
     os.environ.update(home_environment(settings.home))
-    if said := close_home(settings.home):
-        print(said, file=sys.stderr)
+    close_home(settings.home)
     return settings
 
 
@@ -165,10 +166,10 @@ def _export(args: argparse.Namespace, settings: Settings) -> None:
         archive = find_archive(args.checkpoint, settings.store, settings.model)
         layout = _FORMATS[args.format]
         if layout is None:
-            folder = export_huggingface(archive, args.into, say=print)
+            folder = export_huggingface(archive, args.into)
             print(f"{args.into}: {folder.architecture}, {_size(folder)}, in {', '.join(folder.files)}")
         else:
-            made = export_megatron(archive, args.into, layout, say=print)
+            made = export_megatron(archive, args.into, layout)
             print(f"{args.into}: {layout} layout, {_size(made)}; {made.tokens} tokens in {made.shape.vocabulary} rows")
     except (ModelError, SpecError, OSError) as error:
         sys.exit(str(error))
@@ -182,7 +183,7 @@ def _import(args: argparse.Namespace, _: Settings) -> None:
     if args.into.resolve() == args.archive.resolve():
         sys.exit(f"--into: {args.into} is the archive itself; name another file")
     try:
-        report = import_megatron(args.archive, args.into, args.max_length, say=print)
+        report = import_megatron(args.archive, args.into, args.max_length)
     except (ModelError, OSError) as error:
         sys.exit(str(error))
     print(f"{args.into}: {_size(report)}; records of up to {report.max_length} tokens")

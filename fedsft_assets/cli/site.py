@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from fedsft_assets.access import close_kit, close_to_others
+from fedsft_assets.cli.log import shown_log
 from fedsft_assets.federation.connections.startup_kit import why_not_connected
 from fedsft_assets.federation.kit_policy import components, read_resources, write_site_policy
 from fedsft_assets.federation.protocol.messages import SITE_HOME
@@ -47,8 +48,10 @@ def main() -> None:
     check = commands.add_parser("check", help="say which files a job would use here, and whether they are right")
     check.add_argument("plan", type=Path, help="the job folder's app_<site>/config/plan.json")
     args = parser.parse_args()
+    run = {"split": _split, "configure": _configure, "reach": _reach, "show": _show, "check": _check}[args.command]
     try:
-        {"split": _split, "configure": _configure, "reach": _reach, "show": _show, "check": _check}[args.command](args)
+        with shown_log():
+            run(args)
     except (SpecError, ValueError, OSError) as error:
         sys.exit(str(error))
 

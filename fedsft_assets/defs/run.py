@@ -136,7 +136,8 @@ def _line(entry: dg.EventLogEntry, settings: Settings) -> str | None:
     """What a person wants to know of one entry of Dagster's log, if anything."""
     event = entry.dagster_event
     if event is None:
-        return f"   {entry.user_message}" if int(entry.level) >= logging.INFO else None
+        sign = "!" if int(entry.level) >= logging.WARNING else " "
+        return f"{sign}  {entry.user_message}" if int(entry.level) >= logging.INFO else None
     if _is_failure(event):
         return f"✗  {event.step_key} failed: {_disk_said(event, settings) or _said(event)}"
     if event.event_type == dg.DagsterEventType.ASSET_CHECK_EVALUATION:

@@ -6,7 +6,8 @@ published archive that is downloaded.
 
 import importlib.util
 import io
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from math import prod
@@ -51,6 +52,8 @@ from fedsft_assets.specs.model_preset import ModelPreset, PublishedArchive
 _TINY = {"n_layer": 2, "n_embd": 192, "n_head": 6, "n_positions": 256, "activation_function": "gelu_pytorch_tanh"}
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class BaseModelReport:
@@ -71,18 +74,17 @@ def create_base_model(
     texts: Iterable[str] | None = None,
     *,
     downloads: Path | None = None,
-    say: Callable[[str], object] = lambda _: None,
 ) -> BaseModelReport:
     """Write the preset's model as the archive `into`.
 
-    `texts` is what the tiny preset's tokenizer is trained on: the embedded sample unless given. `downloads`
-    is where downloaded archives stay, `say` gets lines of progress. Raises ModelError that says what is
-    missing and how to get it, and HubError for a download that fails.
+    `texts` is what the tiny preset's tokenizer is trained on: the embedded sample unless given. `downloads` is where
+    downloaded archives stay. Raises ModelError that says what is missing and how to get it, and HubError for a download
+    that fails.
     """
     if preset.archive or preset.published:
-        return _from_archive(preset, _archive(preset, downloads), into, say)
+        return _from_archive(preset, _archive(preset, downloads), into)
     if preset.folder is not None:
-        lm, tokenizer = _from_folder(preset.folder, say)
+        lm, tokenizer = _from_folder(preset.folder)
     elif preset.name == "tiny":
         lm, tokenizer = _tiny(sample_texts() if texts is None else texts, seed)
     elif preset.name == "smollm2-135m":
@@ -126,14 +128,14 @@ def _download(published: PublishedArchive, downloads: Path) -> Path:
     return found.paths[0]
 
 
-def _from_archive(preset: ModelPreset, source: Path, into: Path, say: Callable[[str], object]) -> BaseModelReport:
+def _from_archive(preset: ModelPreset, source: Path, into: Path) -> BaseModelReport:
     """An archive of Megatron's is converted, one of ours is taken as it is."""
-    say(f"reading {source}")
+    _log.info("reading %s", source)
     with open_source(source, scratch=into.parent) as opened:
         settings = read_source_settings(opened)
         if is_megatron(settings):
             expect = preset.published.sizes if preset.published else None
-            import_opened(opened, into, preset.max_length, expect=expect, say=say)
+            import_opened(opened, into, preset.max_length, expect=expect)
         elif preset.published:
             raise ModelError(f"{source}: {CONFIG}: is not a Megatron-GPT archive, which {preset.name} is made from")
         else:
@@ -194,7 +196,7 @@ def _from_gguf(folder: Path, file: str) -> tuple[Any, Any]:
     return lm, _tokenizer(folder, file)
 
 
-def _from_folder(folder: Path, say: Callable[[str], object]) -> tuple[Any, Any]:
+def _from_folder(folder: Path) -> tuple[Any, Any]:
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder}: has no config.json; expected a folder that save_pretrained wrote")
     stored = read_stored(folder)
@@ -210,7 +212,8 @@ def _from_folder(folder: Path, say: Callable[[str], object]) -> tuple[Any, Any]:
     tokenizer = _tokenizer(folder)
     lm, report = _load(folder, config=config)
     if left_out := require_fit(folder, config, lm, report, stored):
-        say(f"{folder}: {len(left_out)} tensors for images and sound are left out; {type(lm).__name__} is for text")
+        text = type(lm).__name__
+        _log.warning("%s: %d vision and audio tensors are left out; %s is the text model", folder, len(left_out), text)
     try:
         require_causal(lm)
     except ModelError as error:

@@ -1,17 +1,20 @@
-"""Lines of progress for work that is counted in bytes."""
+"""Progress of work that is counted in bytes, as lines of the log."""
 
-from collections.abc import Callable
+import logging
 
-_SAY_EVERY = 1 << 30
+_LOG_EVERY = 1 << 30
+
+_log = logging.getLogger(__name__)
 
 
 class ByteProgress:
-    """Says, once for each gigabyte, how far it is to `total` bytes, and what was `done` with them."""
+    """Logs, once per GiB, how many of `total` bytes have been dealt with; `verb` is its past participle."""
 
-    def __init__(self, total: int, done: str, say: Callable[[str], object]) -> None:
-        self._total, self._done, self._say, self._bytes = total, done, say, 0
+    def __init__(self, total: int, verb: str) -> None:
+        self._total, self._verb, self._bytes = total, verb, 0
 
     def add(self, count: int) -> None:
         before, self._bytes = self._bytes, self._bytes + count
-        if self._bytes // _SAY_EVERY > before // _SAY_EVERY:
-            self._say(f"{self._bytes / self._total:.0%} of {self._total / 1e9:.1f} GB {self._done}")
+        if self._bytes // _LOG_EVERY > before // _LOG_EVERY:
+            share = self._bytes / self._total
+            _log.info("%s %.1f of %.1f GB (%.0f%%)", self._verb, self._bytes / 1e9, self._total / 1e9, 100 * share)

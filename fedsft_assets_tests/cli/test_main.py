@@ -51,7 +51,9 @@ def test_a_checkpoint_goes_to_megatron_and_comes_back(fedsft, name, layout):
     assert said.startswith(f"megatron.nemo: {layout} layout, ")
     assert said.endswith("parameters in float32; 271 tokens in 384 rows\n")
     back = fedsft("import", "megatron.nemo", "--into", "back.nemo", "--max-length", "100")
-    assert back.splitlines()[-1].startswith("back.nemo: ")
+    progress, result = back.splitlines()
+    assert progress.startswith(f"megatron.nemo: {layout} layout, ")
+    assert result.startswith("back.nemo: ")
     assert back.endswith("records of up to 100 tokens\n")
     fedsft("export", "--checkpoint", "back.nemo", "--format", name, "--into", "again.nemo")
     assert Path("again.nemo").read_bytes() == Path("megatron.nemo").read_bytes()
@@ -111,7 +113,7 @@ def test_any_command_closes_a_home_of_an_earlier_version_and_says_so(fedsft, che
     monkeypatch.setattr("sys.argv", ["fedsft", "track"])
     cli.main()
     assert capsys.readouterr().err == (
-        f"{home}: was open to other accounts of this computer, with 1 files and folders; no longer\n"
+        f"warning: {home}: was open to other accounts of this computer, with 1 files and folders; no longer\n"
     )
 
 

@@ -24,18 +24,14 @@ class BaseModelConfig(dg.Config):
     kinds={"nemo", "pytorch"},
     description="The checkpoint that all jobs start from, as a NeMo archive with its tokenizer inside.",
 )
-def base_model(
-    context: dg.AssetExecutionContext, config: BaseModelConfig, store: StoreResource, model: ModelResource
-) -> dg.MaterializeResult[Path]:
+def base_model(config: BaseModelConfig, store: StoreResource, model: ModelResource) -> dg.MaterializeResult[Path]:
     from fedsft_assets.model.base_model import create_base_model
 
     with as_dagster_failure(ModelError, SpecError, HubError):
         preset = model.load()
         with adding(store.files.base_model(preset.name)) as addition:
             archive = addition.folder / f"{preset.name}.nemo"
-            report = create_base_model(
-                preset, archive, config.seed, downloads=store.files.downloads, say=context.log.info
-            )
+            report = create_base_model(preset, archive, config.seed, downloads=store.files.downloads)
         archive = archive_file(addition.version)
     return dg.MaterializeResult(
         value=addition.version,

@@ -5,7 +5,7 @@ names and in the words that transformers 4.57 and 5 both read.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -49,13 +49,11 @@ class HuggingFaceReport:
     bytes: int
 
 
-def export_huggingface(
-    archive: Path, into: Path, shard: int = _SHARD, say: Callable[[str], object] = lambda _: None
-) -> HuggingFaceReport:
+def export_huggingface(archive: Path, into: Path, shard: int = _SHARD) -> HuggingFaceReport:
     """Write the model, its tokenizer and its settings for generation as the new folder `into`, whole or not at all.
 
-    A file of weights has up to `shard` bytes of tensors, or one tensor. `say` gets lines of progress.
-    Raises ModelError if there is something at `into`, or the archive cannot be read.
+    A file of weights has up to `shard` bytes of tensors, or one tensor. Raises ModelError if there is something at
+    `into`, or the archive cannot be read.
     """
     if into.exists() and (not into.is_dir() or any(into.iterdir())):
         raise ModelError(f"{into}: is there already; name a new folder, or remove it first")
@@ -73,7 +71,7 @@ def export_huggingface(
                 (fresh / name).write_bytes(tokenizer_config(content) if name == TOKENIZER_CONFIG else content)
             _generation(hf, fresh, f"{archive}: the tokenizer's files").save_pretrained(fresh)
             write_config(hf, fresh, f"{archive}: {CONFIG}")
-            _write_weights(fresh, weights, shards, say)
+            _write_weights(fresh, weights, shards)
     return HuggingFaceReport(
         architecture=hf.architectures[0],
         parameters=sum(prod(info.shape) for info in infos.values()),
@@ -131,11 +129,9 @@ def _shards(infos: Mapping[str, TensorInfo], most: int) -> dict[str, list[str]]:
     return {f"model-{number:05}-of-{len(parts):05}.safetensors": part for number, part in enumerate(parts, 1)}
 
 
-def _write_weights(
-    folder: Path, weights: PublishedWeights, shards: Mapping[str, list[str]], say: Callable[[str], object]
-) -> None:
+def _write_weights(folder: Path, weights: PublishedWeights, shards: Mapping[str, list[str]]) -> None:
     total = sum(info.nbytes for info in weights.infos.values())
-    progress = ByteProgress(total, "written", say)
+    progress = ByteProgress(total, "written")
     tensors = weights.each()
     for file_name, names in shards.items():
         with (folder / file_name).open("wb") as file:

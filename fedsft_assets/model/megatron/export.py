@@ -104,14 +104,11 @@ class MegatronReport:
         return self.shape.parameters
 
 
-def export_megatron(
-    archive: Path, into: Path, layout: Layout, say: Callable[[str], object] = lambda _: None
-) -> MegatronReport:
+def export_megatron(archive: Path, into: Path, layout: Layout) -> MegatronReport:
     """Write the model of an archive of ours as the Megatron archive `into`, whole or not at all.
 
     Rows of zeros fill the token table up to a multiple of 128, as NeMo has it; importing drops them again.
-    `say` gets lines of progress. Raises ModelError that names the archive and the field that Megatron-GPT or
-    its tokenizer cannot express.
+    Raises ModelError that names the archive and the field that Megatron-GPT or its tokenizer cannot express.
     """
     if into.resolve() == archive.resolve():
         raise ModelError(f"{into}: is the archive itself; name another file")
@@ -133,7 +130,7 @@ def export_megatron(
             types=type_names(infos.values()),
             bytes=sum(info.nbytes for info in infos.values()),
         )
-        read = _reader(tensors, report, say)
+        read = _reader(tensors, report)
         files = {
             "vocab_file": (artifact_member("vocab.json", vocabulary.vocab_json), vocabulary.vocab_json),
             "merge_file": (artifact_member("merges.txt", vocabulary.merges_txt), vocabulary.merges_txt),
@@ -184,9 +181,9 @@ def _shape(archive: Path, tensors: TensorFile, model: MegatronGPT, vocabulary: V
     return shape
 
 
-def _reader(tensors: TensorFile, report: MegatronReport, say: Callable[[str], object]) -> Callable[[Weight], Tensor]:
-    """What reads one weight after the other as Megatron has it, and says how far it has come."""
-    progress = ByteProgress(report.bytes, "written", say)
+def _reader(tensors: TensorFile, report: MegatronReport) -> Callable[[Weight], Tensor]:
+    """What reads one weight after the other as Megatron has it, and logs how far it has come."""
+    progress = ByteProgress(report.bytes, "written")
 
     def read(weight: Weight) -> Tensor:
         tensor = to_megatron(weight, tensors.read(f"lm.{weight.hf}"), report.shape.heads)

@@ -4,8 +4,9 @@ Weights stream from archive to archive, one tensor in memory at a time, in the t
 and Megatron are not needed. Archives may come from anyone.
 """
 
+import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,6 +39,8 @@ _PARTS = re.compile(r"(?:^|/)(?:mp_rank|tp_rank)_\d+")
 # States of fp8 layers and of optimizers, which are no weights, and the plain values of a trainer.
 _HARMLESS = re.compile(r"(?:^|.*\.)_extra_state(?:/.*)?|(?:chained_\d+\.)?optimizer(?:_states)?[./].*")
 _PLAIN_VALUES = ("NoneType", "int", "float", "str", "bool", "list", "tuple")
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -87,16 +90,14 @@ def import_megatron(
     max_length: int,
     prompt_template: str = DEFAULT_TEMPLATE,
     expect: Mapping[str, int] | None = None,
-    say: Callable[[str], object] = lambda _: None,
 ) -> ImportReport:
     """Write the model of a Megatron archive, or of the folder of its files, as the archive `into`.
 
     `max_length` is cut to the model's positions. `expect` has values that settings must have, such as
-    `num_layers`. `say` gets lines of progress. Raises ModelError that names the archive and what is wrong;
-    then `into` is as it was.
+    `num_layers`. Raises ModelError that names the archive and what is wrong; then `into` is as it was.
     """
     with open_source(source, scratch=into.parent) as opened:
-        return import_opened(opened, into, max_length, prompt_template, expect, say)
+        return import_opened(opened, into, max_length, prompt_template, expect)
 
 
 def import_opened(
@@ -105,7 +106,6 @@ def import_opened(
     max_length: int,
     prompt_template: str = DEFAULT_TEMPLATE,
     expect: Mapping[str, int] | None = None,
-    say: Callable[[str], object] = lambda _: None,
 ) -> ImportReport:
     """`import_megatron` of an archive that is open already."""
     settings = read_source_settings(source)
@@ -119,7 +119,7 @@ def import_opened(
     tokenizer = read_tokenizer(source, settings)
     with _weights(source) as tensors:
         rows = settings.get(UNPADDED)
-        return _convert(source, tensors, model, tokenizer, rows, into, max_length, prompt_template, say)
+        return _convert(source, tensors, model, tokenizer, rows, into, max_length, prompt_template)
 
 
 def _convert(
@@ -131,7 +131,6 @@ def _convert(
     into: Path,
     max_length: int,
     prompt_template: str,
-    say: Callable[[str], object],
 ) -> ImportReport:
     layout, names = _names(source, tensors)
     shape = _shape(source, model, bpe, {key: tensors.tensors[name] for key, name in names.items()})
@@ -149,7 +148,7 @@ def _convert(
     total = sum(info.nbytes for info in infos.values())
     if total > source.size:
         raise ModelError(f"{source.path}: its weights would be {total} bytes, more than the {source.size} of its files")
-    progress = ByteProgress(total, "converted", say)
+    progress = ByteProgress(total, "converted")
 
     def read(name: str) -> Tensor:
         weight, found, rows = places[name]
@@ -167,7 +166,9 @@ def _convert(
         types=type_names(infos.values()),
         bytes=total,
     )
-    say(f"{layout} layout, {report.parameters:,} parameters in {', '.join(report.types)}")
+    _log.info(
+        "%s: %s layout, %s parameters in %s", source.path, layout, f"{report.parameters:,}", ", ".join(report.types)
+    )
     write_archive(
         into,
         {
