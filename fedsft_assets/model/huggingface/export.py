@@ -15,7 +15,7 @@ import torch
 
 from fedsft_assets.files import publish_folder
 from fedsft_assets.model.archive.nemo_archive import CONFIG, WEIGHTS, open_weights, read_config, read_tokenizer_files
-from fedsft_assets.model.archive.torch_reader import TensorInfo, type_names
+from fedsft_assets.model.archive.torch_reader import TensorInfo, dtype_names
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.generation_settings import end_tokens
 from fedsft_assets.model.huggingface.config import TOKENIZER_CONFIG, tokenizer_config, write_config
@@ -77,7 +77,7 @@ def export_huggingface(
     return HuggingFaceReport(
         architecture=hf.architectures[0],
         parameters=sum(prod(info.shape) for info in infos.values()),
-        types=type_names(infos.values()),
+        types=dtype_names(infos.values()),
         files=tuple(shards),
         bytes=sum(info.nbytes for info in infos.values()),
     )
