@@ -94,7 +94,9 @@ def _make(_: Path, into: Path) -> None:
     import torch
     import yaml
 
-    from fedsft_assets.model.archive.nemo_archive import CONFIG, WEIGHTS, artifact_member, new_tar, tar_member
+    from fedsft_assets.model.archive.archive_config import artifact_member
+    from fedsft_assets.model.archive.nemo_archive import CONFIG, WEIGHTS
+    from fedsft_assets.model.archive.tar_writer import new_tar, tar_member
     from fedsft_assets.model.archive.torch_reader import TensorInfo
     from fedsft_assets.model.archive.torch_writer import write_tensors
     from fedsft_assets.model.megatron.layout import LEGACY, PREFIX, GPTShape, weights

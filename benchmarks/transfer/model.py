@@ -57,7 +57,8 @@ def random_tensors(shape: Shape, dtype: torch.dtype, seed: int) -> Iterator[tupl
 
 def write_archive(shape: Shape, into: Path) -> None:
     """A `.nemo` archive of float32 weights, as far as the server reads one."""
-    from fedsft_assets.model.archive.nemo_archive import WEIGHTS, new_tar, tar_member
+    from fedsft_assets.model.archive.nemo_archive import WEIGHTS
+    from fedsft_assets.model.archive.tar_writer import new_tar, tar_member
     from fedsft_assets.model.archive.torch_reader import TensorInfo
     from fedsft_assets.model.archive.torch_writer import write_tensors
 

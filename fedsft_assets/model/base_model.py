@@ -27,20 +27,23 @@ from transformers.utils import logging as transformers_logging
 
 from fedsft_assets.data.sources import hub
 from fedsft_assets.files import file_digest
-from fedsft_assets.model.archive.copy import copy_archive, own_tokenizer_files
+from fedsft_assets.model.archive.copy import copy_archive
+from fedsft_assets.model.archive.members import open_archive
 from fedsft_assets.model.archive.nemo_archive import (
     CONFIG,
+    config_fields,
+    config_of,
     content_digest,
     open_weights,
     read_config,
     read_tokenizer_files,
+    tokenizer_files_of,
 )
-from fedsft_assets.model.archive.source import open_source
 from fedsft_assets.model.causality import require_causal
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.huggingface.weights_check import read_stored, require_fit, use_numbers
 from fedsft_assets.model.language_model import LanguageModel
-from fedsft_assets.model.megatron.import_ import import_opened, is_megatron, read_source_settings
+from fedsft_assets.model.megatron.import_ import import_opened, is_megatron
 from fedsft_assets.model.megatron.tokenizer import hugging_face_tokenizer, read_tokenizer
 from fedsft_assets.model.tokenizer.files import tokenizer_of
 from fedsft_assets.model.tokenizer.folder import has_tokenizer, read_tokenizer_folder
@@ -131,8 +134,8 @@ def _download(published: PublishedArchive, downloads: Path) -> Path:
 def _from_archive(preset: ModelPreset, source: Path, into: Path) -> BaseModelReport:
     """An archive of Megatron's is converted, one of ours is taken as it is."""
     _log.info("reading %s", source)
-    with open_source(source, scratch=into.parent) as opened:
-        settings = read_source_settings(opened)
+    with open_archive(source, scratch=into.parent) as opened:
+        settings = config_fields(opened)
         if is_megatron(settings):
             expect = preset.published.sizes if preset.published else None
             import_opened(opened, into, preset.max_length, expect=expect)
@@ -229,11 +232,11 @@ def load_tokenizer(preset: ModelPreset, downloads: Path | None = None) -> Any:
     if not preset.archive and not preset.published:
         return _tokenizer(preset.folder) if preset.folder else _tokenizer(*_smollm2())
     archive = _archive(preset, downloads)
-    with open_source(archive, scratch=downloads or archive.parent) as opened:
-        settings = read_source_settings(opened)
+    with open_archive(archive, scratch=downloads or archive.parent) as opened:
+        settings = config_fields(opened)
         if is_megatron(settings):
             return hugging_face_tokenizer(read_tokenizer(opened, settings))
-        return _tokenizer_of(own_tokenizer_files(opened))
+        return _tokenizer_of(tokenizer_files_of(opened, config_of(opened)))
 
 
 def _tokenizer_of(files: Mapping[str, bytes]) -> Any:

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from fedsft_assets.model.archive import nemo_archive
+from fedsft_assets.model.archive.archive_config import normalize_hf_config
 from fedsft_assets.model.archive.torch_reader import TensorInfo
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.generation_settings import GenerationSettings, end_tokens
@@ -77,7 +78,7 @@ class LanguageModel(nn.Module):
         files = tokenizer_files(tokenizer)
         if "tokenizer.json" not in files:
             raise ModelError(f"{type(tokenizer).__name__}: has no fast form; save it with a tokenizer.json")
-        hf = nemo_archive.describe(json.loads(lm.config.to_json_string()))
+        hf = normalize_hf_config(json.loads(lm.config.to_json_string()))
         ends = end_tokens(hf.get("eos_token_id"))
         every_end = end_tokens(ends, getattr(lm.generation_config, "eos_token_id", None))
         if every_end != ends:  # an archive has no other place for what only the settings for generation say

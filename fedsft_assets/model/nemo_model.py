@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fedsft_assets.files import publish_file
 from fedsft_assets.model.archive import nemo_archive
+from fedsft_assets.model.archive.archive_config import artifact_key, artifact_name
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.language_model import LanguageModel, empty_lm
 from fedsft_assets.model.prompt_template import template
@@ -80,7 +81,7 @@ class SFTModel(ModelPT):
             for name, content in self._tokenizer_files.items():
                 file = Path(folder) / name
                 file.write_bytes(content)
-                self.register_artifact(f"tokenizer.files.{nemo_archive.artifact_key(name)}", str(file))
+                self.register_artifact(f"tokenizer.files.{artifact_key(name)}", str(file))
             self.save_to(str(fresh))
 
     @cached_property
@@ -127,7 +128,7 @@ class _TensorsOnly(SaveRestoreConnector):
 
 def _unique_part(value: str) -> str:
     """The part that an archive puts before an artifact's file name; nothing for a local path."""
-    name = nemo_archive.artifact_name(value)
+    name = artifact_name(value)
     return value.removeprefix("nemo:").removesuffix(name) if name else ""
 
 

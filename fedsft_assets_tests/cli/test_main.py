@@ -78,7 +78,7 @@ def test_a_checkpoint_goes_to_hugging_face(fedsft, checkpoint):
             "text.nemo: is not an uncompressed tar arc",
         ),
         ("import none.nemo --into new.nemo", "none.nemo: no such file or folder"),
-        ("import text.nemo --into new.nemo", "text.nemo: is no tar archive"),
+        ("import text.nemo --into new.nemo", "text.nemo: is not an uncompressed tar archive"),
         ("import text.nemo --into ./text.nemo", "--into: text.nemo is the archive itself; name another file"),
         ("import text.nemo --into new.nemo --max-length 1", "--max-length: 1 tokens are too few"),
     ],

@@ -8,7 +8,8 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from fedsft_assets.model.archive.nemo_archive import content_digest, describe, read_config
+from fedsft_assets.model.archive.archive_config import normalize_hf_config
+from fedsft_assets.model.archive.nemo_archive import content_digest, read_config
 from fedsft_assets.model.base_model import create_base_model
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.generation_settings import GenerationSettings
@@ -57,8 +58,8 @@ def test_infinity_in_a_configuration_goes_into_the_archive_and_out_again(model, 
 
 def test_numbers_that_json_does_not_have_are_read_wherever_they_are():
     written = {"a": {"__float__": "-Infinity"}, "b": [1, {"__float__": "NaN"}], "c": {"d": {"__float__": "Infinity"}}}
-    assert yaml.safe_dump(describe(written)) == "a: -.inf\nb:\n- 1\n- .nan\nc:\n  d: .inf\n"
-    assert describe({"a": {"__float__": "1e400"}}) == {"a": {}}
+    assert yaml.safe_dump(normalize_hf_config(written)) == "a: -.inf\nb:\n- 1\n- .nan\nc:\n  d: .inf\n"
+    assert normalize_hf_config({"a": {"__float__": "1e400"}}) == {"a": {}}
 
 
 def test_a_wrapper_around_a_text_model_is_trained_as_it_is(model, save, tmp_path, records):

@@ -1,4 +1,4 @@
-"""A part of a file as a file of its own: how members of archives are read in place, never extracted."""
+"""A part of a file as a read-only file of its own: how members of archives are read in place, never extracted."""
 
 import io
 import os
@@ -6,14 +6,14 @@ from typing import Any, BinaryIO
 
 
 class FileWindow(io.RawIOBase):
-    """The `size` bytes from `start` of an open file, read only.
+    """The `size` bytes from `start` on of an open file.
 
-    `read` refuses more than `most` bytes with a ValueError: what parses headers asks for as many as a
-    stranger's file says. Whoever wants more has memory for them, and uses `readinto`.
+    `read` refuses more than `max_read` bytes with a ValueError, since parsers of headers ask for as many as an
+    untrusted file says. `readinto` has no limit: its caller has the memory already.
     """
 
-    def __init__(self, file: BinaryIO, start: int, size: int, most: int = 1 << 20) -> None:
-        self._file, self._start, self._size, self._most, self._position = file, start, size, most, 0
+    def __init__(self, file: BinaryIO, start: int, size: int, max_read: int = 1 << 20) -> None:
+        self._file, self._start, self._size, self._max_read, self._position = file, start, size, max_read, 0
 
     def readable(self) -> bool:
         return True
@@ -34,8 +34,8 @@ class FileWindow(io.RawIOBase):
     def read(self, size: int = -1) -> bytes:
         left = max(self._size - self._position, 0)
         size = left if size < 0 else min(size, left)
-        if size > self._most:
-            raise ValueError(f"{size} bytes at once are more than {self._most}")
+        if size > self._max_read:
+            raise ValueError(f"{size} bytes at once are more than {self._max_read}")
         return super().read(size) or b""
 
     def readinto(self, buffer: Any) -> int:

@@ -1,6 +1,6 @@
 """Reads the pickles that torch puts into checkpoints, without importing or running anything that they name.
 
-A name becomes what the caller says that it stands for, or an error. Python's own C unpickler is not
+Each global is replaced by what the caller gives for its name, or refused. Python's C unpickler is not
 used: a few bytes (an index of its memo) make it allocate gigabytes.
 """
 
@@ -15,40 +15,42 @@ from fedsft_assets.model.errors import ModelError
 
 
 @dataclass(frozen=True)
-class Maker:
-    """What a name stands for that a pickle may call: all that a call does is this function of ours."""
+class SafeCallable:
+    """The replacement of a global that a pickle may call: calling it calls this function, and nothing else."""
 
-    make: Callable[..., object]
+    function: Callable[..., object]
 
 
 @dataclass(eq=False)
 class OpaqueObject:
-    """An object as a pickle describes it, of a class that is never looked at: its arguments and its state."""
+    """An object as a pickle describes it, by arguments and state; its class is not imported, only named."""
 
-    kind: str
+    class_name: str
     arguments: tuple[Any, ...] = ()
     state: Any = None
 
     @classmethod
-    def maker(cls, kind: str) -> Maker:
-        return Maker(lambda *arguments: cls(kind, arguments))
+    def constructor(cls, class_name: str) -> SafeCallable:
+        """The replacement of a class whose objects are to be opaque."""
+        return SafeCallable(lambda *arguments: cls(class_name, arguments))
 
     def field(self, name: str) -> Any:
-        """The value of a field, None if it is not there."""
+        """The value of an attribute in the state, None if it is not there."""
         return self.state.get(name) if isinstance(self.state, dict) else None
 
 
-Known = Callable[[str], object | None]
+FindGlobal = Callable[[str], object | None]
+PersistentLoad = Callable[[Any], object]
 
 
-def read_pickle(data: bytes, where: str, known: Known, stored: Callable[[Any], object] | None = None) -> Any:
-    """The content of a pickle, with `known(name)` in place of each thing that it names as `module.name`.
+def read_pickle(data: bytes, where: str, find_global: FindGlobal, persistent_load: PersistentLoad | None = None) -> Any:
+    """The content of a pickle, with `find_global("module.name")` in place of each global.
 
-    `known` returns a Maker for what may be called, any other inert value, or None for what is refused;
-    `stored` gives what a persistent id stands for. Raises ModelError that begins with `where`.
+    `find_global` returns a SafeCallable for what may be called, any other inert value, or None for what is
+    refused; `persistent_load` gives the object of a persistent id. Raises ModelError that begins with `where`.
     """
     try:
-        return _Reader(data, known, stored).load()
+        return _SafeUnpickler(data, find_global, persistent_load).load()
     except _Refused as error:
         raise ModelError(f"{where}: {error}") from error
     except Exception as error:  # anything may be in the data, and fail anywhere
@@ -59,7 +61,7 @@ class _Refused(Exception):
     pass
 
 
-_OPCODES = (
+_SAFE_OPCODES = (
     *("PROTO", "FRAME", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE"),
     *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
     *("BINUNICODE", "SHORT_BINUNICODE", "BINBYTES", "SHORT_BINBYTES"),
@@ -69,30 +71,30 @@ _OPCODES = (
 )
 
 
-class _Reader(pickle._Unpickler):
-    def __init__(self, data: bytes, known: Known, stored: Callable[[Any], object] | None) -> None:
+class _SafeUnpickler(pickle._Unpickler):
+    def __init__(self, data: bytes, find_global: FindGlobal, persistent_load: PersistentLoad | None) -> None:
         super().__init__(io.BytesIO(data))
-        self._known, self._stored = known, stored
+        self._find_global, self._persistent_load = find_global, persistent_load
 
     def find_class(self, module: str, name: str, /) -> Any:
-        found = self._known(f"{module}.{name}") if isinstance(module, str) and isinstance(name, str) else None
+        found = self._find_global(f"{module}.{name}") if isinstance(module, str) and isinstance(name, str) else None
         if found is None:
             raise _Refused(f"names {str(module)[:100]}.{str(name)[:100]}, which a checkpoint of tensors has no use for")
         return found
 
     def persistent_load(self, pid: Any) -> Any:
-        if self._stored is None:
+        if self._persistent_load is None:
             raise _Refused("refers to data outside of it")
-        return self._stored(pid)
+        return self._persistent_load(pid)
 
-    def _call(self) -> None:
+    def _load_reduce(self) -> None:
         arguments = self.stack.pop()  # type: ignore[attr-defined]
-        maker = self.stack.pop()  # type: ignore[attr-defined]
-        if not isinstance(maker, Maker) or not isinstance(arguments, tuple):
-            raise _Refused(f"calls a {type(maker).__name__}")
-        self.stack.append(maker.make(*arguments))  # type: ignore[attr-defined]
+        called = self.stack.pop()  # type: ignore[attr-defined]
+        if not isinstance(called, SafeCallable) or not isinstance(arguments, tuple):
+            raise _Refused(f"calls a {type(called).__name__}")
+        self.stack.append(called.function(*arguments))  # type: ignore[attr-defined]
 
-    def _build(self) -> None:
+    def _load_build(self) -> None:
         state = self.stack.pop()  # type: ignore[attr-defined]
         target = self.stack[-1]  # type: ignore[attr-defined]
         if isinstance(target, OpaqueObject):
@@ -100,14 +102,14 @@ class _Reader(pickle._Unpickler):
         elif not isinstance(target, OrderedDict):  # whose state are the versions of modules
             raise _Refused(f"sets the state of a {type(target).__name__}")
 
-    def _set_items(self) -> None:
-        self._set(self.pop_mark())  # type: ignore[attr-defined]
+    def _load_setitems(self) -> None:
+        self._set_items(self.pop_mark())  # type: ignore[attr-defined]
 
-    def _set_item(self) -> None:
+    def _load_setitem(self) -> None:
         value = self.stack.pop()  # type: ignore[attr-defined]
-        self._set([self.stack.pop(), value])  # type: ignore[attr-defined]
+        self._set_items([self.stack.pop(), value])  # type: ignore[attr-defined]
 
-    def _set(self, items: list[Any]) -> None:
+    def _set_items(self, items: list[Any]) -> None:
         target = self.stack[-1]  # type: ignore[attr-defined]
         for key, value in zip(items[::2], items[1::2], strict=True):
             # A nested tuple as a key can take years to hash.
@@ -120,10 +122,10 @@ class _Reader(pickle._Unpickler):
 
     dispatch: ClassVar[dict[int, Any]] = {
         **dict.fromkeys(range(256), _refuse),
-        **{getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in _OPCODES},
-        pickle.REDUCE[0]: _call,
-        pickle.NEWOBJ[0]: _call,
-        pickle.BUILD[0]: _build,
-        pickle.SETITEMS[0]: _set_items,
-        pickle.SETITEM[0]: _set_item,
+        **{getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in _SAFE_OPCODES},
+        pickle.REDUCE[0]: _load_reduce,
+        pickle.NEWOBJ[0]: _load_reduce,
+        pickle.BUILD[0]: _load_build,
+        pickle.SETITEMS[0]: _load_setitems,
+        pickle.SETITEM[0]: _load_setitem,
     }

@@ -1,4 +1,4 @@
-"""Writing a torch checkpoint (the zip file of `torch.save`) front to back, one tensor at a time."""
+"""Writes torch checkpoints (the zip files of `torch.save`) front to back, one tensor at a time."""
 
 import struct
 import zlib
@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 from torch import Tensor
 
-from fedsft_assets.model.archive.torch_reader import STORAGE_OF, TensorInfo, tensor_bytes
+from fedsft_assets.model.archive.torch_reader import STORAGE_CLASSES, TensorInfo, tensor_bytes
 from fedsft_assets.model.errors import ModelError
 
 
@@ -20,14 +20,14 @@ def write_tensors(
 ) -> None:
     """Write what `torch.load(weights_only=True)` reads, front to back, with one tensor in memory at a time.
 
-    `shared` leads from names among `tensors` to the names whose values they have; `read` is called once for
+    `shared` maps names among `tensors` to the names whose values they have; `read` is called once for
     each of the others, in order. The same tensors give the same bytes. Raises ModelError if `read` returns
-    another tensor than was described, or torch has no storage type for it.
+    a tensor of another dtype or shape than described, or torch has no storage class for it.
     """
     shared = shared or {}
     keys = {name: str(index) for index, name in enumerate(name for name in tensors if name not in shared)}
     writer = _ZipWriter(file, prefix="model_weights/")
-    writer.add("data.pkl", memoryview(_description(tensors, keys, shared)))
+    writer.add("data.pkl", memoryview(_pickle(tensors, keys, shared)))
     writer.add("byteorder", memoryview(b"little"))
     for name, key in keys.items():
         tensor = read(name)
@@ -37,26 +37,26 @@ def write_tensors(
         writer.add(f"data/{key}", tensor_bytes(tensor.detach().cpu().contiguous()))
         del tensor
     writer.add("version", memoryview(b"3\n"))
-    writer.end()
+    writer.finish()
 
 
-def _description(tensors: Mapping[str, TensorInfo], keys: Mapping[str, str], shared: Mapping[str, str]) -> bytes:
+def _pickle(tensors: Mapping[str, TensorInfo], keys: Mapping[str, str], shared: Mapping[str, str]) -> bytes:
     """The pickle (protocol 2) of an OrderedDict of tensors, as torch.save describes them."""
     parts = [b"\x80\x02ccollections\nOrderedDict\n)R("]
     for name, info in tensors.items():
         first = shared.get(name, name)
         if first not in keys or tensors[first] != info:
             raise ModelError(f"{name}: shares its values with {first}, which is not among the tensors, or not its like")
-        if info.dtype not in STORAGE_OF:
+        if info.dtype not in STORAGE_CLASSES:
             raise ModelError(f"{name}: values of {info.dtype} cannot be written")
         strides = [prod(info.shape[axis + 1 :]) for axis in range(len(info.shape))]
         parts += [
-            _text(name),
+            _string(name),
             b"ctorch._utils\n_rebuild_tensor_v2\n((",
-            _text("storage"),
-            f"ctorch\n{STORAGE_OF[info.dtype]}\n".encode(),
-            _text(keys[first]),
-            _text("cpu"),
+            _string("storage"),
+            f"ctorch\n{STORAGE_CLASSES[info.dtype]}\n".encode(),
+            _string(keys[first]),
+            _string("cpu"),
             _integer(prod(info.shape)),
             b"tQ",
             _integer(0),
@@ -67,7 +67,7 @@ def _description(tensors: Mapping[str, TensorInfo], keys: Mapping[str, str], sha
     return b"".join([*parts, b"u."])
 
 
-def _text(text: str) -> bytes:
+def _string(text: str) -> bytes:
     encoded = text.encode()
     return b"X" + struct.pack("<I", len(encoded)) + encoded
 
@@ -107,7 +107,7 @@ class _ZipWriter:
         place = struct.pack("<4HLL", len(extra), 0, 0, 0, 0, 0xFFFFFFFF if far else offset)
         self._directory.append(b"PK\1\2" + struct.pack("<H", version) + common + place + encoded + extra)
 
-    def end(self) -> None:
+    def finish(self) -> None:
         start, count = self._position, len(self._directory)
         for entry in self._directory:
             self._write(entry)

@@ -13,22 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedsft_assets.model.archive.safe_pickle import Maker, OpaqueObject, read_pickle
-from fedsft_assets.model.archive.source import MegatronSource, Member
-from fedsft_assets.model.archive.torch_reader import TYPES, TensorFile, TensorInfo
+from fedsft_assets.model.archive.members import Archive, Member
+from fedsft_assets.model.archive.safe_pickle import OpaqueObject, SafeCallable, read_pickle
+from fedsft_assets.model.archive.torch_reader import DTYPES, TensorFile, TensorInfo, read_size
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.megatron.dist_checkpoint_writer import FOLDER
 
 METADATA = f"{FOLDER}/.metadata"
 
-_LARGEST_METADATA = 64 << 20
-_MOST_PIECES = 50_000
-_MOST_PIECES_OF_A_TENSOR = 2048
-_DESCRIBED = (
+_MAX_METADATA_BYTES = 64 << 20
+_MAX_PIECES = 50_000
+_MAX_PIECES_PER_TENSOR = 2048
+_OPAQUE_CLASSES = (
     *("torch.distributed.checkpoint.", "torch.distributed._shard.", "megatron.core.dist_checkpointing."),
     *("torch.serialization._get_layout", "pathlib.", "_io.BytesIO", "_codecs.encode"),
 )
-_DTYPES = {str(dtype): dtype for dtype in TYPES}
+_DTYPES = {str(dtype): dtype for dtype in DTYPES}
 
 
 @dataclass(frozen=True)
@@ -45,29 +45,29 @@ class _Piece:
 class DistributedTensors:
     """The tensors of a Megatron-core archive; reads as TensorFile does."""
 
-    def __init__(self, source: MegatronSource) -> None:
+    def __init__(self, source: Archive, max_pieces_per_tensor: int = _MAX_PIECES_PER_TENSOR) -> None:
         """Read the description. Raises ModelError for one that does not say where every value is, once."""
         self._where = f"{source.path}: {METADATA}"
-        content = read_pickle(source.content(METADATA, _LARGEST_METADATA), self._where, _known)
+        content = read_pickle(source.content(METADATA, _MAX_METADATA_BYTES), self._where, _find_global)
         if not isinstance(content, OpaqueObject) or not isinstance(content.field("state_dict_metadata"), dict):
             raise ModelError(f"{self._where}: is no description of a distributed checkpoint")
         stored = self._stored(content.field("storage_data"))
         self.tensors: dict[str, TensorInfo] = {}
-        self.others: dict[str, str] = {}
+        self.non_tensors: dict[str, str] = {}
         self.shared: dict[str, str] = {}
         self._pieces: dict[str, list[_Piece]] = {}
-        left = _MOST_PIECES
+        left = _MAX_PIECES
         for name, value in content.field("state_dict_metadata").items():
             if not isinstance(name, str) or not isinstance(value, OpaqueObject):
                 raise ModelError(f"{self._where}: {str(name)[:200]}: is no description of a tensor")
-            if not value.kind.endswith(".TensorStorageMetadata"):
-                self.others[name] = value.kind.rpartition(".")[2]
+            if not value.class_name.endswith(".TensorStorageMetadata"):
+                self.non_tensors[name] = value.class_name.rpartition(".")[2]
                 continue
             self.tensors[name] = info = self._info(name, value)
             chunks = value.field("chunks")
             left -= len(chunks) if isinstance(chunks, list) else 0
-            if not isinstance(chunks, list) or len(chunks) > _MOST_PIECES_OF_A_TENSOR or left < 0:
-                raise ModelError(f"{self._where}: {name}: has no pieces, or more than {_MOST_PIECES_OF_A_TENSOR}")
+            if not isinstance(chunks, list) or len(chunks) > max_pieces_per_tensor or left < 0:
+                raise ModelError(f"{self._where}: {name}: has no pieces, or more than {max_pieces_per_tensor}")
             self._pieces[name] = [self._piece(source, name, info, chunk, stored) for chunk in chunks]
             self._require_all(name, info)
 
@@ -131,7 +131,7 @@ class DistributedTensors:
 
     def _piece(
         self,
-        source: MegatronSource,
+        source: Archive,
         name: str,
         info: TensorInfo,
         chunk: Any,
@@ -179,17 +179,11 @@ def _overlaps(pieces: list[_Piece]) -> Iterator[bool]:
             )
 
 
-def _known(name: str) -> object | None:
+def _find_global(name: str) -> object | None:
     if name == "torch.Size":
-        return Maker(_size)
+        return SafeCallable(read_size)
     if name == "collections.OrderedDict":
-        return Maker(OrderedDict[str, Any])
+        return SafeCallable(OrderedDict[str, Any])
     if name in _DTYPES:
         return _DTYPES[name]
-    return OpaqueObject.maker(name) if name.startswith(_DESCRIBED) else None
-
-
-def _size(sizes: Any) -> tuple[int, ...]:
-    if not isinstance(sizes, tuple | list) or not all(type(size) is int for size in sizes) or len(sizes) > 16:
-        raise ValueError("sizes that are no integers")
-    return tuple(sizes)
+    return OpaqueObject.constructor(name) if name.startswith(_OPAQUE_CLASSES) else None

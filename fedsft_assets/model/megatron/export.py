@@ -4,7 +4,6 @@ The way back from `megatron_import`: the same values bit for bit, in the type th
 NeMo and Megatron are not needed.
 """
 
-import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,17 +13,10 @@ import torch
 import yaml
 from torch import Tensor
 
-from fedsft_assets.model.archive.nemo_archive import (
-    CONFIG,
-    WEIGHTS,
-    artifact_member,
-    new_tar,
-    open_weights,
-    read_config,
-    read_tokenizer_files,
-    tar_member,
-)
-from fedsft_assets.model.archive.torch_reader import TensorFile, TensorInfo, type_names
+from fedsft_assets.model.archive.archive_config import artifact_member
+from fedsft_assets.model.archive.nemo_archive import CONFIG, WEIGHTS, open_weights, read_config, read_tokenizer_files
+from fedsft_assets.model.archive.tar_writer import new_tar, tar_folder, tar_member
+from fedsft_assets.model.archive.torch_reader import TensorFile, TensorInfo, dtype_names
 from fedsft_assets.model.archive.torch_writer import write_tensors
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.megatron.config import UNPADDED, MegatronGPT, megatron_gpt, megatron_settings
@@ -127,7 +119,7 @@ def export_megatron(archive: Path, into: Path, layout: Layout) -> MegatronReport
             shape=shape,
             tokens=vocabulary.tokens,
             activation=model.activation,
-            types=type_names(infos.values()),
+            types=dtype_names(infos.values()),
             bytes=sum(info.nbytes for info in infos.values()),
         )
         read = _reader(tensors, report)
@@ -141,7 +133,7 @@ def export_megatron(archive: Path, into: Path, layout: Layout) -> MegatronReport
         if own != shape:
             settings[UNPADDED] = own.vocabulary
         with new_tar(into) as file:
-            _folder(file, "./")
+            tar_folder(file, "./")  # NeMo writes an entry for each folder
             for name, content in [(CONFIG, yaml.safe_dump(settings, sort_keys=False).encode()), *files.values()]:
                 with tar_member(file, f"./{name}"):
                     file.write(content)
@@ -217,7 +209,7 @@ def _write_core(
         for layer in range(shape.layers)
         for module in _WITH_STATE
     )
-    _folder(file, f"./{FOLDER}/")
+    tar_folder(file, f"./{FOLDER}/")
     pieces: Iterator[Piece] = (piece(weight, info) for weight, info in infos.items())
     write_checkpoint(file, lambda name: tar_member(file, f"./{name}"), pieces, states)
 
@@ -251,10 +243,3 @@ def _settings(
 def _multiple_of(step: int, number: int) -> int:
     """The number, rounded up to a multiple of `step`."""
     return -(-number // step) * step
-
-
-def _folder(file: BinaryIO, name: str) -> None:
-    """Append a folder's entry to a tar; NeMo writes one for each."""
-    entry = tarfile.TarInfo(name)
-    entry.type, entry.mode = tarfile.DIRTYPE, 0o755
-    file.write(entry.tobuf(tarfile.GNU_FORMAT))

@@ -16,9 +16,9 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from fedsft_assets.model.archive.nemo_archive import CONFIG, LARGEST_CONFIG, WEIGHTS, load_yaml, write_archive
-from fedsft_assets.model.archive.source import MegatronSource, open_source
-from fedsft_assets.model.archive.torch_reader import TensorFile, TensorInfo, type_names
+from fedsft_assets.model.archive.members import Archive, open_archive
+from fedsft_assets.model.archive.nemo_archive import CONFIG, WEIGHTS, config_fields, weights_of, write_archive
+from fedsft_assets.model.archive.torch_reader import TensorInfo, dtype_names
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.megatron import dist_checkpoint_reader
 from fedsft_assets.model.megatron.config import UNPADDED, MegatronGPT, gpt2_config, read_settings
@@ -65,7 +65,7 @@ class Weights(Protocol):
     """What both kinds of checkpoint are read through."""
 
     tensors: dict[str, TensorInfo]
-    others: dict[str, str]
+    non_tensors: dict[str, str]
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor: ...
 
@@ -77,11 +77,6 @@ def is_megatron(settings: Mapping[str, Any]) -> bool:
 
 def _is_own(settings: Mapping[str, Any]) -> bool:
     return "hf" in settings
-
-
-def read_source_settings(source: MegatronSource) -> dict[str, Any]:
-    """All that `model_config.yaml` says; nothing that it names is imported. Raises ModelError."""
-    return load_yaml(source.text(CONFIG, LARGEST_CONFIG), f"{source.path}: {CONFIG}")
 
 
 def import_megatron(
@@ -96,19 +91,19 @@ def import_megatron(
     `max_length` is cut to the model's positions. `expect` has values that settings must have, such as
     `num_layers`. Raises ModelError that names the archive and what is wrong; then `into` is as it was.
     """
-    with open_source(source, scratch=into.parent) as opened:
+    with open_archive(source, scratch=into.parent) as opened:
         return import_opened(opened, into, max_length, prompt_template, expect)
 
 
 def import_opened(
-    source: MegatronSource,
+    source: Archive,
     into: Path,
     max_length: int,
     prompt_template: str = DEFAULT_TEMPLATE,
     expect: Mapping[str, int] | None = None,
 ) -> ImportReport:
     """`import_megatron` of an archive that is open already."""
-    settings = read_source_settings(source)
+    settings = config_fields(source)
     if _is_own(settings):
         raise ModelError(f"{source.path}: is no archive of Megatron's but one of this project's; use it as it is")
     where = f"{source.path}: {CONFIG}"
@@ -123,7 +118,7 @@ def import_opened(
 
 
 def _convert(
-    source: MegatronSource,
+    source: Archive,
     tensors: Weights,
     model: MegatronGPT,
     bpe: Tokenizer,
@@ -163,7 +158,7 @@ def _convert(
         tokens=bpe.get_vocab_size(),
         max_length=min(max_length, shape.positions),
         activation=model.activation,
-        types=type_names(infos.values()),
+        types=dtype_names(infos.values()),
         bytes=total,
     )
     _log.info(
@@ -185,8 +180,13 @@ def _convert(
 
 
 @contextmanager
-def _weights(source: MegatronSource) -> Iterator[Weights]:
-    """The checkpoint in an archive. Raises ModelError if there is none, or only a part of one."""
+def _weights(source: Archive) -> Iterator[Weights]:
+    """The checkpoint in an archive. Raises ModelError if there is none, only a part of one, or one in zarr."""
+    if zarr := next((name for name in source.members if name.endswith(".zarray")), None):
+        raise ModelError(
+            f"{source.path}: {zarr}: the weights are in the zarr format, which is not read; load the checkpoint with"
+            " the NeMo that wrote it, set dist_ckpt_format: torch_dist, and save it anew"
+        )
     parts = sorted({found[0].strip("/") for name in source.members if (found := _PARTS.search(name))})
     if parts:
         raise ModelError(
@@ -194,7 +194,7 @@ def _weights(source: MegatronSource) -> Iterator[Weights]:
             " merge it with NeMo's megatron_change_num_partitions.py into one of size 1"
         )
     if WEIGHTS in source.members:
-        with TensorFile(source.members[WEIGHTS].open(), f"{source.path}: {WEIGHTS}") as tensors:
+        with weights_of(source) as tensors:
             yield tensors
     elif dist_checkpoint_reader.METADATA in source.members:
         yield DistributedTensors(source)
@@ -205,7 +205,7 @@ def _weights(source: MegatronSource) -> Iterator[Weights]:
         )
 
 
-def _names(source: MegatronSource, tensors: Weights) -> tuple[Layout, dict[str, str]]:
+def _names(source: Archive, tensors: Weights) -> tuple[Layout, dict[str, str]]:
     """Which layout it is, and the full name of each tensor by its name in that layout's table."""
     layout: Layout = LEGACY if any("language_model." in name for name in tensors.tensors) else CORE
     names: dict[str, str] = {}
@@ -220,7 +220,7 @@ def _names(source: MegatronSource, tensors: Weights) -> tuple[Layout, dict[str, 
     return layout, names
 
 
-def _shape(source: MegatronSource, model: MegatronGPT, bpe: Tokenizer, found: Mapping[str, TensorInfo]) -> GPTShape:
+def _shape(source: Archive, model: MegatronGPT, bpe: Tokenizer, found: Mapping[str, TensorInfo]) -> GPTShape:
     """The sizes that the settings say, with the rows of the tables, which only the weights say."""
     rows = {}
     for field, name in (("vocabulary", "word_embeddings"), ("positions", "position_embeddings")):
@@ -246,7 +246,7 @@ def _shape(source: MegatronSource, model: MegatronGPT, bpe: Tokenizer, found: Ma
     )  # fmt: skip
 
 
-def _unpadded(source: MegatronSource, shape: GPTShape, bpe: Tokenizer, rows: int | None) -> int:
+def _unpadded(source: Archive, shape: GPTShape, bpe: Tokenizer, rows: int | None) -> int:
     """Rows of the token table without those that an export of ours filled it up with; all of them in NeMo's own."""
     if rows is None:
         return shape.vocabulary
@@ -259,7 +259,7 @@ def _unpadded(source: MegatronSource, shape: GPTShape, bpe: Tokenizer, rows: int
 
 
 def _place(
-    source: MegatronSource, tensors: Weights, weight: Weight, layout: Layout, layers: int, names: Mapping[str, str]
+    source: Archive, tensors: Weights, weight: Weight, layout: Layout, layers: int, names: Mapping[str, str]
 ) -> tuple[str, tuple[int, int] | None]:
     """The tensor that a weight is, or is one layer of: then with the rows that it is."""
     found = [names[name] for name in weight.names(layout) if name in names]
@@ -279,11 +279,13 @@ def _place(
     return name, None if found or weight.layer is None else (weight.layer, weight.layer + 1)
 
 
-def _require_known(source: MegatronSource, tensors: Weights, used: set[str]) -> None:
+def _require_known(source: Archive, tensors: Weights, used: set[str]) -> None:
     """Nothing may be left over that could be part of the model."""
     left = [name for name in tensors.tensors if name not in used and not _HARMLESS.fullmatch(name)]
     left += [
-        name for name, kind in tensors.others.items() if not _HARMLESS.fullmatch(name) and kind not in _PLAIN_VALUES
+        name
+        for name, kind in tensors.non_tensors.items()
+        if not _HARMLESS.fullmatch(name) and kind not in _PLAIN_VALUES
     ]
     if any(name.endswith("output_layer.weight") for name in left):
         raise ModelError(

@@ -9,23 +9,23 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from fedsft_assets.model.archive.members import Archive
 from fedsft_assets.model.archive.nemo_archive import CONFIG
-from fedsft_assets.model.archive.source import MegatronSource
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.tokenizer.tiny import EOS
 
-_LARGEST_FILE = 32 << 20
-_MOST_TOKENS = 1_000_000
+_MAX_FILE_BYTES = 32 << 20
+_MAX_TOKENS = 1_000_000
 _TYPES = ("GPT2BPETokenizer", "gpt2")
 
 
-def read_tokenizer(source: MegatronSource, settings: Mapping[str, Any]) -> Tokenizer:
+def read_tokenizer(archive: Archive, settings: Mapping[str, Any]) -> Tokenizer:
     """GPT-2's byte-level BPE with the archive's vocabulary and merges, and `<|endoftext|>` as a special token.
 
     Raises ModelError that names the setting, for another kind of tokenizer or files that are not there or
     do not fit together.
     """
-    where = f"{source.path}: {CONFIG}: tokenizer"
+    where = f"{archive.path}: {CONFIG}: tokenizer"
     said = settings.get("tokenizer")
     if not isinstance(said, dict):
         raise ModelError(f"{where}: expected its library, type and files, found {type(said).__name__}")
@@ -33,13 +33,13 @@ def read_tokenizer(source: MegatronSource, settings: Mapping[str, Any]) -> Token
     if library != "megatron" or kind not in _TYPES:
         wrong = f"type: {kind!r}" if library == "megatron" else f"library: {library!r}"
         raise ModelError(f"{where}.{wrong} is not read; only the library 'megatron' with the type {_TYPES[0]!r} is")
-    vocabulary = _vocabulary(source, _artifact(source, said, "vocab_file", where))
-    name = _artifact(source, said, "merge_file", where)
-    merges = _merges(source, name)
+    vocabulary = _vocabulary(archive, _artifact(archive, said, "vocab_file", where))
+    name = _artifact(archive, said, "merge_file", where)
+    merges = _merges(archive, name)
     try:
         bpe = Tokenizer(models.BPE(vocabulary, merges))
     except Exception as error:  # the tokenizers library raises bare Exception
-        raise ModelError(f"{source.path}: {name}: does not fit the vocabulary: {error}") from error
+        raise ModelError(f"{archive.path}: {name}: does not fit the vocabulary: {error}") from error
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     bpe.add_special_tokens([EOS, *_additional(said, where)])
@@ -57,33 +57,31 @@ def _additional(said: Mapping[str, Any], where: str) -> list[str]:
     """Further special tokens, which NeMo adds to the vocabulary if they are not in it."""
     special = said.get("special_tokens") or {}
     tokens = (special.get("additional_special_tokens") if isinstance(special, dict) else special) or []
-    if not isinstance(tokens, list) or len(tokens) > _MOST_TOKENS or not all(t and isinstance(t, str) for t in tokens):
+    if not isinstance(tokens, list) or len(tokens) > _MAX_TOKENS or not all(t and isinstance(t, str) for t in tokens):
         raise ModelError(f"{where}.special_tokens: expected a list additional_special_tokens, found {special!r:.200}")
     return tokens
 
 
-def _artifact(source: MegatronSource, said: Mapping[str, Any], field: str, where: str) -> str:
+def _artifact(archive: Archive, said: Mapping[str, Any], field: str, where: str) -> str:
     value = said.get(field)
     name = value.removeprefix("nemo:") if isinstance(value, str) else ""
-    if name not in source.members:
+    if name not in archive.members:
         raise ModelError(
             f"{where}.{field}: {value!r} is not a file of the archive; put GPT-2's file into it, and name it there"
         )
     return name
 
 
-def _vocabulary(source: MegatronSource, name: str) -> dict[str, int]:
-    where = f"{source.path}: {name}"
+def _vocabulary(archive: Archive, name: str) -> dict[str, int]:
+    where = f"{archive.path}: {name}"
     try:
-        content = json.loads(source.text(name, _LARGEST_FILE))
+        content = json.loads(archive.text(name, _MAX_FILE_BYTES))
     except (ValueError, RecursionError) as error:
         if isinstance(error, ModelError):
             raise
         raise ModelError(f"{where}: is no JSON: {error}") from error
-    if not isinstance(content, dict) or not 256 <= len(content) <= _MOST_TOKENS:
-        raise ModelError(
-            f"{where}: expected 256 to {_MOST_TOKENS} tokens and their ids, found {type(content).__name__}"
-        )
+    if not isinstance(content, dict) or not 256 <= len(content) <= _MAX_TOKENS:
+        raise ModelError(f"{where}: expected 256 to {_MAX_TOKENS} tokens and their ids, found {type(content).__name__}")
     if any(type(value) is not int for value in content.values()) or sorted(content.values()) != list(
         range(len(content))
     ):
@@ -99,13 +97,13 @@ def require_gpt2_tokens(vocabulary: Mapping[str, int], where: str) -> None:
         raise ModelError(f"{where}: has no {missing[0]!r}, which GPT-2's vocabulary has")
 
 
-def _merges(source: MegatronSource, name: str) -> list[tuple[str, str]]:
+def _merges(archive: Archive, name: str) -> list[tuple[str, str]]:
     merges = []
-    for number, line in enumerate(source.text(name, _LARGEST_FILE).split("\n"), 1):
+    for number, line in enumerate(archive.text(name, _MAX_FILE_BYTES).split("\n"), 1):
         if not line.strip() or (number == 1 and line.startswith("#version")):
             continue
         first, _, second = line.rstrip("\r").partition(" ")
         if not first or not second or " " in second:
-            raise ModelError(f"{source.path}: {name}: line {number}: expected two tokens, found {line[:80]!r}")
+            raise ModelError(f"{archive.path}: {name}: line {number}: expected two tokens, found {line[:80]!r}")
         merges.append((first, second))
     return merges

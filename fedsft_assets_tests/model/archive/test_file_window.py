@@ -34,7 +34,7 @@ def test_windows_of_one_file_do_not_disturb_each_other():
 
 
 def test_no_more_memory_is_taken_than_allowed():
-    window = FileWindow(io.BytesIO(b"x" * 100), 0, 100, most=10)
+    window = FileWindow(io.BytesIO(b"x" * 100), 0, 100, max_read=10)
     assert window.read(10) == b"x" * 10
     with pytest.raises(ValueError, match="90 bytes at once are more than 10"):
         window.read()

@@ -13,12 +13,11 @@ import pytest
 import torch
 import yaml
 
+from fedsft_assets.model.archive.archive_config import normalize_hf_config
 from fedsft_assets.model.archive.nemo_archive import (
     CONFIG,
     WEIGHTS,
-    ModelError,
     content_digest,
-    describe,
     open_weights,
     read_config,
     read_tokenizer_files,
@@ -26,6 +25,7 @@ from fedsft_assets.model.archive.nemo_archive import (
 )
 from fedsft_assets.model.archive.torch_reader import TensorInfo
 from fedsft_assets.model.base_model import create_base_model
+from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.language_model import LanguageModel
 from fedsft_assets.model.nemo_model import SFTModel
 from fedsft_assets.specs.model_preset import model_preset
@@ -103,19 +103,21 @@ def _entry(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.
 
 
 @pytest.mark.parametrize(
-    "entry",
+    ("entry", "message"),
     [
-        _entry("../outside"),
-        _entry("/tmp/outside"),
-        _entry("folder/inside"),
-        _entry("link", tarfile.SYMTYPE, "/etc/passwd"),
-        _entry("link", tarfile.LNKTYPE, CONFIG),
-        _entry("device", tarfile.CHRTYPE),
+        (_entry("../outside"), "is outside of the archive"),
+        (_entry("/tmp/outside"), "is outside of the archive"),
+        (_entry("back\\slash"), "is outside of the archive"),
+        (_entry("folder/inside"), "is 2 levels deep, more than 1"),
+        (_entry("folder", tarfile.DIRTYPE), "is 2 levels deep, more than 1"),
+        (_entry("link", tarfile.SYMTYPE, "/etc/passwd"), "is neither a plain file nor a folder"),
+        (_entry("link", tarfile.LNKTYPE, CONFIG), "is neither a plain file nor a folder"),
+        (_entry("device", tarfile.CHRTYPE), "is neither a plain file nor a folder"),
     ],
-    ids=lambda entry: f"{entry.name}-{entry.type.decode()}",
+    ids=lambda value: f"{value.name}-{value.type.decode()}" if isinstance(value, tarfile.TarInfo) else "",
 )
-def test_members_other_than_plain_files_at_the_top_are_refused(forge, entry):
-    with pytest.raises(ModelError, match="is not a plain file at the top"):
+def test_members_other_than_plain_files_at_the_top_are_refused(forge, entry, message):
+    with pytest.raises(ModelError, match=rf"forged\.nemo: member .*{message}"):
         read_config(forge(entries=[entry]))
 
 
@@ -152,7 +154,7 @@ def test_yaml_aliases_and_huge_configurations_are_refused(forge):
 
 def test_options_that_could_download_code_are_not_part_of_a_configuration():
     hf = {"model_type": "gpt2", "auto_map": {"AutoModel": "x--y.Z"}, "text_config": {"attn_implementation": "x/y"}}
-    assert describe({**hf, "_attn_implementation": "x/y"}) == {"model_type": "gpt2", "text_config": {}}
+    assert normalize_hf_config({**hf, "_attn_implementation": "x/y"}) == {"model_type": "gpt2", "text_config": {}}
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.95])
@@ -171,7 +173,7 @@ def test_missing_compressed_and_foreign_archives_are_refused_with_their_name(bas
     zipped = tmp_path / "zipped.nemo"
     with tarfile.open(zipped, "w:gz") as tar:
         tar.add(base[0], "x")
-    with pytest.raises(ModelError, match=r"zipped\.nemo: is not an uncompressed tar"):
+    with pytest.raises(ModelError, match=r"zipped\.nemo: is a gzip file; expected an uncompressed tar"):
         SFTModel.load(zipped)
 
     def foreign(content: dict) -> None:

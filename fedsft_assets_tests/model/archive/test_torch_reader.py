@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedsft_assets.model.archive import torch_reader, torch_writer
+from fedsft_assets.model.archive import torch_writer
 from fedsft_assets.model.archive.torch_reader import TensorFile, TensorInfo
 from fedsft_assets.model.archive.torch_writer import write_tensors
 from fedsft_assets.model.errors import ModelError
@@ -83,7 +83,7 @@ def test_nested_dictionaries_have_names_with_dots_and_other_values_are_told_by_t
     content = {"state": {"layer": {"w": torch.ones(2)}}, "epoch": 3, "fp8": None, "extra": io.BytesIO(b"abc")}
     with TensorFile(_saved(content), "model.ckpt") as file:
         assert list(file.tensors) == ["state.layer.w"]
-        assert file.others == {"epoch": "int", "fp8": "NoneType", "extra": "BytesIO"}
+        assert file.non_tensors == {"epoch": "int", "fp8": "NoneType", "extra": "BytesIO"}
     with TensorFile(_saved(torch.ones(3)), "chunk") as file:
         assert torch.equal(file.read(""), torch.ones(3))
 
@@ -365,10 +365,9 @@ def test_the_old_format_is_refused_with_what_to_do():
         TensorFile(file, "model.ckpt")
 
 
-def test_a_pickle_too_large_is_refused(monkeypatch):
-    monkeypatch.setattr(torch_reader, "_LARGEST_PICKLE", 50)
+def test_a_pickle_too_large_is_refused():
     with pytest.raises(ModelError, match=r"data\.pkl has \d+ bytes, more than 50"):
-        TensorFile(_saved({"a": torch.ones(2)}), "model.ckpt")
+        TensorFile(_saved({"a": torch.ones(2)}), "model.ckpt", max_pickle_bytes=50)
 
 
 def test_reading_imports_nothing_that_a_file_names():

@@ -18,10 +18,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from fedsft_assets.model.archive.source import open_source
+from fedsft_assets.model.archive.members import open_archive
 from fedsft_assets.model.archive.torch_reader import TensorInfo
 from fedsft_assets.model.errors import ModelError
-from fedsft_assets.model.megatron import dist_checkpoint_reader
 from fedsft_assets.model.megatron.dist_checkpoint_reader import METADATA, DistributedTensors
 from fedsft_assets_tests.model.megatron_archives import SETTINGS, distributed, members, write_folder
 
@@ -49,12 +48,12 @@ def change(folder) -> Callable[..., Path]:
 
 
 def _read(folder: Path, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
-    with open_source(folder, folder) as source:
+    with open_archive(folder, folder) as source:
         return DistributedTensors(source).read(name, rows)
 
 
 def test_every_tensor_is_read_as_it_was_written(folder):
-    with open_source(folder, folder) as source:
+    with open_archive(folder, folder) as source:
         tensors = DistributedTensors(source)
         assert tensors.tensors["a"] == TensorInfo(torch.float32, (4, 3))
         assert tensors.tensors["b"] == TensorInfo(torch.float16, (5,))
@@ -179,10 +178,10 @@ def test_metadata_cut_anywhere_is_refused(folder, share):
         _read(folder, "a")
 
 
-def test_metadata_of_too_many_pieces_is_refused(change, monkeypatch):
-    monkeypatch.setattr(dist_checkpoint_reader, "_MOST_PIECES_OF_A_TENSOR", 10)
-    with pytest.raises(ModelError, match="a: has no pieces, or more than 10"):
-        _read(change(_tensor(chunks=[_chunk((0, 0), (4, 3))] * 11)), "a")
+def test_metadata_of_too_many_pieces_is_refused(change):
+    folder = change(_tensor(chunks=[_chunk((0, 0), (4, 3))] * 11))
+    with open_archive(folder, folder) as source, pytest.raises(ModelError, match="a: has no pieces, or more than 10"):
+        DistributedTensors(source, max_pieces_per_tensor=10)
 
 
 def test_values_that_are_no_tensors_are_told_by_kind(folder, tmp_path):
@@ -193,7 +192,7 @@ def test_values_that_are_no_tensors_are_told_by_kind(folder, tmp_path):
     )
     for path in (tmp_path / "x").iterdir():
         (folder / "model_weights" / path.name).write_bytes(path.read_bytes())
-    with open_source(folder, folder) as source:
+    with open_archive(folder, folder) as source:
         tensors = DistributedTensors(source)
     assert list(tensors.tensors) == ["y"]
-    assert tensors.others == {"x": "BytesStorageMetadata"}
+    assert tensors.non_tensors == {"x": "BytesStorageMetadata"}

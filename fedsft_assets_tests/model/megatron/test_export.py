@@ -14,8 +14,8 @@ import yaml
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from fedsft_assets.model.archive.nemo_archive import open_weights, write_archive
-from fedsft_assets.model.archive.source import open_source
+from fedsft_assets.model.archive.members import open_archive
+from fedsft_assets.model.archive.nemo_archive import open_weights, weights_of, write_archive
 from fedsft_assets.model.archive.torch_reader import TensorFile, TensorInfo
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.language_model import LanguageModel
@@ -79,9 +79,9 @@ def make(tmp_path) -> Callable[..., Path]:
 
 def _tensors(archive: Path) -> dict[str, Tensor]:
     """All tensors of a Megatron archive, by their names in it."""
-    with open_source(archive, archive.parent) as source:
+    with open_archive(archive, archive.parent) as source:
         if "model_weights.ckpt" in source.members:
-            file = TensorFile(source.members["model_weights.ckpt"].open(), str(archive))
+            file = weights_of(source)
             return {name: file.read(name) for name in file.tensors}
         core = DistributedTensors(source)
         return {name: core.read(name) for name in core.tensors}
@@ -155,10 +155,10 @@ def test_states_and_pieces_of_megatron_core_are_those_of_nemos_own_archive(tmp_p
     theirs = _golden("mcore")
     import_megatron(theirs, tmp_path / "ours.nemo", 128)
     export_megatron(tmp_path / "ours.nemo", tmp_path / "export.nemo", CORE)
-    with open_source(theirs, tmp_path) as expected, open_source(tmp_path / "export.nemo", tmp_path) as found:
+    with open_archive(theirs, tmp_path) as expected, open_archive(tmp_path / "export.nemo", tmp_path) as found:
         own, nemos = DistributedTensors(found), DistributedTensors(expected)
         assert own.tensors == nemos.tensors
-        assert own.others == nemos.others != {}
+        assert own.non_tensors == nemos.non_tensors != {}
 
 
 @pytest.mark.parametrize(("activation", "exact"), [("gelu_new", False), ("gelu_pytorch_tanh", False), ("gelu", True)])

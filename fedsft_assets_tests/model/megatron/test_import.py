@@ -269,6 +269,8 @@ def test_compressed_archives_and_folders_are_the_same_model(convert, legacy, cor
 def test_an_archive_without_weights_is_refused(convert):
     with pytest.raises(ModelError, match=r"has neither model_weights\.ckpt nor model_weights/\.metadata"):
         convert(members(SETTINGS))
+    with pytest.raises(ModelError, match=r"megatron\.nemo: has no model_config\.yaml"):
+        convert({"weights/.metadata": b"", "context/model.yaml": b""})
 
 
 def test_settings_and_tokenizers_that_do_not_fit_are_refused_with_the_archives_name(convert):
@@ -277,6 +279,12 @@ def test_settings_and_tokenizers_that_do_not_fit_are_refused_with_the_archives_n
         convert(members({**SETTINGS, "activation": "swiglu"}, tensors))
     with pytest.raises(ModelError, match=r"megatron\.nemo: model_config\.yaml: tokenizer\.library: 'sentencepiece'"):
         convert(members({**SETTINGS, "tokenizer": {"library": "sentencepiece"}}, tensors))
+
+
+def test_zarr_is_refused_with_what_to_do(convert):
+    weight = "model_weights/model.embedding.word_embeddings.weight/.zarray"
+    with pytest.raises(ModelError, match=r"megatron\.nemo: \S*word_embeddings\.weight/\.zarray: .*torch_dist"):
+        convert({**members(SETTINGS), weight: b"{}"})
 
 
 @pytest.mark.parametrize("folder", ["mp_rank_00", "mp_rank_01", "tp_rank_00_pp_rank_000"])

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from transformers import GPT2TokenizerFast
 
-from fedsft_assets.model.archive.source import open_source
+from fedsft_assets.model.archive.members import open_archive
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.megatron.tokenizer import hugging_face_tokenizer, read_tokenizer
 from fedsft_assets_tests.model.megatron_archives import (
@@ -24,7 +24,7 @@ def read(tmp_path):
     """The tokenizer of an archive with these files."""
 
     def make(files):
-        with open_source(write_tar(tmp_path / "megatron.nemo", files), tmp_path) as source:
+        with open_archive(write_tar(tmp_path / "megatron.nemo", files), tmp_path) as source:
             return hugging_face_tokenizer(read_tokenizer(source, yaml.safe_load(files["model_config.yaml"])))
 
     return make

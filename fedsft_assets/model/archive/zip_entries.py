@@ -1,0 +1,58 @@
+"""Where the entries of an uncompressed zip file lie, checked so that an untrusted file can be read in place."""
+
+import os
+import struct
+import zipfile
+from typing import BinaryIO
+
+from fedsft_assets.model.archive.file_window import FileWindow
+from fedsft_assets.model.archive.members import Member
+from fedsft_assets.model.errors import ModelError
+
+_MAX_DIRECTORY_BYTES = 64 << 20
+_HEADER_BYTES = 30
+
+
+def zip_entries(file: BinaryIO, where: str) -> dict[str, Member]:
+    """All entries by name. Raises ModelError that begins with `where`.
+
+    Refused are compressed and encrypted entries, names that are there twice, entries that overlap or whose own
+    header is not what the directory says, and truncated files.
+    """
+    size = file.seek(0, os.SEEK_END)
+    try:
+        with zipfile.ZipFile(FileWindow(file, 0, size, max_read=_MAX_DIRECTORY_BYTES)) as archive:
+            infos, end = archive.infolist(), archive.start_dir
+    # NotImplementedError is zipfile's word for a later version of the format than it reads.
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, OverflowError) as error:
+        raise ModelError(f"{where}: is truncated, or no checkpoint of torch: {error}") from error
+    entries: dict[str, Member] = {}
+    for info in infos:
+        if info.filename in entries:
+            raise ModelError(f"{where}: {info.filename!r} is there twice")
+        entries[info.filename] = _entry(file, info, end, where)
+    free_from = 0
+    for entry in sorted(entries.values(), key=lambda entry: entry.start):
+        if entry.start < free_from:
+            raise ModelError(f"{where}: {entry.name!r} overlaps another entry")
+        free_from = entry.start + entry.size
+    return entries
+
+
+def _entry(file: BinaryIO, info: zipfile.ZipInfo, end: int, where: str) -> Member:
+    """Where an entry's bytes are, according to its own header, which must agree with the directory."""
+    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.file_size != info.compress_size:
+        raise ModelError(f"{where}: {info.filename!r} is compressed or encrypted; torch writes neither")
+    if not 0 <= info.header_offset <= end - _HEADER_BYTES:
+        raise ModelError(f"{where}: {info.filename!r} begins outside the file")
+    file.seek(info.header_offset)
+    header = file.read(_HEADER_BYTES)
+    if len(header) < _HEADER_BYTES or header[:4] != b"PK\3\4":
+        raise ModelError(f"{where}: {info.filename!r} is not where the directory says")
+    name_length, extra_length = struct.unpack_from("<2H", header, 26)
+    if file.read(name_length) != info.orig_filename.encode():
+        raise ModelError(f"{where}: {info.filename!r} has another name where it begins")
+    start = info.header_offset + _HEADER_BYTES + name_length + extra_length
+    if start + info.file_size > end:
+        raise ModelError(f"{where}: {info.filename!r} ends outside the file")
+    return Member(info.filename, file, start, info.file_size)
