@@ -10,6 +10,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +63,16 @@ def main() -> None:
     parser.add_argument("--diaries", type=Path, required=True)
     args = parser.parse_args()
 
-    import nvflare.client as flare
-
     torch.set_num_threads(1)
     diary = Diary(args.diaries)
     work = _Ours(args.wire) if args.way == "ours" else _Stock()
+    with work.streams:
+        _work(work, diary)
+
+
+def _work(work: "_Ours | _Stock", diary: Diary) -> None:
+    import nvflare.client as flare
+
     diary.note("idle", time.time())
     flare.init()
     diary.site = work.site = flare.get_site_name()
@@ -84,6 +90,7 @@ def main() -> None:
 
 class _Stock:
     site = ""
+    streams = nullcontext()
 
     def answer(self, received: Any, evaluates: bool) -> Any:  # noqa: ARG002 the recipe only trains
         from nvflare.app_common.abstract.fl_model import FLModel
@@ -101,15 +108,16 @@ class _Ours:
         from fedsft_assets.federation.site.global_model import SiteExchange
         from fedsft_assets.federation.site.reporter import Reporter, send_through_site
         from fedsft_assets.federation.site.update_filters import ChangeFilter
-        from fedsft_assets.federation.transport.install import send_tensors_as_streams
-        from fedsft_assets.federation.transport.receiving import add_to
+        from fedsft_assets.federation.transport.endpoint import TensorEndpoint
+        from fedsft_assets.federation.transport.install import tensor_streams
+        from fedsft_assets.memory import keep_message_memory
         from fedsft_assets.specs.job import FiltersSpec
 
         self.site = ""
         self._reporter = Reporter("a site", send_through_site)
         self.exchange = SiteExchange("a site", Wire(wire), ChangeFilter(FiltersSpec()), {})
-        send_tensors_as_streams()
-        add_to(self.exchange)
+        self.streams = tensor_streams(TensorEndpoint(deltas=self.exchange))
+        keep_message_memory()
         gc.freeze()  # as our trainer does
 
     def answer(self, received: Any, evaluates: bool) -> Any:

@@ -100,8 +100,8 @@ def _lying(place: Path, module: str, lies: str, lie: str) -> str:
             "a message: train_loss: round: found 10, expected 2",
         ),
         (
-            "from fedsft_assets.federation.transport.header import Contents; Contents.to_bytes = lambda _: b'{}'",
-            "model.embedding.weight: its stream has no contents that can be read|",
+            "from fedsft_assets.federation.transport import header; header.StreamHeader.to_bytes = lambda _: b'{}'",
+            "model.embedding.weight: the header of its stream is invalid|",
         ),
     ],
     ids=["tokens", "types", "update", "list", "words", "stream"],

@@ -27,7 +27,7 @@ from fedsft_assets.federation.protocol.points import Point, points_to_data
 from fedsft_assets.federation.server.controller import FederatedSFT
 from fedsft_assets.federation.site.trainer import SiteTrainer
 from fedsft_assets.federation.supervisor.checkpoint import make_checkpoint
-from fedsft_assets.federation.transport.sending import made
+from fedsft_assets.federation.transport.tensors import materialize
 from fedsft_assets.specs.job import JobSpec
 from fedsft_assets.specs.plan import SitePlan
 
@@ -87,7 +87,7 @@ class _Rounds(FederatedSFT):
             if site in self._absent:
                 continue
             if task == TRAIN_TASK:
-                result.params = {name: made(tensor) for name, tensor in result.params.items()}
+                result.params = {name: materialize(tensor) for name, tensor in result.params.items()}
             results[site] = take(site, result)
         assert compare(results) == {}
         return results

@@ -74,8 +74,10 @@ from fedsft_assets.federation.server.review import Review
 from fedsft_assets.federation.server.site_update import SiteUpdate
 from fedsft_assets.federation.server.state import ServerState, remove_archived
 from fedsft_assets.federation.server.unreadable_results import tell_of_unreadable_results
-from fedsft_assets.federation.transport.install import send_tensors_as_streams
-from fedsft_assets.federation.transport.receiving import tensors_stored_in
+from fedsft_assets.federation.transport.buffers import temporary_files
+from fedsft_assets.federation.transport.endpoint import TensorEndpoint, piece_size_for
+from fedsft_assets.federation.transport.install import tensor_streams
+from fedsft_assets.memory import keep_message_memory
 
 _NOISE_ALONE = 10.0  # times the clipped change: nothing else need be looked for where a model goes astray
 _SECONDS_TO_ASK_AGAIN = 30.0  # an operator that follows the job asks for its journal all the time
@@ -147,7 +149,7 @@ class FederatedSFT(ModelController):
 
     def start_controller(self, fl_ctx: FLContext) -> None:
         super().start_controller(fl_ctx)
-        send_tensors_as_streams(peers=len(self.sites))  # without it, NVFlare cannot send tensors
+        keep_message_memory()
         gc.freeze()  # what is loaded by now stays: collections need not look through it again
         self.open(self._state_folder())
         self.engine.register_app_command(JOURNAL_COMMAND, self._hand_out_journal)
@@ -166,7 +168,7 @@ class FederatedSFT(ModelController):
             self.journal.add([Progress(f"{self._noise}: what sites learn shows over many rounds, if at all")])
         try:
             self._begin()
-            with self._offloaded(), self._presence_watched():
+            with self._tensor_streams(), self._presence_watched():
                 for number in range(done, self.num_rounds):
                     self.run_round(number)
                     if number + 1 < self.num_rounds and (sites := self._have_come()):
@@ -507,11 +509,12 @@ class FederatedSFT(ModelController):
             self.state.hand_over_to(run_dir)
 
     @contextmanager
-    def _offloaded(self) -> Iterator[None]:
-        """Results wait on the disk, beside the state, until they are averaged."""
-        results = self.state.folder / "results"
-        shutil.rmtree(results, ignore_errors=True)  # of a server that was killed
-        with tensors_stored_in(results, self.global_model.largest_result):
+    def _tensor_streams(self) -> Iterator[None]:
+        """Send and receive tensors; results wait on the disk, beside the state, until they are averaged."""
+        with (
+            temporary_files(self.state.folder / "results", self.global_model.largest_result) as results,
+            tensor_streams(TensorEndpoint(piece_size_for(len(self.sites)), files=results)),
+        ):
             yield
 
 

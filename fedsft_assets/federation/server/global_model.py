@@ -13,8 +13,8 @@ from fedsft_assets.federation.server.base_model import own_base_model, read_nemo
 from fedsft_assets.federation.server.optimizer import ServerOptimizer
 from fedsft_assets.federation.server.site_update import SiteUpdate
 from fedsft_assets.federation.server.state import ServerState
-from fedsft_assets.federation.transport.header import LARGEST_GAP
-from fedsft_assets.federation.transport.sending import addend
+from fedsft_assets.federation.transport.header import MAX_GAP
+from fedsft_assets.federation.transport.tensors import Delta
 from fedsft_assets.federation.transport.wire import rounded
 from fedsft_assets.memory import collect_messages, give_back_freed_memory
 
@@ -31,7 +31,7 @@ class GlobalModel:
     def __init__(self, state: ServerState, wire: Wire, algorithm: Mapping[str, Any], sites: int) -> None:
         """`sites` is how many the job has."""
         self._state, self.wire, self._algorithm, self._sites = state, wire, algorithm, sites
-        self.weights: dict[str, torch.Tensor] = {}
+        self.weights: Mapping[str, torch.Tensor] = {}
         self.change: dict[str, torch.Tensor] = {}
         self.control: dict[str, torch.Tensor] = {}
         self._optimizer: ServerOptimizer | None = None
@@ -62,7 +62,7 @@ class GlobalModel:
     def largest_result(self) -> int | None:
         """Bytes of the tensors of a result, at most: a change and a direction. None before there is a model."""
         size = sum(max(weight.element_size(), _FLOAT32) * weight.numel() for weight in self.weights.values())
-        return 2 * size + 2 * LARGEST_GAP * len(self.weights) if self.weights else None
+        return 2 * size + 2 * MAX_GAP * len(self.weights) if self.weights else None
 
     def recipients(self, connected: set[str]) -> dict[Kind, list[str]]:
         """Who gets what: the last change is for sites that have the model to which it is added."""
@@ -108,10 +108,10 @@ class GlobalModel:
                 return weight
             change = rounded(self._optimizer.change(name, mean) if self._optimizer else mean, self.wire)
             if self.wire == Wire.BF16_DIFF:
-                self.change[name] = addend(change, name, number)
+                self.change[name] = Delta(change, name, number)
             return weight.add(change).to(weight.dtype)
 
-        self.weights = self._state.write_weights(number, dict(self.weights), moved)
+        self.weights = self._state.write_weights(number, self.weights, moved)
         average.clear()
         give_back_freed_memory()
 

@@ -3,6 +3,7 @@
 Tensor by tensor: beside the weights only the optimizer's own state is in memory.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch
 class ServerOptimizer:
     """Steps along the mean change, wherever the weights are; `settings` are the fields of `specs.FedOpt`."""
 
-    def __init__(self, settings: dict[str, Any], weights: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+    def __init__(self, settings: dict[str, Any], weights: Mapping[str, torch.Tensor], state: dict[str, Any]) -> None:
         """`state` is what `kept` gave after the last finished round, or empty."""
         self._steps = {
             name: torch.empty(0, dtype=tensor.dtype) for name, tensor in weights.items() if tensor.is_floating_point()

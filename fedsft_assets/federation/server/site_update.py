@@ -66,7 +66,7 @@ def _checked(params: object, kind: str, wire: Wire) -> Tensors:
         changes = kind == Kind.CHANGE or name.startswith(CONTROL)
         floating = torch.bfloat16 if changes and wire == Wire.BF16_DIFF else torch.float32
         if isinstance(tensor, BrokenTensor):
-            raise ValueError(f"{plain(name)}: {tensor.why}")
+            raise ValueError(f"{plain(name)}: {tensor.reason}")
         if not isinstance(tensor, torch.Tensor | StoredTensor):
             raise ValueError(f"{plain(name)}: found {type(tensor).__name__}, expected a tensor")
         if isinstance(tensor, torch.Tensor) and (tensor.layout != torch.strided or tensor.is_meta):

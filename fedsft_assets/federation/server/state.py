@@ -16,14 +16,13 @@ from typing import Any
 import torch
 
 from fedsft_assets.federation.protocol.whole_file import whole_file
-from fedsft_assets.federation.transport.sending import lie_together
+from fedsft_assets.federation.transport.tensors import ContiguousTensors
 from fedsft_assets.model.archive.torch_reader import TensorInfo
 from fedsft_assets.model.archive.torch_writer import write_tensors
 
 _STATE_FILE = "state.json"
 _HANDED_OVER_FILE = "handed_over.json"
 _SECONDS_TO_KEEP = 3600.0  # the state of a job whose result is archived: the server may die before it says so
-Tensors = dict[str, torch.Tensor]
 
 
 @dataclass
@@ -65,7 +64,7 @@ class ServerState:
         """All that can be gone on with here, by the names of their folders; this one is among them."""
         return sorted(path.name for path in self.folder.parent.iterdir() if path.is_dir())
 
-    def weights(self) -> Tensors:
+    def weights(self) -> ContiguousTensors:
         """The global model after the last finished round, whose memory is that of its file."""
         return _mapped(self.model_file(self.progress.finished))
 
@@ -85,7 +84,7 @@ class ServerState:
 
     def write_weights(
         self, round: int, like: Mapping[str, torch.Tensor], made: Callable[[str], torch.Tensor]
-    ) -> Tensors:
+    ) -> ContiguousTensors:
         """Write the global model after so many rounds, asking for one tensor after the other; none of it is held.
 
         `like` says names, types and shapes. What is written counts from `commit_round` on. Returns the model, whose
@@ -149,11 +148,9 @@ def _write(kept: Mapping[str, Any], path: Path) -> None:
         torch.save(dict(kept), file)
 
 
-def _mapped(path: Path) -> Tensors:
+def _mapped(path: Path) -> ContiguousTensors:
     """Tensors whose memory is that of their file."""
-    tensors = _read(path, mmap=True)
-    lie_together(tensors.values())
-    return tensors
+    return ContiguousTensors(_read(path, mmap=True))
 
 
 def _read(path: Path, mmap: bool = False) -> dict[str, Any]:

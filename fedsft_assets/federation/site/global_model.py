@@ -7,7 +7,7 @@ from nvflare.app_common.abstract.fl_model import FLModel
 
 from fedsft_assets.federation.protocol.messages import CONTROL, KIND_KEY, VERSION, VERSION_KEY, Kind, Wire
 from fedsft_assets.federation.site.update_filters import ChangeFilter
-from fedsft_assets.federation.transport.sending import made_when_sent
+from fedsft_assets.federation.transport.tensors import LazyTensor
 from fedsft_assets.federation.transport.wire import rounded
 
 Tensors = dict[str, torch.Tensor]
@@ -71,9 +71,9 @@ class SiteExchange:
         self._torn = True
         return True
 
-    def add(self, name: str, first: int, numbers: torch.Tensor) -> None:
+    def add(self, name: str, first: int, values: torch.Tensor) -> None:
         if name in self.given:  # else `take` says so
-            self.given[name].view(-1)[first : first + len(numbers)].add_(numbers)
+            self.given[name].view(-1)[first : first + len(values)].add_(values)
 
     def end(self, version: int) -> None:
         self._version, self._torn = version, False
@@ -93,17 +93,17 @@ class SiteExchange:
             self.given = {}
         kept = [name for name in weights if self._filter.keeps(name)]
         if kind == Kind.CHANGE and not self._filter.needs_all:
-            return {name: self._made_when_sent(given[name], weights[name]) for name in kept}
+            return {name: self._lazy_change(given[name], weights[name]) for name in kept}
         whole = {name: weights[name](0, given[name].numel()).reshape(given[name].shape) for name in kept}
         changes = self._filter.privatized({name: weight.sub_(given[name]) for name, weight in whole.items()})
         if kind == Kind.FULL:
             return {name: change.add_(self.first[name]) for name, change in changes.items()}
         return {name: rounded(change, self._wire) for name, change in changes.items()}
 
-    def _made_when_sent(self, given: torch.Tensor, weight: Weight) -> torch.Tensor:
+    def _lazy_change(self, given: torch.Tensor, weight: Weight) -> torch.Tensor:
         flat, wire = given.reshape(-1), self._wire
 
         def make(first: int, last: int) -> torch.Tensor:
             return rounded(weight(first, last).sub_(flat[first:last]), wire)
 
-        return made_when_sent(tuple(given.shape), make(0, 0).dtype, make)
+        return LazyTensor(tuple(given.shape), make(0, 0).dtype, make)

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 # When one of several processes dies, the others fail because they lost it. Torchrun ends them within this time, so
 # that only the one that failed first is heard.
 _SECONDS_TO_BE_ENDED = 3.0
-_SECONDS_FOR_LAST_WORDS = 5.0
 
 
 def main() -> None:
@@ -61,26 +60,31 @@ def _work(plan: SitePlan) -> None:
         from fedsft_assets.federation.site.global_model import ExchangeError
         from fedsft_assets.federation.site.state import site_state_folder
         from fedsft_assets.federation.site.trainer import SiteTrainer
-        from fedsft_assets.federation.transport.install import send_tensors_as_streams
-    if _leads():
-        use_local_driver()
-        send_tensors_as_streams()
-        flare.init()  # first of all: NVFlare waits for it, and a large model takes its time
-    if wrong := other_version(plan.package, "site"):
-        raise ExchangeError(f"{plan.site}: {wrong}")
-    with clock.phase("load"):
-        plan = with_own_files(plan, os.environ)
-    reporter = Reporter(plan.site, send_through_site)
-    trainer = SiteTrainer(plan, clock, reporter.report, site_state_folder(Path.cwd().parent, plan.site))
-    gc.freeze()  # what is loaded by now stays: collections need not look through it again
-    followers = Followers() if plan.training.devices > 1 else None
-    if trainer.devices.rank == 0:
-        _lead(trainer, followers, reporter)
-    elif followers:
-        for task in followers.tasks():
-            trainer.follow(task)
-    if followers:
-        followers.part()
+        from fedsft_assets.federation.transport.endpoint import TensorEndpoint
+        from fedsft_assets.federation.transport.install import tensor_streams
+        from fedsft_assets.memory import keep_message_memory
+    endpoint = TensorEndpoint()
+    with tensor_streams(endpoint):
+        if _leads():
+            use_local_driver()
+            keep_message_memory()
+            flare.init()  # first of all: NVFlare waits for it, and a large model takes its time
+        if wrong := other_version(plan.package, "site"):
+            raise ExchangeError(f"{plan.site}: {wrong}")
+        with clock.phase("load"):
+            plan = with_own_files(plan, os.environ)
+        reporter = Reporter(plan.site, send_through_site)
+        trainer = SiteTrainer(plan, clock, reporter.report, site_state_folder(Path.cwd().parent, plan.site))
+        endpoint.deltas = trainer.exchange
+        gc.freeze()  # what is loaded by now stays: collections need not look through it again
+        followers = Followers() if plan.training.devices > 1 else None
+        if trainer.devices.rank == 0:
+            _lead(trainer, followers, reporter)
+        elif followers:
+            for task in followers.tasks():
+                trainer.follow(task)
+        if followers:
+            followers.part()
 
 
 def _lead(trainer: "SiteTrainer", followers: Followers | None, reporter: Reporter) -> None:

@@ -25,7 +25,6 @@ from fedsft_assets.federation.site.precision import site_precision
 from fedsft_assets.federation.site.ranks import Task
 from fedsft_assets.federation.site.state import SiteState
 from fedsft_assets.federation.site.update_filters import ChangeFilter
-from fedsft_assets.federation.transport.receiving import add_to
 from fedsft_assets.federation.transport.wire import rounded
 from fedsft_assets.model.archive.nemo_archive import content_digest
 from fedsft_assets.model.language_model import LanguageModel
@@ -76,7 +75,6 @@ class SiteTrainer:
         self.moments: Moments | None = None
         self._filter = ChangeFilter(plan.filters)
         self.exchange = SiteExchange(plan.site, Wire(plan.wire), self._filter, first)
-        add_to(self.exchange)
         self._state = SiteState(state, self.devices.rank) if state else None
         self._finished = 0  # rounds whose moments and directions are here
         self._released = 0  # rounds whose changes may have left, or that this job does no more

@@ -1,15 +1,17 @@
-"""Where tensors lie that have arrived: in memory or in files, which the next ones use again.
+"""Where received tensors lie: in memory or in files, which are used again for the next ones.
 
-Memory that is asked for anew costs more than copying, on most machines, and so do pages of a new file. It needs torch
-only.
+On most machines new memory, or new pages of a file, cost more than copying into them. It needs torch only.
 """
 
 from __future__ import annotations
 
 import itertools
 import mmap
+import shutil
 import sys
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,33 +19,36 @@ from pathlib import Path
 import numpy as np
 import torch
 
-_ONLY_HERE = 2  # references to an object, while `sys.getrefcount` looks, that one name stands for
-
-_memory: mmap.mmap | None = None  # the last block
+_UNSHARED = 2  # what `sys.getrefcount` returns for an object with one reference, its own argument included
 
 
-def memory_block(size: int) -> torch.Tensor:
-    """So many bytes from the system itself, those of the last block if nobody has a tensor in it any more."""
-    global _memory  # noqa: PLW0603
-    if size == 0:
-        return torch.empty(0, dtype=torch.uint8)
-    if _memory is None or len(_memory) < size or sys.getrefcount(_memory) > _ONLY_HERE:
-        _memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            _memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(_memory, dtype=torch.uint8, count=size)
+class ReusedMemory:
+    """A block of memory for the tensors of one message, and of the next once nobody has a tensor of the last."""
+
+    def __init__(self) -> None:
+        self._block: mmap.mmap | None = None
+
+    def take(self, size: int) -> torch.Tensor:
+        """So many bytes: of the last block if it is large enough and nobody has a tensor in it, else of a new one."""
+        if size == 0:
+            return torch.empty(0, dtype=torch.uint8)
+        if self._block is None or len(self._block) < size or sys.getrefcount(self._block) > _UNSHARED:
+            self._block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                self._block.madvise(mmap.MADV_HUGEPAGE)
+        return torch.frombuffer(self._block, dtype=torch.uint8, count=size)
 
 
 class ReusedFiles:
-    """Files of a folder, each written over and over: the memory that stands for its content is then there already."""
+    """Files in a folder, each overwritten by message after message, so that its pages are in memory already."""
 
-    def __init__(self, folder: Path, at_most: int | None = None) -> None:
-        """`at_most` so many bytes may be written into one, by whoever takes it."""
-        self.folder, self.at_most, self._count = folder, at_most, itertools.count()
+    def __init__(self, folder: Path, max_bytes: int | None = None) -> None:
+        """A message with more than `max_bytes` of tensors is not to be written; None is no limit."""
+        self.folder, self.max_bytes, self._count = folder, max_bytes, itertools.count()
         self._free: list[Path] = []
 
     def take(self) -> ReusedFile:
-        """One that nobody has, by its name; it is free again when nobody has what is returned."""
+        """A file that nobody has; it is free again once nobody has the returned object."""
         try:
             path = self._free.pop()
         except IndexError:
@@ -53,23 +58,34 @@ class ReusedFiles:
         return file
 
 
+@contextmanager
+def temporary_files(folder: Path, max_bytes: int | None = None) -> Iterator[ReusedFiles]:
+    """Files in a folder of their own, which is made anew and removed at the end."""
+    shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed
+    folder.mkdir()
+    try:
+        yield ReusedFiles(folder, max_bytes)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 @dataclass(eq=False)
 class ReusedFile:
     path: Path
 
 
 class StoredTensor:
-    """A tensor that lies in a file; `materialize` gives it without taking memory for it."""
+    """A tensor in a file."""
 
     def __init__(self, file: ReusedFile, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         self._file, self._offset = file, offset
         self.dtype, self.shape = dtype, shape
 
     def materialize(self) -> torch.Tensor:
-        """The tensor, whose pages are those of the file; what is changed in it stays with the caller."""
+        """The tensor, mapped from the file: it takes no memory, and changes to it are not written."""
         size = prod(self.shape) * self.dtype.itemsize
         if size == 0:
             return torch.empty(self.shape, dtype=self.dtype)
         content = np.memmap(self._file.path, dtype=np.uint8, mode="c", offset=self._offset, shape=(size,))
-        content.file = self._file  # type: ignore[attr-defined]  # nobody writes into it as long as the tensor is there
+        content.file = self._file  # type: ignore[attr-defined]  # the file is not overwritten while the tensor exists
         return torch.from_numpy(content).view(self.dtype).reshape(self.shape)

@@ -1,12 +1,13 @@
 """How tensors travel between the server part of a job and its trainers: as one stream of bytes, cut into pieces.
 
 NVFlare fetches tensors one by one, each packed into a file of its own in memory, and copies them at every step. Here
-a piece is a view of the tensor's own memory where it can be, and all pieces are of the same modest size, so that
-memory is used again instead of being asked for anew: on most machines that costs more than the copies themselves.
-It needs torch and NVFlare only. Both ends must have it; NVFlare's processes between them forward bytes that they do
-not look at.
+a piece is a view of the tensors' own memory where it can be, and all pieces have the same modest size, so that memory
+is reused: on most machines new memory costs more than the copies themselves. It needs torch and NVFlare only. Both ends
+must use it; NVFlare's processes between them forward bytes that they do not look at.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,41 +17,49 @@ from nvflare.fuel.f3.streaming.download_service import Downloadable
 from nvflare.fuel.utils import fobs
 from nvflare.fuel.utils.fobs import dots
 
-from fedsft_assets.federation.transport.header import send_pieces_of
-from fedsft_assets.federation.transport.receiving import receiver
-from fedsft_assets.federation.transport.sending import Sending
-from fedsft_assets.memory import keep_message_memory
-
-_OF_ALL_PEERS = 160 << 20  # bytes in pieces, one for each peer
+from fedsft_assets.federation.transport.endpoint import TensorEndpoint
+from fedsft_assets.federation.transport.receiving import consumer_for
+from fedsft_assets.federation.transport.sending import TensorStream
 
 
-def send_tensors_as_streams(peers: int = 1) -> None:
-    """Have this process send and receive tensors in this way; to be called before NVFlare has one of its own.
+@contextmanager
+def tensor_streams(endpoint: TensorEndpoint) -> Iterator[None]:
+    """Send and receive this process's tensors as streams within the block, the way the endpoint says.
 
-    With many peers pieces are smaller, so that memory does not grow with their number; peers follow suit. Raises
-    RuntimeError if NVFlare has a way of its own already.
+    The endpoint is held by the one decomposer of tensors that NVFlare has in a process; after the block, that has the
+    previous one again. Raises RuntimeError if a decomposer of NVFlare's own is registered already.
     """
-    send_pieces_of(_OF_ALL_PEERS // max(1, peers))
-    fobs.register(StreamedTensors)
-    found = type(fobs.get_dot_handler(dots.TENSOR_DOWNLOAD)).__name__
-    if found != StreamedTensors.__name__:  # by name: a job folder may bring this module a second time
-        raise RuntimeError(f"tensors are sent by NVFlare's {found} in this process, which the other end does not read")
-    keep_message_memory()
+    fobs.register(StreamDecomposer)
+    decomposer = fobs.get_dot_handler(dots.TENSOR_DOWNLOAD)
+    if not isinstance(decomposer, StreamDecomposer):
+        raise RuntimeError(
+            f"NVFlare's {type(decomposer).__name__} sends this process's tensors, in a format that the other end does"
+            " not read: enter tensor_streams before anything registers it"
+        )
+    previous, decomposer.endpoint = decomposer.endpoint, endpoint
+    try:
+        yield
+    finally:
+        decomposer.endpoint = previous
 
 
-class StreamedTensors(TensorDecomposer):
-    """In place of NVFlare's decomposer of tensors."""
+class StreamDecomposer(TensorDecomposer):
+    """What NVFlare asks how to send and receive tensors, in place of its own `TensorDecomposer`."""
+
+    def __init__(self, endpoint: TensorEndpoint | None = None) -> None:
+        super().__init__()
+        self.endpoint = endpoint or TensorEndpoint()
 
     def to_downloadable(self, items: dict[str, torch.Tensor], max_chunk_size: int, fobs_ctx: dict) -> Downloadable:  # noqa: ARG002
-        return Sending(items)
+        return TensorStream(items, self.endpoint.piece_size)
 
     def download(self, from_fqcn: str, ref_id: str, *, fobs_ctx: Any = None, **settings: Any) -> Any:  # noqa: ARG002
-        """Fetch the tensors of a message; returns an error, or None, and the tensors by NVFlare's names for them.
+        """Fetch the tensors of a message; returns an error or None, and the tensors by NVFlare's names for them.
 
-        Raises OSError where this machine has no room for them.
+        Raises OSError if this machine has no room for them.
         """
-        receiving = receiver()
-        tensor_downloader.download_object(from_fqcn=from_fqcn, ref_id=ref_id, consumer=receiving, **settings)
-        if receiving.fault:
-            raise receiving.fault
-        return receiving.error, receiving.tensors
+        consumer = consumer_for(self.endpoint)
+        tensor_downloader.download_object(from_fqcn=from_fqcn, ref_id=ref_id, consumer=consumer, **settings)
+        if consumer.local_error:
+            raise consumer.local_error
+        return consumer.error, consumer.tensors

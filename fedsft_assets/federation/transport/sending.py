@@ -1,13 +1,11 @@
-"""Tensors on their way out: each message's are one stream of bytes, cut into pieces when they are asked for.
+"""The sending end: a message's tensors as one stream of bytes, in pieces that receivers ask for one after another.
 
-A piece is a view of the tensor's own memory where it can be. Tensors may say of themselves that they lie in memory
-beside others, are made when they are sent, or are to be added to what the other end has.
+A piece is a view of the tensors' own memory where it can be.
 """
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
@@ -16,185 +14,126 @@ import numpy as np
 import torch
 from nvflare.fuel.f3.streaming.download_service import Downloadable, ProduceRC
 
-from fedsft_assets.federation.transport.header import (
-    LARGEST_GAP,
-    LARGEST_PIECE,
-    Contents,
-    TensorHeader,
-    flat_bytes,
-    piece_size,
-)
+from fedsft_assets.federation.transport.header import MAX_GAP, MAX_PIECE, StreamHeader, TensorHeader, flat_bytes
+from fedsft_assets.federation.transport.tensors import BlockTensor, Delta, LazyTensor, MemoryBlock
 from fedsft_assets.memory import collect_messages
 
-_MOST_SENT = 20 << 20  # bytes of memory that went into sending, and may still be held afterwards
-_SENDERS_OWN = 1 << 20  # bytes that NVFlare takes to send a piece as it lies in memory
-_AT = "at"
+_MAX_UNCOLLECTED = 20 << 20  # bytes allocated for sending that may still be held after they are sent
+_UNCOPIED_PIECE = 1 << 20  # bytes that NVFlare allocates to send a piece that it does not copy
+_POSITION = "at"
 
 
-def made_when_sent(
-    shape: tuple[int, ...], dtype: torch.dtype, make: Callable[[int, int], torch.Tensor]
-) -> torch.Tensor:
-    """Stands for a tensor that is made when its turn has come to be sent, a piece at a time.
+class TensorStream(Downloadable):
+    """The tensors of one message. Each receiver's requests say at which byte of the stream it is."""
 
-    `make` gives its numbers, as they lie in memory, from the first to before the last; it may be asked more than
-    once for the same, and must answer the same.
-    """
-    tensor = torch.empty(shape, dtype=dtype, device="meta")
-    tensor.make = make  # type: ignore[attr-defined]
-    return tensor
-
-
-def made(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself, or the one that it stands for."""
-    return tensor.make(0, tensor.numel()).reshape(tensor.shape) if tensor.is_meta else tensor  # type: ignore[attr-defined]
-
-
-def addend(tensor: torch.Tensor, name: str, version: int) -> torch.Tensor:
-    """The tensor, to be added at the other end to what is there under that name, if there is a Sum for it.
-
-    `version` is that of the sums which follow; all addends of a message have the same.
-    """
-    tensor.added_to = name, version  # type: ignore[attr-defined]
-    return tensor
-
-
-def lie_together(tensors: Iterable[torch.Tensor]) -> None:
-    """Say that tensors lie in one stretch of memory, in which all that is near them may be seen by whoever gets them.
-
-    That is so of a mapped file. They are sent as they lie there, small ones too, whoever many they are sent to.
-    """
-    filled = [tensor for tensor in tensors if tensor.nbytes]
-    together = _Together(filled) if filled else None
-    for tensor in filled:
-        tensor.together = together  # type: ignore[attr-defined]
-
-
-class Sending(Downloadable):
-    """The tensors of one message; whoever fetches them says at which byte it is."""
-
-    def __init__(self, items: Mapping[str, torch.Tensor]) -> None:
-        self.base_obj: dict[str, torch.Tensor] | None = dict(items)
+    def __init__(self, tensors: Mapping[str, torch.Tensor], piece_size: int) -> None:
+        self.base_obj: dict[str, torch.Tensor] | None = dict(tensors)
         super().__init__(self.base_obj)
-        self._sent = 0  # bytes of memory since the last collection
-        piece = piece_size()
-        self._contents = _contents(items, piece)
-        self._copied = _SENDERS_OWN if piece == LARGEST_PIECE else piece  # bytes, of a piece that lies in memory
-        self._tensors = list(items.values())
-        self._runs = self._all_runs()
+        self._allocated = 0  # bytes since the last collection
+        self._header = _header_of(tensors, piece_size)
+        self._allocated_by_view = _UNCOPIED_PIECE if piece_size == MAX_PIECE else piece_size
+        self._tensors = list(tensors.values())
+        self._runs = self._find_runs()
         self._joined: WeakValueDictionary[int, np.ndarray] = WeakValueDictionary()  # pieces on their way, by position
 
     def produce(self, state: dict[str, int] | None, requester: str) -> tuple[str, Any, dict[str, int]]:  # noqa: ARG002
         if not state:
-            return ProduceRC.OK, [self._contents.to_bytes()], {_AT: 0}
-        position = state[_AT]
-        if position >= self._contents.total:
+            return ProduceRC.OK, [self._header.to_bytes()], {_POSITION: 0}
+        position = state[_POSITION]
+        if position >= self._header.total:
             return ProduceRC.EOF, None, {}
         piece = self._piece(position)
-        return ProduceRC.OK, [piece], {_AT: position + len(piece)}
+        return ProduceRC.OK, [piece], {_POSITION: position + len(piece)}
 
     def release(self) -> None:
         self.base_obj, self._tensors, self._runs = None, [], []
 
-    def _all_runs(self) -> list[_Run | None]:
-        """For each tensor, of which run it is a part, if it lies together with others."""
+    def _find_runs(self) -> list[_Run | None]:
+        """The run that each tensor is part of, None for one outside of any block."""
         runs: list[_Run | None] = []
-        for index, tensor in enumerate(self._tensors):
-            together: _Together | None = getattr(tensor, "together", None)
-            if together is None:
+        for tensor, start, end in zip(self._tensors, self._header.starts, self._header.ends, strict=True):
+            if not isinstance(tensor, BlockTensor):
                 runs.append(None)
                 continue
-            at = self._contents.starts[index] - (tensor.data_ptr() - together.begin)
-            before = runs[-1] if runs else None
-            run = before if before and before.together is together and before.at == at else _Run(together, at, 0)
-            run.end = self._contents.ends[index]
+            offset = start - (tensor.data_ptr() - tensor.block.address)
+            last = runs[-1] if runs else None
+            run = last if last and last.block is tensor.block and last.offset == offset else _Run(tensor.block, offset)
+            run.end = end
             runs.append(run)
         return runs
 
     def _piece(self, position: int) -> memoryview:
         if self.base_obj is None:
-            raise RuntimeError("the tensors are no longer here")
-        index = self._contents.at(position)
-        run, piece = self._runs[index], self._contents.piece
-        if run and run.end - position >= piece:
-            self._count(self._copied)
-            return run.together.content[position - run.at :][:piece]
-        if self._contents.ends[index] - position >= piece:
-            self._count(piece if self._tensors[index].is_meta else self._copied)
-            return self._bytes(index, position, piece)
+            raise RuntimeError("the tensors of this stream are released already")
+        index, size = self._header.index_at(position), self._header.piece_size
+        run = self._runs[index]
+        if run and run.end - position >= size:
+            self._will_allocate(self._allocated_by_view)
+            return run.block.content[position - run.offset :][:size]
+        if self._header.ends[index] - position >= size:
+            self._will_allocate(size if isinstance(self._tensors[index], LazyTensor) else self._allocated_by_view)
+            return self._bytes(index, position, size)
         joined = self._joined.get(position)
-        if joined is None:  # else it is on its way to somebody already
-            self._count(piece)
+        if joined is None:  # else it is on its way to another receiver
+            self._will_allocate(size)
             joined = self._joined[position] = self._join(index, position)
         return memoryview(joined)  # type: ignore[arg-type]
 
     def _join(self, index: int, position: int) -> np.ndarray:
-        """The rest of the tensor `index`, and tensors behind it, in memory of their own."""
-        begin, end = position, min(position + self._contents.piece, self._contents.total)
+        """Copy a piece's bytes: the rest of the tensor `index`, and tensors behind it."""
+        begin, end = position, min(position + self._header.piece_size, self._header.total)
         joined = np.zeros(end - begin, dtype=np.uint8)
         while position < end:
-            position = max(position, self._contents.starts[index])  # past a gap
-            part = self._bytes(index, position, max(0, min(end, self._contents.ends[index]) - position))
+            position = max(position, self._header.starts[index])  # past a gap
+            part = self._bytes(index, position, max(0, min(end, self._header.ends[index]) - position))
             joined[position - begin :][: len(part)] = part
             position += len(part)
             index += 1
         return joined
 
     def _bytes(self, index: int, position: int, size: int) -> memoryview:
-        """Of the tensor `index`, which lies at the position of the stream."""
-        tensor = self._tensors[index]
-        begin, itemsize = position - self._contents.starts[index], tensor.itemsize
-        if not tensor.is_meta:
+        """Bytes of the tensor `index`, from a position of the stream on."""
+        tensor, begin = self._tensors[index], position - self._header.starts[index]
+        if not isinstance(tensor, LazyTensor):
             return _view(tensor)[begin : begin + size]
-        first, last = begin // itemsize, -(-(begin + size) // itemsize)
-        content = _view(tensor.make(first, last))  # type: ignore[attr-defined]
-        return content[begin - first * itemsize :][:size]
+        first, last = begin // tensor.itemsize, -(-(begin + size) // tensor.itemsize)
+        return _view(tensor.make(first, last))[begin - first * tensor.itemsize :][:size]
 
-    def _count(self, size: int) -> None:
-        """So many bytes are to be asked for; now and then those are let go of that have been sent."""
-        self._sent += size
-        if self._sent > _MOST_SENT:
-            self._sent = 0
+    def _will_allocate(self, size: int) -> None:
+        """Collect what has been sent before so many more bytes are allocated, if it may have become much."""
+        self._allocated += size
+        if self._allocated > _MAX_UNCOLLECTED:
+            self._allocated = 0
             collect_messages()
-
-
-def _contents(items: Mapping[str, torch.Tensor], piece: int) -> Contents:
-    tensors, before = list(items.values()), [None, *items.values()]
-    return Contents(
-        [
-            TensorHeader(name, str(one.dtype), list(one.shape), getattr(one, "added_to", None), _gap(last, one))
-            for name, one, last in zip(items, tensors, before, strict=False)
-        ],
-        piece,
-    )
-
-
-class _Together:
-    """The memory from the first of some tensors to the last; what is sent of it keeps it."""
-
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
-        self.begin = min(tensor.data_ptr() for tensor in tensors)
-        size = max(tensor.data_ptr() + tensor.nbytes for tensor in tensors) - self.begin
-        content = (ctypes.c_ubyte * size).from_address(self.begin)
-        content.storages = [tensor.untyped_storage() for tensor in tensors]  # type: ignore[attr-defined]
-        self.content = memoryview(content).cast("B")
 
 
 @dataclass
 class _Run:
-    """Tensors of a stream, up to its byte `end`, that lie in memory as they do in the stream: from its byte `at` on."""
+    """Consecutive tensors of a stream, up to its byte `end`, that lie in a block in the same way as in the stream.
 
-    together: _Together
-    at: int
-    end: int
+    The block's first byte would be the stream's byte `offset`.
+    """
+
+    block: MemoryBlock
+    offset: int
+    end: int = 0
 
 
-def _gap(one: torch.Tensor | None, other: torch.Tensor) -> int:
-    """Bytes between two tensors that lie together, the second soon after the first; 0 of others."""
-    together = getattr(other, "together", None)
-    if one is None or together is None or getattr(one, "together", None) is not together:
+def _header_of(tensors: Mapping[str, torch.Tensor], piece_size: int) -> StreamHeader:
+    headers, last = [], None
+    for name, tensor in tensors.items():
+        delta = (tensor.target, tensor.version) if isinstance(tensor, Delta) else None
+        headers.append(TensorHeader(name, str(tensor.dtype), list(tensor.shape), delta, _gap(last, tensor)))
+        last = tensor
+    return StreamHeader(headers, piece_size)
+
+
+def _gap(last: torch.Tensor | None, tensor: torch.Tensor) -> int:
+    """Bytes from the end of one tensor to the next in their block, if they are few; 0 if they share none."""
+    if not isinstance(last, BlockTensor) or not isinstance(tensor, BlockTensor) or last.block is not tensor.block:
         return 0
-    gap = other.data_ptr() - one.data_ptr() - one.nbytes
-    return gap if one.nbytes and other.nbytes and 0 <= gap <= LARGEST_GAP else 0
+    gap = tensor.data_ptr() - last.data_ptr() - last.nbytes
+    return gap if 0 <= gap <= MAX_GAP else 0
 
 
 def _view(tensor: torch.Tensor) -> memoryview:

@@ -1,4 +1,4 @@
-"""In which numbers weights travel."""
+"""The precision in which weights travel."""
 
 import torch
 
@@ -6,5 +6,5 @@ from fedsft_assets.federation.protocol.messages import Wire
 
 
 def rounded(change: torch.Tensor, wire: Wire) -> torch.Tensor:
-    """A change as it travels. What is not of floats stays as it is."""
+    """A change in the precision of the wire; a tensor of integers or booleans stays as it is."""
     return change.to(torch.bfloat16) if wire == Wire.BF16_DIFF and change.is_floating_point() else change

@@ -20,6 +20,8 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
+from nvflare.fuel.utils import fobs
+from nvflare.fuel.utils.fobs import dots
 
 from fedsft_assets.federation.protocol.journal import (
     JOURNAL_FILE,
@@ -50,7 +52,8 @@ from fedsft_assets.federation.server.aggregation import TokenWeightedAverage
 from fedsft_assets.federation.server.base_model import own_base_model, read_nemo_weights
 from fedsft_assets.federation.server.controller import NotEnoughSitesError
 from fedsft_assets.federation.server.presence import Part
-from fedsft_assets.federation.transport import receiving
+from fedsft_assets.federation.transport.buffers import ReusedFiles
+from fedsft_assets.federation.transport.install import StreamDecomposer
 from fedsft_assets.specs.job import FedAvg, FedOpt
 from fedsft_assets_tests.federation.rounds import (
     BASE,
@@ -804,12 +807,17 @@ def test_results_wait_on_the_disk_beside_the_state_and_only_while_the_job_runs(t
     site = Site("site-1")
     server = Server(tmp_path, [site], num_rounds=1)
     seen: list[Any] = []
-    site.does(TRAIN_TASK, 0, lambda received: (seen.append(receiving._files), site.train(received))[1])
+    site.does(TRAIN_TASK, 0, lambda received: (seen.append(_files_for_results()), site.train(received))[1])
     server.run()
     (files,) = seen
     assert files.folder.is_relative_to(tmp_path / "state")
     assert not files.folder.exists()
-    assert receiving._files is None
+    assert _files_for_results() is None
+
+
+def _files_for_results() -> ReusedFiles | None:
+    decomposer: StreamDecomposer = fobs.get_dot_handler(dots.TENSOR_DOWNLOAD)
+    return decomposer.endpoint.files
 
 
 def test_result_of_a_task_that_is_over_is_not_taken(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import errno
 import gc
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,23 +18,17 @@ from fedsft_assets.federation.protocol.messages import KIND_KEY, VERSION, VERSIO
 from fedsft_assets.federation.server.state import ServerState
 from fedsft_assets.federation.site.global_model import ExchangeError, SiteExchange
 from fedsft_assets.federation.site.update_filters import ChangeFilter
-from fedsft_assets.federation.transport import header, install, receiving
-from fedsft_assets.federation.transport.buffers import StoredTensor
-from fedsft_assets.federation.transport.install import StreamedTensors, send_tensors_as_streams
-from fedsft_assets.federation.transport.receiving import BrokenTensor, add_to, tensors_stored_in
-from fedsft_assets.federation.transport.sending import addend, made, made_when_sent
+from fedsft_assets.federation.transport import header, receiving
+from fedsft_assets.federation.transport.buffers import StoredTensor, temporary_files
+from fedsft_assets.federation.transport.endpoint import TensorEndpoint, piece_size_for
+from fedsft_assets.federation.transport.install import StreamDecomposer
+from fedsft_assets.federation.transport.receiving import BrokenTensor
+from fedsft_assets.federation.transport.sending import TensorStream
+from fedsft_assets.federation.transport.tensors import ContiguousTensors, Delta, LazyTensor, materialize
 from fedsft_assets.federation.transport.wire import rounded
 from fedsft_assets.specs.job import FiltersSpec
 
 Tensors = dict[str, torch.Tensor]
-
-
-@pytest.fixture(autouse=True)
-def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(header, "_SMALLEST_PIECE", 16)
-    monkeypatch.setattr(header, "_piece", 64)
-    yield
-    add_to(None)
 
 
 @pytest.fixture
@@ -60,9 +54,9 @@ def pieces(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return seen
 
 
-def _sent(tensors: Tensors) -> tuple[str | None, Any]:
-    decomposer = StreamedTensors()
-    return decomposer.download(decomposer.to_downloadable(tensors, 1, {}), "ref")
+def _sent(tensors: Tensors, receiver: TensorEndpoint | None = None, piece_size: int = 64) -> tuple[str | None, Any]:
+    stream = StreamDecomposer(TensorEndpoint(piece_size)).to_downloadable(tensors, 1, {})
+    return StreamDecomposer(receiver or TensorEndpoint()).download(stream, "ref")
 
 
 def _tensors() -> Tensors:
@@ -79,8 +73,7 @@ def _tensors() -> Tensors:
     }
 
 
-def _said(shape: Any = (20,), dtype: str = "torch.float32", gap: int = 0, tensors: int = 1) -> bytes:
-    """What a stream says of its tensors."""
+def _header(shape: Any = (20,), dtype: str = "torch.float32", gap: int = 0, tensors: int = 1) -> bytes:
     return json.dumps({"piece": 64, "tensors": [["T0", dtype, shape, None, gap]] * tensors}).encode()
 
 
@@ -109,8 +102,8 @@ def test_no_piece_is_larger_than_one_is_to_be_and_large_tensors_are_not_copied(p
 
 @pytest.mark.usefixtures("pieces")
 def test_tensors_on_the_disk_are_those_that_were_sent_and_gone_with_the_block(tmp_path: Path) -> None:
-    with tensors_stored_in(tmp_path / "results"):
-        _, arrived = _sent(_tensors())
+    with temporary_files(tmp_path / "results") as files:
+        _, arrived = _sent(_tensors(), TensorEndpoint(files=files))
         stored = {name: arrived.make_lazy_ref(name) for name in arrived}
         assert all(isinstance(tensor, StoredTensor) for tensor in stored.values())
         assert stored["T0"].shape == (50, 8)
@@ -137,23 +130,27 @@ def test_a_disk_without_room_is_this_machines_fault_whatever_nvflare_makes_of_it
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(tensor_downloader, "download_object", fetch)
-    monkeypatch.setattr(receiving.Stored, "take", full)
-    with tensors_stored_in(tmp_path / "results"), pytest.raises(OSError, match="No space left on device"):
-        _sent(_tensors())
+    monkeypatch.setattr(receiving.FileConsumer, "take", full)
+    with (
+        temporary_files(tmp_path / "results") as files,
+        pytest.raises(OSError, match="No space left on device"),
+    ):
+        _sent(_tensors(), TensorEndpoint(files=files))
 
 
 @pytest.mark.usefixtures("pieces")
 def test_file_is_written_over_when_nobody_has_a_tensor_of_it(tmp_path: Path) -> None:
     changed = {name: tensor + tensor for name, tensor in _tensors().items()}
-    with tensors_stored_in(tmp_path / "results"):
-        _, first = _sent(_tensors())
+    with temporary_files(tmp_path / "results") as files:
+        receiver = TensorEndpoint(files=files)
+        _, first = _sent(_tensors(), receiver)
         kept = first["T0"].materialize()
         del first
-        _, second = _sent(changed)
+        _, second = _sent(changed, receiver)
         assert torch.equal(kept, _tensors()["T0"])
         assert len(list((tmp_path / "results").iterdir())) == 2
         del kept
-        _, third = _sent(_tensors())
+        _, third = _sent(_tensors(), receiver)
         assert _same({name: tensor.materialize() for name, tensor in third.items()}, _tensors())
         assert _same({name: tensor.materialize() for name, tensor in second.items()}, changed)
         assert len(list((tmp_path / "results").iterdir())) == 2
@@ -161,67 +158,66 @@ def test_file_is_written_over_when_nobody_has_a_tensor_of_it(tmp_path: Path) -> 
 
 @pytest.mark.usefixtures("pieces")
 def test_memory_is_used_again_when_nobody_has_a_tensor_in_it() -> None:
-    _, first = _sent(_tensors())
+    receiver = TensorEndpoint()
+    _, first = _sent(_tensors(), receiver)
     kept, address = first.pop("T7"), first["T0"].data_ptr()
     del first
-    _, second = _sent({"T0": torch.zeros(50, 8)})
+    _, second = _sent({"T0": torch.zeros(50, 8)}, receiver)
     assert second["T0"].data_ptr() != address
     assert torch.equal(kept, _tensors()["T7"])
     address = second["T0"].data_ptr()
     del second
-    _, third = _sent({"T0": torch.ones(40, 8)})
+    _, third = _sent({"T0": torch.ones(40, 8)}, receiver)
     assert third["T0"].data_ptr() == address
     assert torch.equal(third["T0"], torch.ones(40, 8))
 
 
 def test_what_arrived_in_part_is_an_error_and_its_file_is_used_again(tmp_path: Path, pieces: list[Any]) -> None:
     pieces[0].most = 5
-    with tensors_stored_in(tmp_path / "results"):
-        error, _ = _sent(_tensors())
+    with temporary_files(tmp_path / "results") as files:
+        receiver = TensorEndpoint(files=files)
+        error, _ = _sent(_tensors(), receiver)
         assert error == "the server is gone"
         pieces[0].most = None
-        error, arrived = _sent(_tensors())
+        error, arrived = _sent(_tensors(), receiver)
         assert error is None
         assert _same({name: tensor.materialize() for name, tensor in arrived.items()}, _tensors())
         assert len(list((tmp_path / "results").iterdir())) == 1
 
 
 @pytest.mark.parametrize(
-    ("contents", "why"),
+    ("content", "reason"),
     [
-        (b"no JSON", "its stream has no contents that can be read (1 validation error for _Said Invalid JSON"),
-        (b"{}", "its stream has no contents that can be read (2 validation errors for _Said piece Field required"),
-        (_said(shape=[-1]), "its stream has no contents that can be read (1 validation error"),
-        (_said(shape=[2.5]), "its stream has no contents that can be read (1 validation error"),
-        (_said(gap=-8), "its stream has no contents that can be read (1 validation error"),
-        (
-            _said(dtype="torch.load"),
-            "its stream has no contents that can be read ('torch.load' is no type of a tensor)",
-        ),
-        (_said(tensors=2), "its stream has no contents that can be read (a tensor is there twice)"),
-        (_said(shape=[10**9]), "4,000,000,000 bytes of tensors, where the model has 4,096 at most"),
-        (_said(shape=[1]), "its stream is longer than its contents say"),
-        (_said(shape=[900]), "its stream ended early"),
+        (b"no JSON", "the header of its stream is invalid (1 validation error for _WireHeader Invalid JSON"),
+        (b"{}", "the header of its stream is invalid (2 validation errors for _WireHeader piece Field required"),
+        (_header(shape=[-1]), "the header of its stream is invalid (1 validation error"),
+        (_header(shape=[2.5]), "the header of its stream is invalid (1 validation error"),
+        (_header(gap=-8), "the header of its stream is invalid (1 validation error"),
+        (_header(dtype="torch.load"), "the header of its stream is invalid ('torch.load' is not a dtype)"),
+        (_header(tensors=2), "the header of its stream is invalid (a tensor is listed twice)"),
+        (_header(shape=[10**9]), "its stream has 4,000,000,000 bytes, expected at most 4,096"),
+        (_header(shape=[1]), "its stream is longer than its header says"),
+        (_header(shape=[900]), "its stream ended early"),
     ],
 )
 def test_stream_that_lies_leaves_what_stands_for_its_tensors_and_takes_no_more_room_than_the_model(
-    tmp_path: Path, pieces: list[Any], monkeypatch: pytest.MonkeyPatch, contents: bytes, why: str
+    tmp_path: Path, pieces: list[Any], monkeypatch: pytest.MonkeyPatch, content: bytes, reason: str
 ) -> None:
     """An error would end the server's process, and with it the job, without a word of who it was."""
-    monkeypatch.setattr(header.Contents, "to_bytes", lambda _: contents)
-    with tensors_stored_in(tmp_path / "results", at_most=4096):
-        error, tensors = _sent({"T0": torch.ones(20)})
+    monkeypatch.setattr(header.StreamHeader, "to_bytes", lambda _: content)
+    with temporary_files(tmp_path / "results", max_bytes=4096) as files:
+        error, tensors = _sent({"T0": torch.ones(20)}, TensorEndpoint(files=files))
         assert error is None
         assert "T0" in tensors
-        assert tensors.make_lazy_ref("T0").why.startswith(why)
+        assert tensors.make_lazy_ref("T0").reason.startswith(reason)
         assert sum(path.stat().st_size for path in (tmp_path / "results").iterdir()) <= 80
     assert len(pieces) > 1
 
 
 @pytest.mark.usefixtures("pieces")
 def test_tensor_that_is_not_in_a_stream_is_one_that_did_not_come(tmp_path: Path) -> None:
-    with tensors_stored_in(tmp_path / "results"):
-        _, tensors = _sent({"T0": torch.ones(20)})
+    with temporary_files(tmp_path / "results") as files:
+        _, tensors = _sent({"T0": torch.ones(20)}, TensorEndpoint(files=files))
         assert isinstance(tensors.make_lazy_ref("T0"), StoredTensor)
         assert tensors.make_lazy_ref("T9") == BrokenTensor("it is not in the stream")
 
@@ -235,9 +231,9 @@ def test_tensor_that_is_made_when_it_is_sent_is_made_in_pieces() -> None:
         asked.append((first, last))
         return numbers[first:last] * 2
 
-    tensor = made_when_sent((25, 4), torch.float32, make)
+    tensor = LazyTensor((25, 4), torch.float32, make)
     assert asked == []
-    assert torch.equal(made(tensor), (numbers * 2).reshape(25, 4))
+    assert torch.equal(materialize(tensor), (numbers * 2).reshape(25, 4))
     asked.clear()
     _, arrived = _sent({"T0": torch.ones(3), "T1": tensor})
     assert torch.equal(arrived["T1"], (numbers * 2).reshape(25, 4))
@@ -249,18 +245,22 @@ def _address(piece: memoryview) -> int:
 
 
 @pytest.fixture
-def weights(tmp_path: Path) -> Tensors:
+def weights(tmp_path: Path) -> ContiguousTensors:
+    return _written(tmp_path)
+
+
+def _written(tmp_path: Path) -> ContiguousTensors:
     """Tensors that lie in a file, with what torch writes between them."""
     return ServerState(tmp_path / "state").write_weights(1, _tensors(), _tensors().__getitem__)
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_tensors_of_a_file_are_sent_as_they_lie_there(
-    weights: Tensors, tmp_path: Path, pieces: list[Any], on_disk: bool
+    weights: ContiguousTensors, tmp_path: Path, pieces: list[Any], on_disk: bool
 ) -> None:
     sent = {"A": torch.ones(5), **weights, "Z": torch.arange(3)}
-    with tensors_stored_in(tmp_path / "results") if on_disk else nullcontext():
-        error, arrived = _sent(sent)
+    with temporary_files(tmp_path / "results") if on_disk else nullcontext() as files:
+        error, arrived = _sent(sent, TensorEndpoint(files=files))
         assert error is None
         found = {name: tensor.materialize() for name, tensor in arrived.items()} if on_disk else arrived
         assert _same(found, sent)
@@ -269,38 +269,40 @@ def test_tensors_of_a_file_are_sent_as_they_lie_there(
     assert sum(map(len, in_file)) > 0.8 * (last - first)
 
 
-def test_what_is_sent_of_a_file_stays_after_the_tensors(weights: Tensors, pieces: list[Any]) -> None:
+def test_what_is_sent_of_a_file_stays_after_the_tensors(tmp_path: Path, pieces: list[Any]) -> None:
+    weights = _written(tmp_path)
     content = weights["T0"].numpy().tobytes()
-    _sent(weights)
-    weights.clear()
+    _sent(dict(weights))
+    del weights
     gc.collect()
     assert b"".join(bytes(piece) for piece in pieces[2:]).startswith(content)
 
 
-@pytest.mark.parametrize(("peers", "expected"), [(1, 128), (8, 128), (20, 64), (1000, 32)])
-def test_pieces_for_many_peers_are_smaller_and_what_they_send_too(
-    monkeypatch: pytest.MonkeyPatch, pieces: list[Any], peers: int, expected: int
-) -> None:
-    monkeypatch.setattr(header, "_SMALLEST_PIECE", 32)
-    monkeypatch.setattr(header, "LARGEST_PIECE", 128)
-    monkeypatch.setattr(install, "_OF_ALL_PEERS", 1280)
-    send_tensors_as_streams(peers)
-    sending = StreamedTensors().to_downloadable(_tensors(), 1, {})
-    monkeypatch.setattr(header, "_piece", 128)  # as the peer has it
-    _, arrived = StreamedTensors().download(sending, "ref")
+@pytest.mark.parametrize(("peers", "expected"), [(1, 10 << 20), (16, 10 << 20), (20, 8 << 20), (1000, 1 << 20)])
+def test_pieces_for_many_peers_are_smaller_and_what_they_send_too(pieces: list[Any], peers: int, expected: int) -> None:
+    peer = TensorEndpoint()
+    _, arrived = _sent({"T0": torch.arange(3 << 20)}, peer, piece_size_for(peers))
     assert max(map(len, pieces[2:])) == expected
     del pieces[1:]
-    _sent(arrived)
+    _sent(arrived, piece_size=peer.piece_size)
     assert max(map(len, pieces[2:])) == expected
+
+
+def test_peer_cannot_make_pieces_larger_or_tiny() -> None:
+    endpoint = TensorEndpoint(piece_size_for(20))
+    endpoint.adapt_to(piece_size_for(1))
+    assert endpoint.piece_size == piece_size_for(20)
+    endpoint.adapt_to(1)
+    assert endpoint.piece_size == 1 << 20
 
 
 def test_small_tensors_are_joined_once_for_all_who_are_sent_them_at_a_time() -> None:
-    sending = StreamedTensors().to_downloadable({f"T{k}": torch.full((4,), float(k)) for k in range(9)}, 1, {})
-    _, _, state = sending.produce(None, "site-1")
-    _, [one], following = sending.produce(state, "site-1")
-    _, [other], _ = sending.produce(state, "site-2")
+    stream = TensorStream({f"T{k}": torch.full((4,), float(k)) for k in range(9)}, 64)
+    _, _, state = stream.produce(None, "site-1")
+    _, [one], following = stream.produce(state, "site-1")
+    _, [other], _ = stream.produce(state, "site-2")
     assert _address(one) == _address(other)
-    _, [next_one], _ = sending.produce(following, "site-1")
+    _, [next_one], _ = stream.produce(following, "site-1")
     assert _address(next_one) != _address(one)
 
 
@@ -319,7 +321,6 @@ class _Task:
 def site(pieces: list[Any]) -> SiteExchange:  # noqa: ARG001
     exchange = SiteExchange("site-1", Wire.BF16_DIFF, ChangeFilter(FiltersSpec()), {})
     exchange.take(_Task(_model(), Kind.FULL, 3))  # type: ignore[arg-type]
-    add_to(exchange)
     return exchange
 
 
@@ -331,13 +332,13 @@ def _change(version: int) -> Tensors:
     generator = torch.Generator().manual_seed(version)
     sizes = {"w": (9, 10), "b": (5,)}
     changes = {name: rounded(torch.randn(size, generator=generator), Wire.BF16_DIFF) for name, size in sizes.items()}
-    return {name: addend(change, name, version) for name, change in changes.items()}
+    return {name: Delta(change, name, version) for name, change in changes.items()}
 
 
 def test_change_is_added_as_it_arrives_and_only_once(site: SiteExchange) -> None:
     expected = {name: tensor + _change(4)[name] for name, tensor in _model().items()}
     for _ in range(2):  # NVFlare may deliver a task again
-        _, arrived = _sent(_change(4))
+        _, arrived = _sent(_change(4), TensorEndpoint(deltas=site))
         assert all(tensor.is_meta for tensor in arrived.values())
         site.take(_Task(dict(arrived), Kind.CHANGE, 4))  # type: ignore[arg-type]
         assert _same(site.given, expected)
@@ -347,18 +348,19 @@ def test_change_to_another_model_than_the_sites_is_an_error(site: SiteExchange) 
     with pytest.raises(
         ExchangeError, match=r"site-1: has the model after 3 rounds, and was sent the change .* round 5$"
     ):
-        _sent(_change(5))
+        _sent(_change(5), TensorEndpoint(deltas=site))
     assert _same(site.given, _model())
 
 
 def test_model_with_a_part_of_a_change_needs_to_be_sent_whole(site: SiteExchange, pieces: list[Any]) -> None:
+    receiver = TensorEndpoint(deltas=site)
     pieces[0].most = 3
-    _sent(_change(4))
+    _sent(_change(4), receiver)
     pieces[0].most = None
     with pytest.raises(ExchangeError, match="has the model after 3 rounds in part"):
-        _sent(_change(4))
+        _sent(_change(4), receiver)
     site.take(_Task(_model(), Kind.FULL, 4))  # type: ignore[arg-type]
-    _sent(_change(5))
+    _sent(_change(5), receiver)
     assert _same(site.given, {name: tensor + _change(5)[name] for name, tensor in _model().items()})
 
 
@@ -369,7 +371,9 @@ def test_in_fp32_the_given_model_is_let_go_of_and_the_change_still_right() -> No
     trained = {name: tensor * 3 for name, tensor in _model().items()}
     changes = exchange.changes({name: _copies_of(tensor.reshape(-1)) for name, tensor in trained.items()}, Kind.CHANGE)
     assert exchange.given == {}
-    assert _same({name: made(change) for name, change in changes.items()}, {n: t * 2 for n, t in _model().items()})
+    assert _same(
+        {name: materialize(change) for name, change in changes.items()}, {n: t * 2 for n, t in _model().items()}
+    )
 
 
 def _copies_of(flat: torch.Tensor) -> Callable[[int, int], torch.Tensor]:
