@@ -12,6 +12,7 @@ import pytest
 
 from fedsft_assets.federation.protocol.job_report import JobReport
 from fedsft_assets.federation.runtimes.flare.jobs import FlareJobs
+from fedsft_assets.federation.runtimes.flare.session import FlareSession
 from fedsft_assets.federation.runtimes.interface import UnavailableError
 from fedsft_assets.federation.runtimes.processes import MARK, marked_processes, stop_marked
 from fedsft_assets.specs.runtime import Timeouts
@@ -78,7 +79,7 @@ def _without_our_component(kit: Path) -> None:
 
 
 def _jobs(federation: Federation, folder: Path, seconds: float) -> FlareJobs:
-    return FlareJobs(federation.kits.admin, folder, timeouts=Timeouts(connect=60, sites=seconds))
+    return FlareJobs(FlareSession(federation.kits.admin, folder, timeouts=Timeouts(connect=60, sites=seconds)))
 
 
 def _trains(federation: Federation, store: Store, job: str) -> bool:

@@ -16,6 +16,7 @@ import pytest
 
 from fedsft_assets.federation.protocol.journal import JOURNAL_FILE
 from fedsft_assets.federation.runtimes.flare.jobs import FlareJobs
+from fedsft_assets.federation.runtimes.flare.session import FlareSession
 from fedsft_assets.federation.runtimes.interface import ResultLostError, UnavailableError
 from fedsft_assets.federation.runtimes.poc.kits import SERVER
 from fedsft_assets.federation.runtimes.poc.runtime import Poc
@@ -140,7 +141,7 @@ def test_new_site_joins_a_running_poc(system: PocSystem, poc: Poc) -> None:
 def test_job_of_a_dead_server_has_ended_when_it_is_aborted(system: PocSystem, poc: Poc, tmp_path: Path) -> None:
     job_id = _start_long_job(poc, tmp_path / "long")
     _kill(system.status().services[SERVER])
-    with pytest.raises(UnavailableError, match="does not run; look at `fedsft poc status`"):
+    with pytest.raises(UnavailableError, match="is not running; see `fedsft poc status`"):
         poc.poll(job_id)
     poc.abort(job_id)
     assert system.job_processes(job_id) == []
@@ -148,7 +149,7 @@ def test_job_of_a_dead_server_has_ended_when_it_is_aborted(system: PocSystem, po
     assert system.status().jobs == []
     while not (state := poc.poll(job_id)).ended:
         time.sleep(0.5)
-    assert state.status == "LOST (the server was started anew while it ran)"
+    assert state.status == "LOST (the server was restarted while the job ran)"
     assert poc.new_lines(job_id) == []
     with pytest.raises(ResultLostError, match=f"has no result of job {job_id}"):
         poc.fetch(job_id, tmp_path / "files")
@@ -178,7 +179,8 @@ def test_nothing_of_a_poc_is_open_to_others_and_none_of_its_processes_knows_a_se
     system = systems(tmp_path)
     code = (
         "import sys; from pathlib import Path\n"
-        "from fedsft_assets.federation.runtimes.poc.system import PocSettings, PocSystem\n"
+        "from fedsft_assets.federation.runtimes.poc.system import PocSystem\n"
+        "from fedsft_assets.specs.runtime import PocSettings\n"
         "from fedsft_assets_tests.federation.small_jobs import small_jobs_allowed\n"
         "with small_jobs_allowed():\n"
         "    PocSystem(Path(sys.argv[1]), PocSettings(), {}).prepare(sys.argv[2:])"
@@ -213,7 +215,7 @@ def test_renewed_poc_has_another_authority_and_lets_nobody_in_with_a_key_of_befo
         poc.prepare(["site-1"])
         config = json.loads((system.admin_kit / "startup" / "fed_admin.json").read_text())
         (stolen / "startup" / "fed_admin.json").write_text(json.dumps(config))  # whose port may be another
-        thief = FlareJobs(stolen, tmp_path / "thief", timeouts=Timeouts(connect=10, sites=1))
+        thief = FlareJobs(FlareSession(stolen, tmp_path / "thief", timeouts=Timeouts(connect=10, sites=1)))
         with thief, pytest.raises(UnavailableError):
             thief.prepare(["site-1"])
 
@@ -253,7 +255,8 @@ def test_two_processes_that_start_at_once_start_one_poc(systems: Callable[..., P
     system = systems(tmp_path)
     code = (
         "import sys; from pathlib import Path\n"
-        "from fedsft_assets.federation.runtimes.poc.system import PocSettings, PocSystem\n"
+        "from fedsft_assets.federation.runtimes.poc.system import PocSystem\n"
+        "from fedsft_assets.specs.runtime import PocSettings\n"
         "PocSystem(Path(sys.argv[1]), PocSettings(), {}).start(['site-1'])"
     )
     command = [sys.executable, "-c", code, str(system.folder)]
@@ -287,7 +290,7 @@ def test_other_settings_start_an_idle_poc_anew_and_never_one_with_a_job(
         poc.prepare(SITES)
         before = system.status()
         job_id = _start_long_job(poc, tmp_path / "long")
-        with pytest.raises(UnavailableError, match="started with other settings and has 1 running jobs"):
+        with pytest.raises(UnavailableError, match="started with other settings and has 1 running job;"):
             other.start()
         assert {**before.services} == system.status().services
         poc.abort(job_id)
