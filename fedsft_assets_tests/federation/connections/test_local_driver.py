@@ -23,7 +23,7 @@ from nvflare.fuel.f3.stats_pool import StatsPoolManager
 from fedsft_assets.federation.connections import local_driver, peer
 from fedsft_assets.federation.connections.local_driver import (
     LocalDriver,
-    is_used,
+    is_installed,
     new_port,
     require_local_driver,
     use_local_driver,
@@ -53,7 +53,7 @@ os._exit(0)
 def used() -> Iterator[None]:
     """As in a process of a job; others in this one are as before."""
     use_local_driver()
-    assert is_used()
+    assert is_installed()
     yield
     communicator.driver_mgr.drivers[local_driver.SCHEME] = TcpDriver
 
@@ -96,7 +96,7 @@ def test_another_account_is_refused_with_a_line(listening: tuple[Cell, str], cap
     caplog.set_level(logging.WARNING)
     (got,) = stranger.tried_as_nobody([["call", f"@fedsft-{url.rpartition(':')[2]}"]])
     assert not got.connected
-    assert f"user {stranger.NOBODY} is at the other end of a socket that is for user" in caplog.text
+    assert f"connection refused at {url}: the peer has user id {stranger.NOBODY}; only user id" in caplog.text
 
 
 @pytest.mark.usefixtures("used")
@@ -107,7 +107,7 @@ def test_who_has_taken_a_name_is_told_nothing(monkeypatch: pytest.MonkeyPatch) -
     with socket.socket(socket.AF_UNIX) as other:
         other.bind(local_driver.socket_name(port))
         other.listen()
-        with pytest.raises(CommError, match="tcp://it: user 12345 is at the other end"):
+        with pytest.raises(CommError, match="tcp://it: the peer has user id 12345"):
             LocalDriver().connect(connector)
         called, _ = other.accept()
         with called:
@@ -134,7 +134,7 @@ def test_elsewhere_than_on_linux_all_is_as_before_and_said(
 ) -> None:
     monkeypatch.setattr(local_driver.sys, "platform", "darwin")
     use_local_driver()
-    assert not is_used()
+    assert not is_installed()
     assert "every account of this computer can join in" in caplog.text
 
 
@@ -145,4 +145,4 @@ def test_process_of_a_kit_that_was_configured_before_says_so(caplog: pytest.LogC
     communicator.driver_mgr.drivers[local_driver.SCHEME] = TcpDriver
     require_local_driver("fedsft-site configure")
     assert "configure it again with fedsft-site configure" in caplog.text
-    assert is_used()
+    assert is_installed()

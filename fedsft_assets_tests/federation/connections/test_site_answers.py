@@ -85,7 +85,7 @@ def test_no_command_over_a_machine_is_answered_whoever_asks(
     ask: Callable[..., str], topic: str, right: str, origin: str
 ) -> None:
     said = ask("admin", topic, origin, _command(topic, **{RequestHeader.REQUIRE_AUTHZ: right}))
-    assert said == ReturnCode.UNAUTHENTICATED or "is not authorized, asked by" in said
+    assert said == ReturnCode.UNAUTHENTICATED or "is not authorized: this site answers only" in said
 
 
 @pytest.mark.parametrize(
@@ -136,4 +136,4 @@ def test_parts_of_a_job_talk_to_one_another_and_other_sites_do_not(
         assert ask("aux_communication", "anything", origin) == "done"
     assert ask("aux_communication", "anything", "site-2.a-job") == ReturnCode.UNAUTHENTICATED
     assert ask("anything", "else", "server") == ReturnCode.UNAUTHENTICATED
-    assert "'else' of channel 'anything' is not authorized, asked by 'server'" in caplog.text
+    assert "topic 'else' of channel 'anything' from 'server' is not authorized" in caplog.text
