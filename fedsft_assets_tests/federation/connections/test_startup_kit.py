@@ -1,4 +1,4 @@
-"""Why a site cannot connect, where no federation is needed to find out; the rest is in end_to_end."""
+"""Diagnoses of a connection that need no federation; the others are in end_to_end."""
 
 import json
 import socket
@@ -27,14 +27,14 @@ def _at(kit: Path, target: str) -> Path:
     return kit
 
 
-def test_server_that_is_not_there_is_named_with_its_address(kit: Path) -> None:
+def test_unreachable_server_is_named_with_its_address(kit: Path) -> None:
     port = unused_port()
     problem = diagnose_connection(_at(kit, f"localhost:{port}"))
     assert problem is not None
     assert problem.startswith(f"cannot reach the server at localhost:{port} (")
 
 
-def test_server_that_is_awaited_has_time_to_start(kit: Path) -> None:
+def test_unreachable_server_is_retried(kit: Path) -> None:
     with socket.socket() as listener:
         port = unused_port()
         timer = threading.Timer(0.7, lambda: (listener.bind(("127.0.0.1", port)), listener.listen()))
@@ -49,7 +49,7 @@ def test_server_that_is_awaited_has_time_to_start(kit: Path) -> None:
     )
 
 
-def test_address_that_is_none_and_a_folder_that_is_no_kit_are_refused(kit: Path, tmp_path: Path) -> None:
+def test_invalid_address_and_a_folder_that_is_not_a_kit_are_errors(kit: Path, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"fed_client\.json: servers: target: expected host:port, found 'localhost'"):
         diagnose_connection(_at(kit, "localhost"))
     with pytest.raises(SpecError, match=r"has no startup/fed_client\.json; expected the startup kit of a site"):

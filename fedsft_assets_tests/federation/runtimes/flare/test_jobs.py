@@ -1,4 +1,4 @@
-"""Jobs in a running NVFlare system: what comes back while they run, what they leave, and what is said when it fails."""
+"""Jobs in a running NVFlare system: their journal, state and result, and the errors when something is missing."""
 
 import json
 import os
@@ -134,7 +134,7 @@ def test_job_that_the_server_does_not_know_has_ended_without_success(jobs: Flare
         jobs.fetch(job_id, tmp_path / "files")
 
 
-def test_token_stands_for_one_job_whoever_hands_it_in_and_whatever_became_of_it(
+def test_token_stands_for_one_job_whoever_submits_it_and_whatever_its_state(
     jobs: FlareJobs, connect: Callable[..., FlareJobs], tmp_path: Path
 ) -> None:
     folder = write_job(tmp_path / "once", SITES, LINES[:1])
@@ -172,7 +172,7 @@ def test_sites_that_are_not_connected_are_named(connect: Callable[..., FlareJobs
         connect(timeouts=_IMPATIENT).prepare([*SITES, "site-9", "site-8"])
 
 
-def test_job_may_begin_without_a_site_once_enough_are_there_and_who_is_missing_is_told(
+def test_job_may_start_without_a_site_once_enough_are_ready_and_the_missing_one_is_reported(
     connect: Callable[..., FlareJobs],
 ) -> None:
     told = list(connect().gather([*SITES, "site-9"], len(SITES)))
@@ -182,9 +182,7 @@ def test_job_may_begin_without_a_site_once_enough_are_there_and_who_is_missing_i
     ]
 
 
-def test_site_that_is_gone_is_missed_before_the_server_misses_it(
-    system: PocSystem, connect: Callable[..., FlareJobs]
-) -> None:
+def test_dead_site_is_noticed_before_the_server_notices(system: PocSystem, connect: Callable[..., FlareJobs]) -> None:
     connect().prepare(SITES)
     _kill(system.status().services["site-2"])
     try:
@@ -195,7 +193,7 @@ def test_site_that_is_gone_is_missed_before_the_server_misses_it(
     connect().prepare(SITES)
 
 
-def test_server_that_is_not_there_is_named_by_its_address(
+def test_unreachable_server_is_named_by_its_address(
     system: PocSystem, connect: Callable[..., FlareJobs], tmp_path: Path
 ) -> None:
     kit = tmp_path / "kit"
@@ -230,9 +228,7 @@ def test_startup_kit_of_the_user_is_left_as_it_is(system: PocSystem, jobs: Flare
     assert _files(system.admin_kit) == before
 
 
-def test_connection_comes_back_when_the_server_was_restarted(
-    system: PocSystem, jobs: FlareJobs, tmp_path: Path
-) -> None:
+def test_session_reconnects_after_the_server_was_restarted(system: PocSystem, jobs: FlareJobs, tmp_path: Path) -> None:
     job_id = jobs.submit(write_job(tmp_path / "before", SITES, LINES[:1]))
     state = _ended(jobs, job_id)
     pid = system.status().services[SERVER]

@@ -11,6 +11,7 @@ from nvflare.fuel.flare_api.api_spec import AuthorizationError, InternalError, J
 from fedsft_assets.federation.runtimes.flare.rights import JOB_RIGHTS, require_rights
 from fedsft_assets.federation.runtimes.flare.session import FlareSession
 from fedsft_assets.federation.runtimes.interface import RefusedError
+from fedsft_assets.federation.runtimes.plain_path import is_plain
 from fedsft_assets.federation.runtimes.production import Production
 from fedsft_assets.specs.runtime import ProductionSettings
 from fedsft_assets_tests.watched import open_to_others
@@ -43,6 +44,7 @@ class Api:
 
     def submit_job(self, folder: str, submit_token: str | None) -> str:
         assert submit_token is None
+        assert is_plain(Path(folder))
         assert json.loads((Path(folder) / "meta.json").read_text())["mandatory_clients"] == ["fedsft-no-such-site"]
         return self._do("submit_job", "submit_job")
 
@@ -69,7 +71,7 @@ def _session(tmp_path: Path, api: Any) -> FlareSession:
     kit = tmp_path / "kit"
     (kit / "startup").mkdir(parents=True)
     (kit / "startup" / "fed_admin.json").write_text(json.dumps({"admin": {"host": "center", "port": 8102}}))
-    return FlareSession(kit, tmp_path / "own", new_session=lambda *_: api)
+    return FlareSession(kit, tmp_path / "its own", new_session=lambda *_: api)
 
 
 def test_missing_right_is_an_answer(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The POC of this machine: started, repaired and stopped whole, on loopback alone, and never in another one's way."""
+"""The lifecycle of a POC: started, repaired and stopped, on loopback only, and independent of other POCs."""
 
 import json
 import os
@@ -197,7 +197,7 @@ def test_nothing_of_a_poc_is_open_to_others_and_none_of_its_processes_knows_a_se
     assert open_to_others(system.folder) == []
 
 
-def test_renewed_poc_has_another_authority_and_lets_nobody_in_with_a_key_of_before(
+def test_renewed_poc_has_another_authority_and_refuses_earlier_keys(
     systems: Callable[..., PocSystem], tmp_path: Path
 ) -> None:
     system = systems(tmp_path)
@@ -235,7 +235,7 @@ def test_stopped_poc_has_no_process_and_starts_again_with_the_same_jobs(
     assert poc.poll(job_id) == state
 
 
-def test_two_pocs_do_not_meet(systems: Callable[..., PocSystem], tmp_path: Path) -> None:
+def test_two_pocs_are_independent(systems: Callable[..., PocSystem], tmp_path: Path) -> None:
     one, other = systems(tmp_path / "one"), systems(tmp_path / "other")
     with Poc(one, tmp_path / "flare-one") as at_one, Poc(other, tmp_path / "flare-other") as at_other:
         one.start(["site-1"])
@@ -282,7 +282,7 @@ def test_site_that_cannot_start_is_named_with_what_it_printed(
     assert "num_of_gpus specified (99) exceeds available GPUs" in str(failed.value)
 
 
-def test_other_settings_start_an_idle_poc_anew_and_never_one_with_a_job(
+def test_other_settings_restart_an_idle_poc_and_never_one_with_a_job(
     systems: Callable[..., PocSystem], tmp_path: Path
 ) -> None:
     system, other = systems(tmp_path), systems(tmp_path, PocSettings(threads=3))
@@ -323,7 +323,7 @@ def test_poc_whose_folder_was_removed_can_be_stopped(systems: Callable[..., PocS
     assert marked_processes(system.mark) == []
 
 
-def test_port_that_somebody_took_is_left_to_them(systems: Callable[..., PocSystem], tmp_path: Path) -> None:
+def test_poc_moves_to_another_port_if_its_own_was_taken(systems: Callable[..., PocSystem], tmp_path: Path) -> None:
     system = systems(tmp_path)
     system.prepare(["site-1"])
     before = system.status().address
