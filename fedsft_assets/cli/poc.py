@@ -6,7 +6,7 @@ import time
 
 from fedsft_assets.federation.runtimes.choose import poc_system
 from fedsft_assets.federation.runtimes.interface import UnavailableError
-from fedsft_assets.federation.runtimes.poc.operation import describe, start
+from fedsft_assets.federation.runtimes.poc.runtime import start
 from fedsft_assets.settings import Settings
 from fedsft_assets.specs.dataset import load_datasets
 from fedsft_assets.specs.job import load_jobs, sites_of
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     except (UnavailableError, SpecError) as error:
         sys.exit(str(error))
     status = system.status()
-    print(describe(status))
+    print(status.describe())
     if args.action == "status" and status.state in ("stopped", "not prepared"):
         sys.exit(3)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fedsft_assets.access import close_kit, close_to_others
 from fedsft_assets.cli.log import shown_log
-from fedsft_assets.federation.connections.startup_kit import why_not_connected
+from fedsft_assets.federation.connections.startup_kit import diagnose_connection
 from fedsft_assets.federation.kit_policy import components, read_resources, write_site_policy
 from fedsft_assets.federation.protocol.messages import SITE_HOME
 from fedsft_assets.federation.site.files import BASE_MODELS, DATASETS, with_own_files
@@ -99,8 +99,8 @@ def _configure(args: argparse.Namespace) -> None:
 
 
 def _reach(args: argparse.Namespace) -> None:
-    if why := why_not_connected(args.kit.resolve(), _SECONDS_TO_REACH):
-        sys.exit(why)
+    if problem := diagnose_connection(args.kit.resolve(), _SECONDS_TO_REACH):
+        sys.exit(problem)
     print(f"{args.kit}: the server is reached, and each accepts the other's certificate")
 
 

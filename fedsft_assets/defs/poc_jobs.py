@@ -4,8 +4,9 @@ import dagster as dg
 
 from fedsft_assets.defs.resources import RuntimeResource, StoreResource
 from fedsft_assets.federation.runtimes.choose import poc_system
-from fedsft_assets.federation.runtimes.poc.operation import describe, start
-from fedsft_assets.federation.runtimes.poc.system import PocStatus, PocSystem
+from fedsft_assets.federation.runtimes.poc.runtime import start
+from fedsft_assets.federation.runtimes.poc.state import PocStatus
+from fedsft_assets.federation.runtimes.poc.system import PocSystem
 
 
 @dg.op(out=dg.Out(dg.Nothing), description="Make the startup kits of the POC, for all sites of the job files.")
@@ -25,7 +26,7 @@ def start_poc(store: StoreResource, runtime: RuntimeResource) -> None:
 @dg.op(ins={"changed": dg.In(dg.Nothing)}, description="Say which processes of the POC run, and which jobs.")
 def poc_status(context: dg.OpExecutionContext, store: StoreResource, runtime: RuntimeResource) -> None:
     status = _system(store, runtime).status()
-    context.log.info(describe(status))
+    context.log.info(status.describe())
     context.add_output_metadata(_metadata(status))
 
 

@@ -1,8 +1,8 @@
-"""The NVFlare job folder of a JobSpec: what NVFlare's own tools take, whole and by itself.
+"""The NVFlare job folder of a JobSpec, which NVFlare's own tools accept too.
 
-`meta.json`, `app_server/` and one `app_<site>/` for each site, with the site's `config/plan.json`, and
-`job.json`, the JobSpec with all overrides. Data and base model are named by their digests, relative to the home. It has
-no code: server and sites run the package that is installed there, by the `python3` on their path.
+It contains `meta.json`, `app_server/`, an `app_<site>/` with `config/plan.json` for each site, and `job.json`, the
+JobSpec with all overrides. Data and base model are referenced by digest, relative to the home. It contains no code:
+server and sites run the package that is installed there, with the `python3` on their path.
 """
 
 import json
@@ -25,12 +25,12 @@ from fedsft_assets.versions import adding, current, make_current
 SPEC_FILE = "job.json"
 _MANIFEST = "manifest.json"  # the SHA-256 of every other file
 _PLAN = "config/plan.json"
-# So often sites ask for their next task, all together. NVFlare's own 2 s are felt in every round of a few.
-_REQUESTS_PER_SECOND, _MOST_SECONDS_BETWEEN_REQUESTS = 20, 2.0
+# Task requests of all sites together. NVFlare's default interval of 2 s adds noticeably to the rounds of a few sites.
+_REQUESTS_PER_SECOND, _MAX_REQUEST_INTERVAL = 20, 2.0
 
 
 class JobFolderError(ValueError):
-    """A job folder that is not as it was built."""
+    """A job folder is not as it was built, or was built by another version of this package."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class JobFolder:
 
 @dataclass(frozen=True)
 class JobInputs:
-    """The versions that a job is built on: the base model, the combined splits, and those of its sites' datasets."""
+    """The versions that a job is built from: the base model, the combined splits, and the splits of its sites."""
 
     base_model: Path
     combined: Path
@@ -89,7 +89,7 @@ class JobInputs:
 
     @classmethod
     def current(cls, spec: JobSpec, preset: ModelPreset, store: Store) -> Self:
-        """Those that are current in the store. Raises NoVersionError."""
+        """The current versions in the store. Raises NoVersionError."""
         return cls(
             base_model=current(store.base_model(preset.name)),
             combined=current(store.combined),
@@ -99,7 +99,7 @@ class JobInputs:
 
 @dataclass(frozen=True)
 class JobFolderReport:
-    """`noise` is how large the job's noise is, if it has any."""
+    """`noise` is None for a job without noise."""
 
     folder: Path
     files: list[str]
@@ -113,9 +113,9 @@ class JobFolderReport:
 def build_job_folder(
     spec: JobSpec, preset: ModelPreset, store: Store, inputs: JobInputs | None = None
 ) -> JobFolderReport:
-    """Make the job folder of `spec` a version in the store, and the current one.
+    """Build the job folder of `spec` as a version in the store, and make it the current one.
 
-    `inputs` are the current ones unless given. Raises FileNotFoundError that names what is missing, and SpecError for
+    `inputs` default to the current versions. Raises FileNotFoundError, which names what is missing, and SpecError for
     noise under which nothing can be learned.
     """
     inputs = inputs or JobInputs.current(spec, preset, store)
@@ -127,9 +127,9 @@ def build_job_folder(
         folder = addition.folder
         exported = folder.with_name("exported")
         limits = round_limits(plans, spec.private_sites, store.home)
-        # With adapters, no weights of the base model travel: the server needs none.
+        # With adapters, only they are sent, so the server needs no base model.
         export_job(spec, None if spec.training.peft else plans[0].base_model, exported, limits, noise)
-        (exported / spec.name).rename(folder)  # which is empty
+        (exported / spec.name).rename(folder)  # an empty folder
         for plan in plans:
             app = folder / f"app_{plan.site}"
             (app / _PLAN).write_text(plan.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -141,7 +141,7 @@ def build_job_folder(
 
 
 def verify_job_folder(job_folder: Path) -> None:
-    """Raises JobFolderError if the folder is not as it was built, or was built by another version of this package."""
+    """Raise JobFolderError if the folder is not as it was built, or was built by another version of this package."""
     if folder_digest(job_folder) != job_folder.name:
         _name_change(job_folder)
     # Unparsed: another version's plans may have other fields.
@@ -172,7 +172,7 @@ def _name_change(job_folder: Path) -> NoReturn:
 
 def _site_plan(spec: JobSpec, site: str, preset: ModelPreset, store: Store, inputs: JobInputs) -> SitePlan:
     own = spec.sites[site]
-    # A private dataset has no version here: the site has it, under its name.
+    # A private dataset has no version here; only the site has it, under this name.
     trained_on = store.splits(own.dataset) / "private" if own.private else inputs.datasets[own.dataset]
     files = {
         "training_file": split_file(trained_on, "training"),
@@ -204,7 +204,7 @@ def _site_plan(spec: JobSpec, site: str, preset: ModelPreset, store: Store, inpu
 
 
 def round_limits(plans: Sequence[SitePlan], private: Collection[str], home: Path) -> RoundLimits:
-    """What the server may believe of a round, by the sites' plans and the data that the study has."""
+    """The limits of what a site may report about a round, from the sites' plans and the study's data."""
     one = plans[0]
     validated = count_records(home / one.validation_file)
     return RoundLimits(
@@ -221,7 +221,7 @@ def round_limits(plans: Sequence[SitePlan], private: Collection[str], home: Path
 def export_job(
     spec: JobSpec, base_model: Path | None, root: Path, limits: RoundLimits, noise: NoiseRatio | None = None
 ) -> None:
-    """Write the part of a job folder that NVFlare defines, as `root/<job>`."""
+    """Write NVFlare's part of a job folder as `root/<job>`."""
     from nvflare.job_config.api import FedJob
 
     from fedsft_assets.federation.server.controller import FederatedSFT
@@ -243,12 +243,12 @@ def export_job(
         max_update_ratio=spec.max_update_ratio,
     )
     job.to_server(server)
-    interval = min(_MOST_SECONDS_BETWEEN_REQUESTS, len(spec.sites) / _REQUESTS_PER_SECOND)
+    interval = min(_MAX_REQUEST_INTERVAL, len(spec.sites) / _REQUESTS_PER_SECOND)
     job.to_server({"server": {"task_request_interval": interval}})
     for site in spec.sites:
         job.to(InstalledTrainer(), site, tasks=["*"])
     job.export_job(str(root))
-    for app in (root / spec.name).glob("app_*"):  # everybody runs what is installed there, and refuses code
+    for app in (root / spec.name).glob("app_*"):  # participants run their installed package, and refuse code
         shutil.rmtree(app / "custom")
 
 

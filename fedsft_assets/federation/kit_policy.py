@@ -1,7 +1,7 @@
-"""What a startup kit lets jobs do: the files of its folder `local/`, which only its owner changes.
+"""The policy of a startup kit: what jobs may do, in the files of its folder `local/`, which only its owner changes.
 
-A job brings no code. Of what is installed, it may configure this project's part of a job and what NVFlare adds to every
-job; the study's user may do what a job needs with jobs of its own. Everything else is refused, by NVFlare.
+Jobs bring no code. They may configure this project's installed components and those that NVFlare adds to every job, and
+the study's user has the rights that its own jobs need. NVFlare refuses everything else.
 """
 
 import json
@@ -11,10 +11,10 @@ from typing import Any
 
 from fedsft_assets.files import publish_file
 
-SERVER_PART = "fedsft_assets.federation.server.controller.FederatedSFT"
+CONTROLLER = "fedsft_assets.federation.server.controller.FederatedSFT"
 TRAINER = "fedsft_assets.federation.site.executor.InstalledTrainer"
 LOG_STREAMER = "nvflare.app_common.logging.job_log_streamer.JobLogStreamer"  # NVFlare adds it to every job
-CONNECTION = {
+SITE_CONNECTION = {
     "id": "site_connection",
     "path": "fedsft_assets.federation.connections.site_connection.SiteConnection",
     "args": {},
@@ -24,12 +24,12 @@ SERVER_CONNECTIONS = {
     "path": "fedsft_assets.federation.connections.server_connections.ServerConnections",
     "args": {},
 }
-# What a job may configure.
-SERVER_CLASSES: tuple[str, ...] = (SERVER_PART,)
+# Components that a job may configure.
+SERVER_CLASSES: tuple[str, ...] = (CONTROLLER,)
 SITE_CLASSES: tuple[str, ...] = (TRAINER, LOG_STREAMER)
-STUDY_ROLE = "lead"  # of the user that a study has in the federation
+STUDY_ROLE = "lead"  # NVFlare's role of the study's user
 _RESOURCES = "resources.json"
-_AT_A_SITE = {
+_SITE_RIGHTS = {
     "submit_job": "any",
     "manage_job": "n:submitter",
     "download_job": "n:submitter",
@@ -38,48 +38,51 @@ _AT_A_SITE = {
     "get_job_log": "n:submitter",
     "byoc": "none",
 }
-# How a study reads what a running job writes down.
-_AT_THE_SERVER = {**_AT_A_SITE, "app_command": "n:submitter"}
+_SERVER_RIGHTS = {**_SITE_RIGHTS, "app_command": "n:submitter"}  # to read the journal of a running job
 
 
 def read_resources(kit: Path) -> dict[str, Any]:
-    """As NVFlare has provisioned them."""
+    """The kit's `resources.json` as NVFlare provisioned it."""
     content: dict[str, Any] = json.loads((kit / "local" / f"{_RESOURCES}.default").read_text(encoding="utf-8"))
     return content
 
 
 def write_site_policy(kit: Path, resources: dict[str, Any], keep_logs: bool = False) -> list[Path]:
-    """Let jobs start the trainer that is installed at the site, and nothing else; returns the files."""
+    """Allow jobs to start the trainer that is installed at the site, and nothing else; returns the written files.
+
+    With `keep_logs`, jobs cannot stream their logs to the server.
+    """
     resources["allow_log_streaming"] = not keep_logs
-    resources["components"].append(CONNECTION)
-    return _write(kit, resources, [one for one in SITE_CLASSES if one != LOG_STREAMER or not keep_logs], _AT_A_SITE)
+    resources["components"].append(SITE_CONNECTION)
+    allowed = [name for name in SITE_CLASSES if name != LOG_STREAMER or not keep_logs]
+    return _write(kit, resources, allowed, _SITE_RIGHTS)
 
 
 def write_server_policy(kit: Path, resources: dict[str, Any]) -> list[Path]:
-    """Let jobs have the server's part that is installed there, and the study's user read its journal."""
+    """Allow jobs the installed controller, and the study's user to read its journal; returns the written files."""
     resources["components"].append(SERVER_CONNECTIONS)
-    return _write(kit, resources, SERVER_CLASSES, _AT_THE_SERVER)
+    return _write(kit, resources, SERVER_CLASSES, _SERVER_RIGHTS)
 
 
 def write_simulation_policy(workspace: Path) -> None:
-    """The same for all participants of NVFlare's simulator, which have one machine and no users."""
+    """Allow the same components in NVFlare's simulator, whose participants share a policy and have no users."""
     (workspace / "local").mkdir(parents=True)
     _write_json(workspace / "local" / _RESOURCES, _classes((*SERVER_CLASSES, *SITE_CLASSES)))
 
 
 def keep_server_files(resources: dict[str, Any], folder: Path) -> None:
-    """Have a server's jobs and snapshots in this folder; NVFlare's own is in /tmp."""
+    """Keep a server's jobs and snapshots in this folder instead of NVFlare's default in /tmp."""
     resources["snapshot_persistor"]["args"]["storage"]["args"]["root_dir"] = str(folder / "snapshots")
     components(resources)["job_manager"]["args"]["uri_root"] = str(folder / "jobs")
 
 
 def components(resources: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """By their ids."""
+    """The components in a kit's resources, by their ids."""
     return {component["id"]: component for component in resources["components"]}
 
 
 def _write(kit: Path, resources: dict[str, Any], classes: Iterable[str], rights: dict[str, str]) -> list[Path]:
-    """Files without `.default` go before those that come with the kit."""
+    """Write files without the suffix `.default`, which take precedence over the provisioned ones."""
     policy = {"format_version": "1.0", "permissions": {STUDY_ROLE: rights}}
     files = {_RESOURCES: {**resources, **_classes(classes)}, "authorization.json": policy}
     return [_write_json(kit / "local" / name, content) for name, content in files.items()]

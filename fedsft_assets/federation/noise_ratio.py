@@ -1,4 +1,4 @@
-"""How large a job's noise is beside what it covers, known before anything is trained."""
+"""The ratio of a job's noise to the updates that it hides, which is known before training."""
 
 import math
 from dataclasses import dataclass
@@ -7,64 +7,65 @@ from pathlib import Path
 from fedsft_assets.specs.job import JobSpec, PrivacySpec
 from fedsft_assets.specs.yaml_file import SpecError
 
-# Noise of more than so many times what all rounds together can change at most leaves nothing of what sites learn: in 12
-# rounds of the tiny preset, the loss fell from 7.2 to 6.4 at 10 times, and rose to 7.5 at 15 times.
-MOST = 10.0
+# Beyond this multiple of the largest possible change over all rounds, noise destroys what sites learn: in 12 rounds of
+# the tiny preset, the loss fell from 7.2 to 6.4 at 10 times, and rose to 7.5 at 15 times.
+_MAX_RATIO = 10.0
 
 
 @dataclass(frozen=True)
 class NoiseRatio:
-    """The expected norm of the noise, in norms of a clipped change: each site adds noise to so many `numbers`.
+    """The expected L2 norm of the noise as a multiple of `clip`, where each site sends `parameters` values.
 
-    A Gaussian vector's norm is its deviation times the root of its length. The mean of equally heavy sites has noise
-    that is smaller by the root of their number; rounds add noise in any direction, and changes in one at best.
+    The norm of a Gaussian vector is about its standard deviation times the square root of its length. Averaging equally
+    weighted sites divides it by the square root of their number. Over the rounds, the noise adds up in random
+    directions, and the updates in one direction at best.
     """
 
     privacy: PrivacySpec
-    numbers: int
+    parameters: int
     sites: int
     rounds: int
 
     @property
     def of_site(self) -> float:
-        """In the change that one site sends."""
-        return self.privacy.noise_multiplier * math.sqrt(self.numbers)
+        """In the update of one site."""
+        return self.privacy.noise_multiplier * math.sqrt(self.parameters)
 
     @property
     def of_round(self) -> float:
-        """In the mean of all sites."""
+        """In the mean of all sites' updates."""
         return self.of_site / math.sqrt(self.sites)
 
     @property
     def of_job(self) -> float:
-        """In the sum of all rounds, if all changes go in one direction."""
+        """In the sum of all rounds, if all updates have the same direction."""
         return self.of_round / math.sqrt(self.rounds)
 
     def require_less(self, job: str) -> None:
-        """Raises SpecError for noise under which nothing can be learned, unless the job accepts that."""
-        if self.of_job <= MOST or self.privacy.accept_useless_noise:
+        """Raise SpecError for noise under which nothing can be learned, unless the job accepts that."""
+        if self.of_job <= _MAX_RATIO or self.privacy.accept_useless_noise:
             return
         multiplier = self.privacy.noise_multiplier
         rounds = f"over all {self.rounds} rounds" if self.rounds > 1 else "in the one round"
         raise SpecError(
             f"jobs/{job}.yaml: filters.privacy.noise_multiplier: {multiplier:g}: nothing can be learned under so much"
-            f" noise. On {self.numbers:,} numbers it has {_times(self.of_site)} the norm of a site's clipped change,"
-            f" {_times(self.of_round)} in the mean of {self.sites} sites, and {_times(self.of_job)} {rounds} at best;"
-            f" expected {MOST:g} times at most. Lower it to {multiplier * MOST / self.of_job:.2g}, send fewer numbers"
-            " (training.peft, filters.exclude), or have more sites or rounds; with 'accept_useless_noise: true' in"
-            " filters.privacy it runs all the same"
+            f" noise. On {self.parameters:,} parameters it has {_times(self.of_site)} the norm of a site's clipped"
+            f" update, {_times(self.of_round)} in the mean of {self.sites} sites, and {_times(self.of_job)} {rounds} at"
+            f" best; expected {_MAX_RATIO:g} times at most. Lower it to {multiplier * _MAX_RATIO / self.of_job:.2g},"
+            " send fewer parameters (training.peft, filters.exclude), or use more sites or rounds;"
+            " 'accept_useless_noise: true' in filters.privacy runs the job anyway"
         )
 
 
 def noise_ratio(spec: JobSpec, base_model: Path) -> NoiseRatio | None:
-    """Of a job that starts from this archive; None for one without noise. Raises ModelError."""
+    """The ratio for a job that starts from this archive; None for a job without noise. Raises ModelError."""
     if spec.filters.privacy is None:
         return None
-    return NoiseRatio(spec.filters.privacy, _sent_numbers(spec, base_model), len(spec.sites), spec.rounds)
+    return NoiseRatio(spec.filters.privacy, _sent_parameters(spec, base_model), len(spec.sites), spec.rounds)
 
 
-def _sent_numbers(spec: JobSpec, base_model: Path) -> int:
-    """How many numbers a site sends; no weight is read."""
+def _sent_parameters(spec: JobSpec, base_model: Path) -> int:
+    """The number of parameters that a site sends; no weights are read."""
     import torch
 
     from fedsft_assets.federation.site.update_filters import ChangeFilter

@@ -1,8 +1,8 @@
-"""Named by the startup kits of servers that version 0.1 of this package configured."""
+"""The component in startup kits of servers that were configured with version 0.1 of this package."""
 
 
 class ServerConnections:
-    """Raises RuntimeError, which NVFlare says as the server starts."""
+    """Raises RuntimeError, which NVFlare reports when the server starts."""
 
     def __init__(self) -> None:
         raise RuntimeError(

@@ -1,8 +1,8 @@
-"""Named by the startup kits of sites that version 0.1 of this package configured."""
+"""The component in startup kits of sites that were configured with version 0.1 of this package."""
 
 
 class SiteConnection:
-    """Raises RuntimeError, which NVFlare says as the site starts."""
+    """Raises RuntimeError, which NVFlare reports when the site starts."""
 
     def __init__(self) -> None:
         raise RuntimeError(

@@ -101,9 +101,9 @@ def test_rights_that_the_server_does_not_give_are_named_before_a_job_starts(tmp_
         lacking.stop(SERVER)
     assert (
         str(refused.value)
-        .partition(" what a job needs: ")[2]
+        .partition(" missing: ")[2]
         .startswith(
-            "app_command (to read the journal of a running job), get_job_log (to say why a job failed); add it to the"
+            "app_command (to read the journal of a running job), get_job_log (to report why a job failed); add them to"
         )
     )
 

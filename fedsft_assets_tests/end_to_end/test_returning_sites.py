@@ -119,7 +119,7 @@ def test_a_job_begins_without_a_site_and_has_it_once_it_comes(
     _kill(federation, "site-1")
     events = _run(federation, store, job, _has("val_loss ", "after 1 of"), lambda: federation.start("site-1"))
     texts = _texts(events)
-    assert any("without site-1 for now" in text for text in texts)
+    assert any("starting without site-1" in text for text in texts)
     assert "site-1 · is connected now; it takes part from the next round on" in texts
     report = events[-1]
     assert isinstance(report, JobReport)

@@ -12,6 +12,7 @@ import pytest
 
 from fedsft_assets.federation.protocol.job_report import JobReport
 from fedsft_assets.federation.runtimes.flare.jobs import FlareJobs
+from fedsft_assets.federation.runtimes.flare.session import FlareSession
 from fedsft_assets.federation.runtimes.interface import UnavailableError
 from fedsft_assets.federation.runtimes.processes import MARK, marked_processes, stop_marked
 from fedsft_assets.specs.runtime import Timeouts
@@ -78,7 +79,7 @@ def _without_our_component(kit: Path) -> None:
 
 
 def _jobs(federation: Federation, folder: Path, seconds: float) -> FlareJobs:
-    return FlareJobs(federation.kits.admin, folder, timeouts=Timeouts(connect=60, sites=seconds))
+    return FlareJobs(FlareSession(federation.kits.admin, folder, timeouts=Timeouts(connect=60, sites=seconds)))
 
 
 def _trains(federation: Federation, store: Store, job: str) -> bool:
@@ -101,9 +102,9 @@ def test_a_copy_of_a_kit_says_that_it_must_not_run_and_ends_and_the_site_goes_on
         time.sleep(130)  # it has been here for a while
         copy = _copy(real, tmp_path / "copy")
         mark = start(copy)
-        until(lambda: "registers again" in _said(real), "the site notices that it is locked out")
+        until(lambda: "registering again" in _said(real), "the site notices that it is locked out")
         assert "with a copy of this startup kit" in _said(real)
-        until(lambda: "so this one ends" in _said(copy), "the copy notices that it is one")
+        until(lambda: "shutting this one down" in _said(copy), "the copy notices that it is one")
         until(lambda: marked_processes(mark) == [], "the copy ends")
         time.sleep(40)  # so long a site counts as connected after its last heartbeat
         jobs.prepare([SITE])
@@ -142,7 +143,7 @@ def test_a_kit_of_another_federation_says_so_in_its_log_and_before_it_is_started
     kits = provision(tmp_path / "other", ["site-7"], port=int(target.rpartition(":")[2]))
     kit = kits.sites["site-7"]
     start(kit)
-    why = f"the server at {target} and the startup kit {kit} (of project 'study') are not of the same federation"
+    why = f"the server at {target} and the startup kit {kit} (project 'study') do not belong to the same federation"
     until(lambda: f"not connected: {why}" in _said(kit), "the site says why it cannot connect")
 
     def reach(kit: Path) -> "subprocess.CompletedProcess[str]":

@@ -19,7 +19,7 @@ from fedsft_assets.federation.job_folder import (
     build_job_folder,
     verify_job_folder,
 )
-from fedsft_assets.federation.kit_policy import SERVER_PART
+from fedsft_assets.federation.kit_policy import CONTROLLER
 from fedsft_assets.federation.server.controller import FederatedSFT
 from fedsft_assets.files import file_digest, folder_digest
 from fedsft_assets.settings import PROJECT
@@ -189,7 +189,7 @@ def test_folder_has_no_code(build: Build) -> None:
     assert list(folder.rglob("custom")) == []
     config = json.loads((folder / "app_server/config/config_fed_server.json").read_text())
     (workflow,) = config["workflows"]
-    assert workflow["path"] == SERVER_PART
+    assert workflow["path"] == CONTROLLER
     assert workflow["args"]["package"] == __version__
 
 

@@ -1,4 +1,4 @@
-"""How large noise is beside what it covers, and what is said of it before anything is trained."""
+"""The ratio of noise to updates, and the error before training about too much of it."""
 
 import json
 import math
@@ -43,7 +43,7 @@ def _spec(noise_multiplier: float, **others: Any) -> JobSpec:
 def test_expected_norm_of_noise_is_that_of_real_noise() -> None:
     """Of the mean of four sites, and of the sum of nine rounds, over a change that is clipped."""
     privacy = PrivacySpec(clip=0.5, noise_multiplier=0.02)
-    ratio = NoiseRatio(privacy, numbers=40_000, sites=4, rounds=9)
+    ratio = NoiseRatio(privacy, parameters=40_000, sites=4, rounds=9)
     chosen = ChangeFilter(FiltersSpec(privacy=privacy))
     sent = torch.stack([chosen.privatized({"w": torch.zeros(40_000)})["w"] for _ in range(36)])
     assert sent[0].norm().item() / 0.5 == pytest.approx(ratio.of_site, rel=0.05)
@@ -51,19 +51,19 @@ def test_expected_norm_of_noise_is_that_of_real_noise() -> None:
     assert sent.view(9, 4, -1).mean(1).sum(0).norm().item() / 9 / 0.5 == pytest.approx(ratio.of_job, rel=0.05)
 
 
-def test_numbers_are_counted_that_a_site_sends(archive: Path) -> None:
+def test_parameters_that_a_site_sends_are_counted(archive: Path) -> None:
     model = LanguageModel.load(archive)
     whole = {name: tensor.numel() for name, tensor in model.distinct_parameters().items()}
-    assert noise_ratio(_spec(1.0), archive).numbers == sum(whole.values())  # type: ignore[union-attr]
+    assert noise_ratio(_spec(1.0), archive).parameters == sum(whole.values())  # type: ignore[union-attr]
     without = _spec(1.0)
     filters = without.filters.model_copy(update={"exclude": ["wte", r"bias$"]})
     left = sum(count for name, count in whole.items() if "wte" not in name and not name.endswith("bias"))
-    assert noise_ratio(without.model_copy(update={"filters": filters}), archive).numbers == left  # type: ignore[union-attr]
+    assert noise_ratio(without.model_copy(update={"filters": filters}), archive).parameters == left  # type: ignore[union-attr]
     peft = PeftSpec(rank=4)
     adapters = _spec(1.0, training=without.training.model_copy(update={"peft": peft}))
     add_adapters(model, peft, seed=1)
     trained = sum(map(torch.numel, model.distinct_parameters().values()))
-    assert noise_ratio(adapters, archive).numbers == trained  # type: ignore[union-attr]
+    assert noise_ratio(adapters, archive).parameters == trained  # type: ignore[union-attr]
 
 
 def test_job_without_noise_has_no_ratio_and_needs_no_model() -> None:
@@ -77,10 +77,10 @@ def test_noise_under_which_nothing_can_be_learned_is_an_error_that_says_what_to_
         ratio.require_less("fedavg")
     said = str(told.value)
     assert said.startswith(f"jobs/fedavg.yaml: filters.privacy.noise_multiplier: {noise_multiplier:g}: nothing can be")
-    assert f"On 1,000,000 numbers it has {1000 * noise_multiplier:,.3g} times the norm of a site's clipped" in said
+    assert f"On 1,000,000 parameters it has {1000 * noise_multiplier:,.3g} times the norm of a site's clipped" in said
     assert f"{500 * noise_multiplier:,.3g} times in the mean of 4 sites" in said
     assert f"{500 / 3 * noise_multiplier:,.3g} times over all 9 rounds at best; expected 10 times at most" in said
-    assert "training.peft, filters.exclude), or have more sites or rounds" in said
+    assert "training.peft, filters.exclude), or use more sites or rounds" in said
     advised = float(re.search(r"Lower it to (\S+),", said).group(1))  # type: ignore[union-attr]
     assert advised == pytest.approx(10 * 3 / 500, rel=0.05)
     assert "learning rate" not in said
@@ -88,11 +88,11 @@ def test_noise_under_which_nothing_can_be_learned_is_an_error_that_says_what_to_
 
 def test_noise_that_many_sites_and_rounds_drown_is_let_through() -> None:
     privacy = PrivacySpec(clip=1.0, noise_multiplier=1.0)
-    NoiseRatio(privacy, numbers=1_000_000, sites=1000, rounds=100).require_less("fedavg")
+    NoiseRatio(privacy, parameters=1_000_000, sites=1000, rounds=100).require_less("fedavg")
     with pytest.raises(SpecError, match=r"317 times in the one round at best"):
-        NoiseRatio(privacy, numbers=100_489, sites=1, rounds=1).require_less("fedavg")
+        NoiseRatio(privacy, parameters=100_489, sites=1, rounds=1).require_less("fedavg")
     accepted = privacy.model_copy(update={"accept_useless_noise": True})
-    NoiseRatio(accepted, numbers=1_000_000, sites=1, rounds=1).require_less("fedavg")
+    NoiseRatio(accepted, parameters=1_000_000, sites=1, rounds=1).require_less("fedavg")
 
 
 @pytest.fixture
@@ -118,4 +118,4 @@ def test_server_is_told_how_large_the_noise_is(store: Store, accepted: bool) -> 
     assert report.noise is not None
     config = json.loads((report.folder / "app_server/config/config_fed_server.json").read_text())
     told = config["workflows"][0]["args"]["noise_ratio"]
-    assert told == report.noise.of_round == privacy.noise_multiplier * math.sqrt(report.noise.numbers / 3)
+    assert told == report.noise.of_round == privacy.noise_multiplier * math.sqrt(report.noise.parameters / 3)

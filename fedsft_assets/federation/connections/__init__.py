@@ -1,1 +1,1 @@
-"""How the processes of a federation reach each other, and that nobody else does."""
+"""Connections between the processes of a federation, closed to everyone else."""

@@ -1,9 +1,9 @@
-"""How NVFlare's processes of one machine reach each other here: by Unix sockets, which know who is at the other end.
+"""An NVFlare driver that connects processes of one machine by Unix sockets, and checks the peer's user id.
 
-NVFlare has them listen on loopback ports without a key, where every account of the machine gets in. In place of its
-driver for such ports, this one takes what has no certificate and stays on the machine. A port above all that TCP has
-stands for an abstract socket of Linux: any account finds its name, and is turned away by the user id that the kernel
-says. What listens for other machines, or with certificates, is NVFlare's as before.
+NVFlare's own driver listens on loopback ports without authentication, where every account of the machine can connect.
+This driver replaces it for connections without certificates that stay on the machine: a port above the range of TCP
+stands for an abstract socket of Linux. Other accounts can see its name, but are refused by the user id that the kernel
+reports. Connections from other machines, or with certificates, are left to NVFlare's driver.
 """
 
 import logging
@@ -26,59 +26,59 @@ from fedsft_assets.federation.connections.peer import require_own_user
 
 SCHEME = "tcp"
 _TCP_PORTS = 1 << 16
-_RANDOM_BITS = 62  # so that no two sockets of a machine have one name
+_RANDOM_BITS = 62  # enough for names that are unique on the machine
 _LOOPBACK = ("localhost", "127.0.0.1")
-_WAITING = 1024  # connections; a site that has to try again waits seconds
+_BACKLOG = 1024  # connections; a site that has to retry waits for seconds
 
 _logger = logging.getLogger(__name__)
 
 
 def use_local_driver() -> None:
-    """From now on, in this process. Where there are no such sockets, its log says so, and all is as before."""
-    if not can_be_used():
+    """Install the driver in this process. On other systems than Linux, log a warning and change nothing."""
+    if not is_supported():
         _logger.warning(
-            f"on {sys.platform}, processes of a job talk over ports of 127.0.0.1 without a key:"
-            " every account of this computer can join in; run jobs where there are no others, or on Linux"
+            f"on {sys.platform}, processes of a job are connected over ports of 127.0.0.1 without authentication: every"
+            " account of this computer can join in; run jobs on Linux, or on a computer without other accounts"
         )
         return
-    # NVFlare's own first, which it would find again without a word, and not put in place of this one.
+    # Load NVFlare's drivers first: it loads them once, and would replace this one.
     communicator.driver_mgr.search_folder(str(Path(drivers.__file__).parent), drivers.__package__)
     communicator.driver_mgr.drivers[SCHEME] = LocalDriver
 
 
-def is_used() -> bool:
-    """Whether this process does."""
+def is_installed() -> bool:
+    """Whether this process uses the driver."""
     return communicator.driver_mgr.drivers.get(SCHEME) is LocalDriver
 
 
 def require_local_driver(configure: str) -> None:
-    """Use it from now on, and say that the startup kit is to be configured, by this command, if it did not before."""
-    if is_used() or not can_be_used():
+    """Install the driver unless the startup kit already did; then log that `configure` must be run on the kit."""
+    if is_installed() or not is_supported():
         return
     _logger.error(
-        "this startup kit was configured by an earlier version, and other accounts of this computer can reach its"
-        f" processes; configure it again with {configure}, and start it again"
+        "this startup kit was configured by an earlier version, so other accounts of this computer can connect to its"
+        f" processes; configure it again with {configure}, and restart it"
     )
     use_local_driver()
 
 
-def can_be_used() -> bool:
-    """Whether this machine has abstract sockets, and says who is at their other end."""
+def is_supported() -> bool:
+    """Whether this system has abstract sockets and reports the user id of their peers."""
     return sys.platform == "linux"
 
 
 def new_port() -> int:
-    """A number that stands for a socket of its own."""
+    """A port that stands for a new socket."""
     return _TCP_PORTS + secrets.randbits(_RANDOM_BITS)
 
 
 def socket_name(port: int) -> str:
-    """The abstract name that a port stands for."""
+    """The abstract name of the socket that a port stands for."""
     return f"\0fedsft-{port}"
 
 
 class LocalDriver(TcpDriver):
-    """NVFlare's, with sockets of this machine where a port is none of TCP's."""
+    """NVFlare's TCP driver, with abstract sockets for ports above the range of TCP."""
 
     def listen(self, connector: ConnectorInfo) -> None:
         name = _name(connector)
@@ -96,20 +96,20 @@ class LocalDriver(TcpDriver):
             super().connect(connector)
             return
         self.connector = connector
-        with socket.socket(socket.AF_UNIX) as found:
+        with socket.socket(socket.AF_UNIX) as connected:
             try:
-                found.connect(name)
-                require_own_user(found)
+                connected.connect(name)
+                require_own_user(connected)
             except OSError as error:
                 raise CommError(CommError.CLOSED, f"{connector.params.get(DriverParams.URL.value)}: {error}") from error
-            connection = SocketConnection(found, connector)
+            connection = SocketConnection(connected, connector)
             self.add_connection(connection)
             connection.read_loop()
             self.close_connection(connection)
 
     @staticmethod
     def get_urls(scheme: str, resources: dict[str, Any]) -> tuple[str, str]:
-        """The URL to connect to, and the one to listen at; the host is what NVFlare expects of a clear connection."""
+        """The URLs to connect to and to listen at; the hosts are those that NVFlare expects without TLS."""
         host = resources.get(DriverParams.HOST.value) or _LOOPBACK[0]
         if requires_secure_connection(resources) or host not in _LOOPBACK:
             connect, listen = TcpDriver.get_urls(scheme, resources)
@@ -119,28 +119,28 @@ class LocalDriver(TcpDriver):
 
 
 class _Server(ThreadingMixIn, UnixStreamServer):
-    """As NVFlare's, and for processes of this user alone."""
+    """NVFlare's socket server, for processes of this user only."""
 
-    request_queue_size = _WAITING
-    ssl_context = None  # which NVFlare's handler asks for
+    request_queue_size = _BACKLOG
+    ssl_context = None  # read by NVFlare's handler
 
     def __init__(self, driver: LocalDriver, connector: ConnectorInfo, name: str) -> None:
         self.driver, self.connector = driver, connector
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
         super().__init__(name, ConnectionHandler)
 
     def verify_request(self, request: Any, client_address: Any) -> bool:  # noqa: ARG002
         try:
             require_own_user(request)
         except OSError as error:
-            if str(error) not in self._told:  # once of each account, which could fill the disk otherwise
-                self._told.add(str(error))
-                _logger.warning(f"refused at {self.connector.params.get(DriverParams.URL.value)}: {error}")
+            if str(error) not in self._reported:  # once for each account, which could fill the disk otherwise
+                self._reported.add(str(error))
+                _logger.warning(f"connection refused at {self.connector.params.get(DriverParams.URL.value)}: {error}")
             return False
         return True
 
 
 def _name(connector: ConnectorInfo) -> str | None:
-    """Of the socket that is meant; None if it is a port of TCP."""
+    """The name of the connector's abstract socket; None for a TCP port."""
     port = int(connector.params.get(DriverParams.PORT.value) or 0)
     return socket_name(port) if port >= _TCP_PORTS else None

@@ -1,4 +1,4 @@
-"""A component of a server: its own process and those of jobs reach each other where no other account can."""
+"""A component of the server, which closes the connections between its processes to other accounts of the machine."""
 
 from nvflare.apis.fl_component import FLComponent
 
@@ -6,7 +6,7 @@ from fedsft_assets.federation.connections.local_driver import use_local_driver
 
 
 class ServerConnections(FLComponent):
-    """NVFlare makes it before it connects anything; `fedsft-server configure` writes it into `resources.json`."""
+    """NVFlare creates it before any connection; `fedsft-server configure` writes it into `resources.json`."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,8 +1,7 @@
-"""What a site answers on NVFlare's cells: what a job and its life need, asked by its server or by its own processes.
+"""The requests that a site's cells answer: what jobs need, from the server or from the site's own processes.
 
-NVFlare's cells answer whoever reaches them, and whether a right is needed is what the question itself says: a shell
-command runs at once if it says no. Here everything that is not named below is refused, whoever asks, with a line in the
-site's log.
+NVFlare's cells answer whoever can connect, and a request itself says whether it needs authorization: a shell command
+that says no is run at once. Here every request that is not listed below is refused, whoever sends it, and logged.
 """
 
 import logging
@@ -22,22 +21,22 @@ from nvflare.private.defs import CellChannel, RequestHeader, SysCommandTopic, Tr
 from fedsft_assets.federation.protocol.messages import PROGRESS_CHANNEL, PROGRESS_TOPIC
 
 _ALL, _BULK = "*", "bulk"
-# By channel, the topics. What is streamed has its own channel inside.
+# The topics of each channel. A streamed request has its own channel inside.
 _ANSWERED: dict[str, tuple[str, ...]] = {
-    CellChannel.CLIENT_MAIN: (_ALL,),  # what `_refuse_command` lets through
-    CellChannel.CLIENT_COMMAND: (_ALL,),  # a site's own process to that of a job, which runs no shell
-    CellChannel.AUX_COMMUNICATION: (_ALL,),  # of the parts of a job to one another
-    CellChannel.RETURN_ONLY: (_ALL,),  # answers to what the site has asked
+    CellChannel.CLIENT_MAIN: (_ALL,),  # if `_refuse_command` accepts it
+    CellChannel.CLIENT_COMMAND: (_ALL,),  # from a site's process to that of a job, which runs no shell commands
+    CellChannel.AUX_COMMUNICATION: (_ALL,),  # between the parts of a job
+    CellChannel.RETURN_ONLY: (_ALL,),  # replies to the site's requests
     CellChannel.CELLNET: (_BULK, CellChannelTopic.Bye),
-    CLIENT_API: (_ALL,),  # of a trainer
+    CLIENT_API: (_ALL,),  # from a trainer
     PROGRESS_CHANNEL: (PROGRESS_TOPIC,),  # the same
-    OBJ_DOWNLOADER_CHANNEL: (_ALL,),  # what the site has offered
+    OBJ_DOWNLOADER_CHANNEL: (_ALL,),  # downloads that the site offers
     STREAM_CHANNEL: (_ALL,),
     "credential_manager": ("key_exchange",),
-    "_net_manager": ("peers",),  # the study asks whether a site runs its part of a job
+    "_net_manager": ("peers",),  # whether the site runs its part of a job
 }
-# Commands that the server hands on: of its own, for jobs that it has been allowed to run.
-_OF_A_JOB = {
+# Commands of the server itself, for jobs that the site has authorized.
+_SERVER_COMMANDS = {
     TrainingTopic.START,
     TrainingTopic.START_JOB,
     TrainingTopic.ABORT,
@@ -46,51 +45,51 @@ _OF_A_JOB = {
     TrainingTopic.CHECK_RESOURCE,
     TrainingTopic.CANCEL_RESOURCE,
 }
-# And of users, for which the site's own list of rights is asked.
-_OF_A_USER = {TrainingTopic.DEPLOY, TrainingTopic.CHECK_STATUS, SysCommandTopic.REPORT_VERSION}
-_OF_OWN_JOBS = {TrainingTopic.NOTIFY_JOB_STATUS}
+# Commands of users, which the site's own policy must authorize.
+_USER_COMMANDS = {TrainingTopic.DEPLOY, TrainingTopic.CHECK_STATUS, SysCommandTopic.REPORT_VERSION}
+_OWN_JOB_COMMANDS = {TrainingTopic.NOTIFY_JOB_STATUS}
 
 _logger = logging.getLogger(__name__)
 
 
 def answer_only_what_jobs_need(cell: Any) -> None:
-    """Have a site's cell, NVFlare's `CoreCell`, refuse everything else from now on."""
+    """Make a site's cell, NVFlare's `CoreCell`, refuse every other request from now on."""
     cell.set_message_interceptor(_refuse_message, cell.get_fqcn())
     cell.add_incoming_request_filter(CellChannel.CLIENT_MAIN, _ALL, _refuse_command, cell.get_fqcn())
     cell.add_incoming_request_filter(CellChannel.CELLNET, _BULK, _refuse_bulk)
 
 
 def _refuse_message(message: Message, own: str) -> Message | None:
-    """The refusal of a request, before anything of it is read but its headers; None if it goes on."""
+    """The refusal of a request by its headers, before its payload is read; None if it is accepted."""
     if message.get_header(MessageHeaderKey.DESTINATION) != own:
-        return None  # it is handed on
+        return None  # to be forwarded
     channel, topic = (str(message.get_header(key, "")) for key in (MessageHeaderKey.CHANNEL, MessageHeaderKey.TOPIC))
     if channel == STREAM_CHANNEL and message.get_header(StreamHeaderKey.CHANNEL):
         channel = str(message.get_header(StreamHeaderKey.CHANNEL))
         topic = str(message.get_header(StreamHeaderKey.TOPIC, ""))
-    if _is_answered(channel, topic) and _is_near(_origin(message), own):
+    if _is_answered(channel, topic) and _is_own_or_server(_origin(message), own):
         return None
-    return make_reply(ReturnCode.UNAUTHENTICATED, _said(message, f"{topic!r} of channel {channel!r}"))
+    return make_reply(ReturnCode.UNAUTHENTICATED, _refusal(message, f"topic {topic!r} of channel {channel!r}"))
 
 
 def _refuse_command(message: Message, site: str) -> Message | None:
-    """The refusal of an administrator's command; None if it goes on."""
+    """The refusal of an admin command; None if it is accepted."""
     command, origin = message.payload, _origin(message)
     topic = str(getattr(command, "topic", ""))
     if origin == FQCN.ROOT_SERVER:
-        asks_for_right = command.get_header(RequestHeader.REQUIRE_AUTHZ) == "true"
-        allowed = topic in _OF_A_JOB or (topic in _OF_A_USER and asks_for_right)
+        needs_authorization = command.get_header(RequestHeader.REQUIRE_AUTHZ) == "true"
+        allowed = topic in _SERVER_COMMANDS or (topic in _USER_COMMANDS and needs_authorization)
     else:
-        allowed = topic in _OF_OWN_JOBS and origin.startswith(f"{site}.")
-    return None if allowed else new_cell_message({}, error_reply(_said(message, f"the command {topic!r}")))
+        allowed = topic in _OWN_JOB_COMMANDS and origin.startswith(f"{site}.")
+    return None if allowed else new_cell_message({}, error_reply(_refusal(message, f"command {topic!r}")))
 
 
 def _refuse_bulk(message: Message) -> Message | None:
-    """The refusal of several messages in one, which NVFlare takes apart without asking; None if all go on."""
+    """The refusal of a bulk message, whose parts NVFlare would process unchecked; None if all are accepted."""
     for part in message.payload:
         channel, topic = str(part.get("channel")), str(part.get("topic"))
         if not _is_answered(channel, topic):
-            return make_reply(ReturnCode.UNAUTHENTICATED, _said(message, f"{topic!r} of channel {channel!r}"))
+            return make_reply(ReturnCode.UNAUTHENTICATED, _refusal(message, f"topic {topic!r} of channel {channel!r}"))
     return None
 
 
@@ -99,8 +98,8 @@ def _is_answered(channel: str, topic: str) -> bool:
     return _ALL in topics or topic in topics
 
 
-def _is_near(origin: str, own: str) -> bool:
-    """Whether a cell is the server's, a job's at the server, or of the same site."""
+def _is_own_or_server(origin: str, own: str) -> bool:
+    """Whether a cell belongs to the server, to a job at the server, or to the same site."""
     return origin.partition(".")[0] in (FQCN.ROOT_SERVER, own.partition(".")[0])
 
 
@@ -108,8 +107,8 @@ def _origin(message: Message) -> str:
     return str(message.get_header(MessageHeaderKey.ORIGIN, ""))
 
 
-def _said(message: Message, what: str) -> str:
-    refused = ReplyKeyword.NOT_AUTHORIZED  # NVFlare's word for it, which its clients look for
-    said = f"{what} is {refused}, asked by {_origin(message)!r}: this site answers what a job needs, and nothing else"
-    _logger.warning(said)
-    return said
+def _refusal(message: Message, request: str) -> str:
+    not_authorized = ReplyKeyword.NOT_AUTHORIZED  # the wording that NVFlare's clients recognize
+    refusal = f"{request} from {_origin(message)!r} is {not_authorized}: this site answers only what jobs need"
+    _logger.warning(refusal)
+    return refusal

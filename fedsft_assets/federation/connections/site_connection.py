@@ -1,8 +1,8 @@
-"""A component of a site: it says why the site cannot connect, gets it in again when it is locked out, and closes it.
+"""A component of a site, which explains failed connections, resolves duplicate ones, and refuses other accounts.
 
-NVFlare's client tries again for ever, whatever is wrong with its startup kit. And where a kit is connected twice, the
-server listens to whoever registered last and drops what the other says, which that one never notices. On the site's own
-machine, NVFlare's processes listen to everybody: with this one, to their own account alone.
+NVFlare's client retries for ever, whatever is wrong with its startup kit. When two processes connect with the same kit,
+the server accepts messages from the one that registered last and drops those of the other, which does not notice. And
+on the site's machine, NVFlare's processes accept connections from any account.
 """
 
 import threading
@@ -21,91 +21,91 @@ from nvflare.private.defs import CellChannel, CellChannelTopic
 from fedsft_assets.access import close_to_others, said_of_kit
 from fedsft_assets.federation.connections.local_driver import use_local_driver
 from fedsft_assets.federation.connections.site_answers import answer_only_what_jobs_need
-from fedsft_assets.federation.connections.startup_kit import why_not_connected
+from fedsft_assets.federation.connections.startup_kit import diagnose_connection
 from fedsft_assets.process_env import forget_secrets
 
-_SECONDS_TO_CONNECT = 10.0
-_SECONDS_BETWEEN_WORDS = 20.0
-# Two processes with one kit: the one that the server has heard this often before the other came stays.
+_SECONDS_TO_CONNECT = 10.0  # before a missing connection is diagnosed
+_SECONDS_BETWEEN_DIAGNOSES = 20.0
+# Of two processes with one kit, the one that had this many heartbeats accepted before the other registered stays.
 _HEARTBEATS_TO_STAY = 12
-# If both have, they would lock each other out in turn; the one that has got in again so often first gives up.
-_MOST_TIMES, _SECONDS_OF_TIMES = 2, 300.0
-_REGISTERED_ALREADY = "already registered"  # of NVFlare's answer to a heartbeat
+# If both had, they would lock each other out in turn; the first that has registered again this often gives up.
+_MAX_REREGISTRATIONS, _REREGISTRATION_SECONDS = 2, 300.0
+_ALREADY_REGISTERED = "already registered"  # in NVFlare's reply to a heartbeat
 
 
 class SiteConnection(FLComponent):
-    """Of a site that connects to its server; `fedsft-site configure` writes it into the site's `resources.json`."""
+    """A site's connection to its server; `fedsft-site configure` writes it into the site's `resources.json`."""
 
     def __init__(self) -> None:
-        """NVFlare makes it in the site's own process and in those of jobs, before they connect anything."""
+        """NVFlare creates it in the site's own process and in those of jobs, before any connection."""
         super().__init__()
         use_local_driver()
         self._registered = threading.Event()
         self._locked_out = False
-        self._heartbeats = 0  # that the server has accepted
-        self._got_in_again: deque[float] = deque()  # when
+        self._accepted_heartbeats = 0
+        self._reregistered: deque[float] = deque()  # times, by time.monotonic
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         if event_type == EventType.SYSTEM_BOOTSTRAP:
-            forget_secrets()  # those that the site's operator has exported are none of the jobs' that this one starts
+            forget_secrets()  # jobs must not inherit what the site's operator has exported
             kit = Path(fl_ctx.get_prop(FLContextKey.WORKSPACE_ROOT))
             closed = close_to_others(kit)
             if closed.keys:
                 self.logger.error(said_of_kit(kit, closed))
-            threading.Thread(target=self._say_why_not, args=(kit,), name="connection", daemon=True).start()
-        elif event_type == EventType.BEFORE_CLIENT_REGISTER:  # from which on the server hands questions on
+            threading.Thread(
+                target=self._diagnose_until_registered, args=(kit,), name="connection", daemon=True
+            ).start()
+        elif event_type == EventType.BEFORE_CLIENT_REGISTER:  # from then on the server forwards requests
             answer_only_what_jobs_need(fl_ctx.get_engine().get_cell().core_cell)
         elif event_type == EventType.AFTER_CLIENT_REGISTER:
             self._registered.set()
             fl_ctx.get_engine().get_cell().core_cell.add_incoming_reply_filter(
-                channel=CellChannel.SERVER_MAIN, topic=CellChannelTopic.HEART_BEAT, cb=self._take_answer
+                channel=CellChannel.SERVER_MAIN, topic=CellChannelTopic.HEART_BEAT, cb=self._handle_heartbeat_reply
             )
         elif event_type == EventType.AFTER_CLIENT_HEARTBEAT and self._locked_out:
             self._locked_out = False
-            self._get_in_again(fl_ctx.get_engine())
+            self._register_again(fl_ctx.get_engine())
         elif event_type == EventType.SYSTEM_END:
             self._registered.set()
 
-    def _say_why_not(self, kit: Path) -> None:
-        """Until the site is registered."""
+    def _diagnose_until_registered(self, kit: Path) -> None:
         wait = _SECONDS_TO_CONNECT
         while not self._registered.wait(wait):
-            wait = _SECONDS_BETWEEN_WORDS
+            wait = _SECONDS_BETWEEN_DIAGNOSES
             try:
-                why = why_not_connected(kit)
+                problem = diagnose_connection(kit)
             except Exception as error:
-                why = str(error)
-            if why:
-                self.logger.error(f"not connected: {why}")
+                problem = str(error)
+            if problem:
+                self.logger.error(f"not connected: {problem}")
 
-    def _take_answer(self, reply: Any) -> None:
-        """What the server says to a heartbeat."""
+    def _handle_heartbeat_reply(self, reply: Any) -> None:
         if reply.get_header(MessageHeaderKey.RETURN_CODE) == ReturnCode.OK:
-            self._heartbeats += 1
-        elif _REGISTERED_ALREADY in str(reply.get_header(MessageHeaderKey.ERROR) or ""):
+            self._accepted_heartbeats += 1
+        elif _ALREADY_REGISTERED in str(reply.get_header(MessageHeaderKey.ERROR) or ""):
             self._locked_out = True
 
-    def _get_in_again(self, engine: Any) -> None:
-        """Whoever registers last is listened to; so this one registers again, or it is the one that must not run."""
+    def _register_again(self, engine: Any) -> None:
+        """Replace the other process at the server, or shut down if this is the one that must not run."""
         now, site = time.monotonic(), engine.get_client_name()
-        while self._got_in_again and now - self._got_in_again[0] > _SECONDS_OF_TIMES:
-            self._got_in_again.popleft()
-        if self._heartbeats < _HEARTBEATS_TO_STAY or len(self._got_in_again) >= _MOST_TIMES:
+        while self._reregistered and now - self._reregistered[0] > _REREGISTRATION_SECONDS:
+            self._reregistered.popleft()
+        if self._accepted_heartbeats < _HEARTBEATS_TO_STAY or len(self._reregistered) >= _MAX_REREGISTRATIONS:
             self.logger.error(
-                f"another process is connected as {site}, with a copy of this startup kit, so this one ends:"
-                " a site runs in one place. If this is the right one, end the other and start this one again"
+                f"another process is connected as {site} with a copy of this startup kit; shutting this one down, since"
+                " a site may run only once. If this is the right one, stop the other and restart this one"
             )
             engine.shutdown()
             return
         self.logger.error(
-            f"another process has registered as {site}, with a copy of this startup kit, and this one was locked out;"
-            " it registers again. Find the copy and end it: whoever has it gets what this site gets. If you do not"
-            " know where it is, have the federation provisioned with a new kit for this site"
+            f"another process has registered as {site} with a copy of this startup kit and locked this one out;"
+            " registering again. Find the process with the copy and stop it: it receives what this site receives. If"
+            " you do not know where it is, have a new kit provisioned for this site"
         )
         client = engine.client
         with engine.new_context() as fl_ctx:
             project = client._get_project_name()
             registered = client.communicator.client_registration(client.client_name, project, fl_ctx)
         client.token, client.token_signature, client.ssid = registered
-        self._got_in_again.append(now)
+        self._reregistered.append(now)
         self.logger.info(f"registered again as {site}")

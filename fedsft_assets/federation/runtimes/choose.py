@@ -10,10 +10,10 @@ from fedsft_assets.specs.runtime import RuntimeSettings
 
 
 def make_runtime(settings: RuntimeSettings, home: Path, folder: Path, trainers: int) -> Runtime:
-    """The runtime of that name for one execution of so many trainers; `folder` is for its own files.
+    """The runtime that `settings` names, for one execution with `trainers` trainers; `folder` takes its files.
 
-    Trainers of a POC have as many threads as it gives them when it starts, those of a federation what their sites
-    give them. Raises UnavailableError for a federation without a startup kit.
+    `trainers` sets the threads of each in the simulator; a POC and the sites of a federation have settings of their
+    own. Raises UnavailableError for a federation without a startup kit.
     """
     if settings.name == "poc":
         from fedsft_assets.federation.runtimes.poc.runtime import Poc
@@ -29,5 +29,5 @@ def make_runtime(settings: RuntimeSettings, home: Path, folder: Path, trainers: 
 
 
 def poc_system(home: Path, settings: RuntimeSettings) -> PocSystem:
-    """The POC of a home."""
+    """The POC of the home `home`."""
     return PocSystem(home / "poc", settings.poc, home_environment(home), settings.sites)

@@ -1,7 +1,7 @@
-"""What a place where jobs run offers to the supervisor of one: the simulator, a POC, or a production federation.
+"""What a runtime offers to the supervisor of a job: NVFlare's simulator, a POC, or a production federation.
 
-All take the same job folder and give back the same files. The server part of a job writes down what happens
-in its journal (`journal.jsonl`), of which a runtime hands on new lines while the job runs.
+All runtimes take the same job folder and return the same files. The server part of a job writes a journal
+(`journal.jsonl`), whose new lines a runtime returns while the job runs.
 """
 
 from collections.abc import Iterator
@@ -11,23 +11,23 @@ from typing import Protocol
 
 
 class UnavailableError(RuntimeError):
-    """The runtime cannot take or find a job: unreachable, not started, sites missing. The message says what to do."""
+    """The runtime cannot run or find a job: unreachable, not started, sites missing. The message says what to do."""
 
 
 class RefusedError(UnavailableError):
-    """The runtime does not let this user do it, whatever the job does. The message names the right."""
+    """The user lacks a right, whatever the job. The message names it."""
 
 
 class ResultLostError(UnavailableError):
-    """The runtime does not have what an ended job made; its server's state may still have it."""
+    """The runtime does not have the result of an ended job; the server's saved state may still have it."""
 
 
 @dataclass(frozen=True)
 class JobState:
-    """`status` is the runtime's own word for it: a FLARE status, or an exit code.
+    """`status` is in the runtime's own terms: a FLARE status, or an exit code.
 
-    `waiting`: the job has not begun, so it has nothing to say yet. `forbidden`: a participant's policy does not let it
-    run, however often it is submitted.
+    `waiting`: submitted but not started, so silence is expected. `forbidden`: a participant's policy does not allow the
+    job, so submitting it again is useless.
     """
 
     ended: bool
@@ -41,41 +41,41 @@ class Runtime(Protocol):
     """One execution of one job. Every method but `close` may raise UnavailableError."""
 
     survives_submitter: bool
-    """Whether a submitted job goes on when the process that submitted it dies, so that another can take over."""
+    """Whether a job keeps running when the process that submitted it dies, so that another can reattach to it."""
 
     def gather(self, sites: list[str], at_least: int) -> Iterator[str]:
-        """Make ready what the job needs: started, reached, and with so many of these sites connected.
+        """Start or reach what the job needs, and wait until `at_least` of the sites are connected.
 
-        Tells who is missing as soon as it is known. Once so many are there, the others are not waited for long.
+        Yields a message for each missing site. Once enough are connected, the others are waited for only briefly.
         """
 
     def submit(self, job_folder: Path, token: str) -> str:
-        """Hand in the job; returns its FLARE job id, by which any process can ask for it from now on.
+        """Submit the job; returns its FLARE job id, which is valid in any process.
 
-        Where a job outlives its submitter, a token that was used before gives the job of that time, however it is
-        with it now: another process that does not know whether the job was taken hands it in again.
+        Where jobs survive their submitter, submitting a token again returns the job of the first time, whatever its
+        state: so a process that does not know whether its submission arrived repeats it.
         """
 
     def poll(self, job_id: str) -> JobState:
-        """Whether the job has ended, and how. A job that the runtime does not know has ended without success."""
+        """The state of the job. A job that the runtime does not know has ended without success."""
 
     def new_lines(self, job_id: str) -> list[str]:
-        """Whole lines of the server's journal that this object has not handed out yet. Raises RefusedError too."""
+        """Complete lines of the server's journal that this object has not returned yet. Raises RefusedError too."""
 
     def journal(self, job_id: str) -> list[str] | None:
-        """All lines of the journal of a job that has ended; None where nobody has all of it."""
+        """The whole journal of an ended job; None if it is not available."""
 
     def end_of_log(self, job_id: str, name: str, lines: int) -> str:
-        """The last lines of what `server` or a site logged, as far as it can be had from here; may be empty."""
+        """The last lines of the log of `server` or a site; empty if it is not available."""
 
     def abort(self, job_id: str) -> None:
-        """End the job; returns when nothing of it runs any more. No error if it has ended already."""
+        """Abort the job and return when all its processes have ended. No error for a job that has ended."""
 
     def fetch(self, job_id: str, into: Path) -> None:
-        """Put the files of the server part of the ended job into the folder `into`. Raises ResultLostError too."""
+        """Copy the files of an ended job's server part into the folder `into`. Raises ResultLostError too."""
 
     def command(self, module: str) -> tuple[list[str], dict[str, str]]:
-        """How a module of this package starts here as a process, and with what environment."""
+        """The command and environment that run a module of this package here."""
 
     def close(self) -> None:
-        """Let go of connections. The job is not touched."""
+        """Close connections. The job is left alone."""

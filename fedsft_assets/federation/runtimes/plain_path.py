@@ -1,7 +1,7 @@
-"""Short-lived names without special characters for folders whose paths have some.
+"""Temporary links for folders whose paths contain special characters.
 
-NVFlare puts paths into command lines that are split at spaces and quotes, and `PATH` is split at colons. There a
-folder is named by a private link in a place for temporary files.
+NVFlare puts paths into command lines that are split at spaces and quotes, and `PATH` is split at colons. Such a folder
+is passed as a private symbolic link in a folder for temporary files.
 """
 
 import fcntl
@@ -14,48 +14,51 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _PREFIX = f"fedsft-link-{os.getuid()}-"
-_PLACES = ("/tmp", "/var/tmp", "/dev/shm")
+_TEMPORARY_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 _LINK = "folder"
 
 
 def is_plain(path: Path) -> bool:
-    """Whether the path means itself in a command line, and in a variable like `PATH`."""
+    """Whether the path needs no quoting in a command line or in a variable like `PATH`."""
     return shlex.quote(str(path)) == str(path) and os.pathsep not in str(path)
 
 
 @contextmanager
 def plain_path(folder: Path) -> Iterator[Path]:
-    """The folder's path if it is plain, else that of a link to it, as long as the block takes.
+    """The folder's own path if it is plain, else a link to it that exists until the block ends.
 
-    Links of processes that were killed are removed by the next call. Raises OSError where no link can be made.
+    Links of killed processes are removed by the next call. Raises OSError if no link can be made.
     """
     if is_plain(folder):
         yield folder
         return
-    place = _place()
-    _remove_left(place)
-    with _own_folder(place) as private:
+    parent = _temporary_folder()
+    _remove_stale(parent)
+    with _private_folder(parent) as private:
         link = private / _LINK
         link.symlink_to(folder)
         yield link
 
 
-def _place() -> Path:
-    for place in map(Path, (tempfile.gettempdir(), *_PLACES)):
-        if is_plain(place) and os.access(place, os.W_OK | os.X_OK):
-            return place
-    raise OSError(f"none of {', '.join(_PLACES)} can be written to; set TMPDIR to a folder with a plain path")
+def _temporary_folder() -> Path:
+    for folder in map(Path, (tempfile.gettempdir(), *_TEMPORARY_FOLDERS)):
+        if is_plain(folder) and os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    raise OSError(
+        f"none of {', '.join(_TEMPORARY_FOLDERS)} is writable; set TMPDIR to a writable folder whose path has no spaces"
+        " or special characters"
+    )
 
 
 @contextmanager
-def _own_folder(place: Path) -> Iterator[Path]:
-    """A new folder for this user only, locked until it is removed, so that others know that it is in use."""
+def _private_folder(parent: Path) -> Iterator[Path]:
+    """A new folder for this user only; it is locked while it is in use, and removed afterwards."""
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
         try:
             handle = os.open(folder, os.O_RDONLY)
         except FileNotFoundError:
-            continue  # another call took it for left behind before it was locked
+            continue  # another call removed it as stale before it was locked
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
             if not folder.exists():
@@ -67,16 +70,16 @@ def _own_folder(place: Path) -> Iterator[Path]:
             os.close(handle)
 
 
-def _remove_left(place: Path) -> None:
-    """Remove what processes of this user left that died."""
-    for left in place.glob(f"{_PREFIX}*"):
+def _remove_stale(parent: Path) -> None:
+    """Remove the links of this user's processes that died."""
+    for stale in parent.glob(f"{_PREFIX}*"):
         try:
-            handle = os.open(left, os.O_RDONLY | os.O_NOFOLLOW)
+            handle = os.open(stale, os.O_RDONLY | os.O_NOFOLLOW)
         except OSError:
-            continue  # just gone, or another user's
+            continue  # removed meanwhile, or another user's
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(left, ignore_errors=True)
+            shutil.rmtree(stale, ignore_errors=True)
         except BlockingIOError:
             pass  # in use
         finally:

@@ -1,10 +1,11 @@
-"""Finding and ending every process of a job, also those that left its process group or lost their parent.
+"""Finding and ending every process of a job, including those that left its process group or lost their parent.
 
-A job's processes carry a mark in their environment, which children inherit. Nothing else is ever ended.
-Each execution of a job has a mark of its own, which begins with its workspace's: whoever ends an execution
-spares the next one. The mark of a folder stands for those of all folders in it.
+A job's processes carry a mark in their environment, which children inherit; no other process is ever ended. Each
+execution of a job has its own mark, which begins with that of its workspace, so that ending one execution spares the
+next. The mark of a folder also matches those of all folders in it.
 """
 
+import contextlib
 import os
 import signal
 import time
@@ -19,53 +20,50 @@ _POLL_SECONDS = 0.1
 
 
 def execution_mark(mark: str) -> str:
-    """A new mark for one execution of what `mark` stands for."""
+    """A new mark for one execution in the workspace that has this mark."""
     return f"{mark}{_EXECUTION}{uuid.uuid4().hex}"
 
 
 def marked_processes(mark: str) -> list[psutil.Process]:
-    """Living processes that carry the mark, or that of one of its executions; this one left out."""
+    """Living processes that carry the mark, or that of one of its executions, except the calling process."""
     found = []
     for process in psutil.process_iter():
         try:
             if (
                 process.pid != os.getpid()
-                and _is_of(process.environ().get(MARK, ""), mark)
+                and _matches(process.environ().get(MARK, ""), mark)
                 and process.status() != psutil.STATUS_ZOMBIE
             ):
                 found.append(process)
         except psutil.Error:
-            continue  # ended meanwhile, or not ours to look at
+            continue  # ended meanwhile, or another user's
     return found
 
 
 def stop_marked(mark: str, grace: float = 5.0, spare: Collection[int] = ()) -> int:
-    """End all processes that carry the mark, but for these: politely, and after `grace` seconds by force.
+    """Send SIGTERM to all processes with the mark except the pids in `spare`, and SIGKILL after `grace` seconds.
 
-    Looks again until none is left, since a dying parent may still start a child. Returns how many were
-    found. Raises RuntimeError if some cannot be ended.
+    Repeats until none is left, since a dying parent may still start a child. Returns how many were found. Raises
+    RuntimeError if some do not end.
     """
     seen: set[int] = set()
-    begun = time.monotonic()
-    while processes := [one for one in marked_processes(mark) if one.pid not in spare]:
-        waited = time.monotonic() - begun
+    started = time.monotonic()
+    while processes := [process for process in marked_processes(mark) if process.pid not in spare]:
+        waited = time.monotonic() - started
         if waited > grace + 30:
-            raise RuntimeError(f"processes {[p.pid for p in processes]} of {mark} do not end")
+            pids = [process.pid for process in processes]
+            raise RuntimeError(
+                f"processes {pids} with the mark {mark!r} did not end {waited - grace:.0f} s after SIGKILL"
+            )
         for process in processes:
-            sign = signal.SIGKILL if waited > grace else signal.SIGTERM
-            if sign == signal.SIGKILL or process.pid not in seen:
+            number = signal.SIGKILL if waited > grace else signal.SIGTERM
+            if number == signal.SIGKILL or process.pid not in seen:
                 seen.add(process.pid)
-                _send(process, sign)
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(number)
         time.sleep(_POLL_SECONDS)
     return len(seen)
 
 
-def _is_of(carried: str, mark: str) -> bool:
+def _matches(carried: str, mark: str) -> bool:
     return carried == mark or carried.startswith((f"{mark}{_EXECUTION}", f"{mark}/"))
-
-
-def _send(process: psutil.Process, sign: signal.Signals) -> None:
-    try:
-        process.send_signal(sign)
-    except psutil.NoSuchProcess:
-        pass

@@ -1,4 +1,4 @@
-"""Cells of NVFlare that reach each other by sockets of this machine, and who does not."""
+"""NVFlare's cells connected by Unix sockets, and other accounts that are refused."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ from nvflare.fuel.f3.stats_pool import StatsPoolManager
 from fedsft_assets.federation.connections import local_driver, peer
 from fedsft_assets.federation.connections.local_driver import (
     LocalDriver,
-    is_used,
+    is_installed,
     new_port,
     require_local_driver,
     use_local_driver,
@@ -53,7 +53,7 @@ os._exit(0)
 def used() -> Iterator[None]:
     """As in a process of a job; others in this one are as before."""
     use_local_driver()
-    assert is_used()
+    assert is_installed()
     yield
     communicator.driver_mgr.drivers[local_driver.SCHEME] = TcpDriver
 
@@ -74,7 +74,7 @@ def _cell(name: str, **options: Any) -> Cell:
     return Cell(**{"fqcn": name, "secure": False, "credentials": {}, "root_url": None, **options})
 
 
-def test_cells_exchange_what_is_large_and_no_port_is_open(listening: tuple[Cell, str]) -> None:
+def test_cells_exchange_a_large_message_without_an_open_port(listening: tuple[Cell, str]) -> None:
     _, url = listening
     scan = Scan()
     with _child(url) as child:
@@ -91,23 +91,24 @@ def _child(url: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.skipif(stranger.why_not() is not None, reason=str(stranger.why_not()))
-def test_another_account_is_refused_with_a_line(listening: tuple[Cell, str], caplog: pytest.LogCaptureFixture) -> None:
+def test_another_account_is_refused_and_logged(listening: tuple[Cell, str], caplog: pytest.LogCaptureFixture) -> None:
     _, url = listening
     caplog.set_level(logging.WARNING)
-    (got,) = stranger.tried_as_nobody([["call", f"@fedsft-{url.rpartition(':')[2]}"]])
+    port = url.rpartition(":")[2]
+    (got,) = stranger.tried_as_nobody([["call", f"@fedsft-{port}"]])
     assert not got.connected
-    assert f"user {stranger.NOBODY} is at the other end of a socket that is for user" in caplog.text
+    assert f":{port}: the peer has user id {stranger.NOBODY}; only user id" in caplog.text
 
 
 @pytest.mark.usefixtures("used")
-def test_who_has_taken_a_name_is_told_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_sent_to_another_account_that_took_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
     port = new_port()
     monkeypatch.setattr(peer, "user_of", lambda _: 12345)
     connector = SimpleNamespace(params={DriverParams.PORT.value: str(port), DriverParams.URL.value: "tcp://it"})
     with socket.socket(socket.AF_UNIX) as other:
         other.bind(local_driver.socket_name(port))
         other.listen()
-        with pytest.raises(CommError, match="tcp://it: user 12345 is at the other end"):
+        with pytest.raises(CommError, match="tcp://it: the peer has user id 12345"):
             LocalDriver().connect(connector)
         called, _ = other.accept()
         with called:
@@ -123,26 +124,26 @@ def test_who_has_taken_a_name_is_told_nothing(monkeypatch: pytest.MonkeyPatch) -
         ({"host": "10.0.0.7", "connection_security": "clear"}, False),
     ],
 )
-def test_what_has_certificates_or_is_for_other_machines_stays_a_port(resources: dict[str, Any], own: bool) -> None:
+def test_connections_with_certificates_or_to_other_machines_use_tcp_ports(resources: dict[str, Any], own: bool) -> None:
     connect, listen = LocalDriver.get_urls("tcp", resources)
     for url in (connect, listen):
         assert (int(url.rpartition(":")[2]) >= 1 << 16) == own
 
 
-def test_elsewhere_than_on_linux_all_is_as_before_and_said(
+def test_other_systems_than_linux_keep_nvflares_driver_and_log_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(local_driver.sys, "platform", "darwin")
     use_local_driver()
-    assert not is_used()
+    assert not is_installed()
     assert "every account of this computer can join in" in caplog.text
 
 
 @pytest.mark.usefixtures("used")
-def test_process_of_a_kit_that_was_configured_before_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_kit_of_an_earlier_version_gets_the_driver_and_an_error(caplog: pytest.LogCaptureFixture) -> None:
     require_local_driver("fedsft-site configure")
     assert caplog.text == ""
     communicator.driver_mgr.drivers[local_driver.SCHEME] = TcpDriver
     require_local_driver("fedsft-site configure")
     assert "configure it again with fedsft-site configure" in caplog.text
-    assert is_used()
+    assert is_installed()

@@ -1,4 +1,4 @@
-"""What a site's cell answers, by NVFlare's own cell that is asked as if by the network."""
+"""The requests that a site's cell answers and refuses, as they arrive from the network."""
 
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -81,59 +81,57 @@ def _authorized(topic: str) -> Command:
 @pytest.mark.parametrize(
     "topic", ["sys.shell", "train.restart", "train.shutdown", "sys.configure_site_log", "sys.info"]
 )
-def test_no_command_over_a_machine_is_answered_whoever_asks(
+def test_commands_that_control_the_machine_are_refused_from_everyone(
     ask: Callable[..., str], topic: str, right: str, origin: str
 ) -> None:
     said = ask("admin", topic, origin, _command(topic, **{RequestHeader.REQUIRE_AUTHZ: right}))
-    assert said == ReturnCode.UNAUTHENTICATED or "is not authorized, asked by" in said
+    assert said == ReturnCode.UNAUTHENTICATED or "is not authorized: this site answers only" in said
 
 
 @pytest.mark.parametrize(
     "topic",
     ["train.start_job", "train.abort", "train.delete_run", "scheduler.check_resource", "scheduler.cancel_resource"],
 )
-def test_servers_commands_for_a_job_are_answered(ask: Callable[..., str], topic: str) -> None:
+def test_job_commands_of_the_server_are_answered(ask: Callable[..., str], topic: str) -> None:
     assert ask("admin", topic, payload=_command(topic)) == "done"
     assert "is not authorized" in ask("admin", topic, f"{SITE}.stranger", _command(topic))
     assert ask("admin", topic, "site-2", _command(topic)) == ReturnCode.UNAUTHENTICATED
 
 
 @pytest.mark.parametrize("topic", ["train.deploy", "train.check_status", "sys.report_version"])
-def test_users_commands_are_answered_where_the_site_is_asked_for_their_right(
-    ask: Callable[..., str], topic: str
-) -> None:
+def test_user_commands_are_answered_only_if_the_site_must_authorize_them(ask: Callable[..., str], topic: str) -> None:
     assert ask("admin", topic, payload=_authorized(topic)) == "done"
     assert "is not authorized" in ask("admin", topic, payload=_command(topic))
 
 
-def test_own_job_tells_its_state_and_nobody_else_does(ask: Callable[..., str]) -> None:
+def test_job_status_is_accepted_from_the_sites_own_jobs_only(ask: Callable[..., str]) -> None:
     topic = "train.notify_job_status"
     assert ask("admin", topic, JOB, _command(topic)) == "done"
     assert "is not authorized" in ask("admin", topic, "server", _command(topic))
     assert "is not authorized" in ask("admin", topic, "server.a-job", _command(topic))
 
 
-def test_of_tools_for_the_network_one_question_is_answered(ask: Callable[..., str]) -> None:
+def test_network_tools_are_refused_except_for_the_list_of_peers(ask: Callable[..., str]) -> None:
     assert ask("_net_manager", "peers", "server.a-job") == "done"
     for topic in ("stop", "stop_cell", "change_root", "config_vars", "process_info", "comm_config"):
         assert ask("_net_manager", topic, "server.a-job") == ReturnCode.UNAUTHENTICATED
 
 
-def test_what_is_streamed_is_judged_by_what_is_inside(ask: Callable[..., str]) -> None:
+def test_streamed_request_is_checked_by_its_inner_channel(ask: Callable[..., str]) -> None:
     inside = {"sm__ch": "_net_manager", "sm__tp": "stop"}
     assert ask("sm__STREAM", "sm__DATA", **inside) == ReturnCode.UNAUTHENTICATED
 
 
-def test_several_messages_in_one_are_judged_each(ask: Callable[..., str]) -> None:
+def test_each_message_in_a_bulk_is_checked(ask: Callable[..., str]) -> None:
     parts = [{"channel": "aux_communication", "topic": "x"}, {"channel": "_net_manager", "topic": "stop"}]
     assert ask("cellnet.channel", "bulk", payload=parts) == ReturnCode.UNAUTHENTICATED
 
 
-def test_parts_of_a_job_talk_to_one_another_and_other_sites_do_not(
+def test_parts_of_a_job_exchange_messages_and_other_sites_are_refused(
     ask: Callable[..., str], caplog: pytest.LogCaptureFixture
 ) -> None:
     for origin in ("server.a-job", JOB):
         assert ask("aux_communication", "anything", origin) == "done"
     assert ask("aux_communication", "anything", "site-2.a-job") == ReturnCode.UNAUTHENTICATED
     assert ask("anything", "else", "server") == ReturnCode.UNAUTHENTICATED
-    assert "'else' of channel 'anything' is not authorized, asked by 'server'" in caplog.text
+    assert "topic 'else' of channel 'anything' from 'server' is not authorized" in caplog.text

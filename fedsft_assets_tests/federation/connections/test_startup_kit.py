@@ -1,4 +1,4 @@
-"""Why a site cannot connect, where no federation is needed to find out; the rest is in end_to_end."""
+"""Diagnoses of a connection that need no federation; the others are in end_to_end."""
 
 import json
 import socket
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsft_assets.federation.connections.startup_kit import why_not_connected
+from fedsft_assets.federation.connections.startup_kit import diagnose_connection
 from fedsft_assets.specs.yaml_file import SpecError
 from fedsft_assets_tests.provisioned import provision
 from fedsft_assets_tests.tracking.server import unused_port
@@ -27,29 +27,30 @@ def _at(kit: Path, target: str) -> Path:
     return kit
 
 
-def test_server_that_is_not_there_is_named_with_its_address(kit: Path) -> None:
+def test_unreachable_server_is_named_with_its_address(kit: Path) -> None:
     port = unused_port()
-    why = why_not_connected(_at(kit, f"localhost:{port}"))
-    assert why is not None
-    assert why.startswith(f"the server at localhost:{port} is not reached (")
+    problem = diagnose_connection(_at(kit, f"localhost:{port}"))
+    assert problem is not None
+    assert problem.startswith(f"cannot reach the server at localhost:{port} (")
 
 
-def test_server_that_is_awaited_has_time_to_start(kit: Path) -> None:
+def test_unreachable_server_is_retried(kit: Path) -> None:
     with socket.socket() as listener:
         port = unused_port()
         timer = threading.Timer(0.7, lambda: (listener.bind(("127.0.0.1", port)), listener.listen()))
         timer.start()
         answer = threading.Thread(target=lambda: (timer.join(), listener.accept()[0].sendall(b"220 mail\r\n" * 99)))
         answer.start()
-        why = why_not_connected(_at(kit, f"127.0.0.1:{port}"), patience=60)
+        problem = diagnose_connection(_at(kit, f"127.0.0.1:{port}"), patience=60)
         answer.join()
     assert (
-        why == f"what answers at 127.0.0.1:{port} is no server of a federation; correct the server's address in {kit}"
+        problem
+        == f"127.0.0.1:{port} does not speak TLS: it is not the server of a federation; correct the address in {kit}"
     )
 
 
-def test_address_that_is_none_and_a_folder_that_is_no_kit_are_refused(kit: Path, tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match=r"fed_client\.json: servers: target: 'localhost' is no host:port"):
-        why_not_connected(_at(kit, "localhost"))
+def test_invalid_address_and_a_folder_that_is_not_a_kit_are_errors(kit: Path, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"fed_client\.json: servers: target: expected host:port, found 'localhost'"):
+        diagnose_connection(_at(kit, "localhost"))
     with pytest.raises(SpecError, match=r"has no startup/fed_client\.json; expected the startup kit of a site"):
-        why_not_connected(tmp_path)
+        diagnose_connection(tmp_path)

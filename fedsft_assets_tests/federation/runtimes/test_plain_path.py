@@ -1,4 +1,4 @@
-"""Private links that stand for folders whose paths mean something else in a command line."""
+"""Temporary links for folders whose paths contain special characters."""
 
 import os
 import shlex
@@ -25,14 +25,14 @@ def temporary(monkeypatch: pytest.MonkeyPatch) -> Path:
         yield Path(folder)  # type: ignore[misc]
 
 
-def test_plain_folder_stands_for_itself(temporary: Path) -> None:
+def test_plain_path_is_used_as_it_is(temporary: Path) -> None:
     with plain_path(Path("/a/b-c_1.2@x=y")) as path:
         assert path == Path("/a/b-c_1.2@x=y")
         assert list(temporary.iterdir()) == []
 
 
 @pytest.mark.parametrize("character", [*SPECIAL, "ü", "日", "\u00a0", "\t"])
-def test_other_folder_has_a_link_as_long_as_it_is_needed(temporary: Path, tmp_path: Path, character: str) -> None:
+def test_folder_with_a_special_path_has_a_temporary_link(temporary: Path, tmp_path: Path, character: str) -> None:
     folder = tmp_path / f"a{character}b"
     folder.mkdir()
     with plain_path(folder) as path:
@@ -46,11 +46,11 @@ def test_other_folder_has_a_link_as_long_as_it_is_needed(temporary: Path, tmp_pa
     assert (folder / "file").exists()
 
 
-def test_what_can_mean_something_else_is_known() -> None:
+def test_special_characters_are_known() -> None:
     assert set(SPECIAL) == set(" !\"#$&'()*:;<>?[\\]^`{|}~")
 
 
-def test_two_links_to_one_folder_do_not_meet(tmp_path: Path) -> None:
+def test_two_links_to_one_folder_are_independent(tmp_path: Path) -> None:
     with plain_path(tmp_path / "a b") as first:
         with plain_path(tmp_path / "a b") as second:
             assert first != second
@@ -81,7 +81,7 @@ def test_link_of_a_process_that_was_killed_is_removed_by_the_next(temporary: Pat
         assert not link.is_symlink()
 
 
-def test_place_with_a_special_path_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_temporary_folder_with_a_special_path_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my temporary files").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "my temporary files"))
     with plain_path(tmp_path / "a b") as path:

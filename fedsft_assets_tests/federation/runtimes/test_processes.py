@@ -1,4 +1,4 @@
-"""Ending what belongs to a job, wherever it has gone, and nothing else."""
+"""Ending all processes of a job, wherever they are, and no others."""
 
 import os
 import signal
@@ -67,7 +67,7 @@ def _ready(process: "subprocess.Popen[str]") -> str:
     return process.stdout.readline().strip()
 
 
-def test_marked_process_is_found_and_told_to_stop(start: Start, mark: str) -> None:
+def test_marked_process_is_found_and_terminated(start: Start, mark: str) -> None:
     process = start(_SLEEP, mark)
     _ready(process)
     assert [found.pid for found in marked_processes(mark)] == [process.pid]
@@ -86,7 +86,7 @@ def test_grandchild_in_a_session_of_its_own_whose_parent_is_gone_is_ended(start:
     assert not orphan.is_running() or orphan.status() == psutil.STATUS_ZOMBIE
 
 
-def test_process_that_ignores_a_polite_word_is_killed(start: Start, mark: str) -> None:
+def test_process_that_ignores_sigterm_is_killed(start: Start, mark: str) -> None:
     process = start(_IGNORE_SIGTERM, mark)
     _ready(process)
     assert stop_marked(mark, grace=0.3) == 1
@@ -118,7 +118,7 @@ def test_caller_that_carries_the_mark_lives_on(mark: str) -> None:
     assert done.stdout == "0\n"
 
 
-def test_process_that_has_ended_but_was_not_waited_for_counts_as_gone(start: Start, mark: str) -> None:
+def test_zombie_is_not_counted(start: Start, mark: str) -> None:
     process = start("print('done')", mark)
     _ready(process)
     while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:

@@ -1,9 +1,10 @@
-"""Whether the server lets a study's user do all that a job needs, found out before there is one.
+"""A check, before a job is submitted, that the server grants a study's user every right that a job needs.
 
-NVFlare asks for most rights about a job, and tells nobody which it would give. So a job is handed in that no server can
-start, for it wants a site that does not exist; everything is asked for about that one, and it is ended.
+NVFlare checks most rights against a job and does not list them. So a probe job is submitted that no server can start,
+because it requires a site that does not exist; each right is tried on that job, which is then aborted and deleted.
 """
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -14,75 +15,79 @@ from fedsft_assets.federation.protocol.messages import JOURNAL_COMMAND
 from fedsft_assets.federation.runtimes.flare.session import FlareSession
 from fedsft_assets.federation.runtimes.interface import RefusedError
 
-_NOWHERE = "fedsft-no-such-site"
-_APPS = {"app_server": ["server"], "app_nowhere": [_NOWHERE]}
-_FILES: dict[str, object] = {
+_NO_SUCH_SITE = "fedsft-no-such-site"
+_PROBE_JOB: dict[str, object] = {
     "meta.json": {
         "name": "fedsft-rights",
         "resource_spec": {},
         "min_clients": 1,
-        "mandatory_clients": [_NOWHERE],
-        "deploy_map": _APPS,
+        "mandatory_clients": [_NO_SUCH_SITE],
+        "deploy_map": {"app_server": ["server"], "app_nowhere": [_NO_SUCH_SITE]},
     },
     "app_server/config/config_fed_server.json": {"format_version": 2, "workflows": [], "components": []},
     "app_nowhere/config/config_fed_client.json": {"format_version": 2, "executors": [], "components": []},
 }
-Ask = Callable[[Any, str], object]
-# The rights by NVFlare's names, with what each is for.
-_OF_A_JOB: dict[str, tuple[str, Ask]] = {
+Command = Callable[[Any, str], object]
+# NVFlare's names of the rights, what each is needed for, and a command that tries it on a job.
+JOB_RIGHTS: dict[str, tuple[str, Command]] = {
     "view": ("to follow a job", lambda session, job_id: session.get_job_meta(job_id)),
     "app_command": (
         "to read the journal of a running job",
         lambda session, job_id: session.do_app_command(job_id, JOURNAL_COMMAND, {"offset": 0}),
     ),
-    "get_job_log": ("to say why a job failed", lambda session, job_id: session.get_job_logs(job_id, target="server")),
-    "download_job": ("to fetch what a job made", lambda session, job_id: session.download_job_result(job_id)),
-    "manage_job": ("to end a job", lambda session, job_id: session.abort_job(job_id)),
+    "get_job_log": (
+        "to report why a job failed",
+        lambda session, job_id: session.get_job_logs(job_id, target="server"),
+    ),
+    "download_job": ("to download a job's result", lambda session, job_id: session.download_job_result(job_id)),
+    "manage_job": ("to abort a job", lambda session, job_id: session.abort_job(job_id)),
 }
 
 
-def require_rights(session: FlareSession, folder: Path) -> None:
-    """Raises RefusedError that names every right that is missing. `folder` is for the job that is never run."""
-    job_id = session.call(lambda api: _submitted(api, folder))
-    missing = session.call(lambda api: _missing(api, job_id)) if job_id else ["submit_job (to hand in a job)"]
+def require_rights(session: FlareSession) -> None:
+    """Raise RefusedError, which lists all missing rights, unless the user has every right that a job needs."""
+    try:
+        job_id = session.submit_job(_write_probe_job(session.folder / "rights"))
+    except RefusedError:
+        missing = ["submit_job (to submit a job)"]
+    else:
+        missing = session.call(lambda api: _missing_rights(api, job_id))
     if missing:
         raise RefusedError(
-            f"the server at {session.address} does not give the user of {session.startup_kit} what a job needs:"
-            f" {', '.join(missing)}; add it to the permissions in the server's local/authorization.json, as"
-            " docs/production.md has them, and restart the server"
+            f"the server at {session.address} does not grant the user of {session.startup_kit} all the rights that a"
+            f" job needs; missing: {', '.join(missing)}; add them to the permissions in the server's"
+            " local/authorization.json, as in docs/production.md, and restart the server"
         )
 
 
-def _missing(api: Any, job_id: str) -> list[str]:
-    missing = [f"{right} ({purpose})" for right, (purpose, ask) in _OF_A_JOB.items() if not _allows(api, ask, job_id)]
-    _allows(api, lambda api, job_id: api.delete_job(job_id), job_id)
+def _write_probe_job(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    for name, content in _PROBE_JOB.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content), encoding="utf-8")
+    return folder
+
+
+def _missing_rights(api: Any, job_id: str) -> list[str]:
+    missing = [
+        f"{right} ({purpose})"
+        for right, (purpose, command) in JOB_RIGHTS.items()
+        if not _is_authorized(api, command, job_id)
+    ]
+    _is_authorized(api, lambda api, job_id: api.delete_job(job_id), job_id)
     return missing
 
 
-def _submitted(api: Any, folder: Path) -> str | None:
-    """The id of a job that nobody can start; None if this user may not submit any."""
-    from nvflare.fuel.flare_api.api_spec import AuthorizationError
-
-    job = folder / "rights"
-    shutil.rmtree(job, ignore_errors=True)
-    for name, content in _FILES.items():
-        path = job / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content), encoding="utf-8")
-    try:
-        return str(api.submit_job(str(job)))
-    except AuthorizationError:
-        return None
-
-
-def _allows(api: Any, ask: Ask, job_id: str) -> bool:
-    """NVFlare looks at the right first: any other complaint about the job comes from a server that allows it."""
+def _is_authorized(api: Any, command: Command, job_id: str) -> bool:
+    """NVFlare checks the right first, so any other error about the job means that the right is granted."""
     from nvflare.fuel.flare_api import api_spec
 
     try:
-        ask(api, job_id)
+        with contextlib.suppress(
+            api_spec.JobNotFound, api_spec.JobNotRunning, api_spec.JobNotDone, api_spec.InternalError
+        ):
+            command(api, job_id)
     except api_spec.AuthorizationError:
         return False
-    except (api_spec.JobNotFound, api_spec.JobNotRunning, api_spec.JobNotDone, api_spec.InternalError):
-        return True
     return True

@@ -1,4 +1,4 @@
-"""What the processes of a POC are started from: startup kits, as NVFlare provisions them, with settings of our own."""
+"""The startup kits of a POC: provisioned by NVFlare, then configured with our own settings."""
 
 import shutil
 import subprocess
@@ -20,7 +20,7 @@ from fedsft_assets.specs.runtime import PocSettings
 
 SERVER = "localhost"  # NVFlare binds the name it is provisioned with; this one is loopback, any other is all interfaces
 ADMIN = "admin@fedsft.local"
-# Of what NVFlare makes a kit: those of its own examples.
+# NVFlare's builders of a kit, as in its own examples.
 BUILDERS: list[dict[str, Any]] = [
     {
         "path": "nvflare.lighter.impl.workspace.WorkspaceBuilder",
@@ -31,16 +31,16 @@ BUILDERS: list[dict[str, Any]] = [
     {"path": "nvflare.lighter.impl.signature.SignatureBuilder"},
 ]
 _LAUNCHERS = "fedsft_assets.federation.runtimes.poc.launchers"
-STATE_FOLDER = "fedsft"  # in which the server part of a job keeps its state, in the server's folder
+STATE_FOLDER = "fedsft"  # for the state of a job's server part, in the server's folder
 _PROJECT = "fedsft"
 _ORG = "fedsft"
 _SERVER_SETTINGS = {"heart_beat_timeout": 60, "admin_timeout": 30.0}
-# While a job waits for its turn or for GPUs. NVFlare's own: 10 s, then ever longer, and given up after ten times.
+# Of a job that waits for other jobs or GPUs. NVFlare's defaults: 10 s, then ever longer, and give up after ten tries.
 _SCHEDULER = {"min_schedule_interval": 1.0, "max_schedule_interval": 5.0, "max_schedule_count": 10_000}
 
 
 class PocKits:
-    """The kits of a server, its admin and its sites, in the folder of a POC."""
+    """The kits of the server, the admin and the sites, in the folder of a POC."""
 
     def __init__(self, folder: Path, settings: PocSettings) -> None:
         self._folder, self._settings = folder, settings
@@ -53,7 +53,7 @@ class PocKits:
         return all(self.of(name).is_dir() for name in (SERVER, ADMIN, *sites))
 
     def provision(self, sites: list[str], port: int, environment: Mapping[str, str]) -> None:
-        """Make those that are not there yet, all with the same certificate authority. Raises UnavailableError."""
+        """Make the missing kits, all under the same certificate authority. Raises UnavailableError."""
         import yaml
 
         workspace, kits = self._folder / "provision", self._folder / "kits"
@@ -66,7 +66,7 @@ class PocKits:
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(environment))
         if done.returncode != 0:
             raise UnavailableError(
-                f"NVFlare could not provision the POC in {self._folder}:\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
+                f"provisioning failed for the POC in {self._folder}:\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
             )
         (made,) = (workspace / _PROJECT).glob("prod_*")
         for name in (SERVER, ADMIN, *sites):
@@ -76,12 +76,12 @@ class PocKits:
         shutil.rmtree(made)
 
     def remove(self) -> None:
-        """Kits and all that goes with them; results of earlier jobs stay."""
+        """Remove all kits and the certificate authority; results of earlier jobs stay."""
         for name in ("kits", "provision"):
             shutil.rmtree(self._folder / name, ignore_errors=True)
 
     def _configure(self, name: str, sites: list[str]) -> None:
-        """Write what the kit allows and how its processes are started, in place of what NVFlare provisions."""
+        """Replace NVFlare's default policy, launchers and resources in the kit by our own."""
         if name == ADMIN:
             return
         kit = self.of(name)
@@ -92,7 +92,7 @@ class PocKits:
             keep_server_files(content, self._folder)
             states = self._folder / "states"
             states.mkdir(exist_ok=True)
-            (kit / STATE_FOLDER).symlink_to(states)  # kits are made anew, unfinished executions are not
+            (kit / STATE_FOLDER).symlink_to(states)  # kits may be made anew while an execution is unfinished
             parts["process_launcher"]["path"] = f"{_LAUNCHERS}.ServerLauncher"
             parts["job_scheduler"]["args"] = {**_SCHEDULER, "max_jobs": self._settings.max_jobs}
             write_server_policy(kit, content)
@@ -106,7 +106,7 @@ class PocKits:
 
 
 def _project(sites: list[str], port: int) -> dict[str, Any]:
-    """NVFlare's description of a project, with the server and its admin at one port."""
+    """NVFlare's project description, with one port for the server and its admin interface."""
     server: dict[str, Any] = {"name": SERVER, "type": "server", "fed_learn_port": port, "admin_port": port}
     clients: list[dict[str, Any]] = [{"name": site, "type": "client"} for site in sites]
     admin: dict[str, Any] = {"name": ADMIN, "type": "admin", "role": STUDY_ROLE}

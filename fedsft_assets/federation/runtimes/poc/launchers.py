@@ -1,6 +1,6 @@
-"""How the server and the sites of a POC start the processes of a job: as NVFlare does, wherever their folders are.
+"""NVFlare's job launchers, for folders whose paths contain special characters.
 
-NVFlare joins a command's words with spaces and splits them as a shell does; here they are quoted in between.
+NVFlare joins the arguments of a command with spaces and splits them as a shell does; here they are quoted in between.
 """
 
 import os
@@ -20,11 +20,11 @@ from nvflare.utils.job_launcher_utils import get_client_job_args, get_server_job
 
 
 class ServerLauncher(ServerProcessJobLauncher):
-    """Of the server part of a job."""
+    """Starts the server part of a job."""
 
     def __init__(self) -> None:
         super().__init__()
-        # NVFlare takes a backslash in the path of what it packs for one of Windows', and looks elsewhere.
+        # NVFlare takes a backslash in the path of a folder to zip for a Windows separator.
         for module in (zip_utils, filesystem_storage):
             module.normpath_for_zip = os.path.normpath
 
@@ -33,7 +33,7 @@ class ServerLauncher(ServerProcessJobLauncher):
 
 
 class SiteLauncher(ClientProcessJobLauncher):
-    """Of a site's part of a job."""
+    """Starts a site's part of a job."""
 
     def get_command(self, job_meta: dict[str, Any], fl_ctx: FLContext) -> str:  # noqa: ARG002
         return _command(fl_ctx, get_client_job_args())

@@ -1,66 +1,94 @@
-"""The runtime `poc`: jobs in an NVFlare system on this machine that is ours."""
+"""The runtime `poc`: jobs in our own NVFlare system on this machine."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from fedsft_assets.federation.protocol.tail import Tail
+from fedsft_assets.federation.runtimes.flare.connected_sites import ConnectedSites
 from fedsft_assets.federation.runtimes.flare.jobs import FlareJobs
+from fedsft_assets.federation.runtimes.flare.session import FlareSession
 from fedsft_assets.federation.runtimes.interface import UnavailableError
 from fedsft_assets.federation.runtimes.poc.kits import SERVER
 from fedsft_assets.federation.runtimes.poc.system import PocSystem
 from fedsft_assets.specs.runtime import Timeouts
 
-_ABORT_SECONDS = 4.0
+_SECONDS_BEFORE_KILL = 4.0  # of a job that is aborted
+_LATE_SITE_SECONDS = 120.0
+_HINT = "see `fedsft poc status`, and restart it: fedsft poc stop; fedsft poc start"
+
+
+def start(system: PocSystem) -> None:
+    """Start the processes of a POC that are not running, and wait for all its sites. Raises UnavailableError."""
+    with Poc(system, system.folder / "commands") as poc:
+        poc.prepare(sorted(system.sites))
 
 
 class Poc(FlareJobs):
-    """Jobs in the POC of `system`, which is started when a job needs it and goes on when the job has ended."""
-
-    _seconds_for_late_sites = 120.0
-    _seconds_to_go_on = 0.0  # it never does: all that it had ended before it was started
-    _hint = "look at `fedsft poc status`, and start it anew: fedsft poc stop; fedsft poc start"
+    """Jobs in the POC of `system`, which is started when a job needs it and keeps running afterwards."""
 
     def __init__(self, system: PocSystem, folder: Path, timeouts: Timeouts | None = None) -> None:
-        super().__init__(system.admin_kit, folder, timeouts=timeouts or Timeouts(connect=120, sites=120))
+        """`folder` takes downloads and temporary files."""
         self._system = system
+        session = FlareSession(
+            system.admin_kit,
+            folder,
+            timeouts=timeouts or Timeouts(connect=120, sites=120),
+            permanent_failure=self._server_failure,
+            hint=_HINT,
+        )
+        # A restarted POC resumes no job.
+        super().__init__(session, _PocSites(session, system), recovery_seconds=0.0)
 
     def gather(self, sites: list[str], at_least: int) -> Iterator[str]:
-        """Sites are started here, so all of them are waited for but those that cannot start."""
+        """Start what is not running, and wait for all the sites except those whose processes ended."""
         if SERVER in self._system.start(sites):
-            self._session.disconnect()
+            self.session.disconnect()
         yield from super().gather(sites, at_least)
 
     def end_of_log(self, job_id: str, name: str, lines: int) -> str:
-        """From the disk; the server's is in the job's result once that is complete."""
+        """From the disk while the job runs; a complete server log is in the job's result."""
         log = self._system.site_folder(name) / job_id / "log.txt"
         return Tail(log).end(lines) if log.is_file() else super().end_of_log(job_id, name, lines)
 
     def abort(self, job_id: str) -> None:
-        """What NVFlare has not ended after a few seconds is ended by force."""
+        """Processes of the job that NVFlare has not ended after a few seconds are killed."""
         try:
             super().abort(job_id)
         except UnavailableError:
-            if not self._permanent_failure():
+            if not self._server_failure():
                 raise
         finally:
-            self._system.end_job(job_id)
+            self._system.kill_job(job_id)
 
     def _force_stop(self, job_id: str, waited: float) -> None:
-        if waited > _ABORT_SECONDS:
-            self._system.end_job(job_id)
+        if waited > _SECONDS_BEFORE_KILL:
+            self._system.kill_job(job_id)
 
-    def _permanent_failure(self) -> str:
-        if self._system.started(SERVER) < float("inf"):
+    def _server_failure(self) -> str:
+        if self._system.started_at(SERVER) is not None:
             return ""
-        what = f"the server of the POC in {self._system.folder} does not run; {self._hint}"
-        return f"{what}\n{self._system.end_of_console('server')}"
+        failure = f"the server of the POC in {self._system.folder} is not running; {_HINT}"
+        return f"{failure}\n{self._system.end_of_console('server')}"
 
-    def _listed(self) -> dict[str, float]:
-        """Without sites that the server still has by a process that is gone."""
-        return {site: heard for site, heard in super()._listed().items() if heard >= self._system.started(site)}
 
-    def _ended(self, missing: list[str]) -> list[str]:
-        return [site for site in missing if self._system.started(site) == float("inf")]
+class _PocSites(ConnectedSites):
+    """Sites whose processes are known, so the server's word is not needed for those that ended or restarted."""
 
-    def _missing_sites(self, missing: Mapping[str, str]) -> str:
-        return "\n".join([super()._missing_sites(missing), *map(self._system.end_of_console, missing)])
+    def __init__(self, session: FlareSession, system: PocSystem) -> None:
+        super().__init__(session, _LATE_SITE_SECONDS)
+        self._system = system
+
+    def heartbeats(self) -> dict[str, float]:
+        """Without heartbeats of processes that are gone."""
+        started = self._system.started_at
+        return {
+            site: heartbeat
+            for site, heartbeat in super().heartbeats().items()
+            if (since := started(site)) is not None and heartbeat >= since
+        }
+
+    def exited(self, missing: list[str]) -> list[str]:
+        return [site for site in missing if self._system.started_at(site) is None]
+
+    def explain(self, missing: Mapping[str, str]) -> str:
+        return "\n".join([super().explain(missing), *map(self._system.end_of_console, missing)])

@@ -1,8 +1,8 @@
-"""A process that has imported what many others need, and forks them: they start at once and share its memory.
+"""A fork server: it imports modules once and forks processes, which start at once and share its memory.
 
-Whoever starts a process as NVFlare does, by a command, starts `forked_python.py` instead of `python3`. That asks here
-for a fork, which gets its arguments, environment, folder and standard streams, and lives exactly as long as it does.
-Linux only: elsewhere a fork of a process that has loaded so much is not safe.
+NVFlare starts processes by a command. `forked_python.py` takes the place of `python3` in that command: it requests a
+fork, which gets its arguments, environment, working directory and standard streams, and has the same lifetime. Linux
+only: elsewhere it is not safe to fork a process that has loaded so much.
 """
 
 import argparse
@@ -28,41 +28,41 @@ from fedsft_assets.federation.connections.peer import require_own_user
 from fedsft_assets.federation.runtimes.simulator import forked_python
 from fedsft_assets.federation.runtimes.simulator.forked_python import ADDRESS, CODE, LENGTH
 
-_SECONDS_BETWEEN_LOOKS = 0.5
-_SECONDS_TO_ASK = 10.0
-_STREAMS = 3
+_PARENT_CHECK_SECONDS = 0.5
+_REQUEST_TIMEOUT = 10.0
+_STREAMS = 3  # standard input, output and error
 
 
 def can_fork() -> bool:
-    """Whether this machine has what a fork server needs."""
+    """Whether a fork server works on this platform."""
     return sys.platform == "linux"
 
 
 class ForkServer:
-    """The server process, as whoever starts it sees it. It ends when its starter does, with all that it forked."""
+    """A handle on the server process, which ends with the process that starts it, and kills its forks as it ends."""
 
     def __init__(
         self, folder: Path, first: Sequence[str], modules: Sequence[str], base_model: Path | None = None
     ) -> None:
-        """`folder` is for the stand-in for `python3`.
+        """`folder` takes the executable in place of `python3`, and the log.
 
-        Processes find `first` imported; those that are asked for later on, also `modules` and the code of the base
-        model's architecture.
+        No process is forked before `first` is imported; `modules` and the code of the base model's architecture follow
+        while the server already forks.
         """
         self._folder = folder
         archive = str(base_model) if base_model else None
         self._imports = {"first": [*first], "modules": [*modules], "base_model": archive}
         self._process: subprocess.Popen[bytes] | None = None
         self.environment: dict[str, str] = {}
-        """What a process needs to reach the server by `python`."""
+        """Variables that `python` needs to reach the server."""
 
     @property
     def python(self) -> Path:
-        """In place of `python3`, for commands `python3 -m <module> …`."""
+        """The executable to use in place of `python3`, for commands `python3 -m <module> …`."""
         return self._folder / "python3"
 
     def start(self, environment: dict[str, str]) -> None:
-        """Start the server unless it runs; processes may ask for forks from now on, and wait while it imports."""
+        """Start the server unless it is running. Requests are accepted at once, and wait while it imports `first`."""
         if self._process and self._process.poll() is None:
             return
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -77,7 +77,7 @@ class ForkServer:
         listener.bind(f"\0{name}")
         listener.listen(1024)
         self.environment = {ADDRESS: name}
-        # In a file: who looks for a trainer's command line must not find the server's.
+        # In a file, so that the server's command line does not look like that of a trainer.
         imports = self._folder / "imports.json"
         imports.write_text(json.dumps(self._imports), encoding="utf-8")
         options = ["--listener", str(listener.fileno()), "--parent", str(os.getpid()), "--imports", str(imports)]
@@ -93,7 +93,7 @@ class ForkServer:
 
     @property
     def pid(self) -> int:
-        """Of the server's process; 0 before it was started."""
+        """The server's pid; 0 before it is started."""
         return self._process.pid if self._process else 0
 
     def stop(self) -> None:
@@ -104,7 +104,7 @@ class ForkServer:
 
 @dataclass
 class _Fork:
-    """A process that is to be, or is, forked for whoever asks."""
+    """A requested process."""
 
     arguments: list[str]
     environment: dict[str, str]
@@ -112,7 +112,7 @@ class _Fork:
     streams: list[int]
 
     def run(self) -> None:
-        """Run what was asked for, in the process that was forked for it, as `python3 -u -m` would."""
+        """Run the requested module in the forked process, as `python3 -u -m` would."""
         for number, stream in enumerate(self.streams):
             os.dup2(stream, number)
             os.close(stream)
@@ -127,7 +127,7 @@ class _Fork:
 
 
 class _ForkLoop:
-    """The loop of the server process, which has one thread, always."""
+    """The server process's loop, in one thread."""
 
     def __init__(self, listener: socket.socket, parent: int) -> None:
         self._listener, self._parent = listener, parent
@@ -137,21 +137,21 @@ class _ForkLoop:
         for end in (self._woken, waker):
             end.setblocking(False)
         self._waker = waker
-        signal.signal(signal.SIGCHLD, lambda *_: None)  # so that the wake-up is written
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # a handler must exist for the wakeup descriptor to be written
         signal.set_wakeup_fd(waker.fileno())
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         self._selector.register(listener, selectors.EVENT_READ)
         self._selector.register(self._woken, selectors.EVENT_READ)
 
     def serve(self) -> _Fork | None:
-        """Fork for whoever asks; returns in a forked process what that is to become, and None when all is over."""
+        """Fork on request until the parent ends. Returns None then, and the request in each forked process."""
         while os.getppid() == self._parent:
-            if fork := self.serve_waiting(_SECONDS_BETWEEN_LOOKS):
+            if fork := self.serve_pending(_PARENT_CHECK_SECONDS):
                 return fork
         return None
 
-    def serve_waiting(self, seconds: float = 0.0) -> _Fork | None:
-        """The same until nothing happens for so many seconds."""
+    def serve_pending(self, seconds: float = 0.0) -> _Fork | None:
+        """The same until nothing has happened for `seconds`."""
         while happened := self._selector.select(seconds):
             for key, _ in happened:
                 if key.fileobj is self._listener:
@@ -160,28 +160,28 @@ class _ForkLoop:
                 elif key.fileobj is self._woken:
                     self._woken.recv(4096)
                 else:
-                    self._end(key.data)  # who asked for it is gone
+                    self._kill(key.data)  # the requesting process is gone
             self._reap()
         self._reap()
         return None
 
-    def end_all(self) -> None:
+    def kill_all(self) -> None:
         for pid in self._children:
-            self._end(pid)
+            self._kill(pid)
 
     def _accept(self) -> _Fork | None:
         connection, _ = self._listener.accept()
         try:
             fork = _request(connection)
         except (OSError, ValueError) as error:
-            print(f"a process could not be forked: {error!r}")
+            print(f"invalid request for a process: {error!r}")
             connection.close()
             return None
         pid = os.fork()
         if pid == 0:
             os.setsid()
-            connection.close()  # else who asked would wait for this process, were the server gone
-            self._let_go()
+            connection.close()  # else the requesting process would not notice the end of the server
+            self._close_inherited()
             return fork
         for stream in fork.streams:
             os.close(stream)
@@ -189,8 +189,8 @@ class _ForkLoop:
         self._selector.register(connection, selectors.EVENT_READ, pid)
         return None
 
-    def _let_go(self) -> None:
-        """Close what is the server's, in a process that was forked."""
+    def _close_inherited(self) -> None:
+        """Close the server's files and handlers in a forked process."""
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGCHLD, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
@@ -200,7 +200,7 @@ class _ForkLoop:
         self._children = {}
 
     def _reap(self) -> None:
-        """Tell the exit codes of what has ended."""
+        """Send the exit codes of forks that have ended."""
         while self._children:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid == 0:
@@ -210,11 +210,11 @@ class _ForkLoop:
             try:
                 connection.sendall(CODE.pack(os.waitstatus_to_exitcode(status)))
             except OSError:
-                pass  # who asked for it is gone
+                pass  # the requesting process is gone
             connection.close()
 
-    def _end(self, pid: int) -> None:
-        """Kill the process and whatever it started in its group."""
+    def _kill(self, pid: int) -> None:
+        """Kill a fork with its process group."""
         try:
             os.killpg(pid, signal.SIGKILL)
         except ProcessLookupError:
@@ -222,8 +222,8 @@ class _ForkLoop:
 
 
 def _request(connection: socket.socket) -> _Fork:
-    """What is asked for. Raises ValueError or OSError if that does not come whole, or from another user."""
-    connection.settimeout(_SECONDS_TO_ASK)
+    """Read a request. Raises ValueError or OSError if it is incomplete, or from another user."""
+    connection.settimeout(_REQUEST_TIMEOUT)
     require_own_user(connection)
     head, streams, _, _ = socket.recv_fds(connection, LENGTH.size, _STREAMS)
     content = connection.recv(LENGTH.unpack(head)[0], socket.MSG_WAITALL)
@@ -235,11 +235,11 @@ def _request(connection: socket.socket) -> _Fork:
 def _import_and_serve(
     server: _ForkLoop, first: Sequence[str], modules: Sequence[str], base_model: str | None
 ) -> _Fork | None:
-    """Import everything, and fork in between for whoever waits once `first` is imported, as `_ForkLoop.serve` does."""
+    """Import everything; once `first` is imported, serve pending requests in between, as `_ForkLoop.serve` does."""
     for name in first:
         _import(name)
     for name in modules:
-        if fork := server.serve_waiting():
+        if fork := server.serve_pending():
             return fork
         _import(name)
     if base_model:
@@ -249,7 +249,7 @@ def _import_and_serve(
         try:
             import_architecture(Path(base_model))
         except ModelError as error:
-            print(error)  # whoever loads it will say so too
+            print(error)  # the process that loads the model reports it
         gc.freeze()
     return None
 
@@ -257,22 +257,22 @@ def _import_and_serve(
 def _import(module: str) -> None:
     gc.disable()
     importlib.import_module(module)
-    gc.freeze()  # forks share what they do not change, and a collection changes what it looks at
+    gc.freeze()  # a collection writes to the objects that it visits, which would unshare their pages
     gc.enable()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Import modules, and fork processes that need them.")
+    parser = argparse.ArgumentParser(description="Import modules, and fork processes on request.")
     parser.add_argument("--listener", type=int, required=True, help="the descriptor of a listening socket")
-    parser.add_argument("--parent", type=int, required=True, help="the process without which this one ends")
-    parser.add_argument("--imports", type=Path, required=True, help="a JSON file with what is to be imported")
+    parser.add_argument("--parent", type=int, required=True, help="the pid of the process with which this one ends")
+    parser.add_argument("--imports", type=Path, required=True, help="a JSON file that lists what to import")
     args = parser.parse_args()
     imports = json.loads(args.imports.read_text(encoding="utf-8"))
     server = _ForkLoop(socket.socket(fileno=args.listener), args.parent)
     try:
         fork = _import_and_serve(server, **imports) or server.serve()
     finally:
-        server.end_all()
+        server.kill_all()
     if fork:
         fork.run()
 

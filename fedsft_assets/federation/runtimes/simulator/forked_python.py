@@ -1,7 +1,7 @@
-"""Stands in for `python3 -m <module>` where a fork server runs, and is the process that others see.
+"""A substitute for `python3 -m <module>`: it requests a fork from the fork server, and represents it to its parent.
 
-It ends as its fork does; when it is ended, so is the fork. Only the standard library is imported, little of it, so
-that it starts in a few milliseconds and needs next to no memory.
+It exits as its fork does, and the fork is killed when it ends. It imports little, and only of the standard library, so
+that it starts in a few milliseconds and needs almost no memory.
 """
 
 import os
@@ -9,10 +9,10 @@ import socket
 import struct
 import sys
 
-ADDRESS = "FEDSFT_FORK_SERVER"  # names the server's socket
+ADDRESS = "FEDSFT_FORK_SERVER"  # the variable with the name of the server's abstract socket
 LENGTH, CODE = struct.Struct("!I"), struct.Struct("!i")
-LOST = os.EX_TEMPFAIL  # the exit code where the server is gone: what was asked for may be asked for again
-_SEPARATOR = "\0"  # of the fields of a request
+LOST = os.EX_TEMPFAIL  # the exit code when the server is gone; the request may be repeated
+_SEPARATOR = "\0"  # between the fields of a request
 
 
 def main() -> None:
@@ -30,26 +30,26 @@ def main() -> None:
             connection.sendall(request)
             code = connection.recv(CODE.size, socket.MSG_WAITALL)
     except OSError as error:
-        _end_lost(f"the job's fork server does not answer: {error}")
+        _exit_lost(f"the job's fork server does not answer: {error}")
     if len(code) < CODE.size:
-        _end_lost("the job's fork server is gone")
-    _end(CODE.unpack(code)[0])
+        _exit_lost("the job's fork server is gone")
+    _exit(CODE.unpack(code)[0])
 
 
 def _require_own_user(connection: socket.socket) -> None:
-    """As in `peer`: where the server is gone, another account can take its name."""
+    """As in `connections.peer`: when the server is gone, another account can take its name."""
     _, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     if user != os.geteuid():
-        raise PermissionError(f"user {user} answers in its place")
+        raise PermissionError(f"its socket belongs to user {user}")
 
 
-def _end_lost(reason: str) -> None:
+def _exit_lost(reason: str) -> None:
     print(reason, file=sys.stderr)
     sys.exit(LOST)
 
 
-def _end(code: int) -> None:
-    """End with an exit code, or by the signal that it says."""
+def _exit(code: int) -> None:
+    """Exit with `code`, or by signal -`code` if it is negative."""
     if code < 0:
         os.kill(os.getpid(), -code)
     os._exit(code)

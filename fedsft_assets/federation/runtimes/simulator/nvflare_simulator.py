@@ -1,4 +1,4 @@
-"""NVFlare's simulator as this project runs it: every site has a process of its own from the beginning to the end."""
+"""NVFlare's simulator with one process for each site, from the start of the job to its end."""
 
 import copy
 import os
@@ -15,20 +15,20 @@ from nvflare.apis.fl_constant import FLContextKey, MachineStatus, RunnerTask, Ru
 from nvflare.private.fed.app.simulator.simulator_runner import SimulatorClientRunner, SimulatorRunner
 from nvflare.private.fed.simulator.simulator_const import SimulatorConstants
 
-from fedsft_assets.federation.connections.local_driver import can_be_used, new_port, use_local_driver
+from fedsft_assets.federation.connections.local_driver import is_supported, new_port, use_local_driver
 from fedsft_assets.process_env import child_environment
 
 SITE_MODULE = "fedsft_assets.federation.runtimes.simulator.site"
-_SECONDS_BETWEEN_LOOKS = 0.05
+_POLL_SECONDS = 0.05
 
 
 class Simulation(SimulatorRunner):
-    """One job; all of it happens in the calling process and those that it starts."""
+    """One job, in the calling process and those that it starts."""
 
     def simulator_run_main(self) -> int:
-        """NVFlare's own starts no site before whole seconds have passed. Returns the exit code."""
+        """Run the job without the fixed waits of NVFlare's own method. Returns the exit code."""
         use_local_driver()
-        if can_be_used():
+        if is_supported():
             self.deployer.open_ports = [new_port()]
         if not self.setup():
             return 1
@@ -43,21 +43,22 @@ class Simulation(SimulatorRunner):
             server = threading.Thread(target=self.start_server_app, args=[copy.deepcopy(self.args)])
             server.start()
             while engine.engine_info.status != MachineStatus.STARTED:
-                server.join(_SECONDS_BETWEEN_LOOKS)
+                server.join(_POLL_SECONDS)
                 if not server.is_alive():
-                    raise RuntimeError("the server part of the job could not be started")
+                    raise RuntimeError("the server part of the job did not start")
             self._run_sites()
             self.server.abort_run()
             server.join()
             return int(self._get_server_run_status())
         except Exception:
-            self.logger.exception("the simulation failed")
+            self.logger.exception("simulation failed")
             return 2
         finally:
             self.deployer.close()
 
     def _run_sites(self) -> None:
-        sites = _Sites(
+        sites = SiteRunner(
+            self._site_has_ended,
             self.server_custom_folder,
             self.args,
             self.federated_clients,
@@ -65,27 +66,29 @@ class Simulation(SimulatorRunner):
             self.deploy_args,
             self.build_ctx,
         )
-        sites.has_ended = self._site_has_ended
         sites.run(None)
 
     def _site_has_ended(self, site: str) -> None:
-        """Tell the server, as the processes of a real site do: else it waits for one whose process was killed."""
+        """Report the site as dead, as a real site's processes do: else the server waits for one that was killed."""
         with self.server.engine.new_context() as context:
             if runner := context.get_prop(FLContextKey.RUNNER):
                 runner.handle_dead_job(site, context)
 
 
-class _Sites(SimulatorClientRunner):
-    """NVFlare's own waits whole seconds wherever a site starts, so that fewer processes than sites can take turns."""
+class SiteRunner(SimulatorClientRunner):
+    """Starts all sites at once, without the waits of NVFlare's own runner for sites that share a process."""
 
-    has_ended: Callable[[str], None]
+    def __init__(self, has_ended: Callable[[str], None], *args: Any) -> None:
+        """`has_ended` is called with the name of each site whose process has ended."""
+        super().__init__(*args)
+        self._has_ended = has_ended
 
     def run_client_thread(
         self,
         num_of_threads: int,
         gpu: str | None,
         lock: Any,
-        end_run_for_all: bool,  # noqa: ARG002 it ends with its process
+        end_run_for_all: bool,  # noqa: ARG002 a site's run ends with its process
         timeout: float = 60,
     ) -> None:
         with lock:
@@ -94,17 +97,18 @@ class _Sites(SimulatorClientRunner):
         try:
             self.do_one_task(client, num_of_threads, gpu, lock, timeout=timeout)
         except (EOFError, OSError) as error:
-            self.logger.error(f"{client.client_name}: its process is gone: {error!r}")
-        except Exception:  # nobody looks at this thread
-            self.logger.exception(f"{client.client_name}: its process could not be started, or was killed soon")
+            self.logger.error(f"{client.client_name}: its process died: {error!r}")
+        except Exception:  # nothing reads the result of this thread
+            self.logger.exception(f"{client.client_name}: its process did not start, or was killed early")
         finally:
             client.simulate_running = False
-            self.has_ended(client.client_name)
+            self._has_ended(client.client_name)
 
     def do_one_task(self, client: Any, *_: Any, **__: Any) -> None:
-        """All tasks of a site, in a process of its own. Raises EOFError if that dies before.
+        """Run all tasks of a site in a process of its own. Raises EOFError if the process dies.
 
-        NVFlare's own has it listen on a port, where whoever comes first is obeyed: this one is its standard input.
+        NVFlare's own process obeys whoever connects to its port first; this one is controlled through its standard
+        input.
         """
         own, given = socket.socketpair()
         with own, given:
@@ -123,14 +127,14 @@ class _Sites(SimulatorClientRunner):
                 with Connection(os.dup(own.fileno())) as site:
                     site.send(orders)
                     while not site.recv():
-                        site.send(True)  # to go on
+                        site.send(True)  # continue
                     site.recv()
                     site.send(False)
             finally:
                 self._cleanup_process(process)
 
     def _command(self, client: Any) -> list[str]:
-        """NVFlare's own but for the module."""
+        """NVFlare's own command, with another module."""
         options = {
             "-o": Path(self.args.workspace) / client.client_name,
             "--logging_config": self.args.log_config,

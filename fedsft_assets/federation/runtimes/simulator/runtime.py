@@ -1,7 +1,7 @@
-"""The runtime `simulator`: NVFlare's simulator over a job folder, in a process of its own.
+"""The runtime `simulator`: NVFlare's simulator on a job folder, in a process of its own; run as a module, that process.
 
-Started as a module, it is that process. Where the machine can, processes of sites and trainers are forked from one that
-has imported what they need, so a job starts in seconds and a site costs little memory.
+On Linux, the processes of sites and trainers are forked from a server that has imported what they need, so that a job
+starts in seconds and a site needs little memory.
 """
 
 import argparse
@@ -36,9 +36,9 @@ from fedsft_assets.federation.site.cpu_slots import TURNS, make_turns
 from fedsft_assets.memory import MESSAGE_ENVIRONMENT
 from fedsft_assets.process_env import child_environment
 
-_JOB_ID = "simulate_job"  # NVFlare's name for it
-_MOST_WITHOUT_TURNS = 3  # sites for each trainer that the cores are for; few share them, so that none is ever idle
-# What is imported once for all, in this order: for the simulation, for processes of sites, for trainers.
+_JOB_ID = "simulate_job"  # NVFlare's id of a simulated job
+_MAX_SITES_PER_SLOT = 3  # without CPU slots; a few sites share the cores freely, which keeps all cores busy
+# Imported by the fork server, in this order: for the simulation, for processes of sites, for trainers.
 _SIMULATION = (
     "fedsft_assets.federation.runtimes.simulator.nvflare_simulator",
     "fedsft_assets.federation.server.controller",
@@ -50,7 +50,7 @@ _SITES = (
     "nvflare.client.cell.api",
     "nvflare.app_common.executors.client_api.external_process_backend",
     "fedsft_assets.federation.site.executor",
-    "torch._dynamo",  # a third of what follows, by itself so that sites need not wait for all of it
+    "torch._dynamo",  # a third of what follows; imported separately, so that sites start before the rest
     "fedsft_assets.model.training.packed_attention",
     "fedsft_assets.federation.site.trainer",
     "fedsft_assets.federation.site.process",
@@ -58,34 +58,36 @@ _SITES = (
 
 
 class Simulator:
-    """One job in NVFlare's simulator, all its files in `folder`; its processes end with the supervisor's."""
+    """One job in NVFlare's simulator; its processes end with the supervisor."""
 
     survives_submitter = False
 
     def __init__(self, folder: Path, threads_per_trainer: int) -> None:
-        """Each trainer uses so many threads: trainers that take all cores slow each other down."""
+        """`folder` takes all files. Trainers with more threads than their share of the cores slow each other down."""
         self._folder, self._threads = folder, threads_per_trainer
         self._process: subprocess.Popen[bytes] | None = None
         self._forks: ForkServer | None = None
         self._journal = self._ending = Tail(folder / JOURNAL_FILE)
         self._sites: list[str] = []
         self._links = ExitStack()
-        self._plain: Path | None = None  # the folder as NVFlare is told of it
+        self._plain: Path | None = None  # the path of the folder for NVFlare
 
     def gather(self, sites: list[str], at_least: int) -> Iterator[str]:  # noqa: ARG002 all are started with the job
-        """Raises UnavailableError where NVFlare can be given no name for the folder."""
+        """Raises UnavailableError if there is no path to the folder that NVFlare can use."""
         self._sites = sites
         self._folder.mkdir(parents=True, exist_ok=True)
         if self._plain is None:
             try:
                 self._plain = self._links.enter_context(plain_path(self._folder))
             except OSError as error:
-                raise UnavailableError(f"{self._folder}: NVFlare cannot work with such a path, and {error}") from error
+                raise UnavailableError(
+                    f"{self._folder}: NVFlare cannot use this path, and no link to it could be made: {error}"
+                ) from error
         yield from ()
 
-    def submit(self, job_folder: Path, token: str) -> str:  # noqa: ARG002 nobody but this process knows the job
+    def submit(self, job_folder: Path, token: str) -> str:  # noqa: ARG002 no other process reattaches
         environment = self._environment()
-        assert self._plain, "a job is submitted to a runtime that is prepared"
+        assert self._plain, "call gather before submit"
         if can_fork():
             base_model = JobFolder.read(job_folder).plans[0].located(Path(os.environ[STUDY_HOME])).base_model
             self._forks = self._forks or ForkServer(self._plain / "python", _SIMULATION, _SITES, base_model)
@@ -105,7 +107,7 @@ class Simulator:
         self._temporary.mkdir()
         write_simulation_policy(self._workspace)
         at_once = max(1, (os.cpu_count() or 1) // self._threads)
-        if len(self._sites) > _MOST_WITHOUT_TURNS * at_once:
+        if len(self._sites) > _MAX_SITES_PER_SLOT * at_once:
             make_turns(self._turns, at_once)
             environment[TURNS] = str(self._turns)
         named = self._links.enter_context(plain_path(job_folder.parent)) / job_folder.name
@@ -118,9 +120,9 @@ class Simulator:
 
     def poll(self, job_id: str) -> JobState:  # noqa: ARG002 there is one job
         if self._process is None:
-            return JobState(ended=True, succeeded=False, status="its simulator is gone")
+            return JobState(ended=True, succeeded=False, status="no simulator process")
         if any(isinstance(from_line(line), Finished) for line in self._ending.new_lines()):
-            self._end()  # all is on the disk; by itself it would take its time
+            self._end()  # everything is on the disk, and its own shutdown is slow
             return JobState(ended=True, succeeded=True, status="finished")
         code = self._process.poll()
         return JobState(ended=code is not None, succeeded=False, status=f"exit code {code}")
@@ -143,7 +145,7 @@ class Simulator:
             os.link(self._workspace / "server" / job_id / name, into / name)
 
     def command(self, module: str) -> tuple[list[str], dict[str, str]]:
-        """Forked, after a job; an attempt that finds the job's result has no fork server."""
+        """Forked if a job was submitted; an attempt that finds the job's result has no fork server."""
         if self._forks:
             return [str(self._forks.python), "-m", module], {**child_environment(), **self._forks.environment}
         return [sys.executable, "-m", module], child_environment()
@@ -155,7 +157,7 @@ class Simulator:
         self._links.close()
 
     def _end(self) -> None:
-        """End the simulation with all its processes; the fork server stays, for what may come next."""
+        """End the simulation with all its processes, except the fork server, which `command` may still use."""
         stop_marked(os.environ[MARK], spare=[self._forks.pid] if self._forks else [])
         if self._process:
             self._process.wait()
@@ -166,7 +168,7 @@ class Simulator:
             **MESSAGE_ENVIRONMENT,
             "OMP_NUM_THREADS": str(self._threads),
             "TMPDIR": str(self._temporary),
-            "NVFLARE_DEAD_CLIENT_GRACE_PERIOD": "1",  # nobody comes back here; NVFlare's own is 60 seconds
+            "NVFLARE_DEAD_CLIENT_GRACE_PERIOD": "1",  # seconds; no site returns here; NVFlare's default: 60
             JOB_STARTED: str(time.time()),
             STATE_ROOT: str(self._states),
             SITE_STATE_ROOT: str(self._folder / "site_states"),
@@ -197,26 +199,24 @@ def main() -> None:
     from fedsft_assets.federation.runtimes.simulator.nvflare_simulator import Simulation
 
     parser = argparse.ArgumentParser(description="Run a job folder in NVFlare's simulator.")
-    parser.add_argument("python", help="that starts the processes of sites")
+    parser.add_argument("python", help="the executable for the processes of sites")
     parser.add_argument("job_folder")
     parser.add_argument("workspace")
     parser.add_argument("sites", nargs="+")
     args = parser.parse_args()
-    sites = args.sites
-    sys.executable = args.python  # NVFlare starts them with it
+    sys.executable = args.python  # NVFlare starts the sites with it
     runner = Simulation(
         args.job_folder,
         args.workspace,
-        clients=",".join(sites),
-        threads=len(sites),
-        max_clients=len(sites),
+        clients=",".join(args.sites),
+        threads=len(args.sites),
+        max_clients=len(args.sites),
         log_config="concise",
     )
-    said: dict[str, int] = {}
-    runner.run_process(said)  # which `run` does in one more process
-    # NVFlare leaves threads behind that keep an interpreter from ending.
+    result: dict[str, int] = {}
+    runner.run_process(result)  # `run` would start another process for it
     sys.stdout.flush()
-    os._exit(said["run_status"])
+    os._exit(result["run_status"])  # NVFlare's threads would keep the interpreter alive
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""A site's process in NVFlare's simulator: NVFlare's own, but for how its starter talks with it.
+"""A site's process in NVFlare's simulator, controlled by its parent through its standard input, a socket pair.
 
-NVFlare lets it listen on a port, and take orders from whoever comes first. Here its starter is at the other end of its
-standard input, a pair of sockets that nobody else can have.
+NVFlare's own process listens on a port instead, and obeys whoever connects first.
 """
 
 import os
@@ -14,11 +13,11 @@ from fedsft_assets.federation.connections.local_driver import use_local_driver
 
 
 def main() -> None:
-    starter = Connection(os.dup(0))
+    parent = Connection(os.dup(0))
     with open(os.devnull, "rb") as nothing:  # noqa: PTH123
-        os.dup2(nothing.fileno(), 0)  # what this process starts gets no part of it
+        os.dup2(nothing.fileno(), 0)  # its child processes must not inherit the socket
     use_local_driver()
-    simulator_worker._create_connection = lambda _: starter
+    simulator_worker._create_connection = lambda _: parent
     args = simulator_worker.parse_arguments()
     MainProcessMonitor.run(main_func=simulator_worker.main, run_dir=args.workspace, args=args)
 

@@ -1,18 +1,19 @@
-"""What a server's answers become: a missing right is one, whether the answer was waited for or not."""
+"""An admin's session: what a server's answers become, and the rights that it grants."""
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from nvflare.fuel.flare_api.api_spec import AuthorizationError, InternalError, JobNotDone, JobNotRunning, NoConnection
 
-from fedsft_assets.federation.runtimes.flare import rights
-from fedsft_assets.federation.runtimes.flare.rights import require_rights
+from fedsft_assets.federation.runtimes.flare.rights import JOB_RIGHTS, require_rights
 from fedsft_assets.federation.runtimes.flare.session import FlareSession
 from fedsft_assets.federation.runtimes.interface import RefusedError
+from fedsft_assets.federation.runtimes.plain_path import is_plain
 from fedsft_assets.federation.runtimes.production import Production
-from fedsft_assets.specs.runtime import ProductionSettings, Timeouts
+from fedsft_assets.specs.runtime import ProductionSettings
 from fedsft_assets_tests.watched import open_to_others
 
 
@@ -22,8 +23,16 @@ class Api:
     def __init__(self, lacking: set[str] | None = None) -> None:
         self.lacking, self.called = lacking or set(), list[str]()
 
+    api = SimpleNamespace()
+
     def set_timeout(self, seconds: float) -> None:
         pass
+
+    def try_connect(self, seconds: float) -> None:
+        pass
+
+    def get_system_info(self) -> SimpleNamespace:
+        return SimpleNamespace(server_info=SimpleNamespace(start_time=1.0))
 
     def _do(self, right: str, name: str, otherwise: Exception | None = None) -> str:
         self.called.append(name)
@@ -33,7 +42,9 @@ class Api:
             raise otherwise
         return "job-1"
 
-    def submit_job(self, folder: str) -> str:
+    def submit_job(self, folder: str, submit_token: str | None) -> str:
+        assert submit_token is None
+        assert is_plain(Path(folder))
         assert json.loads((Path(folder) / "meta.json").read_text())["mandatory_clients"] == ["fedsft-no-such-site"]
         return self._do("submit_job", "submit_job")
 
@@ -60,48 +71,52 @@ def _session(tmp_path: Path, api: Any) -> FlareSession:
     kit = tmp_path / "kit"
     (kit / "startup").mkdir(parents=True)
     (kit / "startup" / "fed_admin.json").write_text(json.dumps({"admin": {"host": "center", "port": 8102}}))
-    session = FlareSession(kit, tmp_path / "own", "default", Timeouts(), lambda: "", "start it")
-    session._session = api
-    return session
+    return FlareSession(kit, tmp_path / "its own", new_session=lambda *_: api)
 
 
-def test_missing_right_is_no_silence(tmp_path: Path) -> None:
+def test_missing_right_is_an_answer(tmp_path: Path) -> None:
     session = _session(tmp_path, Api({"app_command"}))
-    said = r"the server at center:8102 refuses \(study default, startup kit .*\): user not authorized .* 'app_command'"
-    with pytest.raises(RefusedError, match=said):
-        session.try_call(lambda api: api.do_app_command("job-1", "journal", {}), 1.0)
-    with pytest.raises(RefusedError, match=said):
+    refusal = (
+        r"the server at center:8102 refuses \(study default, startup kit .*\): user not authorized .* 'app_command'"
+    )
+    with pytest.raises(RefusedError, match=refusal):
         session.call(lambda api: api.do_app_command("job-1", "journal", {}))
+    with pytest.raises(RefusedError, match=refusal):
+        session.try_call(lambda api: api.do_app_command("job-1", "journal", {}), 1.0)
 
 
 @pytest.mark.parametrize("error", [JobNotRunning(), NoConnection(), InternalError()])
-def test_server_that_has_no_answer_now_is_silent(tmp_path: Path, error: Exception) -> None:
-    def ask(_api: Any) -> str:
+def test_call_that_is_tried_once_has_no_answer_where_the_server_has_none(tmp_path: Path, error: Exception) -> None:
+    def fail(_api: Any) -> str:
         raise error
 
-    assert _session(tmp_path, Api()).try_call(ask, 1.0) is None
+    session = _session(tmp_path, Api())
+    assert session.try_call(lambda _: "answer", 1.0) is None  # not connected yet
+    session.call(lambda api: api.get_system_info())
+    assert session.try_call(lambda _: "answer", 1.0) == "answer"
+    assert session.try_call(fail, 1.0) is None
 
 
 def test_every_right_that_is_missing_is_named_with_what_it_is_for(tmp_path: Path) -> None:
     api = Api({"app_command", "manage_job"})
     with pytest.raises(RefusedError) as refused:
-        require_rights(_session(tmp_path, api), tmp_path)
+        require_rights(_session(tmp_path, api))
     assert str(refused.value) == (
-        f"the server at center:8102 does not give the user of {tmp_path / 'kit'} what a job needs: app_command (to read"
-        " the journal of a running job), manage_job (to end a job); add it to the permissions in the server's"
-        " local/authorization.json, as docs/production.md has them, and restart the server"
+        f"the server at center:8102 does not grant the user of {tmp_path / 'kit'} all the rights that a job needs;"
+        " missing: app_command (to read the journal of a running job), manage_job (to abort a job); add them to the"
+        " permissions in the server's local/authorization.json, as in docs/production.md, and restart the server"
     )
 
 
-@pytest.mark.parametrize("right", ["submit_job", *rights._OF_A_JOB])
-def test_no_right_is_done_without(tmp_path: Path, right: str) -> None:
-    with pytest.raises(RefusedError, match=f"what a job needs: {right} "):
-        require_rights(_session(tmp_path, Api({right})), tmp_path)
+@pytest.mark.parametrize("right", ["submit_job", *JOB_RIGHTS])
+def test_every_right_is_required(tmp_path: Path, right: str) -> None:
+    with pytest.raises(RefusedError, match=f"missing: {right} "):
+        require_rights(_session(tmp_path, Api({right})))
 
 
-def test_server_that_gives_all_rights_is_left_without_the_job_that_was_asked_about(tmp_path: Path) -> None:
+def test_probe_job_is_aborted_and_deleted_where_all_rights_are_granted(tmp_path: Path) -> None:
     api = Api()
-    require_rights(_session(tmp_path, api), tmp_path)
+    require_rights(_session(tmp_path, api))
     assert api.called[0] == "submit_job"
     assert api.called[-2:] == ["abort_job", "delete_job"]
 

@@ -1,4 +1,4 @@
-"""The POC of this machine: started, repaired and stopped whole, on loopback alone, and never in another one's way."""
+"""The lifecycle of a POC: started, repaired and stopped, on loopback only, and independent of other POCs."""
 
 import json
 import os
@@ -16,6 +16,7 @@ import pytest
 
 from fedsft_assets.federation.protocol.journal import JOURNAL_FILE
 from fedsft_assets.federation.runtimes.flare.jobs import FlareJobs
+from fedsft_assets.federation.runtimes.flare.session import FlareSession
 from fedsft_assets.federation.runtimes.interface import ResultLostError, UnavailableError
 from fedsft_assets.federation.runtimes.poc.kits import SERVER
 from fedsft_assets.federation.runtimes.poc.runtime import Poc
@@ -140,7 +141,7 @@ def test_new_site_joins_a_running_poc(system: PocSystem, poc: Poc) -> None:
 def test_job_of_a_dead_server_has_ended_when_it_is_aborted(system: PocSystem, poc: Poc, tmp_path: Path) -> None:
     job_id = _start_long_job(poc, tmp_path / "long")
     _kill(system.status().services[SERVER])
-    with pytest.raises(UnavailableError, match="does not run; look at `fedsft poc status`"):
+    with pytest.raises(UnavailableError, match="is not running; see `fedsft poc status`"):
         poc.poll(job_id)
     poc.abort(job_id)
     assert system.job_processes(job_id) == []
@@ -148,7 +149,7 @@ def test_job_of_a_dead_server_has_ended_when_it_is_aborted(system: PocSystem, po
     assert system.status().jobs == []
     while not (state := poc.poll(job_id)).ended:
         time.sleep(0.5)
-    assert state.status == "LOST (the server was started anew while it ran)"
+    assert state.status == "LOST (the server was restarted while the job ran)"
     assert poc.new_lines(job_id) == []
     with pytest.raises(ResultLostError, match=f"has no result of job {job_id}"):
         poc.fetch(job_id, tmp_path / "files")
@@ -178,7 +179,8 @@ def test_nothing_of_a_poc_is_open_to_others_and_none_of_its_processes_knows_a_se
     system = systems(tmp_path)
     code = (
         "import sys; from pathlib import Path\n"
-        "from fedsft_assets.federation.runtimes.poc.system import PocSettings, PocSystem\n"
+        "from fedsft_assets.federation.runtimes.poc.system import PocSystem\n"
+        "from fedsft_assets.specs.runtime import PocSettings\n"
         "from fedsft_assets_tests.federation.small_jobs import small_jobs_allowed\n"
         "with small_jobs_allowed():\n"
         "    PocSystem(Path(sys.argv[1]), PocSettings(), {}).prepare(sys.argv[2:])"
@@ -195,7 +197,7 @@ def test_nothing_of_a_poc_is_open_to_others_and_none_of_its_processes_knows_a_se
     assert open_to_others(system.folder) == []
 
 
-def test_renewed_poc_has_another_authority_and_lets_nobody_in_with_a_key_of_before(
+def test_renewed_poc_has_another_authority_and_refuses_earlier_keys(
     systems: Callable[..., PocSystem], tmp_path: Path
 ) -> None:
     system = systems(tmp_path)
@@ -213,7 +215,7 @@ def test_renewed_poc_has_another_authority_and_lets_nobody_in_with_a_key_of_befo
         poc.prepare(["site-1"])
         config = json.loads((system.admin_kit / "startup" / "fed_admin.json").read_text())
         (stolen / "startup" / "fed_admin.json").write_text(json.dumps(config))  # whose port may be another
-        thief = FlareJobs(stolen, tmp_path / "thief", timeouts=Timeouts(connect=10, sites=1))
+        thief = FlareJobs(FlareSession(stolen, tmp_path / "thief", timeouts=Timeouts(connect=10, sites=1)))
         with thief, pytest.raises(UnavailableError):
             thief.prepare(["site-1"])
 
@@ -233,7 +235,7 @@ def test_stopped_poc_has_no_process_and_starts_again_with_the_same_jobs(
     assert poc.poll(job_id) == state
 
 
-def test_two_pocs_do_not_meet(systems: Callable[..., PocSystem], tmp_path: Path) -> None:
+def test_two_pocs_are_independent(systems: Callable[..., PocSystem], tmp_path: Path) -> None:
     one, other = systems(tmp_path / "one"), systems(tmp_path / "other")
     with Poc(one, tmp_path / "flare-one") as at_one, Poc(other, tmp_path / "flare-other") as at_other:
         one.start(["site-1"])
@@ -253,7 +255,8 @@ def test_two_processes_that_start_at_once_start_one_poc(systems: Callable[..., P
     system = systems(tmp_path)
     code = (
         "import sys; from pathlib import Path\n"
-        "from fedsft_assets.federation.runtimes.poc.system import PocSettings, PocSystem\n"
+        "from fedsft_assets.federation.runtimes.poc.system import PocSystem\n"
+        "from fedsft_assets.specs.runtime import PocSettings\n"
         "PocSystem(Path(sys.argv[1]), PocSettings(), {}).start(['site-1'])"
     )
     command = [sys.executable, "-c", code, str(system.folder)]
@@ -279,7 +282,7 @@ def test_site_that_cannot_start_is_named_with_what_it_printed(
     assert "num_of_gpus specified (99) exceeds available GPUs" in str(failed.value)
 
 
-def test_other_settings_start_an_idle_poc_anew_and_never_one_with_a_job(
+def test_other_settings_restart_an_idle_poc_and_never_one_with_a_job(
     systems: Callable[..., PocSystem], tmp_path: Path
 ) -> None:
     system, other = systems(tmp_path), systems(tmp_path, PocSettings(threads=3))
@@ -287,7 +290,7 @@ def test_other_settings_start_an_idle_poc_anew_and_never_one_with_a_job(
         poc.prepare(SITES)
         before = system.status()
         job_id = _start_long_job(poc, tmp_path / "long")
-        with pytest.raises(UnavailableError, match="started with other settings and has 1 running jobs"):
+        with pytest.raises(UnavailableError, match="started with other settings and has 1 running job;"):
             other.start()
         assert {**before.services} == system.status().services
         poc.abort(job_id)
@@ -320,7 +323,7 @@ def test_poc_whose_folder_was_removed_can_be_stopped(systems: Callable[..., PocS
     assert marked_processes(system.mark) == []
 
 
-def test_port_that_somebody_took_is_left_to_them(systems: Callable[..., PocSystem], tmp_path: Path) -> None:
+def test_poc_moves_to_another_port_if_its_own_was_taken(systems: Callable[..., PocSystem], tmp_path: Path) -> None:
     system = systems(tmp_path)
     system.prepare(["site-1"])
     before = system.status().address

@@ -1,4 +1,4 @@
-"""Processes that are forked instead of started: they are as others are, but have everything imported."""
+"""Processes from the fork server: like others, but with everything imported."""
 
 import json
 import os
@@ -100,7 +100,7 @@ def test_exit_code_is_that_of_the_fork(server: ForkServer, work: Path, code: int
     assert _start(server, work, "code", str(code)).wait() == code
 
 
-def test_exception_is_told_as_by_python(server: ForkServer, work: Path) -> None:
+def test_traceback_is_printed_as_by_python(server: ForkServer, work: Path) -> None:
     process = _start(server, work, "raise")
     _, errors = process.communicate()
     assert process.returncode == 1
@@ -108,7 +108,7 @@ def test_exception_is_told_as_by_python(server: ForkServer, work: Path) -> None:
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
-def test_fork_ends_with_the_process_that_stands_for_it(server: ForkServer, work: Path, sign: signal.Signals) -> None:
+def test_fork_is_killed_with_its_representative(server: ForkServer, work: Path, sign: signal.Signals) -> None:
     process = _start(server, work, "wait")
     fork = psutil.Process(_said(process)["pid"])
     process.send_signal(sign)
@@ -116,7 +116,7 @@ def test_fork_ends_with_the_process_that_stands_for_it(server: ForkServer, work:
     fork.wait(timeout=30)
 
 
-def test_process_that_stands_for_a_fork_ends_by_the_same_signal(server: ForkServer, work: Path) -> None:
+def test_representative_ends_by_the_same_signal_as_its_fork(server: ForkServer, work: Path) -> None:
     process = _start(server, work, "wait")
     os.kill(_said(process)["pid"], signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
@@ -131,7 +131,7 @@ def test_forks_end_when_the_server_is_stopped(server: ForkServer, work: Path) ->
     assert [process.wait() for process in processes] == [LOST] * 3
 
 
-def test_killed_server_is_told_by_every_process_and_can_be_started_again(server: ForkServer, work: Path) -> None:
+def test_killed_server_is_reported_by_every_process_and_can_be_restarted(server: ForkServer, work: Path) -> None:
     process = _start(server, work, "wait")
     fork = psutil.Process(_said(process)["pid"])
     _kill(server)
@@ -158,7 +158,7 @@ def test_checkpoint_whose_process_is_lost_with_the_server_can_be_made_by_another
     assert not failed.value.retryable
 
 
-def test_what_is_no_module_is_run_by_python_itself(server: ForkServer) -> None:
+def test_other_commands_than_modules_are_run_by_python_itself(server: ForkServer) -> None:
     command = [str(server.python), "-c", "import sys; print(sys.executable)"]
     done = subprocess.run(command, env={**os.environ, **server.environment}, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == sys.executable

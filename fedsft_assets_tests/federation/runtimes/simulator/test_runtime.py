@@ -1,4 +1,4 @@
-"""The runtime `simulator` as its supervisor sees it; jobs in it are in the end-to-end tests."""
+"""The runtime `simulator` as a supervisor uses it; whole jobs are in the end-to-end tests."""
 
 import json
 import shutil
@@ -45,7 +45,7 @@ def _job_folder(home: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_simulation_that_ends_by_itself_has_failed_whatever_an_earlier_one_left(tmp_path: Path, mark: str) -> None:
+def test_simulation_that_ends_without_finishing_has_failed_whatever_was_left(tmp_path: Path, mark: str) -> None:
     job_folder = _job_folder(tmp_path)
     shutil.rmtree(job_folder / "app_server")  # NVFlare does not take it
     simulator = Simulator(tmp_path / "runtime", 1)
