@@ -39,7 +39,7 @@ def clone(tmp_path: Path) -> Path:
 @pytest.fixture
 def make(clone: Path) -> Callable[..., list[str]]:
     def run(*arguments: str, **variables: str) -> list[str]:
-        names = ("FEDSFT_", "MAKE", "DATA", "MODEL", "OVERRIDES")
+        names = ("FEDSFT_", "MAKE", "DATA", "MODEL", "OVERRIDES", "UV_")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(names)}
         done = subprocess.run(
             ["make", "--silent", *arguments],
@@ -96,6 +96,20 @@ def test_tests_write_into_the_home(make: Callable[..., list[str]], tmp_path: Pat
     words = _words(make("test", FEDSFT_HOME=home))
     assert words[words.index("--basetemp") + 1] == f"{home}/pytest"
     assert Path(home).is_dir()
+
+
+def test_uv_looks_for_packages_where_pip_does_unless_it_is_told_otherwise(
+    make: Callable[..., list[str]], clone: Path
+) -> None:
+    python, uv = (clone / ".venv/bin" / name for name in ("python", "uv"))
+    python.write_text("""#!/bin/sh
+echo ":env:.find-links='/wheels /more'"; echo "global.find-links='/others'"; echo "global.index-url='https://pip'"
+""")
+    uv.write_text('#!/bin/sh\necho "$UV_FIND_LINKS" "$UV_DEFAULT_INDEX"\n')
+    uv.chmod(0o700)
+    for said, expected in (({}, "/wheels,/more https://pip"), ({"UV_FIND_LINKS": "", "UV_DEFAULT_INDEX": "u"}, " u")):
+        (clone / ".venv/.ready").unlink()
+        assert expected in make("setup", **said)
 
 
 @pytest.fixture
