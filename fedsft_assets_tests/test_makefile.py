@@ -1,4 +1,7 @@
-"""What `make` starts: the commands get every word as it was given, wherever the clone and the home are."""
+"""What `make` starts: the commands get every word as it was given, wherever the clone and the home are.
+
+And by which Python an environment is made.
+"""
 
 import os
 import shutil
@@ -23,11 +26,12 @@ def clone(tmp_path: Path) -> Path:
     """A clone that is set up, as far as make can see."""
     folder = tmp_path / f"clone {SPECIAL}"
     (folder / ".venv/bin").mkdir(parents=True)
-    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+    for name in ("Makefile", "pyproject.toml", "requirements.txt"):
         shutil.copyfile(PROJECT / name, folder / name)
     python = folder / ".venv/bin/python"
     python.write_text(_PYTHON)
     python.chmod(0o700)
+    (folder / ".venv/bin/uv").touch()
     (folder / ".venv/.ready").touch()
     return folder
 
@@ -35,7 +39,7 @@ def clone(tmp_path: Path) -> Path:
 @pytest.fixture
 def make(clone: Path) -> Callable[..., list[str]]:
     def run(*arguments: str, **variables: str) -> list[str]:
-        names = ("FEDSFT_", "MAKE", "DATA", "MODEL", "OVERRIDES")
+        names = ("FEDSFT_", "MAKE", "DATA", "MODEL", "OVERRIDES", "UV_")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(names)}
         done = subprocess.run(
             ["make", "--silent", *arguments],
@@ -92,3 +96,61 @@ def test_tests_write_into_the_home(make: Callable[..., list[str]], tmp_path: Pat
     words = _words(make("test", FEDSFT_HOME=home))
     assert words[words.index("--basetemp") + 1] == f"{home}/pytest"
     assert Path(home).is_dir()
+
+
+def test_uv_looks_for_packages_where_pip_does_unless_it_is_told_otherwise(
+    make: Callable[..., list[str]], clone: Path
+) -> None:
+    python, uv = (clone / ".venv/bin" / name for name in ("python", "uv"))
+    python.write_text("""#!/bin/sh
+echo ":env:.find-links='/wheels /more'"; echo "global.find-links='/others'"; echo "global.index-url='https://pip'"
+""")
+    uv.write_text('#!/bin/sh\necho "$UV_FIND_LINKS" "$UV_DEFAULT_INDEX"\n')
+    uv.chmod(0o700)
+    for said, expected in (({}, "/wheels,/more https://pip"), ({"UV_FIND_LINKS": "", "UV_DEFAULT_INDEX": "u"}, " u")):
+        (clone / ".venv/.ready").unlink()
+        assert expected in make("setup", **said)
+
+
+@pytest.fixture
+def set_up(clone: Path, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`make setup` of a clone that has no environment, where the named Pythons are the only ones that will do."""
+    shutil.rmtree(clone / ".venv")
+
+    def run(*arguments: str, suitable: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+        programs = tmp_path / "programs"
+        programs.mkdir()
+        for name in ("python3", "python3.11", "python3.12", "python3.13"):
+            (programs / name).write_text(f"#!/bin/sh\nexit {int(name not in suitable)}\n")
+            (programs / name).chmod(0o700)
+        return subprocess.run(
+            ["make", "setup", *arguments],
+            cwd=clone,
+            env={"PATH": f"{programs}:{os.environ['PATH']}"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run
+
+
+def test_the_first_python_that_will_do_makes_the_environment(
+    set_up: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    done = set_up("--dry-run", suitable=["python3.12", "python3"])
+    assert '"python3.12" -m venv' in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("said", "found"), [([], "there is none on PATH"), (["PYTHON=python3.12"], "python3.12 is none")]
+)
+def test_without_a_python_that_will_do_it_says_which_would(
+    set_up: Callable[..., subprocess.CompletedProcess[str]], clone: Path, said: list[str], found: str
+) -> None:
+    done = set_up(*said)
+    assert done.returncode != 0
+    assert "Python 3.11, 3.12 or 3.13" in done.stderr
+    assert found in done.stderr
+    assert "make setup PYTHON=/path/to/python3.12" in done.stderr
+    assert not (clone / ".venv").exists()

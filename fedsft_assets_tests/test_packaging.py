@@ -10,6 +10,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from fedsft_assets.settings import PROJECT
 from fedsft_assets_tests.environments import closure, environment_of, installing
 
 NOT_AT_A_SITE = {
@@ -29,6 +30,16 @@ def test_the_study_gets_all_that_a_site_and_the_server_get() -> None:
     for extra in ("site", "server", "data"):
         assert set(installing(extra)) <= study
     assert {"dagster", "mlflow", "nvflare", "torch", "nemo-toolkit", "pandas", "pyarrow"} <= closure(study)
+
+
+def test_requirements_txt_has_a_version_for_each_requirement() -> None:
+    lines = (PROJECT / "requirements.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if not line.startswith("#")]
+    versions = {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in pins}
+    assert len(versions) == len(pins)
+    for wanted in map(Requirement, installing("study", "dev", "smollm2")):
+        version = versions.get(canonicalize_name(wanted.name), "0")
+        assert wanted.specifier.contains(version, prereleases=True), f"{wanted}: run `make lock`"
 
 
 def _imports(modules: list[str], without: str = "") -> set[tuple[str, str]]:

@@ -22,8 +22,8 @@ pytestmark = pytest.mark.slow
 DOCUMENT = PROJECT / "docs" / "production.md"
 CHECKOUT = "export FEDSFT=~/fedsft"
 INSTALLS = {
-    "server-python": 'server-python/bin/pip install --constraint $FEDSFT/constraints.txt "$FEDSFT[server]"',
-    "site-python": 'site-python/bin/pip install --constraint $FEDSFT/constraints.txt "$FEDSFT[site,data]"',
+    "server-python": 'server-python/bin/pip install --constraint $FEDSFT/requirements.txt "$FEDSFT[server]"',
+    "site-python": 'site-python/bin/pip install --constraint $FEDSFT/requirements.txt "$FEDSFT[site,data]"',
 }
 SETUP = "make -C $FEDSFT setup"
 FIRST_SITE = "SITE=site-1 DATASET=alpaca"

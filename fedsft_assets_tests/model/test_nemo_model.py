@@ -1,6 +1,9 @@
+import hydra
 import pytest
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from lightning.pytorch import Trainer
+from nemo.utils.exp_manager import exp_manager
 from omegaconf import OmegaConf, open_dict
 from torch.utils.data import DataLoader
 
@@ -40,6 +43,19 @@ def test_lightning_trains_it(base, tokens):
     )
     trainer.fit(model, train_dataloaders=DataLoader(batches, batch_size=None))
     assert model.training_step(batches[0]).item() < 0.9 * before
+
+
+def test_nemos_configurations_work_with_newer_hydra_and_omegaconf_than_it_asks_for(tmp_path):
+    """Those of `override-dependencies` in pyproject.toml; Dagster's antlr needs them."""
+    (override,) = OverridesParser.create().parse_overrides(["optim.betas=[0.9,0.5]"])
+    config = OmegaConf.create({"lr": 0.25, "optim": {"_target_": "torch.optim.AdamW", "lr": "${lr}"}})
+    config.optim.betas = override.value()
+    optimizer = hydra.utils.instantiate(config.optim, params=[torch.zeros(1, requires_grad=True)])
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert (optimizer.defaults["lr"], list(optimizer.defaults["betas"])) == (0.25, [0.9, 0.5])
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    where = OmegaConf.create({"exp_dir": str(tmp_path), "name": "one", "create_tensorboard_logger": False})
+    assert exp_manager(trainer, where).is_relative_to(tmp_path / "one")
 
 
 def test_training_without_a_learning_rate_says_where_to_set_it(base):

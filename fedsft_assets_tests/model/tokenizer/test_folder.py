@@ -130,7 +130,7 @@ def test_a_tokenizer_that_changed_in_its_folder_is_read_again(folder: Path, tmp_
 
 
 def _sentencepiece_works() -> bool:
-    """Whether the package is there, of a version that protobuf's goes with (see constraints.txt)."""
+    """Whether the package is there, of a version that protobuf's goes with (see requirements.txt)."""
     try:
         importlib.import_module("sentencepiece.sentencepiece_model_pb2")
     except Exception:  # of protobuf
