@@ -148,13 +148,15 @@ class RoundLimits(BaseModel):
     ) -> UpdateMessage:
         """The result of round `number` (0-based) of a site with so many records, if that is known."""
         try:
-            update = UpdateMessage(
-                kind=meta.get(KIND_KEY),
-                tokens=meta.get(TOKENS_KEY),
-                samples=meta.get(SAMPLES_KEY),
-                records=meta.get(RECORDS_KEY),
-                first=meta.get(FIRST_KEY),
-                points=points,
+            update = UpdateMessage.model_validate(
+                {
+                    "kind": meta.get(KIND_KEY),
+                    "tokens": meta.get(TOKENS_KEY),
+                    "samples": meta.get(SAMPLES_KEY),
+                    "records": meta.get(RECORDS_KEY),
+                    "first": meta.get(FIRST_KEY),
+                    "points": points,
+                }
             )
         except ValidationError as error:
             raise ValueError(_explained(error)) from error

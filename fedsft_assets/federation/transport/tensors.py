@@ -11,10 +11,10 @@ import torch
 class OutgoingTensor(torch.Tensor):
     """A tensor that is sent in a way of its own, and received as a plain one. What is computed from it is plain too."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @property
-    def __class__(self) -> type[torch.Tensor]:  # type: ignore[override]
+    def __class__(self) -> type[torch.Tensor]:  # type: ignore[override, misc]
         """`torch.Tensor`: NVFlare puts the name of this class on the wire, and the receiver makes one of that class.
 
         NVFlare's own processes in between refuse a class that is not registered with them.
