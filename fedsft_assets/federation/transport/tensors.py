@@ -13,8 +13,8 @@ class OutgoingTensor(torch.Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    @property
-    def __class__(self) -> type[torch.Tensor]:  # type: ignore[override, misc]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type[torch.Tensor]:  # type: ignore[override]
         """`torch.Tensor`: NVFlare puts the name of this class on the wire, and the receiver makes one of that class.
 
         NVFlare's own processes in between refuse a class that is not registered with them.
