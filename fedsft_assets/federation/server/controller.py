@@ -155,7 +155,7 @@ class FederatedSFT(ModelController):
         self.engine.register_app_command(JOURNAL_COMMAND, self._hand_out_journal)
         cell = getattr(self.engine.server, "job_cell", None) or self.engine.get_cell()  # the simulator has both
         cell.core_cell.register_request_cb(PROGRESS_CHANNEL, PROGRESS_TOPIC, self._take_report)
-        tell_of_unreadable_results(self._refuse_unreadable)
+        tell_of_unreadable_results(self._refuse_unreadable, self._note_lost)
         if not fl_ctx.get_prop(FLContextKey.SIMULATE_MODE, False):  # in the simulator nobody comes, or comes again
             require_local_driver("fedsft-server configure")
             job_id = fl_ctx.get_job_id()
@@ -473,6 +473,10 @@ class FederatedSFT(ModelController):
     def _refuse_unreadable(self, message: Any, why: str) -> None:
         if site := self._sender(message):
             self._watch.refuse(site, f"its result is none that NVFlare can read: {quoted(why)}")
+
+    def _note_lost(self, message: Any, why: str) -> None:
+        if site := self._sender(message):
+            self._watch.lost(site, f"its result did not arrive: {quoted(why)}")
 
     def _sender(self, message: Any) -> str | None:
         """The site whose token NVFlare has found with the message, as it does with results; the log has any other."""

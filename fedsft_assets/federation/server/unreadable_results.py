@@ -1,4 +1,4 @@
-"""Results that NVFlare cannot read: whoever sent one is told of.
+"""Results that NVFlare cannot read, or that do not arrive whole: whoever sent one is told of.
 
 NVFlare's own way is to end the server's process, so that one site could end the job, and nobody would be named.
 """
@@ -15,15 +15,21 @@ from nvflare.fuel.f3.message import Message
 from nvflare.fuel.f3.streaming.stream_const import StreamHeaderKey
 from nvflare.private.defs import CellMessageHeaderKeys
 
+from fedsft_assets.federation.transport.receiving import TransferError
+
 _decode = cellnet.decode_payload
 # The machine's own faults, of which the sender knows nothing: NVFlare ends the process, and the job goes on in another.
 _OWN_FAULTS = (MemoryError, OSError)
 
 
-def tell_of_unreadable_results(tell: Callable[[Message, str], object]) -> None:
+Tell = Callable[[Message, str], object]
+
+
+def tell_of_unreadable_results(tell: Tell, tell_of_lost: Tell) -> None:
     """From now on, call `tell` with each message that should be a result and is none, and what is wrong with it.
 
-    It is answered as that of somebody unknown. Of this process's cells, this is for all.
+    Call `tell_of_lost` with one whose tensors do not arrive because their sender is gone, and what happened. A message
+    is answered as that of somebody unknown. Of this process's cells, this is for all.
     """
 
     def decode(message: Message, *args: Any, **kwargs: Any) -> None:
@@ -34,6 +40,9 @@ def tell_of_unreadable_results(tell: Callable[[Message, str], object]) -> None:
         except Exception as error:
             if not _is_result(message):
                 raise
+            if isinstance(error, TransferError):
+                _drop(message, str(error), tell_of_lost)
+                return
             _drop(message, f"it cannot be decoded: {error}", tell)
             return
         if _is_result(message) and not _is_readable(message.payload):
@@ -54,7 +63,7 @@ def _is_readable(payload: object) -> bool:
         return False
 
 
-def _drop(message: Message, why: str, tell: Callable[[Message, str], object]) -> None:
+def _drop(message: Message, why: str, tell: Tell) -> None:
     tell(message, why)
     message.payload = Shareable()
     message.remove_header(CellMessageHeaderKeys.TOKEN)

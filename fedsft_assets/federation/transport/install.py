@@ -18,7 +18,7 @@ from nvflare.fuel.utils import fobs
 from nvflare.fuel.utils.fobs import dots
 
 from fedsft_assets.federation.transport.endpoint import TensorEndpoint
-from fedsft_assets.federation.transport.receiving import consumer_for
+from fedsft_assets.federation.transport.receiving import TransferError, consumer_for
 from fedsft_assets.federation.transport.sending import TensorStream
 
 
@@ -56,10 +56,12 @@ class StreamDecomposer(TensorDecomposer):
     def download(self, from_fqcn: str, ref_id: str, *, fobs_ctx: Any = None, **settings: Any) -> Any:  # noqa: ARG002
         """Fetch the tensors of a message; returns an error or None, and the tensors by NVFlare's names for them.
 
-        Raises OSError if this machine has no room for them.
+        Raises OSError if this machine has no room for them, and TransferError if the sender is gone.
         """
         consumer = consumer_for(self.endpoint)
         tensor_downloader.download_object(from_fqcn=from_fqcn, ref_id=ref_id, consumer=consumer, **settings)
         if consumer.local_error:
             raise consumer.local_error
+        if consumer.transfer_failed:
+            raise TransferError(str(consumer.error))
         return consumer.error, consumer.tensors

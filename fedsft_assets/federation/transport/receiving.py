@@ -18,6 +18,10 @@ _MAX_ERROR = 200  # characters
 _ALIGNMENT = 64  # bytes
 
 
+class TransferError(RuntimeError):
+    """The sender of tensors is gone, or cannot be reached, before all of them are here."""
+
+
 def consumer_for(endpoint: TensorEndpoint) -> MemoryConsumer | FileConsumer:
     """What takes the tensors of the next message."""
     if endpoint.files is None:
@@ -28,8 +32,8 @@ def consumer_for(endpoint: TensorEndpoint) -> MemoryConsumer | FileConsumer:
 class _StreamConsumer(Consumer):
     """Takes the header of a stream, then its pieces in order.
 
-    `error` says what went wrong with the transfer. `local_error` is one of this machine's, which NVFlare would take for
-    one of the peer's.
+    `error` says what went wrong, `transfer_failed` that it was the transfer, and not what came. `local_error` is one of
+    this machine's, which NVFlare would take for one of the peer's.
     """
 
     supports_pipelining = True
@@ -37,12 +41,15 @@ class _StreamConsumer(Consumer):
     def __init__(self, endpoint: TensorEndpoint) -> None:
         super().__init__()
         self.error: str | None = None
+        self.transfer_failed = False
+        self._is_readable = True
         self.local_error: OSError | None = None
         self._endpoint = endpoint
         self._header: StreamHeader | None = None
         self._position = 0
 
     def consume(self, ref_id: str, state: dict[str, int], data: list[bytes]) -> dict[str, int]:  # noqa: ARG002
+        self._is_readable = False  # until all of it is taken: NVFlare takes what is raised for a failed transfer
         for piece in data:
             if self._header is None:
                 self._header = StreamHeader.from_bytes(piece)
@@ -51,6 +58,7 @@ class _StreamConsumer(Consumer):
             else:
                 self.take(self._header, self._position, piece)
                 self._position += len(piece)
+        self._is_readable = True
         return state
 
     def download_completed(self, ref_id: str) -> None:  # noqa: ARG002
@@ -59,7 +67,7 @@ class _StreamConsumer(Consumer):
         self.finish(self._header)
 
     def download_failed(self, ref_id: str, reason: str) -> None:  # noqa: ARG002
-        self.error = reason
+        self.error, self.transfer_failed = reason, self._is_readable
 
     def begin(self, header: StreamHeader) -> None:
         """Prepare for the stream's pieces."""

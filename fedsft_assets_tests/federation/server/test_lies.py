@@ -15,6 +15,8 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import make_reply
 from nvflare.app_common.abstract.fl_model import FLModel
 from nvflare.fuel.f3.cellnet.defs import ReturnCode as CellReturnCode
+from nvflare.fuel.f3.message import Message
+from nvflare.private.defs import CellMessageHeaderKeys
 
 from fedsft_assets.federation.protocol.journal import Finished, Missed, Progress, RoundDone, Stopped
 from fedsft_assets.federation.protocol.messages import (
@@ -334,6 +336,23 @@ def test_result_that_is_no_model_is_refused_not_taken_for_an_answer(tmp_path: Pa
     sites[1].does(TRAIN_TASK, 1, nonsense)
     server.run()
     assert server.panics[0].startswith("round 2: site-2: its result is no model of NVFlare's: ")
+
+
+def test_site_whose_result_does_not_arrive_is_lost_not_refused(tmp_path: Path) -> None:
+    """Its trainer has died while the result was fetched: another attempt may succeed."""
+    sites = [Site(f"site-{k}") for k in (1, 2)]
+    server = Server(tmp_path, sites)
+
+    def dies(_: FLModel) -> None:
+        message = Message({CellMessageHeaderKeys.TOKEN: "token of site-2"}, None)
+        server._note_lost(message, "producer error after 3 secs")
+
+    sites[1].does(TRAIN_TASK, 1, dies)
+    server.run()
+    (missed,) = server.of(Missed)
+    assert missed == Missed("site-2", 2, "its result did not arrive: producer error after 3 secs")
+    (stopped,) = server.of(Stopped)
+    assert stopped.lost_sites
 
 
 @pytest.mark.parametrize("code", ["HACKED\x1b[2J", 17, ["OK"]])

@@ -22,7 +22,7 @@ from fedsft_assets.federation.transport import header, receiving
 from fedsft_assets.federation.transport.buffers import StoredTensor, temporary_files
 from fedsft_assets.federation.transport.endpoint import TensorEndpoint, piece_size_for
 from fedsft_assets.federation.transport.install import StreamDecomposer
-from fedsft_assets.federation.transport.receiving import BrokenTensor
+from fedsft_assets.federation.transport.receiving import BrokenTensor, TransferError
 from fedsft_assets.federation.transport.sending import TensorStream
 from fedsft_assets.federation.transport.tensors import ContiguousTensors, Delta, LazyTensor, materialize
 from fedsft_assets.federation.transport.wire import rounded
@@ -172,12 +172,25 @@ def test_memory_is_used_again_when_nobody_has_a_tensor_in_it() -> None:
     assert torch.equal(third["T0"], torch.ones(40, 8))
 
 
+def test_what_cannot_be_taken_is_no_failure_of_the_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def consumed(_: Any, ref_id: str, consumer: Any, **__: Any) -> None:
+        try:
+            consumer.consume(ref_id, {}, [None])
+        except Exception as error:  # as NVFlare does
+            consumer.download_failed(ref_id, f"exception when consuming data: {error}")
+
+    monkeypatch.setattr(tensor_downloader, "download_object", consumed)
+    error, _ = _sent(_tensors())
+    assert error is not None
+    assert error.startswith("exception when consuming data: ")
+
+
 def test_what_arrived_in_part_is_an_error_and_its_file_is_used_again(tmp_path: Path, pieces: list[Any]) -> None:
     pieces[0].most = 5
     with temporary_files(tmp_path / "results") as files:
         receiver = TensorEndpoint(files=files)
-        error, _ = _sent(_tensors(), receiver)
-        assert error == "the server is gone"
+        with pytest.raises(TransferError, match=r"^the server is gone$"):
+            _sent(_tensors(), receiver)
         pieces[0].most = None
         error, arrived = _sent(_tensors(), receiver)
         assert error is None
@@ -355,7 +368,8 @@ def test_change_to_another_model_than_the_sites_is_an_error(site: SiteExchange) 
 def test_model_with_a_part_of_a_change_needs_to_be_sent_whole(site: SiteExchange, pieces: list[Any]) -> None:
     receiver = TensorEndpoint(deltas=site)
     pieces[0].most = 3
-    _sent(_change(4), receiver)
+    with pytest.raises(TransferError):
+        _sent(_change(4), receiver)
     pieces[0].most = None
     with pytest.raises(ExchangeError, match="has the model after 3 rounds in part"):
         _sent(_change(4), receiver)
