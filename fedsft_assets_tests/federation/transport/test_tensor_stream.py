@@ -174,8 +174,12 @@ def test_memory_is_used_again_when_nobody_has_a_tensor_in_it() -> None:
 
 def test_what_cannot_be_taken_is_no_failure_of_the_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
     def consumed(_: Any, ref_id: str, consumer: Any, **__: Any) -> None:
+        def no_room(_: object) -> None:
+            raise MemoryError
+
+        consumer.begin = no_room
         try:
-            consumer.consume(ref_id, {}, [None])
+            consumer.consume(ref_id, {}, [_header()])
         except Exception as error:  # as NVFlare does
             consumer.download_failed(ref_id, f"exception when consuming data: {error}")
 
