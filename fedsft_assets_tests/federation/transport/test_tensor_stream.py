@@ -173,7 +173,7 @@ def test_memory_is_used_again_when_nobody_has_a_tensor_in_it() -> None:
 
 
 def test_what_cannot_be_taken_is_no_failure_of_the_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
-    def consumed(_: Any, ref_id: str, consumer: Any, **__: Any) -> None:
+    def consumed(ref_id: str, consumer: Any, **_: Any) -> None:
         def no_room(_: object) -> None:
             raise MemoryError
 
