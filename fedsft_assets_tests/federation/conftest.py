@@ -1,4 +1,6 @@
+import gc
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,14 @@ from fedsft_assets.federation.protocol.messages import STATE_ROOT
 from fedsft_assets.federation.server.base_model import read_nemo_weights
 from fedsft_assets_tests.federation.clock import Clock
 from fedsft_assets_tests.federation.rounds import BASE, copied
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _loaded_modules_are_not_collected() -> Iterator[None]:
+    """As in the processes of a job: each round collects garbage."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture
