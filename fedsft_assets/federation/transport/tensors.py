@@ -11,9 +11,9 @@ import torch
 class OutgoingTensor(torch.Tensor):
     """A tensor that is sent in a way of its own, and received as a plain one. What is computed from it is plain too."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> type[torch.Tensor]:  # type: ignore[override]
         """`torch.Tensor`: NVFlare puts the name of this class on the wire, and the receiver makes one of that class.
 

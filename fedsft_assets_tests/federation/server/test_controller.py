@@ -283,7 +283,7 @@ def test_results_that_a_killed_server_kept_on_the_disk_are_removed(tmp_path: Pat
     left = tmp_path / "state" / "results" / "of a killed server"
     server = Server(tmp_path, [Site("site-1")])
     left.mkdir(parents=True)
-    with server._offloaded():
+    with server._tensor_streams():
         assert not left.exists()
 
 
