@@ -100,7 +100,7 @@ class TensorStream(Downloadable):
         return _view(tensor.make(first, last))[begin - first * tensor.itemsize :][:size]
 
     def _will_allocate(self, size: int) -> None:
-        """Collect what has been sent before so many more bytes are allocated, if it may have become much."""
+        """Count bytes that are about to be allocated; where they may have become many, collect what has been sent."""
         self._allocated += size
         if self._allocated > _MAX_UNCOLLECTED:
             self._allocated = 0
