@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
 
-from fedsft_assets.model.archive.torch_reader import TensorFile
+from fedsft_assets.model.archive.nemo_archive import open_weights, read_config, read_tokenizer_files, write_archive
+from fedsft_assets.model.archive.torch_reader import TensorFile, TensorInfo
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.huggingface import export
 from fedsft_assets.model.huggingface.export import export_huggingface
@@ -102,6 +104,30 @@ def test_large_models_are_cut_into_files(tmp_path, make):
             size = sum(tensors.get_tensor(name).nbytes for name in names)
             assert size <= 40_000 or len(names) == 1
     assert _same(_load(tmp_path / "folder"), archive)
+
+
+def _mixed(archive: Path, into: Path) -> Path:
+    """The archive with matrices in bf16 and vectors in fp32, as mixed-precision training leaves them."""
+
+    def dtype(info: TensorInfo) -> torch.dtype:
+        return torch.bfloat16 if len(info.shape) > 1 else torch.float32
+
+    config = read_config(archive)
+    with open_weights(archive) as weights:
+        infos = {name: TensorInfo(dtype(info), info.shape) for name, info in weights.tensors.items()}
+        files = read_tokenizer_files(archive, config)
+        write_archive(into, config, files, infos, lambda name: weights.read(name).to(infos[name].dtype))
+    return into
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_files_are_byte_for_byte_those_that_safetensors_writes(tmp_path, make, mixed):
+    archive = _mixed(make("llama"), tmp_path / "mixed.nemo") if mixed else make("llama")
+    report = export_huggingface(archive, tmp_path / "folder", shard=40_000)
+    assert len(report.types) == 1 + mixed
+    for file in report.files:
+        save_file(load_file(tmp_path / "folder" / file), tmp_path / "expected", metadata={"format": "pt"})
+        assert (tmp_path / "folder" / file).read_bytes() == (tmp_path / "expected").read_bytes()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
