@@ -17,6 +17,7 @@ _LLAMA = _WIDTH | {"rope_parameters": {"rope_type": "default", "rope_theta": 777
 _QWEN_MOE = _LLAMA | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 777.0}
 _SSM = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
+_MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1}
 
 # Rotary embeddings are never those of the defaults: whoever forgets to read what is said about them gets another model.
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -68,16 +69,38 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "mamba": _SSM,
     "falcon_mamba": _SSM,
+    "mamba2": _SSM | {"num_heads": 4, "head_dim": 16, "n_groups": 1},
+    "nemotron_h": _WIDTH
+    | {
+        "head_dim": 16,
+        "layers_block_type": ["mamba", "attention"],
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 8,
+        "n_groups": 1,
+    },
+    "falcon_h1": _WIDTH | _MAMBA2 | {"mamba_d_ssm": 64, "head_dim": 16},
+    "bamba": _WIDTH | _MAMBA2 | {"attn_layer_indices": [1]},
+    "granitemoehybrid": _WIDTH
+    | _MAMBA2
+    | {
+        "layer_types": ["mamba", "attention"],
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 48,
+    },
+    "roberta": _WIDTH | {"is_decoder": True, "pad_token_id": 1},
 }
 DENSE = ["gpt2", "llama", "gpt_neox", "persimmon", "gemma3_text"]
 EXPERTS = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "granitemoe", "gpt_oss", "deepseek_v3", "jamba"]
 MAMBA = ["mamba", "falcon_mamba"]
+MAMBA2 = ["mamba2", "nemotron_h", "falcon_h1", "bamba", "granitemoehybrid"]
 
 
 def small_model(kind: str, tokenizer: Any, **changes: Any) -> Any:
     """A model of this kind for the tokens of a tokenizer, the same each time, in evaluation mode."""
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
-    config = AutoConfig.for_model(kind, **CONFIGS[kind] | special | {"vocab_size": len(tokenizer)} | changes)
+    config = AutoConfig.for_model(kind, **special | CONFIGS[kind] | {"vocab_size": len(tokenizer)} | changes)
     with torch.random.fork_rng():
         torch.manual_seed(5)
         lm = AutoModelForCausalLM.from_config(config)

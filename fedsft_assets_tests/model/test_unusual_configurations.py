@@ -16,31 +16,11 @@ from fedsft_assets.model.huggingface.export import export_huggingface
 from fedsft_assets.model.language_model import LanguageModel
 from fedsft_assets.model.training.batches import tokenize
 from fedsft_assets.specs.model_preset import model_preset
+from fedsft_assets_tests.model.small_models import CONFIGS, MAMBA2
 
 SMALL = {
     **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
     **{"num_attention_heads": 2, "num_key_value_heads": 2},
-}
-MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1}
-INFINITE = {
-    "mamba2": {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_heads": 4,
-        "head_dim": 16,
-        "state_size": 8,
-        "n_groups": 1,
-    },
-    "nemotron_h": {
-        **{**SMALL, "head_dim": 16, "layers_block_type": ["mamba", "attention"]},
-        **{"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1},
-    },
-    "falcon_h1": {**SMALL, **MAMBA, "mamba_d_ssm": 64, "head_dim": 16},
-    "bamba": {**SMALL, **MAMBA, "attn_layer_indices": [1]},
-    "granitemoehybrid": {
-        **{**SMALL, **MAMBA, "layer_types": ["mamba", "attention"]},
-        **{"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 48},
-    },
 }
 VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 
@@ -64,9 +44,9 @@ def same_logits(ours, theirs) -> None:
     torch.testing.assert_close(ours.eval()(input_ids=ids).logits, theirs.eval()(input_ids=ids).logits)
 
 
-@pytest.mark.parametrize("kind", INFINITE)
+@pytest.mark.parametrize("kind", MAMBA2)
 def test_infinity_in_a_configuration_goes_into_the_archive_and_out_again(model, save, tmp_path, kind):
-    folder = save(AutoConfig.for_model(kind, vocab_size=len(model.tokenizer), **INFINITE[kind]))
+    folder = save(AutoConfig.for_model(kind, vocab_size=len(model.tokenizer), **CONFIGS[kind]))
     assert '"Infinity"' in (folder / "config.json").read_text()
     report = create_base_model(model_preset(str(folder)), tmp_path / "x.nemo", 1)
     assert (report.layers, report.width) == (2, 32)
