@@ -7,8 +7,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Generator
-from contextlib import closing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,8 +41,11 @@ class Conversation:
     chat: bool
     turns: "list[ChatTurn]" = field(default_factory=list)
 
-    def answer(self, text: str) -> Generator[str]:
-        """The model's answer in pieces; how far it came is part of the conversation. Raises ModelError."""
+    def answer(self, text: str, write: Callable[[str], None]) -> str:
+        """Hand the model's answer to `write` in pieces, then return it; how far it came is part of the conversation.
+
+        Raises ModelError, and what `write` raises.
+        """
         from fedsft_assets.model.text_generation import ChatTurn, chat_tokens, plain_tokens, prompt_room, stream
 
         model = self.model
@@ -52,14 +54,18 @@ class Conversation:
             tokens = chat_tokens(model.tokenizer, turns, prompt_room(model.lm, self.settings))
         else:
             tokens = plain_tokens(model.text_encoder, text, model.prompt_template)
-        said = ""
+        pieces: list[str] = []
+
+        def keep_and_write(piece: str) -> None:
+            pieces.append(piece)
+            write(piece)
+
         try:
-            with model.evaluating(), closing(stream(model.lm, model.tokenizer, tokens, self.settings)) as pieces:
-                for piece in pieces:
-                    said += piece
-                    yield piece
+            with model.evaluating():
+                stream(model.lm, model.tokenizer, tokens, self.settings, keep_and_write)
         finally:
-            self.turns = [*turns, ChatTurn("assistant", said)]
+            self.turns = [*turns, ChatTurn("assistant", "".join(pieces))]
+        return "".join(pieces)
 
 
 def main() -> None:
@@ -175,12 +181,7 @@ def _interact(conversation: Conversation) -> None:
 
 
 def _write_answer(conversation: Conversation, text: str) -> None:
-    empty = True
-    with closing(conversation.answer(text)) as pieces:
-        for piece in pieces:
-            _write(piece)
-            empty = False
-    if empty:
+    if not conversation.answer(text, _write):
         _say("(the model ended its answer before any text)")
 
 

@@ -1,19 +1,27 @@
 """Answers of a Hugging Face causal language model: to many prompts at once, or to one, piece by piece.
 
-One loop makes the tokens of both, with a key-value cache: each token is read once. Nothing here switches the
-model to evaluation mode or moves it: the caller does.
+Transformers' `generate` makes the tokens. Of the model's own settings for it only the EOS tokens count: none of
+sampling, penalties, forced or suppressed tokens, lengths and caches, so that models are compared by the same rules.
+Nothing here switches the model to evaluation mode or moves it: the caller does.
 """
 
-import inspect
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import takewhile
 from typing import Any, Literal
 
 import torch
 from jinja2 import TemplateError
-from torch import Tensor
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from torch import Tensor, nn
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation import BaseStreamer
 
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.generation_settings import GenerationSettings, end_tokens
@@ -66,8 +74,8 @@ def chat_tokens(tokenizer: Any, turns: Sequence[ChatTurn], room: int | None = No
 
 def prompt_room(lm: Any, settings: GenerationSettings) -> int | None:
     """How many tokens a prompt can have, so that the answer fits too; None if the model has no limit."""
-    most = position_limit(lm.config.get_text_config())
-    return most - _most_new_tokens(most, settings) if most else None
+    positions = _positions(lm)
+    return positions - _most_new_tokens(positions, settings) if positions else None
 
 
 def complete(
@@ -85,101 +93,127 @@ def complete(
     but not what its tokenizer puts before every text. Prompts are read in batches, padded on the left. Raises
     ModelError for a prompt without tokens, and if the model gives no numbers.
     """
-    prompts, most = _fitted(lm, tokenizer, prompts, settings)
+    prompts = _fitted(lm, tokenizer, prompts, settings)
     ends, seeds = _end_tokens(lm, tokenizer), _seeds(settings, len(prompts))
     answers = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        answer_ids: list[list[int]] = [[] for _ in chosen]
-        going = set(range(len(chosen)))
-        batch = [prompts[index] for index in chosen]
-        steps = _steps(lm, tokenizer, batch, settings, [seeds[index] for index in chosen], use_cache)
-        for tokens in islice(steps, most):
-            going -= {row for row in going if tokens[row] in ends}
-            for row in going:
-                answer_ids[row].append(tokens[row])
-            if not going:
-                break
-        for index, ids in zip(chosen, answer_ids, strict=True):
-            answers[index] = _decode(tokenizer, ids).strip()
+        batch, batch_seeds = [prompts[index] for index in chosen], [seeds[index] for index in chosen]
+        rows = _generate(lm, tokenizer, batch, settings, batch_seeds, use_cache=use_cache)
+        for index, row in zip(chosen, rows, strict=True):
+            answers[index] = _decode(tokenizer, list(takewhile(lambda token: token not in ends, row))).strip()
     return answers
 
 
-def stream(lm: Any, tokenizer: Any, prompt: list[int], settings: GenerationSettings) -> Generator[str]:
-    """The same answer to one prompt in pieces, each as soon as its characters are whole.
+def stream(
+    lm: Any, tokenizer: Any, prompt: list[int], settings: GenerationSettings, write: Callable[[str], None]
+) -> None:
+    """Hand the same answer to one prompt to `write` in pieces, each as soon as its characters are whole.
 
-    Closing the iterator ends the work; errors as of `complete`.
+    An error of `write` ends the work; other errors as of `complete`.
     """
-    [prompt], most = _fitted(lm, tokenizer, [prompt], settings)
-    ends = _end_tokens(lm, tokenizer)
-    ids: list[int] = []
-    said = 0
-    for [token] in islice(_steps(lm, tokenizer, [prompt], settings, _seeds(settings, 1)), most):
-        if token in ends:
-            break
-        ids.append(token)
+    prompts = _fitted(lm, tokenizer, [prompt], settings)
+    pieces = _Pieces(tokenizer, _end_tokens(lm, tokenizer), write)
+    _generate(lm, tokenizer, prompts, settings, _seeds(settings, 1), streamer=pieces)
+
+
+class _Pieces(BaseStreamer):
+    """Hands the text of tokens on, without outer blanks and without parts of characters."""
+
+    def __init__(self, tokenizer: Any, ends: set[int], write: Callable[[str], None]) -> None:
+        self._tokenizer, self._ends, self._write = tokenizer, ends, write
+        self._ids: list[int] = []
+        self._written = 0
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt [1, T], which is no part of the answer, then every new token [1]."""
+        if value.ndim > 1 or int(value) in self._ends:
+            return
+        self._ids.append(int(value))
         # Blanks wait for what follows: at the end of an answer they are not part of it.
-        whole = _decode(tokenizer, ids).lstrip().rstrip(_UNFINISHED).rstrip()
-        if len(whole) > said:
-            yield whole[said:]
-            said = len(whole)
-    if rest := _decode(tokenizer, ids).strip()[said:]:
-        yield rest
+        self._hand_on(self._text().rstrip(_UNFINISHED).rstrip())
+
+    def end(self) -> None:
+        """Hand on what is left; nothing can complete a character any more."""
+        self._hand_on(self._text().rstrip())
+
+    def _text(self) -> str:
+        return _decode(self._tokenizer, self._ids).lstrip()
+
+    def _hand_on(self, text: str) -> None:
+        if len(text) > self._written:
+            self._write(text[self._written :])
+            self._written = len(text)
 
 
-def _steps(
+class _Choice(LogitsProcessor):
+    """Of the logits [B, V] of B answers, leaves those of tokens, or of the one that was drawn for each answer.
+
+    Each draws from a generator of its own. Raises ModelError if the logits are not finite numbers.
+    """
+
+    def __init__(self, no_token: Tensor, settings: GenerationSettings, seeds: Sequence[int]) -> None:
+        """`no_token`, bool [V], says which logits stand for no token; `seeds` has one seed for each answer."""
+        self._no_token = no_token
+        self._warpers = _warpers(settings)
+        self._generators = [torch.Generator(no_token.device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores = scores.masked_fill(self._no_token, -torch.inf)
+        likeliest = scores.amax(dim=-1, keepdim=True)
+        if not likeliest.isfinite().all():
+            raise ModelError("the model's logits are not finite numbers: its weights are broken, or training diverged")
+        if not self._warpers:
+            return scores
+        # With 0 as the highest, no temperature is so low that anything overflows.
+        probabilities = self._warpers(input_ids, scores - likeliest).softmax(dim=-1)
+        drawn = [
+            torch.multinomial(row, 1, generator=generator)
+            for row, generator in zip(probabilities, self._generators, strict=True)
+        ]
+        return torch.full_like(scores, -torch.inf).scatter(1, torch.stack(drawn), 0.0)
+
+
+def _generate(
     lm: Any,
     tokenizer: Any,
     prompts: list[list[int]],
     settings: GenerationSettings,
     seeds: list[int],
+    *,
     use_cache: bool = True,
-) -> Generator[list[int]]:
-    """The next token of each of B prompts, again and again, for as long as the caller wants more."""
-    width = max(len(prompt) for prompt in prompts)
+    streamer: BaseStreamer | None = None,
+) -> list[list[int]]:
+    """The new tokens of each of B prompts; after EOS there may be others, for as long as other answers go on."""
+    width = max(map(len, prompts))
     gaps = [width - len(prompt) for prompt in prompts]
     pad = tokenizer.pad_token_id or 0
-    rows = [[pad] * gap + prompt for gap, prompt in zip(gaps, prompts, strict=True)]
-    ids = torch.tensor(rows, device=lm.device)
+    ids = torch.tensor([[pad] * gap + prompt for gap, prompt in zip(gaps, prompts, strict=True)], device=lm.device)
     mask = torch.tensor([[0] * gap + [1] * (width - gap) for gap in gaps], device=lm.device)
-    generators = [torch.Generator(lm.device).manual_seed(seed) for seed in seeds]
-    no_token = _no_token(lm, tokenizer)
-    warpers = _warpers(settings)
-    cache = None
-    while True:
-        logits, cache = _read(lm, ids, mask, cache, use_cache)
-        logits = logits.masked_fill(no_token, -torch.inf)
-        likeliest, tokens = logits.max(dim=-1)
-        if not likeliest.isfinite().all():
-            raise ModelError("the model's logits are not finite numbers: its weights are broken, or training diverged")
-        if settings.temperature:
-            # With 0 as the highest, no temperature is so low that anything overflows.
-            probabilities = warpers(ids, logits - likeliest[:, None]).softmax(dim=-1)
-            drawn = [
-                torch.multinomial(row, 1, generator=generator)
-                for row, generator in zip(probabilities, generators, strict=True)
-            ]
-            tokens = torch.cat(drawn)
-        yield tokens.tolist()
-        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-        # A model that keeps no key-value cache (a state space model, say) reads all of it again.
-        ids = tokens[:, None] if cache is not None else torch.cat([ids, tokens[:, None]], dim=1)
-
-
-@torch.no_grad()
-def _read(lm: Any, ids: Tensor, mask: Tensor, cache: Any, use_cache: bool) -> tuple[Tensor, Any]:
-    """Logits [B, V] after the last token, in fp32, and the cache that now has `ids` [B, T] too.
-
-    `mask` [B, S] is of all tokens so far, those in the cache included.
-    """
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    # Not every architecture has all of these, and there are no others that it needs.
-    wanted = {"position_ids": positions[:, -ids.shape[1] :], "past_key_values": cache, "logits_to_keep": 1}
-    known = inspect.signature(lm.forward).parameters
-    given = {name: value for name, value in wanted.items() if name in known}
-    output = lm(input_ids=ids, attention_mask=mask, use_cache=use_cache, **given)
-    return output.logits[:, -1].float(), output.get("past_key_values") if use_cache else None
+    first = _first_position(lm)
+    config = GenerationConfig(
+        max_new_tokens=_most_new_tokens(_positions(lm), settings),
+        do_sample=False,  # `_Choice` draws: `generate` would draw for all answers from one generator
+        use_cache=use_cache,
+        eos_token_id=list(_end_tokens(lm, tokenizer)) or None,
+        pad_token_id=pad,
+    )
+    # `generate` takes from the model's settings what it is not told here.
+    own, lm.generation_config = lm.generation_config, GenerationConfig()
+    try:
+        rows = lm.generate(
+            ids,
+            attention_mask=mask,
+            # `generate` itself counts from 0.
+            position_ids=first + (mask.cumsum(dim=1) - 1).clamp(min=0) if first else None,
+            generation_config=config,
+            logits_processor=LogitsProcessorList([_Choice(_no_token(lm, tokenizer), settings, seeds)]),
+            streamer=streamer,
+        )
+    finally:
+        lm.generation_config = own
+    return rows[:, width:].tolist()
 
 
 def _warpers(settings: GenerationSettings) -> LogitsProcessorList:
@@ -194,26 +228,37 @@ def _warpers(settings: GenerationSettings) -> LogitsProcessorList:
     return warpers
 
 
-def _most_new_tokens(positions: int, settings: GenerationSettings) -> int:
+def _positions(lm: Any) -> int | None:
+    """How many tokens a prompt and its answer can have together; None if the model has no limit."""
+    limit = position_limit(lm.config.get_text_config())
+    return limit - _first_position(lm) if limit else None
+
+
+def _first_position(lm: Any) -> int:
+    """The position of a text's first token: 0, but in RoBERTa's kin that after the one of padding."""
+    tables = [module for name, module in lm.named_modules() if name.endswith("position_embeddings")]
+    padding = [table.padding_idx for table in tables if isinstance(table, nn.Embedding)]
+    return max((index + 1 for index in padding if index is not None), default=0)
+
+
+def _most_new_tokens(positions: int | None, settings: GenerationSettings) -> int:
     """An answer gets half of the model's positions at the most, or a question might not be left."""
-    return min(settings.max_new_tokens, positions // 2)
+    return min(settings.max_new_tokens, positions // 2) if positions else settings.max_new_tokens
 
 
-def _fitted(
-    lm: Any, tokenizer: Any, prompts: Sequence[list[int]], settings: GenerationSettings
-) -> tuple[list[list[int]], int]:
-    """The prompts with as much of their end as there is room for, and how many tokens an answer can have."""
+def _fitted(lm: Any, tokenizer: Any, prompts: Sequence[list[int]], settings: GenerationSettings) -> list[list[int]]:
+    """The prompts with as much of their end as there is room for."""
     if not all(prompts):
         raise ModelError("a prompt has no tokens; give it some text")
-    room, most = prompt_room(lm, settings), position_limit(lm.config.get_text_config())
-    if room is None or most is None:
-        return list(prompts), settings.max_new_tokens
+    room = prompt_room(lm, settings)
+    if room is None:
+        return list(prompts)
     front = front_tokens(tokenizer.backend_tokenizer)
     fitted = []
     for prompt in prompts:
         kept = front if prompt[: len(front)] == front else []
         fitted.append(prompt if len(prompt) <= room else kept + prompt[len(prompt) - room + len(kept) :])
-    return fitted, _most_new_tokens(most, settings)
+    return fitted
 
 
 def _seeds(settings: GenerationSettings, count: int) -> list[int]:

@@ -325,8 +325,10 @@ def test_an_answer_without_text_is_explained(model: LanguageModel, capsys: pytes
 
 def test_a_chat_remembers_what_was_said(model: LanguageModel) -> None:
     conversation = Conversation(model, SETTINGS, chat=True)
-    first = "".join(conversation.answer("Why?"))
-    second = "".join(conversation.answer("And then?"))
+    pieces: list[str] = []
+    first = conversation.answer("Why?", pieces.append)
+    assert first == "".join(pieces)
+    second = conversation.answer("And then?", pieces.append)
     assert first
     turns = [ChatTurn("user", "Why?"), ChatTurn("assistant", first), ChatTurn("user", "And then?")]
     tokens = chat_tokens(model.tokenizer, turns)
@@ -336,18 +338,24 @@ def test_a_chat_remembers_what_was_said(model: LanguageModel) -> None:
 
 def test_an_answer_that_was_stopped_is_remembered_as_far_as_it_came(model: LanguageModel) -> None:
     conversation = Conversation(model, SETTINGS, chat=True)
-    pieces = conversation.answer("Why?")
-    said = next(pieces) + next(pieces)
-    pieces.close()
-    assert conversation.turns == [ChatTurn("user", "Why?"), ChatTurn("assistant", said)]
+    pieces: list[str] = []
+
+    def stop_at_the_second(piece: str) -> None:
+        pieces.append(piece)
+        if len(pieces) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        conversation.answer("Why?", stop_at_the_second)
+    assert conversation.turns == [ChatTurn("user", "Why?"), ChatTurn("assistant", "".join(pieces))]
 
 
 def test_a_message_that_is_too_long_is_not_part_of_the_conversation(model: LanguageModel) -> None:
     conversation = Conversation(model, SETTINGS, chat=True)
     with pytest.raises(ModelError, match="last message alone"):
-        list(conversation.answer("blue? " * 40_000))
+        conversation.answer("blue? " * 40_000, print)
     assert conversation.turns == []
-    assert "".join(conversation.answer("Why?"))
+    assert conversation.answer("Why?", print)
 
 
 def test_a_checkpoint_is_a_file_a_folder_a_job_or_the_base_model(tmp_path: Path) -> None:

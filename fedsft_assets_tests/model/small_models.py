@@ -96,6 +96,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mamba": _SSM,
     "falcon_mamba": _SSM,
     **INFINITE,
+    "roberta": _WIDTH | {"is_decoder": True, "pad_token_id": 1},
 }
 DENSE = ["gpt2", "llama", "gpt_neox", "persimmon", "gemma3_text"]
 EXPERTS = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "granitemoe", "gpt_oss", "deepseek_v3", "jamba"]
@@ -105,7 +106,7 @@ MAMBA = ["mamba", "falcon_mamba"]
 def small_model(kind: str, tokenizer: Any, **changes: Any) -> Any:
     """A model of this kind for the tokens of a tokenizer, the same each time, in evaluation mode."""
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
-    config = AutoConfig.for_model(kind, **CONFIGS[kind] | special | {"vocab_size": len(tokenizer)} | changes)
+    config = AutoConfig.for_model(kind, **special | CONFIGS[kind] | {"vocab_size": len(tokenizer)} | changes)
     with torch.random.fork_rng():
         torch.manual_seed(5)
         lm = AutoModelForCausalLM.from_config(config)

@@ -9,13 +9,21 @@ from typing import Any
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.generation_settings import GenerationSettings
 from fedsft_assets.model.text_generation import ChatTurn, chat_tokens, complete, plain_tokens, prompt_room, stream
 from fedsft_assets.model.tokenizer.encode import TextEncoder, front_tokens
 from fedsft_assets.model.tokenizer.tiny import EOS, tiny_tokenizer
+from fedsft_assets_tests.model.small_models import CONFIGS, INFINITE, MAMBA, small_model
 
 POSITIONS = 96
 GREEDY = GenerationSettings(max_new_tokens=40)
@@ -81,6 +89,12 @@ def _prompts(tokenizer: Any, texts: list[str] = QUESTIONS) -> list[list[int]]:
     return [plain_tokens(encoder, text, "answer") for text in texts]
 
 
+def _pieces(lm: Any, tokenizer: Any, prompt: list[int], settings: GenerationSettings) -> list[str]:
+    pieces: list[str] = []
+    stream(lm, tokenizer, prompt, settings, pieces.append)
+    return pieces
+
+
 @contextmanager
 def _widths_read(lm: Any) -> Iterator[list[int]]:
     """How many tokens of a row each call of the model is given."""
@@ -132,13 +146,67 @@ def test_answers_are_the_same_with_and_without_the_cache(lm: Any, tokenizer: Any
     assert uncached == list(range(longest, longest + len(uncached)))
 
 
-@pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_an_answer_does_not_depend_on_the_other_prompts(lm: Any, tokenizer: Any, settings: GenerationSettings) -> None:
+@torch.no_grad()
+def _reread(lm: Any, prompt: list[int], count: int) -> list[int]:
+    """The likeliest tokens after a prompt; all is read again for each of them, as in training."""
+    ids = torch.tensor([prompt])
+    for _ in range(count):
+        ids = torch.cat([ids, lm(input_ids=ids, use_cache=False).logits[:, -1:].argmax(dim=-1)], dim=1)
+    return ids[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_models_of_all_kinds_answer_in_a_padded_batch_as_they_were_trained(kind: str, tokenizer: Any) -> None:
+    lm = small_model(kind, tokenizer)
+    lm.config.eos_token_id = lm.generation_config.eos_token_id = None
+    prompts = [prompt[-length:] for prompt, length in zip(_prompts(tokenizer), (5, 14, 9, 11), strict=True)]
+    settings = GenerationSettings(max_new_tokens=10)
+    expected = [tokenizer.decode(_reread(lm, prompt, 10), skip_special_tokens=True).strip() for prompt in prompts]
+    assert complete(lm, tokenizer, prompts, settings) == expected
+    assert [complete(lm, tokenizer, [prompt], settings)[0] for prompt in prompts] == expected
+
+
+@pytest.mark.parametrize("kind", [*MAMBA, *INFINITE])
+def test_a_state_space_model_reads_each_token_once(kind: str, tokenizer: Any) -> None:
+    with _widths_read(lm := small_model(kind, tokenizer)) as widths:
+        complete(lm, tokenizer, _prompts(tokenizer)[:1], GenerationSettings(max_new_tokens=5))
+    assert widths[1:] == [1] * (len(widths) - 1)
+
+
+def test_roberta_has_fewer_positions_than_its_table_and_no_prompt_leaves_them(tokenizer: Any) -> None:
+    lm = small_model("roberta", tokenizer, max_position_embeddings=32)
+    settings = GenerationSettings(max_new_tokens=10)
+    assert prompt_room(lm, settings) == 32 - 2 - 10
+    prompt = plain_tokens(TextEncoder.of(tokenizer), "snow " * 100, "answer")
+    assert complete(lm, tokenizer, [prompt], settings) == complete(lm, tokenizer, [prompt[-20:]], settings)
+
+
+def test_the_models_own_settings_for_generation_do_not_count(lm: Any, tokenizer: Any) -> None:
     prompts = _prompts(tokenizer)
-    together = complete(lm, tokenizer, prompts, settings)
-    assert together == [complete(lm, tokenizer, [prompt], settings)[0] for prompt in prompts]
-    assert together[::-1] == complete(lm, tokenizer, prompts[::-1], settings, batch_size=3)
-    assert len(set(together)) > 1
+    answers = complete(lm, tokenizer, prompts, GREEDY)
+    taken = int(tokenizer(answers[0])["input_ids"][0])
+    own = GenerationConfig(
+        **{"do_sample": True, "num_beams": 2, "repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "max_length": 7},
+        **{"suppress_tokens": [taken], "begin_suppress_tokens": [taken], "forced_eos_token_id": 0, "max_time": 1e-9},
+        **{"min_new_tokens": 30, "stop_strings": "a", "token_healing": True, "cache_implementation": "static"},
+        eos_token_id=lm.config.eos_token_id,
+    )
+    lm.generation_config = own
+    assert complete(lm, tokenizer, prompts, GREEDY) == answers
+    assert "".join(_pieces(lm, tokenizer, prompts[0], GREEDY)) == answers[0]
+    assert lm.generation_config is own
+
+
+@pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_an_answer_does_not_depend_on_the_other_prompts(
+    trained: Any, lm: Any, tokenizer: Any, settings: GenerationSettings
+) -> None:
+    prompts = _prompts(tokenizer)
+    for model in (trained, lm):  # the one ends its answers, at different lengths
+        together = complete(model, tokenizer, prompts, settings)
+        assert together == [complete(model, tokenizer, [prompt], settings)[0] for prompt in prompts]
+        assert together[::-1] == complete(model, tokenizer, prompts[::-1], settings, batch_size=3)
+        assert len(set(together)) > 1
 
 
 @pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
@@ -147,32 +215,33 @@ def test_pieces_of_a_stream_make_up_the_answer(
 ) -> None:
     for model in (trained, lm):
         for prompt in _prompts(tokenizer):
-            pieces = list(stream(model, tokenizer, prompt, settings))
+            pieces = _pieces(model, tokenizer, prompt, settings)
             assert ["".join(pieces)] == complete(model, tokenizer, [prompt], settings)
 
 
 def test_no_piece_of_a_stream_ends_within_a_character(trained: Any, tokenizer: Any) -> None:
-    pieces = list(stream(trained, tokenizer, _prompts(tokenizer)[2], GREEDY))
+    pieces = _pieces(trained, tokenizer, _prompts(tokenizer)[2], GREEDY)
     assert "".join(pieces) == ANSWERS[QUESTIONS[2]]
     assert len(tokenizer("🚀")["input_ids"]) > 1
     assert not any("\ufffd" in piece for piece in pieces)
     assert len(pieces) > 5
 
 
-def test_a_stream_gives_the_first_piece_before_it_makes_the_rest(trained: Any, tokenizer: Any) -> None:
-    with _widths_read(trained) as widths:
-        pieces = stream(trained, tokenizer, _prompts(tokenizer)[1], GREEDY)
-        assert widths == []
-        assert ANSWERS[QUESTIONS[1]].startswith(next(pieces))
-        read = len(widths)
-        pieces.close()
-        assert list(pieces) == []
-    assert len(widths) == read <= 3
+def test_a_reader_that_has_enough_of_a_stream_ends_the_work(trained: Any, tokenizer: Any) -> None:
+    pieces: list[str] = []
 
+    def stop_at_once(piece: str) -> None:
+        pieces.append(piece)
+        raise BrokenPipeError
 
-def test_a_stream_leaves_gradients_of_the_caller_alone(trained: Any, tokenizer: Any) -> None:
-    for _ in stream(trained, tokenizer, _prompts(tokenizer)[0], GREEDY):
-        assert torch.is_grad_enabled()
+    own = trained.generation_config
+    with _widths_read(trained) as widths, pytest.raises(BrokenPipeError):
+        stream(trained, tokenizer, _prompts(tokenizer)[1], GREEDY, stop_at_once)
+    assert len(pieces) == 1
+    assert ANSWERS[QUESTIONS[1]].startswith(pieces[0])
+    assert len(widths) <= 3
+    assert torch.is_grad_enabled()
+    assert trained.generation_config is own
 
 
 def test_every_eos_of_the_model_ends_an_answer(lm: Any, tokenizer: Any) -> None:
@@ -183,7 +252,7 @@ def test_every_eos_of_the_model_ends_an_answer(lm: Any, tokenizer: Any) -> None:
     lm.generation_config.eos_token_id = [0, fourth]
     [answer] = complete(lm, tokenizer, [prompt], GREEDY)
     assert answer == tokenizer.decode(ids[:first]).strip()
-    assert ["".join(stream(lm, tokenizer, prompt, GREEDY))] == [answer]
+    assert "".join(_pieces(lm, tokenizer, prompt, GREEDY)) == answer
 
 
 def test_an_answer_is_cut_at_max_new_tokens(trained: Any, tokenizer: Any) -> None:
@@ -308,7 +377,7 @@ def test_broken_weights_are_said_and_not_sampled(lm: Any, tokenizer: Any) -> Non
         with pytest.raises(ModelError, match="logits are not finite"):
             complete(lm, tokenizer, _prompts(tokenizer), settings)
         with pytest.raises(ModelError, match="logits are not finite"):
-            next(stream(lm, tokenizer, _prompts(tokenizer)[0], settings))
+            _pieces(lm, tokenizer, _prompts(tokenizer)[0], settings)
 
 
 def test_a_prompt_without_tokens_is_refused(lm: Any, tokenizer: Any) -> None:
