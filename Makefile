@@ -55,15 +55,15 @@ $(UV): requirements.txt
 	touch $@
 
 # requirements.txt says which versions, not which packages: what torch needs for CUDA goes with the torch that is found.
-# uv's cache is in the environment until all is installed. If it is there already, a set-up was interrupted: what is
-# downloaded stays, and packages that may have been half written are written again.
+# uv's cache is in the environment until all is installed. If it is there already, a set-up was interrupted: what was
+# downloaded stays, and packages, which may be half written, are written again.
 $(READY): $(UV) pyproject.toml requirements.txt
 	@echo "Installing what pyproject.toml asks for, in the versions of requirements.txt, into $(VENV). With PyPI's torch" \
 		"for Linux, which has CUDA: 3.2 GB to download, 6.3 GB on the disk. With a torch without CUDA: 0.7 and 2.4 GB;" \
 		"UV_TORCH_BACKEND=cpu takes PyTorch's own."
+	@$(if $(wildcard $(VENV)/.cache),rm -rf $(VENV)/lib/*/site-packages/* && $(BIN)/python -m ensurepip >/dev/null)
 	@$(INDEX) $(WHEELS) UV_CACHE_DIR=$(VENV)/.cache UV_LINK_MODE=hardlink $(AS_USER) $(UV) pip install \
-		$(if $(wildcard $(VENV)/.cache),--reinstall) --python $(BIN)/python --compile-bytecode \
-		--constraint requirements.txt --editable '.[study,dev,smollm2]'
+		--python $(BIN)/python --compile-bytecode --constraint requirements.txt --editable '.[study,dev,smollm2]'
 	$(BIN)/python -m compileall -q fedsft_assets
 	rm -rf $(VENV)/.cache
 	touch $@

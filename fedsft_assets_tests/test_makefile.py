@@ -112,6 +112,23 @@ echo ":env:.find-links='/wheels /more'"; echo "global.find-links='/others'"; ech
         assert expected in make("setup", **said)
 
 
+def test_what_an_interrupted_installation_wrote_is_written_again_and_not_downloaded_again(
+    make: Callable[..., list[str]], clone: Path
+) -> None:
+    downloaded, half = clone / ".venv/.cache/wheel", clone / ".venv/lib/python3.11/site-packages/half"
+    for path in (downloaded, half):
+        path.parent.mkdir(parents=True)
+        path.touch()
+    uv = clone / ".venv/bin/uv"
+    uv.write_text(f"#!/bin/sh\nls -A {half.parent.relative_to(clone)} $UV_CACHE_DIR\n")
+    uv.chmod(0o700)
+    (clone / ".venv/.ready").unlink()
+    lines = make("setup")
+    assert "wheel" in lines
+    assert "half" not in lines
+    assert not downloaded.parent.exists()
+
+
 @pytest.fixture
 def set_up(clone: Path, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """`make setup` of a clone that has no environment, where the named Pythons are the only ones that will do."""
