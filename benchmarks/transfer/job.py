@@ -63,13 +63,8 @@ def our_job(exchange: Exchange, archive: Path, diaries: Path, root: Path) -> Pat
         config = json.loads(path.read_text(encoding="utf-8"))
         (executor,) = config["executors"]
         executor["executor"] = {
-            "path": "nvflare.app_common.executors.client_api_executor.ClientAPIExecutor",
-            "args": {
-                "execution_mode": "external_process",
-                "command": _command("ours", diaries, "--wire", wire),
-                "params_exchange_format": "pytorch",
-                "server_expected_format": "pytorch",
-            },
+            "path": "benchmarks.transfer.executor.BenchmarkSite",
+            "args": {"command": _command("ours", diaries, "--wire", wire)},
         }
         path.write_text(json.dumps(config), encoding="utf-8")
     return folder

@@ -104,6 +104,7 @@ class _Ours:
     """The wire of a site around weights that nobody holds: they are made of the given ones when they are asked for."""
 
     def __init__(self, wire: str) -> None:
+        from fedsft_assets.federation.connections.local_driver import use_local_driver
         from fedsft_assets.federation.protocol.messages import Wire
         from fedsft_assets.federation.site.global_model import SiteExchange
         from fedsft_assets.federation.site.reporter import Reporter, send_through_site
@@ -114,6 +115,7 @@ class _Ours:
         from fedsft_assets.specs.job import FiltersSpec
 
         self.site = ""
+        use_local_driver()
         self._reporter = Reporter("a site", send_through_site)
         self.exchange = SiteExchange("a site", Wire(wire), ChangeFilter(FiltersSpec()), {})
         self.streams = tensor_streams(TensorEndpoint(deltas=self.exchange))
