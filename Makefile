@@ -40,7 +40,8 @@ setup: $(READY)
 # What users tell pip and uv in files of their own counts. uv reads none of pip's settings: where pip looks for packages,
 # uv does too.
 AS_USER := env -u XDG_CONFIG_HOME
-PIP_SAYS = $$($(AS_USER) $(BIN)/python -m pip config list | sed -n "s/^[^=]*\.$(1)='\(.*\)'$$/\1/p" | head -n 1 | tr ' ' ',')
+PIP_SAYS = $$($(AS_USER) $(BIN)/python -m pip config list | \
+	sed -n "s/^[^=]*\.$(1)='\(.*\)'$$/\1/p" | head -n 1 | tr ' ' ',')
 INDEX = UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX-$(call PIP_SAYS,index-url)}"
 WHEELS = UV_FIND_LINKS="$${UV_FIND_LINKS-$(call PIP_SAYS,find-links)}"
 
