@@ -198,7 +198,7 @@ def test_token_file_that_others_can_read_is_refused_in_one_line(tmp_path: Path) 
 def test_tensorboard_shows_each_execution_anew_and_ends_with_its_command(tmp_path: Path) -> None:
     """As `make tensorboard` starts it, asked over HTTP. An execution takes the place of the one before."""
     folder, points = Store(tmp_path).tensorboard("fedavg"), job_points()
-    EventFiles(folder).complete(job_points(rounds=5))
+    EventFiles(folder, job_points(rounds=5)).close()
     environment = {**os.environ, "FEDSFT_HOME": str(tmp_path)}
     command = [sys.executable, "-m", "fedsft_assets.cli", "tensorboard"]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as ui:
@@ -207,7 +207,7 @@ def test_tensorboard_shows_each_execution_anew_and_ends_with_its_command(tmp_pat
             url = ui.stdout.readline().split()[-1]
             assert url.startswith("http://127.0.0.1:")
             until(lambda: _curve(url, 6), "six values of the first execution")
-            EventFiles(folder).complete(points)
+            EventFiles(folder, points).close()
             until(lambda: _curve(url, 3), "three values of the second execution, and no other")
             assert [(step, value) for _, step, value in _curve(url, 3)] == [(0, 7.0), (64, 2.0), (128, 2.5)]
             processes = psutil.Process(ui.pid).children(recursive=True)
