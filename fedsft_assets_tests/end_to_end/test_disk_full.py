@@ -103,7 +103,7 @@ def test_study_whose_disk_is_full_says_so_and_goes_on_when_there_is_room(prepare
         ballast.unlink()
         code, said = _attempt(store, job)
         assert code == 0, said
-        assert any(line.startswith("resuming after round") for line in said)
+        assert any("resuming after round" in line for line in said)
         assert len(JobReport.read(current(store.checkpoint(job))).val_loss) == ROUNDS + 1
         workspace = workspace_of(current(store.job_folder(job)), store, "simulator")
         assert differences_in_mlflow(store, workspace, ["site-1"]) == []

@@ -52,10 +52,10 @@ class _Rounds(FederatedSFT):
             wire=spec.wire,
             algorithm=spec.algorithm.model_dump(),
         )
-        self._trainers = {plan.site: SiteTrainer(plan, PhaseClock(), partial(self._tell, plan.site)) for plan in plans}
         self._missed, self._run_dir = missed, folder
         self.of_the_missing: list[Point] = []
         self._absent: set[str] = set()  # in the round that is under way
+        self._trainers = {plan.site: SiteTrainer(plan, PhaseClock(), partial(self._tell, plan.site)) for plan in plans}
         self.open(folder / "state")
 
     def _tell(self, site: str, text: str, points: list[Point]) -> None:
