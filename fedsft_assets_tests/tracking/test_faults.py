@@ -165,7 +165,7 @@ def test_a_silent_server_holds_nobody_up(
         assert (logged, proxy.served) == ([0], [])  # all were logged and the job had ended before any answer
         assert len(proxy.requests) == 1
     (waits,) = Outbox(store.outbox).entries()
-    assert caplog.messages[-1].startswith("the tracking server has not taken everything")
+    assert caplog.messages[-1].startswith("fedavg · the tracking server has not taken everything")
     assert str(store.outbox / waits) in caplog.messages[-1]
     until(lambda: not Outbox(store.outbox).deliver(tracking), "the job's own thread lets go, and all is sent")
     _assert_complete(tracking, points, "KILLED")
