@@ -24,7 +24,9 @@ CHAMPION = "champion"
 ANSWER_SECONDS = 10
 _SQLITE = "sqlite:///"
 _TIMEOUT, _RETRIES = "MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
-_SET_BY_USER = frozenset(os.environ) & {_TIMEOUT, _RETRIES}
+# Names those of them that a process of ours has set: its children inherit them, and no user has said them.
+_SET_BY_US = "FEDSFT_MLFLOW_LIMITS"
+_SET_BY_USER = (frozenset(os.environ) & {_TIMEOUT, _RETRIES}) - {*os.environ.get(_SET_BY_US, "").split(",")}
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,8 @@ def limit_requests(seconds: int | None = None) -> None:
     is ANSWER_SECONDS.
     """
     limits = {_TIMEOUT: str(seconds or os.environ.get(_TIMEOUT, ANSWER_SECONDS)), _RETRIES: "0"}
-    os.environ.update({name: value for name, value in limits.items() if name not in _SET_BY_USER})
+    ours = {name: value for name, value in limits.items() if name not in _SET_BY_USER}
+    os.environ.update({**ours, _SET_BY_US: ",".join(ours)})
 
 
 def timed_out(error: BaseException) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -70,11 +70,3 @@ def values_of(point: Point) -> list[tuple[str, Value]]:
     if point.step is None and not phase_of(point.name):
         own.append((JOB, value(f"{point.name}.{point.site}", point.value)))
     return own
-
-
-def distinct(points: Iterable[Point]) -> list[Point]:
-    """The points in their order; of those with one identity, because a round was done twice, the first."""
-    first: dict[Hashable, Point] = {}
-    for point in points:
-        first.setdefault(point.identity, point)
-    return list(first.values())

@@ -21,7 +21,6 @@ from fedsft_assets.federation.protocol.points import Point
 from fedsft_assets.files import publish_folder
 from fedsft_assets.tracking.delivery import Delivery, NotKeptError
 from fedsft_assets.tracking.mlflow_store import ANSWER_SECONDS, Tracking, limit_requests
-from fedsft_assets.tracking.mlflow_values import distinct
 from fedsft_assets.tracking.record import Ending, TrackedExecution
 
 _EXECUTION = "execution.json"
@@ -97,7 +96,7 @@ class Outbox:
         with publish_folder(target) as folder:
             execution.write(folder / _EXECUTION)
             ending.write(folder / _ENDING)
-            lines = "".join(json.dumps(asdict(point)) + "\n" for point in distinct(points))
+            lines = "".join(json.dumps(asdict(point)) + "\n" for point in points)
             (folder / _POINTS).write_text(lines, encoding="utf-8")
             (folder / _ARTIFACTS).mkdir()
             for artifact in artifacts:

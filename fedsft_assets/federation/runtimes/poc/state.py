@@ -1,7 +1,6 @@
 """What is known of a POC: the record in `poc.json`, and its status for a person."""
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -9,6 +8,7 @@ from typing import Any, Self
 import psutil
 
 from fedsft_assets.federation.runtimes.poc.kits import SERVER
+from fedsft_assets.files import publish_file
 
 RECORD = "poc.json"
 
@@ -55,10 +55,8 @@ class PocRecord:
         return record if record.folder == str(folder) else None
 
     def write(self) -> None:
-        path = Path(self.folder) / RECORD
-        fresh = path.with_name(f"{RECORD}.new")
-        fresh.write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
-        os.replace(fresh, path)
+        with publish_file(Path(self.folder) / RECORD) as fresh:
+            fresh.write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
 
     @property
     def service_names(self) -> list[str]:
