@@ -1,6 +1,5 @@
 """What a study gets from a production federation whose server refuses, restarts or loses what it had, on loopback."""
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,7 +8,7 @@ import pytest
 
 from fedsft_assets.federation.protocol.events import Event
 from fedsft_assets.federation.protocol.job_report import JobReport
-from fedsft_assets.federation.protocol.journal import JOURNAL_FILE, Progress
+from fedsft_assets.federation.protocol.journal import JOURNAL_FILE, Progress, RoundDone, Started, from_line
 from fedsft_assets.federation.protocol.points import Point
 from fedsft_assets.federation.runtimes.interface import RefusedError
 from fedsft_assets.federation.runtimes.production import Production
@@ -82,9 +81,14 @@ def _is_whole(store: Store, job: str, report: JobReport) -> None:
     assert execution is not None
     assert report.history == execution.id
     lines = Workspace(store.flare(job)).journal.read_text().splitlines()
-    losses = {e["round"]: e["value"] for e in map(json.loads, lines) if e.get("name") == "val_loss" and not e["site"]}
+    entries = [from_line(line) for line in lines]
+    points = [entry for entry in entries if isinstance(entry, Point)]
+    losses = {point.round: point.value for point in points if (point.name, point.site) == ("val_loss", None)}
     assert report.val_loss == [losses[number] for number in range(ROUNDS + 1)]
-    assert len([line for line in lines if '"round"' in line and json.loads(line)["entry"] == "round"]) == ROUNDS
+    rounds = [entry.round for entry in entries if isinstance(entry, RoundDone)]
+    assert rounds == sorted(set(rounds))
+    resumed_after = {entry.finished for entry in entries if isinstance(entry, Started)}
+    assert {0, *rounds} | resumed_after == set(range(ROUNDS + 1))
 
 
 def test_rights_that_the_server_does_not_give_are_named_before_a_job_starts(tmp_path: Path) -> None:

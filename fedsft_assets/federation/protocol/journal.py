@@ -44,7 +44,10 @@ class RoundDone:
 
 @dataclass(frozen=True)
 class Started:
-    """A server begins, or goes on, after `finished` rounds."""
+    """A server begins, or goes on, after `finished` rounds.
+
+    The last of them has no `RoundDone` where a server died right after it had saved the round.
+    """
 
     finished: int
 

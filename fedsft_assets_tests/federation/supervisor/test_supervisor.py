@@ -557,6 +557,17 @@ def test_each_round_is_a_release_and_each_that_was_cut_off_is_one_more(
     assert _counts(private) == [4]
 
 
+def test_round_that_a_server_saved_and_died_before_it_wrote_down_is_done_once(
+    attempt: Attempt, jobs: Jobs, private: Releases
+) -> None:
+    jobs.steps = [(FAILED, [Started(0), VAL, RoundDone(1)]), (FAILED, [])]
+    jobs.steps += [(DONE, [Started(2), RoundDone(3), LATER, Finished()])]
+    one = attempt()
+    assert _events(one)[1] is None
+    assert one.history.rounds == 3
+    assert _counts(private) == [3]
+
+
 def test_releases_are_charged_before_they_can_happen_and_settled_when_the_job_has_said_all(
     attempt: Attempt, jobs: Jobs, private: Releases
 ) -> None:
