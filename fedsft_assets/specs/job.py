@@ -188,7 +188,9 @@ class JobSpec(Spec):
     wire: Annotated[WireFormat, Field(description="in which numbers weights travel")] = "fp32"
     filters: FiltersSpec = FiltersSpec()
     rounds: Annotated[int, Field(ge=1)]
-    local_epochs: Annotated[int, Field(ge=1, description="passes over the local data in a round")] = 1
+    local_epochs: Annotated[
+        float, Field(gt=0, description="passes over the local data in a round; 0.5 is half, drawn anew each round")
+    ] = 1
     max_local_steps: Annotated[int, Field(ge=1, description="cuts a round short")] | None = None
     max_evaluation_records: Annotated[int, Field(ge=1, description="cuts validation and testing")] | None = None
     seed: int = 1234

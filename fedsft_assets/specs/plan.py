@@ -26,13 +26,13 @@ from fedsft_assets.specs.yaml_file import Spec, SpecError
 class LocalWork(Spec):
     """How much a site trains in each round: how many steps and records follow from how many records it has."""
 
-    local_epochs: int
+    local_epochs: float
     max_local_steps: int | None
     batch_size: int
 
     def steps(self, records: int) -> int:
         """Optimizer steps of one round over that many records."""
-        steps = self.local_epochs * math.ceil(records / self.batch_size)
+        steps = max(1, round(self.local_epochs * math.ceil(records / self.batch_size)))
         return min(steps, self.max_local_steps or steps)
 
     def samples(self, records: int) -> int:
@@ -75,7 +75,7 @@ class SitePlan(Spec):
     job: str
     site: str
     rounds: int
-    local_epochs: int
+    local_epochs: float
     max_local_steps: int | None
     max_evaluation_records: int | None
     seed: int

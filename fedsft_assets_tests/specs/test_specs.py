@@ -102,6 +102,9 @@ def test_private_dataset_has_a_name_that_a_site_can_have(write_job: WriteJob, na
         ("rounds: 5", "rounds: many", "rounds: Input should be a valid integer, unable to parse string"),
         ("rounds: 5", "rounds: 5\nround: 6", "round: Extra inputs are not permitted, found 6"),
         ("rounds: 5", "", "rounds: Field required"),
+        ("rounds: 5", "rounds: 5\nlocal_epochs: 0", "local_epochs: Input should be greater than 0, found 0"),
+        ("rounds: 5", "rounds: 5\nlocal_epochs: .inf", "local_epochs: Input should be a finite number, found inf"),
+        ("rounds: 5", "rounds: 5\nsite_timeout: .nan", "site_timeout: Input should be"),
         ("dataset: dolly", "data: dolly", "sites.site-2.dataset: Field required"),
         ("{dataset: dolly}", "dolly", "sites.site-2: Input should be a valid dictionary or instance of SiteSpec"),
         (
@@ -204,7 +207,13 @@ def test_job_says_who_is_needed_how_long_to_wait_and_what_travels(write_job: Wri
                 "filters.privacy",
                 "clip times noise_multiplier is",
             )
-            for clip, noise in ((".inf", "1.0"), ("1.0", ".inf"), ("1.0e+20", "1.0e+20"), ("1.0e-25", "1.0e-9"))
+            for clip, noise in (("1.0e+20", "1.0e+20"), ("1.0e-25", "1.0e-9"))
+        ),
+        ("filters: {privacy: {clip: .inf, noise_multiplier: 1}}", "filters.privacy.clip", "a finite number, found inf"),
+        (
+            "filters: {privacy: {clip: 1, noise_multiplier: .inf}}",
+            "filters.privacy.noise_multiplier",
+            "a finite number, found inf",
         ),
         (
             "algorithm: scaffold\nfilters: {privacy: {clip: 1, noise_multiplier: 1}}",

@@ -17,7 +17,7 @@ class JobOverrides(dg.Config):
     """Values for this job folder in place of those in the job's file; what is left out stays as it is there."""
 
     rounds: int | None = None
-    local_epochs: int | None = None
+    local_epochs: float | None = None
     max_local_steps: int | None = None
     max_evaluation_records: int | None = None
     batch_size: int | None = None

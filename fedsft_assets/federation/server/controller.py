@@ -4,11 +4,8 @@ It needs torch, NVFlare and pydantic only. Nothing of the model is built here: w
 """
 
 import gc
-import math
 import os
-import shutil
 import tarfile
-import threading
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -32,21 +29,15 @@ from nvflare.private.defs import CellMessageHeaderKeys
 
 from fedsft_assets.federation.connections.local_driver import require_local_driver
 from fedsft_assets.federation.protocol.journal import (
-    JOURNAL_FILE,
-    Finished,
-    Journal,
     Progress,
     Regroup,
-    RoundDone,
     Started,
     Stopped,
 )
 from fedsft_assets.federation.protocol.messages import (
-    BEST_MODEL,
     EXECUTIONS_KEY,
     JOURNAL_COMMAND,
     KIND_KEY,
-    LAST_MODEL,
     PROGRESS_CHANNEL,
     PROGRESS_TOPIC,
     STATE_ROOT,
@@ -60,19 +51,16 @@ from fedsft_assets.federation.protocol.messages import (
 from fedsft_assets.federation.protocol.site_messages import (
     NotFiniteError,
     RoundLimits,
-    ScoreMessage,
-    failure_of,
     points_of,
     quoted,
 )
 from fedsft_assets.federation.protocol.state_folder import execution_folder
-from fedsft_assets.federation.server.curves import merged_train_loss, merged_val_loss
-from fedsft_assets.federation.server.global_model import GlobalModel
 from fedsft_assets.federation.server.liveness import SiteWatch
-from fedsft_assets.federation.server.presence import Part, Presence, PresenceWatch, look_at
-from fedsft_assets.federation.server.review import Review
-from fedsft_assets.federation.server.site_update import SiteUpdate
-from fedsft_assets.federation.server.state import ServerState, remove_archived
+from fedsft_assets.federation.server.newcomers import Newcomers, RegroupError
+from fedsft_assets.federation.server.presence import Part, look_at
+from fedsft_assets.federation.server.rounds import Rounds
+from fedsft_assets.federation.server.state import remove_archived
+from fedsft_assets.federation.server.task_results import TaskResults
 from fedsft_assets.federation.server.unreadable_results import tell_of_unreadable_results
 from fedsft_assets.federation.transport.buffers import temporary_files
 from fedsft_assets.federation.transport.endpoint import TensorEndpoint, piece_size_for
@@ -80,10 +68,6 @@ from fedsft_assets.federation.transport.install import tensor_streams
 from fedsft_assets.memory import keep_message_memory
 
 _NOISE_ALONE = 10.0  # times the clipped change: nothing else need be looked for where a model goes astray
-_SECONDS_TO_ASK_AGAIN = 30.0  # an operator that follows the job asks for its journal all the time
-# For a site to be back, after which NVFlare would end the job; and for it to be seen that it is away.
-_SECONDS_TO_RETURN, _SECONDS_TO_SEE = 45.0, 12.0
-
 
 T = TypeVar("T")
 
@@ -140,10 +124,6 @@ class FederatedSFT(ModelController):
         self.max_update_ratio = max_update_ratio
         self._limits = RoundLimits.model_validate(limits)
         self._watch = SiteWatch(self.sites, site_timeout)
-        self._lock = threading.Lock()
-        self._presence: Presence | None = None
-        self._look: Callable[[], Mapping[str, Part]] | None = None
-        self._asked_for_journal = -math.inf
 
     # What NVFlare calls.
 
@@ -168,19 +148,19 @@ class FederatedSFT(ModelController):
             self.journal.add([Progress(f"{self._noise}: what sites learn shows over many rounds, if at all")])
         try:
             self._begin()
-            with self._tensor_streams(), self._presence_watched():
+            with self._tensor_streams(), self.newcomers.watched():
                 for number in range(done, self.num_rounds):
                     self.run_round(number)
-                    if number + 1 < self.num_rounds and (sites := self._have_come()):
-                        raise _RegroupError(sites)
-                self.score(
+                    if number + 1 < self.num_rounds:
+                        self.newcomers.require_none()
+                self.rounds.score(
                     self._broadcast_task(VALIDATE_TASK, self.num_rounds, self.review.score, self.review.odd_scores)
                 )
                 self.state.commit_progress()
                 complete = True
         except _AbortedError:
             self.info("The job is aborted.")
-        except _RegroupError as error:
+        except RegroupError as error:
             self.state.progress.sent_for = error.sites
             self.state.commit_progress()
             self.journal.add([Regroup(error.sites)])
@@ -194,7 +174,7 @@ class FederatedSFT(ModelController):
                 self.journal.add([Stopped(f"the server's part of the job failed: {error!r}\n{traceback.format_exc()}")])
             self.panic(repr(error))
         finally:
-            self._publish_result(complete)
+            self.rounds.publish(Path(self.get_run_dir()), complete)
 
     @property
     def _noise(self) -> str:
@@ -240,106 +220,32 @@ class FederatedSFT(ModelController):
         client_task.task._broadcast_data = client_task.task.data
         super()._prepare_task_data(client_task, fl_ctx)
 
-    # Sites that come.
-
     def watch_presence(self, look: Callable[[], Mapping[str, Part]]) -> None:
         """Look at the sites in this way while the job runs."""
-        participants = {client.name for client in self.engine.get_clients()}
-        progress = self.state.progress
-        progress.sent_for = sorted(set(progress.sent_for) - participants)
-        self._presence = Presence(self.sites, participants, progress.sent_for)
-        self._look = look
-
-    @contextmanager
-    def _presence_watched(self) -> Iterator[None]:
-        if self._presence is None or self._look is None:
-            yield
-            return
-        missing = sorted(set(self.sites) - {client.name for client in self.engine.get_clients()})
-        self.journal.add([Progress(f"{site} · not connected; the job continues without it") for site in missing])
-        watch = PresenceWatch(self._presence, self._look, self._take_presence)
-        try:
-            yield
-        finally:
-            watch.stop()
-
-    def _take_presence(self, told: list[str], lost: list[str]) -> None:
-        for site in lost:
-            self._watch.gone(site, "it was started again, and its part of the job is gone")
-        if told:
-            self.journal.add(map(Progress, told), durable=False)
-
-    def _have_come(self) -> list[str]:
-        """Sites that would get the job if it was submitted again, if there is somebody to do that."""
-        if self._presence is None or not self._is_followed:
-            return []
-        return [site for site in self._presence.returned if not self._watch.has_failed(site)]
-
-    @property
-    def _is_followed(self) -> bool:
-        """Whether an operator asks for the journal."""
-        return time.monotonic() - self._asked_for_journal < _SECONDS_TO_ASK_AGAIN
-
-    def _wait_for_return(self) -> None:
-        """Some sites were lost without which a round cannot be: they may be about to start again."""
-        begun = time.monotonic()
-        while self._presence and self._is_followed and not self._have_come():
-            waited = time.monotonic() - begun
-            if waited > _SECONDS_TO_RETURN or (waited > _SECONDS_TO_SEE and not self._presence.may_return):
-                return
-            if self.abort_signal.triggered:
-                raise _AbortedError
-            time.sleep(self._task_check_period)
+        self.newcomers.look_with({client.name for client in self.engine.get_clients()}, look)
 
     # A round.
 
     def open(self, folder: Path) -> None:
-        """Take up the state in the folder, or begin one there."""
-        self.state = ServerState(folder)
-        self.journal = Journal(folder / JOURNAL_FILE)
-        self.global_model = GlobalModel(self.state, Wire(self.wire), self.algorithm, len(self.sites))
-        self.review = Review(
+        """Resume the state in the folder, or create one there."""
+        self.rounds = Rounds(
+            folder,
             self._limits,
-            self.state,
-            self.global_model,
+            Wire(self.wire),
+            self.algorithm,
+            len(self.sites),
             all_needed=self.min_sites == len(self.sites),
             max_update_ratio=self.max_update_ratio,
-            say=lambda text: self.journal.add([Progress(text)]),
         )
+        self.state, self.journal = self.rounds.state, self.rounds.journal
+        self.global_model, self.review = self.rounds.global_model, self.rounds.review
+        self.newcomers = Newcomers(self.sites, self.state.progress, self.journal, self._watch)
 
     def run_round(self, number: int) -> None:
         """One round (0-based), from the global model to the next one on the disk."""
-        updates = self._broadcast_task(TRAIN_TASK, number, self.review.update, self.review.odd_updates)
-        self.finish_round(number, updates)
-
-    def finish_round(self, number: int, updates: Mapping[str, SiteUpdate]) -> None:
-        """Score the model that was sent, and make the next one."""
-        said = {site: update.message for site, update in updates.items()}
-        self.score(said)
-        progress = self.state.progress
-        points = {site: points_of(site, message.points) for site, message in said.items()}
-        trained = {site: message.samples for site, message in said.items()}
-        self.journal.add(merged_train_loss(points, trained, progress.samples, number + 1))
-        for site, update in updates.items():
-            progress.first = update.message.first
-            self.review.note_records(site, update.message.records)
-        self.global_model.move(updates)
-        for site, samples in trained.items():
-            progress.samples[site] = progress.samples.get(site, 0) + samples
-        progress.finished = number + 1
-        self.state.commit_round(self.global_model.kept())
-        self.journal.add([RoundDone(number + 1)])
-
-    def score(self, scores: Mapping[str, ScoreMessage]) -> None:
-        """Write down how good the model is that the sites were given, and whether it is the best so far."""
-        progress = self.state.progress
-        points = [point for site, score in scores.items() for point in points_of(site, score.points)]
-        whole = merged_val_loss(points, progress.finished, sum(progress.samples.values()))
-        self.journal.add([whole])
-        loss = whole.value
-        self.info(f"val_loss {loss:.4f} after {progress.finished} rounds")
-        if progress.finished > 0 and (progress.best_loss is None or loss < progress.best_loss):
-            progress.best_loss, progress.best_round = loss, progress.finished
+        self.rounds.finish(
+            number, self._broadcast_task(TRAIN_TASK, number, self.review.update, self.review.odd_updates)
+        )
 
     # What a site says.
 
@@ -368,29 +274,7 @@ class FederatedSFT(ModelController):
         connected = {client.name for client in self.engine.get_clients()}
         self.review.begin(number)
         self._watch.begin(connected)
-        results: dict[str, T] = {}
-        errors: list[Exception] = []
-
-        def received(result: FLModel) -> None:
-            with self._lock:
-                site = result.meta["client_name"]
-                self._watch.heard(site)
-                if site in self._watch.refused:
-                    return
-                try:
-                    if failure := failure_of(result.meta):
-                        self._watch.failed(site, failure)
-                        return
-                    results[site] = take(site, result)
-                except ValueError as error:
-                    self._refuse(site, error)
-                    return
-                except Exception as error:  # NVFlare logs what a callback raises, and goes on
-                    errors.append(error)
-                    return
-                result.params = None
-                self._watch.done(site)
-
+        results = TaskResults(take, self._watch, self._refuse)
         for kind, targets in self.global_model.recipients(connected).items():
             message = FLModel(
                 params=self.global_model.tensors(kind),
@@ -399,33 +283,25 @@ class FederatedSFT(ModelController):
                 total_rounds=self.num_rounds,
                 meta={KIND_KEY: str(kind), VERSION_KEY: VERSION, EXECUTIONS_KEY: self.state.executions()},
             )
-            self.send_model(task_name=task, targets=targets, data=message, callback=received)
-        while not errors and self._watch.waits(self.min_sites) and self.get_num_standing_tasks():
-            if self.abort_signal.triggered:
-                raise _AbortedError
-            time.sleep(self._task_check_period)
+            self.send_model(task_name=task, targets=targets, data=message, callback=results.receive)
+        while not results.errors and self._watch.waits(self.min_sites) and self.get_num_standing_tasks():
+            self._pause()
         self.cancel_all_tasks()
         while self.get_num_standing_tasks() and not self.abort_signal.triggered:  # aborted, nobody ends them any more
             time.sleep(self._task_check_period)
         if self.abort_signal.triggered:
             raise _AbortedError
-        if len(results) < self.min_sites and not errors and not self._watch.refused:
-            self._wait_for_return()
+        if len(results) < self.min_sites and not results.errors and not self._watch.refused:
+            self.newcomers.wait_for_return(self._pause)
         what = "the last model's score" if task == VALIDATE_TASK else f"round {number + 1}"
-        with self._lock:
-            if errors:
-                raise errors[0]
-            if len(results) >= self.min_sites:
-                try:
-                    odd = compare(results)
-                except ValueError as error:
-                    raise ValueError(f"{what}: {error}") from error
-                for site, why in odd.items():
-                    self._watch.refuse(site, why)
-            for site in self._watch.refused:
-                results.pop(site, None)
-            self._settle(what, number, results)
-            return dict(sorted(results.items()))
+        taken = results.close(compare, self.min_sites, what)
+        self._settle(what, number, taken)
+        return taken
+
+    def _pause(self) -> None:
+        if self.abort_signal.triggered:
+            raise _AbortedError
+        time.sleep(self._task_check_period)
 
     def _settle(self, what: str, number: int, results: Collection[str]) -> None:
         """Say which sites a round goes on without; raise why it cannot."""
@@ -434,8 +310,8 @@ class FederatedSFT(ModelController):
         if few and refused:
             raise ValueError("\n".join(f"{what}: {site}: {why}" for site, why in sorted(refused.items())))
         missed = [self._watch.missed(site, number + 1) for site in self.sites if site not in results]
-        if few and (sites := self._have_come()):
-            raise _RegroupError(sites)
+        if few:
+            self.newcomers.require_none()
         if few or number < self.num_rounds:
             self.journal.add(missed)
         else:
@@ -488,7 +364,7 @@ class FederatedSFT(ModelController):
         return None
 
     def _hand_out_journal(self, _topic: str, cmd_data: Any, _fl_ctx: FLContext) -> dict[str, Any]:
-        self._asked_for_journal = time.monotonic()
+        self.newcomers.note_follower()
         text, offset = self.journal.read(int(cmd_data["offset"]))
         return {"text": text, "offset": offset}
 
@@ -500,17 +376,6 @@ class FederatedSFT(ModelController):
         own = execution_folder(Path(workspace.get_job_meta_path(job_id)), root, job_id)
         remove_archived(root, but=own)
         return own
-
-    def _publish_result(self, complete: bool) -> None:
-        """Leave in the job's own folder what is to be fetched."""
-        run_dir, progress = Path(self.get_run_dir()), self.state.progress
-        if complete:
-            _link(self.state.model_file(progress.finished), run_dir / LAST_MODEL)
-            _link(self.state.model_file(progress.best_round), run_dir / BEST_MODEL)
-            self.journal.add([Finished()])
-        _link(self.journal.path, run_dir / JOURNAL_FILE)
-        if complete:
-            self.state.hand_over_to(run_dir)
 
     @contextmanager
     def _tensor_streams(self) -> Iterator[None]:
@@ -524,22 +389,3 @@ class FederatedSFT(ModelController):
 
 class _AbortedError(Exception):
     """Whoever runs the job ended it."""
-
-
-class _RegroupError(Exception):
-    """The job is to be submitted again, for these sites too."""
-
-    def __init__(self, sites: list[str]) -> None:
-        super().__init__(f"{', '.join(sites)}: not in this job; it ends to be submitted again")
-        self.sites = sites
-
-
-def _link(source: Path, target: Path) -> None:
-    """Make `target` the content that `source` has now, at no cost where both are on one disk."""
-    fresh = target.with_suffix(".new")
-    fresh.unlink(missing_ok=True)
-    try:
-        os.link(source, fresh)
-    except OSError:
-        shutil.copyfile(source, fresh)
-    os.replace(fresh, target)

@@ -118,15 +118,10 @@ class Presence:
 
 
 class PresenceWatch:
-    """A thread that looks at all sites from time to time until it is stopped, and tells what it finds."""
+    """A thread that looks at all sites from time to time until it is stopped, and hands on what it finds."""
 
-    def __init__(
-        self,
-        presence: Presence,
-        look: Callable[[], Mapping[str, Part]],
-        found: Callable[[list[str], list[str]], None],
-    ) -> None:
-        self._presence, self._look, self._found = presence, look, found
+    def __init__(self, look: Callable[[], Mapping[str, Part]], found: Callable[[Mapping[str, Part]], None]) -> None:
+        self._look, self._found = look, found
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="presence", daemon=True)
         self._thread.start()
@@ -141,7 +136,7 @@ class PresenceWatch:
             try:
                 look = self._look()
                 if not self._stopped.is_set():
-                    self._found(*self._presence.take(look))
+                    self._found(look)
             except Exception:  # whatever it is, the next look may be better, and the job needs none of them
                 _logger.exception("cannot look at the sites")
 

@@ -1,20 +1,17 @@
 """One attempt to bring an execution of a job to its end, from its submission to its checkpoint."""
 
 import contextlib
-import json
 import os
 import shutil
 import time
 from collections import deque
 from collections.abc import Generator, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from fedsft_assets.federation.job_folder import JobFolder
 from fedsft_assets.federation.protocol.events import Event, JobError
 from fedsft_assets.federation.protocol.job_report import MODEL_FILE, JobReport, global_curve
 from fedsft_assets.federation.protocol.journal import EntryError, Missed, Progress, Regroup
-from fedsft_assets.federation.protocol.messages import EXECUTION_KEY
 from fedsft_assets.federation.protocol.phases import longest_phases, round_to_ms
 from fedsft_assets.federation.runtimes.choose import make_runtime
 from fedsft_assets.federation.runtimes.interface import (
@@ -29,7 +26,8 @@ from fedsft_assets.federation.supervisor.checkpoint import make_checkpoint
 from fedsft_assets.federation.supervisor.failures import failure_of_job
 from fedsft_assets.federation.supervisor.history import BrokenChainError, History, rounds_begun
 from fedsft_assets.federation.supervisor.privacy import RELEASES_FILE, Releases, ReleasesError
-from fedsft_assets.federation.supervisor.workspace import Workspace
+from fedsft_assets.federation.supervisor.submission import Submissions
+from fedsft_assets.federation.supervisor.workspace import ExecutionRecord, Workspace
 from fedsft_assets.files import file_digest, publish_folder
 from fedsft_assets.specs.runtime import RuntimeSettings
 
@@ -49,20 +47,20 @@ class Supervision:
     """One attempt to bring an execution to its end."""
 
     def __init__(self, job: JobFolder, workspace: Workspace, runtime: RuntimeSettings) -> None:
-        execution = workspace.execution()
-        assert execution, "run_job begins an execution before it starts a supervisor"
         self.spec = job.spec
-        self._job, self._workspace, self._execution = job, workspace, execution
-        self._begun, self._seconds_before = time.monotonic(), execution.seconds
+        self._job, self._workspace, self._record = job, workspace, ExecutionRecord(workspace)
         self._runtime_name = runtime.name
-        self.history = History(workspace.journal, self.spec.rounds, execution.rounds)
+        self.history = History(workspace.journal, self.spec.rounds, self._record.now.rounds)
         self._charges = PrivacyCharges(Releases(job.home / RELEASES_FILE), self.spec)
         self._runtime: Runtime = make_runtime(runtime, job.home, workspace.runtime, trainers=len(self.spec.sites))
+        self._submissions = Submissions(
+            job, workspace.submitted, self._runtime, runtime.name, self._record, self.history, self._charges
+        )
         self._restarts_left = _RESTARTS
 
     def run(self) -> Iterator[Event]:
         """Everything up to the fetched result. Raises JobError or OrphanedError."""
-        if self._execution.status:
+        if self._record.now.status:
             yield Progress("already finished; using its stored result")
             return
         try:
@@ -73,7 +71,7 @@ class Supervision:
             self._settle()
             raise JobError(str(error), retryable=True) from error
         except SystemExit:
-            self._end_submitted()
+            self._submissions.end()
             self._settle()
             raise
         except (JobError, GeneratorExit):
@@ -92,9 +90,9 @@ class Supervision:
         while True:
             restarts_left, rounds = self._restarts_left, self.history.rounds
             self._restarts_left -= 1
-            submissions = self._execution.submissions
-            job_id = yield from self._attach_or_submit()
-            taken_over = self._execution.submissions == submissions
+            submissions = self._record.now.submissions
+            job_id = yield from self._submissions.attach_or_submit(self._read)
+            taken_over = self._record.now.submissions == submissions
             try:
                 state = yield from self._followed(job_id)
             except RefusedError:
@@ -110,7 +108,7 @@ class Supervision:
                     self._fetch(job_id, state)
                     return
                 except ResultLostError as error:
-                    self._save(stopped=True)  # the next job has nothing left to do but to hand it over
+                    self._record.save(stopped=True)  # the next job has nothing left to do but to hand it over
                     if not restarts_left:
                         raise
                     yield Progress(f"{error}; the job is submitted once more to hand it over")
@@ -124,7 +122,7 @@ class Supervision:
                 yield from self._end_to_regroup(job_id, self.history.regroup, rounds)
                 continue
             if stopped:
-                self._save(stopped=True)
+                self._record.save(stopped=True)
             if stopped or not restarts_left:
                 failure = failure_of_job(self._runtime, self.history, job_id, state)
                 # What was cut off in a job that was taken over may have been so before.
@@ -138,9 +136,9 @@ class Supervision:
         """What an earlier attempt told, or was about to, if its checkpoint is there: told again, it is the same."""
         archive = into / MODEL_FILE
         if (
-            not self._execution.checkpoint
+            not self._record.now.checkpoint
             or not archive.is_file()
-            or file_digest(archive) != self._execution.checkpoint
+            or file_digest(archive) != self._record.now.checkpoint
         ):
             return None
         return JobReport.read(into)
@@ -151,7 +149,7 @@ class Supervision:
         try:
             curve = global_curve(points, spec)
         except ValueError as error:  # the server says that it has finished, and its journal does not
-            raise JobError(f"FLARE job {self.job_id}: {error}") from error
+            raise JobError(f"FLARE job {self._record.now.job_id}: {error}") from error
         epsilon, releases = self._charges.spent()
         with publish_folder(into) as folder:
             made = make_checkpoint(
@@ -171,21 +169,21 @@ class Supervision:
                 val_loss=curve.val_loss,
                 test_loss=made.test_loss,
                 perplexity=made.perplexity,
-                seconds=self.seconds,
+                seconds=self._record.seconds,
                 phases={**longest_phases(points), "save": round_to_ms(time.monotonic() - saving)},
                 checkpoint_digest=made.digest,
                 base_model_digest=made.base_model_digest,
                 validation_digest=self._job.plans[0].digests["validation_file"],
                 runtime=self._runtime_name,
-                job_id=self.job_id,
-                status=self._execution.status or "",
+                job_id=self._record.now.job_id or "",
+                status=self._record.now.status or "",
                 missed=_by_site(self.history.missed),
                 epsilon=epsilon,
-                history=self._execution.id,
+                history=self._record.now.id,
                 releases=releases,
             )
             report.write(folder)
-        self._save(checkpoint=file_digest(into / MODEL_FILE))
+        self._record.save(checkpoint=file_digest(into / MODEL_FILE))
         return report
 
     def close(self) -> None:
@@ -203,68 +201,6 @@ class Supervision:
         except BaseException:
             self._runtime.abort(job_id)
             raise
-
-    @property
-    def job_id(self) -> str:
-        return self._execution.job_id or ""
-
-    @property
-    def seconds(self) -> float:
-        """That went into the execution up to now, in this attempt and all before."""
-        return self._seconds_before + time.monotonic() - self._begun
-
-    def _attach_or_submit(self) -> Generator[Event, None, str]:
-        sites = list(self.spec.sites)
-        for told in self._runtime.gather(sites, self.spec.min_sites or len(sites)):
-            yield Progress(told)
-        yield from self._end_superseded()
-        if self._execution.submissions and self._runtime.survives_submitter:
-            job_id = self._execution.job_id or self._submit()  # an earlier attempt was killed before it knew the id
-            state = self._runtime.poll(job_id)
-            if state.ended and not state.succeeded and not self._execution.stopped:
-                yield from self._read(job_id)  # its own last word counts, whatever became of it then
-            if not self._execution.stopped and (not state.ended or state.succeeded or self.history.said_all):
-                yield Progress(f"reattaching to FLARE job {job_id}")
-                return job_id
-            self._runtime.abort(job_id)
-        if self._execution.rounds:
-            yield Progress(f"resuming after round {self._execution.rounds} of {self.spec.rounds}")
-        self._save(submissions=self._execution.submissions + 1, job_id=None, stopped=False)
-        self._charges.charge(self._execution.id, self.history.releases + self.history.releases_to_come, settled=False)
-        job_id = self._submit()
-        yield Progress(f"FLARE job {job_id} in the {self._runtime_name}")
-        return job_id
-
-    def _end_superseded(self) -> Iterator[Event]:
-        """Sites are for this execution."""
-        for job_id in self._execution.superseded:
-            if self._runtime.survives_submitter and not self._runtime.poll(job_id).ended:
-                yield Progress(f"ends FLARE job {job_id}, which is of another execution")
-                self._runtime.abort(job_id)
-        if self._execution.superseded:
-            self._save(superseded=[])
-
-    def _submit(self) -> str:
-        """Hand in the last submission, for the first time or once more."""
-        job_id = self._runtime.submit(self._submission(), self._execution.token)
-        self.history.begin_job()
-        self._save(job_id=job_id)
-        return job_id
-
-    def _end_submitted(self) -> None:
-        """Abort what was handed in by now, also if the stop came before its id did, or before it was taken over."""
-        if self._execution.submissions and self._runtime.survives_submitter:
-            self._runtime.abort(self._execution.job_id or self._submit())
-
-    def _submission(self) -> Path:
-        """The job folder, with the execution that it is for in its meta.json."""
-        folder = self._workspace.submitted / self.spec.name
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(self._job.path, folder)
-        meta_file = folder / "meta.json"
-        meta = json.loads(meta_file.read_text(encoding="utf-8"))
-        meta_file.write_text(json.dumps({**meta, EXECUTION_KEY: self._execution.id}, indent=2), encoding="utf-8")
-        return folder
 
     def _follow(self, job_id: str) -> Generator[Event, None, JobState]:
         """Events of a running job until it has ended and all is read."""
@@ -305,11 +241,11 @@ class Supervision:
         lines = self._runtime.new_lines(job_id)
         events = list(self.history.take(lines))
         rounds = self.history.rounds
-        if rounds != self._execution.rounds or self.seconds - self._execution.seconds > _SAVE_SECONDS:
-            self._save(rounds=rounds)
+        if rounds != self._record.now.rounds or self._record.seconds - self._record.now.seconds > _SAVE_SECONDS:
+            self._record.save(rounds=rounds)
         if lines:
             to_come = 0 if self.history.said_all else self.history.releases_to_come
-            self._charges.charge(self._execution.id, self.history.releases + to_come)
+            self._charges.charge(self._record.now.id, self.history.releases + to_come)
         yield from events  # all is on the disk: whoever hears of something may stop this process at once
         return bool(lines)
 
@@ -322,11 +258,11 @@ class Supervision:
         journal = self._whole_journal()
         # What was read of the other history may be less than it came to before it was ended.
         begun = why.begun + self.spec.rounds if journal is None else rounds_begun(journal)
-        self._charges.charge(self._execution.id, self.history.releases + begun)
-        old = self._execution.id
-        self._execution = self._workspace.begin_anew()
+        self._charges.charge(self._record.now.id, self.history.releases + begun)
+        old = self._record.now.id
+        self._record.begin_anew()
         return JobError(
-            f"history {old} cannot go on: {why}; another attempt begins history {self._execution.id} from zero",
+            f"history {old} cannot go on: {why}; another attempt begins history {self._record.now.id} from zero",
             retryable=True,
         )
 
@@ -337,13 +273,13 @@ class Supervision:
         with contextlib.suppress(UnavailableError, BrokenChainError, EntryError, ReleasesError, OSError):
             if journal := self._whole_journal():
                 # Read anew: this may be the end of an attempt that was stopped in the middle of anything.
-                history = History(self._workspace.journal, self.spec.rounds, self._execution.rounds)
+                history = History(self._workspace.journal, self.spec.rounds, self._record.now.rounds)
                 deque(history.take(journal), maxlen=0)
-                self._charges.charge(self._execution.id, history.releases)
+                self._charges.charge(self._record.now.id, history.releases)
 
     def _whole_journal(self) -> list[str] | None:
         """The journal of the last submission, if that has ended and all of it can be had."""
-        job_id = self._execution.job_id
+        job_id = self._record.now.job_id
         try:
             return self._runtime.journal(job_id) if job_id and self._runtime.poll(job_id).ended else None
         except UnavailableError:
@@ -353,11 +289,7 @@ class Supervision:
         shutil.rmtree(self._workspace.result, ignore_errors=True)
         with publish_folder(self._workspace.result) as folder:
             self._runtime.fetch(job_id, folder)
-        self._save(status=state.status)
-
-    def _save(self, **changes: object) -> None:
-        execution = replace(self._execution, seconds=self.seconds, **changes)  # type: ignore[arg-type]
-        self._execution = self._workspace.save(execution)
+        self._record.save(status=state.status)
 
 
 def _by_site(missed: list[Missed]) -> dict[str, list[int]]:

@@ -10,6 +10,7 @@ it.
 import hashlib
 import json
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -178,3 +179,32 @@ class Workspace:
         """Nothing is left to do: the next execution starts anew."""
         if last := self.execution():
             self.save(replace(last, ended=True))
+
+
+class ExecutionRecord:
+    """The execution that is under way, on the disk at every change, with the time that all attempts took."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        execution = workspace.execution()
+        assert execution, "run_job begins an execution before it starts a supervisor"
+        self._workspace, self._execution = workspace, execution
+        self._begun, self._seconds_before = time.monotonic(), execution.seconds
+
+    @property
+    def now(self) -> Execution:
+        """As it stands."""
+        return self._execution
+
+    @property
+    def seconds(self) -> float:
+        """That went into the execution up to now, in this attempt and all before."""
+        return self._seconds_before + time.monotonic() - self._begun
+
+    def save(self, **changes: object) -> None:
+        """Change these fields."""
+        changed = replace(self._execution, seconds=self.seconds, **changes)  # type: ignore[arg-type]
+        self._execution = self._workspace.save(changed)
+
+    def begin_anew(self) -> None:
+        """Another history begins, from zero."""
+        self._execution = self._workspace.begin_anew()

@@ -185,11 +185,15 @@ def mean_loss(
 
 
 def round_batches(tokens: Sequence[Tokens], plan: SitePlan, round: int, packed: bool) -> list[list[int]]:
-    """Indices of the records of each step of a round, all local epochs in a row, for a model that `packed` says of."""
+    """Indices of the records of each step of a round, all local epochs in a row, for a model that `packed` says of.
+
+    Each round begins with another shuffle, also where it ends before all records were seen.
+    """
     seed, size = _seed(plan, "order"), plan.training.batch_size
-    epochs = range(round * plan.local_epochs, (round + 1) * plan.local_epochs)
+    passes = math.ceil(plan.local_epochs)
+    epochs = range(round * passes, (round + 1) * passes)
     every = [batch for epoch in epochs for batch in training_batches(tokens, size, seed, epoch, packed)]
-    return every[: plan.max_local_steps]
+    return every[: plan.work.steps(len(tokens))]
 
 
 def add_gradients(

@@ -468,12 +468,11 @@ def _found(server: Server, lost: Iterable[str] = (), come: Iterable[str] = ()) -
     """While a site has its task, looks find these sites so."""
 
     def silent(_: FLModel) -> None:
-        assert server._presence
         for part in (Part.RUNS, Part.GONE, Part.GONE):
             found = {site: part if site in {*lost, *come} else Part.RUNS for site in server.sites}
             if part is Part.RUNS:
                 found |= dict.fromkeys(come, Part.AWAY)
-            server._take_presence(*server._presence.take(found))
+            server.newcomers.note(found)
 
     return silent
 
@@ -511,7 +510,7 @@ def test_round_that_cannot_do_without_a_site_that_was_started_again_is_done_agai
 def _ends(server: Server, looks: list[Part], monkeypatch: pytest.MonkeyPatch) -> Callable[[FLModel], Answer]:
     """The part of site-2 ends once it was seen to run; from then on it is found so, and at last so for ever."""
     monkeypatch.setattr(presence, "_SECONDS_BETWEEN_LOOKS", 0.01)
-    monkeypatch.setattr("fedsft_assets.federation.server.controller._SECONDS_TO_SEE", 0.2)
+    monkeypatch.setattr("fedsft_assets.federation.server.newcomers._SECONDS_TO_SEE", 0.2)
     seen, ended = threading.Event(), threading.Event()
 
     def look() -> dict[str, Part]:

@@ -490,7 +490,7 @@ def test_fault_of_the_server_itself_is_told_and_not_tried_again(
     def fails(*_: object) -> None:
         raise ZeroDivisionError("by nothing")
 
-    monkeypatch.setattr("fedsft_assets.federation.server.controller.merged_train_loss", fails)
+    monkeypatch.setattr("fedsft_assets.federation.server.rounds.merged_train_loss", fails)
     server.run()
     (stopped,) = server.of(Stopped)
     assert stopped.reason.startswith("the server's part of the job failed: ZeroDivisionError('by nothing')\nTraceback")

@@ -97,6 +97,20 @@ def test_a_round_is_cut_by_max_local_steps_and_counts_its_samples(model, tokens,
     assert [report.points[-1].samples for report in reports] == [26, 52]
 
 
+def test_a_part_of_an_epoch_is_drawn_anew_in_each_round(model, tokens, make_plan):
+    plan = make_plan(rounds=4, local_epochs=0.5)  # 18 records: 4 batches of 4 and one of 2
+    assert plan.work.steps(len(tokens)) == 2
+    reports = [train_round(model, tokens, plan, round) for round in range(2)]
+    assert [report.samples for report in reports] == [8, 8] == [plan.work.samples(len(tokens))] * 2
+    first, second = (round_batches(tokens, plan, round, packed=True) for round in range(2))
+    assert first != second
+    one_and_a_half = make_plan(local_epochs=1.5)
+    batches = round_batches(tokens, one_and_a_half, 0, packed=True)
+    assert len(batches) == one_and_a_half.work.steps(len(tokens)) == 8
+    assert sorted(index for batch in batches[:5] for index in batch) == list(range(18))
+    assert make_plan(local_epochs=0.01).work.steps(len(tokens)) == 1
+
+
 def test_biases_and_norms_do_not_decay(model):
     groups = build_optimizer(model.parameters(), 1e-3, weight_decay=0.1, fused=True, moments=None).param_groups
     decayed = {id(parameter) for group in groups if group["weight_decay"] for parameter in group["params"]}
