@@ -109,8 +109,7 @@ class _Ours:
         from fedsft_assets.federation.site.global_model import SiteExchange
         from fedsft_assets.federation.site.reporter import Reporter, send_through_site
         from fedsft_assets.federation.site.update_filters import ChangeFilter
-        from fedsft_assets.federation.transport.endpoint import TensorEndpoint
-        from fedsft_assets.federation.transport.install import tensor_streams
+        from fedsft_assets.federation.transport import TensorEndpoint, tensor_streams
         from fedsft_assets.memory import keep_message_memory
         from fedsft_assets.specs.job import FiltersSpec
 

@@ -146,7 +146,7 @@ def test_server_is_told_the_sites_and_how_to_deal_with_them(store: Store, build:
     arguments = _server_arguments(store)
     assert arguments.pop("algorithm").items() >= {"name": "fedopt", "beta1": 0.5}.items()
     limits = arguments.pop("limits")
-    assert limits["work"] == {"local_epochs": 0.5, "max_local_steps": None, "batch_size": 8}
+    assert limits["work"] == {"local_epochs": 0.4, "max_local_steps": None, "batch_size": 8}
     assert limits["records"] == {
         site: len(read_records(split_file(current(store.splits(name)), "training")))
         for site, name in {"site-1": "alpaca", "site-2": "dolly", "site-3": "oasst1"}.items()

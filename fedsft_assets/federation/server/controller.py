@@ -62,9 +62,7 @@ from fedsft_assets.federation.server.rounds import Rounds
 from fedsft_assets.federation.server.state import remove_archived
 from fedsft_assets.federation.server.task_results import TaskResults
 from fedsft_assets.federation.server.unreadable_results import tell_of_unreadable_results
-from fedsft_assets.federation.transport.buffers import temporary_files
-from fedsft_assets.federation.transport.endpoint import TensorEndpoint, piece_size_for
-from fedsft_assets.federation.transport.install import tensor_streams
+from fedsft_assets.federation.transport import TensorEndpoint, piece_size_for, temporary_files, tensor_streams
 from fedsft_assets.memory import keep_message_memory
 
 _NOISE_ALONE = 10.0  # times the clipped change: nothing else need be looked for where a model goes astray

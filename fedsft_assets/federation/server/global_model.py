@@ -13,9 +13,7 @@ from fedsft_assets.federation.server.base_model import own_base_model, read_nemo
 from fedsft_assets.federation.server.optimizer import ServerOptimizer
 from fedsft_assets.federation.server.site_update import SiteUpdate
 from fedsft_assets.federation.server.state import ServerState
-from fedsft_assets.federation.transport.header import MAX_GAP
-from fedsft_assets.federation.transport.tensors import Delta
-from fedsft_assets.federation.transport.wire import rounded
+from fedsft_assets.federation.transport import MAX_GAP, Delta, rounded
 from fedsft_assets.memory import collect_messages, give_back_freed_memory
 
 _FLOAT32 = 4  # bytes

@@ -8,8 +8,7 @@ import torch
 from fedsft_assets.federation.protocol.messages import CONTROL, Kind, Wire
 from fedsft_assets.federation.protocol.site_messages import UpdateMessage
 from fedsft_assets.federation.server.aggregation import norm_of, other_tensors, plain, shapes_of
-from fedsft_assets.federation.transport.buffers import StoredTensor
-from fedsft_assets.federation.transport.receiving import BrokenTensor
+from fedsft_assets.federation.transport import BrokenTensor, StoredTensor
 
 Tensors = dict[str, Any]  # whose values are torch's, or lie in a file
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fedsft_assets.federation.protocol.whole_file import whole_file
-from fedsft_assets.federation.transport.tensors import ContiguousTensors
+from fedsft_assets.federation.transport import ContiguousTensors
 from fedsft_assets.model.archive.torch_reader import TensorInfo
 from fedsft_assets.model.archive.torch_writer import write_tensors
 

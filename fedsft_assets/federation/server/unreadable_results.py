@@ -15,7 +15,7 @@ from nvflare.fuel.f3.message import Message
 from nvflare.fuel.f3.streaming.stream_const import StreamHeaderKey
 from nvflare.private.defs import CellMessageHeaderKeys
 
-from fedsft_assets.federation.transport.receiving import TransferError
+from fedsft_assets.federation.transport import TransferError
 
 _decode = cellnet.decode_payload
 # The machine's own faults, of which the sender knows nothing: NVFlare ends the process, and the job goes on in another.

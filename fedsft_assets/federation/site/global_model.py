@@ -7,8 +7,7 @@ from nvflare.app_common.abstract.fl_model import FLModel
 
 from fedsft_assets.federation.protocol.messages import CONTROL, KIND_KEY, VERSION, VERSION_KEY, Kind, Wire
 from fedsft_assets.federation.site.update_filters import ChangeFilter
-from fedsft_assets.federation.transport.tensors import LazyTensor
-from fedsft_assets.federation.transport.wire import rounded
+from fedsft_assets.federation.transport import LazyTensor, rounded
 
 Tensors = dict[str, torch.Tensor]
 

@@ -60,8 +60,7 @@ def _work(plan: SitePlan) -> None:
         from fedsft_assets.federation.site.global_model import ExchangeError
         from fedsft_assets.federation.site.state import site_state_folder
         from fedsft_assets.federation.site.trainer import SiteTrainer
-        from fedsft_assets.federation.transport.endpoint import TensorEndpoint
-        from fedsft_assets.federation.transport.install import tensor_streams
+        from fedsft_assets.federation.transport import TensorEndpoint, tensor_streams
         from fedsft_assets.memory import keep_message_memory
     endpoint = TensorEndpoint()
     with tensor_streams(endpoint):

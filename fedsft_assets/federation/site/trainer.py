@@ -25,7 +25,7 @@ from fedsft_assets.federation.site.precision import site_precision
 from fedsft_assets.federation.site.ranks import Task
 from fedsft_assets.federation.site.state import SiteState
 from fedsft_assets.federation.site.update_filters import ChangeFilter
-from fedsft_assets.federation.transport.wire import rounded
+from fedsft_assets.federation.transport import rounded
 from fedsft_assets.model.archive.nemo_archive import content_digest
 from fedsft_assets.model.language_model import LanguageModel
 from fedsft_assets.model.training.batches import truncated

@@ -52,7 +52,7 @@ class Supervision:
         self._runtime_name = runtime.name
         self.history = History(workspace.journal, self.spec.rounds, self._record.now.rounds)
         self._charges = PrivacyCharges(Releases(job.home / RELEASES_FILE), self.spec)
-        self._runtime: Runtime = make_runtime(runtime, job.home, workspace.runtime, trainers=len(self.spec.sites))
+        self._runtime: Runtime = make_runtime(runtime, job, workspace.runtime)
         self._submissions = Submissions(
             job, workspace.submitted, self._runtime, runtime.name, self._record, self.history, self._charges
         )

@@ -1,1 +1,25 @@
-"""The tensor stream: how models travel between a server and its sites."""
+"""The tensor stream: how models travel between a server and its sites. What others need of it is here."""
+
+from fedsft_assets.federation.transport.buffers import StoredTensor, temporary_files
+from fedsft_assets.federation.transport.endpoint import TensorEndpoint, piece_size_for
+from fedsft_assets.federation.transport.header import MAX_GAP
+from fedsft_assets.federation.transport.install import tensor_streams
+from fedsft_assets.federation.transport.receiving import BrokenTensor, TransferError
+from fedsft_assets.federation.transport.tensors import ContiguousTensors, Delta, LazyTensor, materialize
+from fedsft_assets.federation.transport.wire import rounded
+
+__all__ = [
+    "MAX_GAP",
+    "BrokenTensor",
+    "ContiguousTensors",
+    "Delta",
+    "LazyTensor",
+    "StoredTensor",
+    "TensorEndpoint",
+    "TransferError",
+    "materialize",
+    "piece_size_for",
+    "rounded",
+    "temporary_files",
+    "tensor_streams",
+]

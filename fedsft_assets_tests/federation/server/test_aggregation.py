@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from fedsft_assets.federation.protocol.messages import Wire
 from fedsft_assets.federation.server.aggregation import TokenWeightedAverage
-from fedsft_assets.federation.transport.wire import rounded
+from fedsft_assets.federation.transport import rounded
 
 Weights = dict[str, torch.Tensor]
 TOKENS = {"site-1": 17, "site-2": 100_003, "site-3": 4_321}

@@ -14,7 +14,7 @@ from nvflare.private.defs import CellMessageHeaderKeys
 
 from fedsft_assets.federation.server import unreadable_results
 from fedsft_assets.federation.server.unreadable_results import tell_of_unreadable_results
-from fedsft_assets.federation.transport.receiving import TransferError
+from fedsft_assets.federation.transport import TransferError
 
 
 @pytest.fixture

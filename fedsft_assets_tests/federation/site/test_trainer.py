@@ -28,7 +28,7 @@ from fedsft_assets.federation.server.controller import FederatedSFT
 from fedsft_assets.federation.site.global_model import ExchangeError
 from fedsft_assets.federation.site.precision import site_precision
 from fedsft_assets.federation.site.trainer import SiteTrainer
-from fedsft_assets.federation.transport.tensors import materialize
+from fedsft_assets.federation.transport import materialize
 from fedsft_assets.model.base_model import create_base_model
 from fedsft_assets.model.language_model import LanguageModel
 from fedsft_assets.model.training.local_training import mean_loss

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -29,6 +30,7 @@ from fedsft_assets.federation.protocol.points import Point
 from fedsft_assets.federation.runtimes.interface import JobState, RefusedError, ResultLostError, UnavailableError
 from fedsft_assets.federation.site.failure_log import FAILURE_MARK, TrainerFailure
 from fedsft_assets.federation.supervisor import supervision, supervisor
+from fedsft_assets.federation.supervisor import workspace as execution_record
 from fedsft_assets.federation.supervisor.failures import explain
 from fedsft_assets.federation.supervisor.privacy import RELEASES_FILE, Releases
 from fedsft_assets.federation.supervisor.supervision import Supervision
@@ -38,6 +40,7 @@ from fedsft_assets.specs.job import FiltersSpec, JobSpec, PrivacySpec, SiteSpec,
 from fedsft_assets.specs.model_preset import PRESETS
 from fedsft_assets.specs.plan import SitePlan
 from fedsft_assets.specs.runtime import RuntimeSettings
+from fedsft_assets_tests.federation.clock import Clock
 from fedsft_assets_tests.federation.protocol.test_job_report import REPORT
 
 RUNNING, DONE = JobState(False, False, "RUNNING"), JobState(True, True, "FINISHED:COMPLETED")
@@ -122,6 +125,27 @@ class Jobs:
 
     def close(self) -> None:
         self._do("close")
+
+
+OwnClock = Callable[[float, float], Clock]
+
+
+@pytest.fixture
+def own_clock(monkeypatch: pytest.MonkeyPatch) -> OwnClock:
+    """The clock of an attempt's own modules, which stands at some time and which each sleep moves by a step."""
+
+    def begin(now: float, step: float) -> Clock:
+        clock = Clock()
+        clock.now = now
+
+        def sleep(_: float) -> None:
+            clock.now += step
+
+        for module in (supervision, execution_record):
+            monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=clock, sleep=sleep))
+        return clock
+
+    return begin
 
 
 @pytest.fixture
@@ -362,12 +386,8 @@ def test_job_that_has_finished_is_finished_however_nvflare_says_that_it_ended(
     assert list(one.history.points.values()) == [VAL, LATER]
 
 
-def test_finished_job_that_does_not_end_is_ended_and_fetched(
-    attempt: Attempt, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = [0.0]
-    monkeypatch.setattr(supervision.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(supervision.time, "sleep", lambda _: now.__setitem__(0, now[0] + 20.0))
+def test_finished_job_that_does_not_end_is_ended_and_fetched(attempt: Attempt, jobs: Jobs, own_clock: OwnClock) -> None:
+    own_clock(0.0, 20.0)
     jobs.steps = [(RUNNING, [Started(0), VAL, RoundDone(3), Finished()]), *[(RUNNING, [])] * 2]
     jobs.steps += [(JobState(True, False, "FINISHED:ABORTED"), [])]
     events, error = _events(attempt())
@@ -470,11 +490,9 @@ def test_result_that_is_here_already_is_not_fetched_again(attempt: Attempt, jobs
 
 
 def test_seconds_are_those_of_all_attempts_also_of_one_that_was_killed(
-    attempt: Attempt, jobs: Jobs, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+    attempt: Attempt, jobs: Jobs, workspace: Workspace, own_clock: OwnClock
 ) -> None:
-    now = [1000.0]
-    monkeypatch.setattr(supervision.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(supervision.time, "sleep", lambda _: now.__setitem__(0, now[0] + 2.0))
+    clock = own_clock(1000.0, 2.0)
     jobs.steps = [(RUNNING, [VAL]), *[(RUNNING, [])] * 4, (RUNNING, [LATER])]
     events = attempt().run()
     assert list(_until(events, 3))[-1] == LATER  # after 10 seconds; nobody asks it for anything any more
@@ -482,7 +500,7 @@ def test_seconds_are_those_of_all_attempts_also_of_one_that_was_killed(
     assert execution is not None
     assert 10.0 - supervision._SAVE_SECONDS <= execution.seconds <= 10.0
 
-    now[0] = 5.0  # another machine, on another day
+    clock.now = 5.0  # another machine, on another day
     jobs.steps = [(RUNNING, []), (RUNNING, []), (DONE, [])]
     assert _events(attempt())[1] is None
     ended = workspace.execution()
@@ -865,10 +883,8 @@ def test_site_that_went_silent_is_told_with_the_servers_reason(attempt: Attempt,
 
 
 @pytest.mark.parametrize("quiet", ["refused", "waiting"])
-def test_only_silence_is_silence(attempt: Attempt, jobs: Jobs, monkeypatch: pytest.MonkeyPatch, quiet: str) -> None:
-    now = [0.0]
-    monkeypatch.setattr(supervision.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(supervision.time, "sleep", lambda _: now.__setitem__(0, now[0] + 1000.0))
+def test_only_silence_is_silence(attempt: Attempt, jobs: Jobs, own_clock: OwnClock, quiet: str) -> None:
+    own_clock(0.0, 1000.0)
     state = replace(RUNNING, status="SUBMITTED (connected sites (1) < min_sites (2))", waiting=quiet == "waiting")
     jobs.refuses, jobs.steps = quiet == "refused", [(state, [])] * 20
     events = attempt().run()
@@ -887,13 +903,9 @@ def test_job_whose_server_cannot_be_reached_is_left_alone(attempt: Attempt, jobs
     assert _events(attempt())[0] == [Progress("reattaching to FLARE job job-1"), VAL]
 
 
-def test_job_in_which_nothing_happens_any_more_is_ended(
-    attempt: Attempt, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_job_in_which_nothing_happens_any_more_is_ended(attempt: Attempt, jobs: Jobs, own_clock: OwnClock) -> None:
     one = attempt()
-    now = [0.0]
-    monkeypatch.setattr(supervision.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(supervision.time, "sleep", lambda _: now.__setitem__(0, now[0] + 1000.0))
+    own_clock(0.0, 1000.0)
     jobs.steps = [(RUNNING, [Started(0)]), (RUNNING, []), (RUNNING, [Progress("busy")])]
     error = _failure(one)  # site_timeout is 1800 s; the server has twice as long
     assert error.retryable

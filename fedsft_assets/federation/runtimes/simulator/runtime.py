@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-from fedsft_assets.federation.job_folder import JobFolder
 from fedsft_assets.federation.kit_policy import write_simulation_policy
 from fedsft_assets.federation.protocol.journal import JOURNAL_FILE, Finished, from_line
 from fedsft_assets.federation.protocol.messages import (
@@ -24,7 +23,6 @@ from fedsft_assets.federation.protocol.messages import (
     LAST_MODEL,
     SITE_STATE_ROOT,
     STATE_ROOT,
-    STUDY_HOME,
 )
 from fedsft_assets.federation.protocol.phases import JOB_STARTED
 from fedsft_assets.federation.protocol.tail import Tail
@@ -62,9 +60,12 @@ class Simulator:
 
     survives_submitter = False
 
-    def __init__(self, folder: Path, threads_per_trainer: int) -> None:
-        """`folder` takes all files. Trainers with more threads than their share of the cores slow each other down."""
-        self._folder, self._threads = folder, threads_per_trainer
+    def __init__(self, folder: Path, threads_per_trainer: int, base_model: Path) -> None:
+        """`folder` takes all files; trainers begin with the archive `base_model`.
+
+        Trainers with more threads than their share of the cores slow each other down.
+        """
+        self._folder, self._threads, self._base_model = folder, threads_per_trainer, base_model
         self._process: subprocess.Popen[bytes] | None = None
         self._forks: ForkServer | None = None
         self._journal = self._ending = Tail(folder / JOURNAL_FILE)
@@ -89,8 +90,7 @@ class Simulator:
         environment = self._environment()
         assert self._plain, "call gather before submit"
         if can_fork():
-            base_model = JobFolder.read(job_folder).plans[0].located(Path(os.environ[STUDY_HOME])).base_model
-            self._forks = self._forks or ForkServer(self._plain / "python", _SIMULATION, _SITES, base_model)
+            self._forks = self._forks or ForkServer(self._plain / "python", _SIMULATION, _SITES, self._base_model)
             self._forks.start(environment)
             environment |= self._forks.environment
             python = self._forks.python

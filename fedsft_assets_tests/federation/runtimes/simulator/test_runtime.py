@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsft_assets.federation.job_folder import build_job_folder
+from fedsft_assets.federation.job_folder import JobFolder, build_job_folder
 from fedsft_assets.federation.protocol.journal import JOURNAL_FILE, Finished, Started, to_line
 from fedsft_assets.federation.protocol.messages import EXECUTION_KEY, STUDY_HOME
 from fedsft_assets.federation.runtimes.processes import MARK, execution_mark, marked_processes
@@ -48,7 +48,7 @@ def _job_folder(home: Path) -> Path:
 def test_simulation_that_ends_without_finishing_has_failed_whatever_was_left(tmp_path: Path, mark: str) -> None:
     job_folder = _job_folder(tmp_path)
     shutil.rmtree(job_folder / "app_server")  # NVFlare does not take it
-    simulator = Simulator(tmp_path / "runtime", 1)
+    simulator = Simulator(tmp_path / "runtime", 1, JobFolder.read(job_folder).base_model)
     list(simulator.gather(["site-1"], 1))
     journal = tmp_path / "runtime" / "states" / "an-execution" / JOURNAL_FILE
     journal.parent.mkdir(parents=True)
