@@ -5,6 +5,7 @@ import dagster as dg
 from fedsft_assets.defs.assets.base_model import base_model
 from fedsft_assets.defs.assets.checkpoint import checkpoint_asset
 from fedsft_assets.defs.assets.comparison import comparison_asset
+from fedsft_assets.defs.assets.evaluation import base_model_evaluation, evaluation_asset
 from fedsft_assets.defs.assets.inference import inference_asset
 from fedsft_assets.defs.assets.job_folder import job_folder_asset
 from fedsft_assets.defs.assets.raw import raw_asset
@@ -32,6 +33,8 @@ defs = dg.Definitions(
         base_model,
         *map(job_folder_asset, jobs),
         *map(checkpoint_asset, jobs),
+        base_model_evaluation,
+        *map(evaluation_asset, jobs),
         comparison_asset(jobs),
         inference_asset(jobs, load_prompts(settings.prompts)),
     ],

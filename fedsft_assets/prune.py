@@ -16,7 +16,7 @@ from fedsft_assets.files import locked
 from fedsft_assets.store import Store
 from fedsft_assets.versions import CURRENT, current, remove_version, versions_of
 
-_GROUPS = ("raw", "processed", "base_models", "job_folders", "checkpoints", "reports")
+_GROUPS = ("raw", "processed", "base_models", "job_folders", "checkpoints", "evaluations", "reports")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 SPLITS = ("training", "validation", "testing")
 HOME_FOLDERS = (
-    *("raw", "downloads", "processed", "combined", "base_models", "job_folders", "checkpoints", "made", "reports"),
+    *("raw", "downloads", "processed", "combined", "base_models", "job_folders", "checkpoints", "evaluations"),
+    *("made", "reports"),
     *("flare", "tracking", "tensorboard", "mlartifacts", "cache", "dagster", "poc"),
 )
 """All folders that are made at the top of a home; a user may have others there."""
@@ -51,6 +52,10 @@ class Store:
     def checkpoint(self, job: str) -> Path:
         """The folder of all versions of a job's trained archive (`model.nemo`) with its report (`report.json`)."""
         return self.home / "checkpoints" / job
+
+    def evaluation(self, model: str) -> Path:
+        """The folder of all versions of the losses of a job's checkpoint, or of `base_model`."""
+        return self.home / "evaluations" / model
 
     @property
     def made(self) -> Path:

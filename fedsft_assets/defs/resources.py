@@ -150,6 +150,7 @@ class VersionIOManager(dg.ConfigurableIOManager):
             "processed": store.processed,
             "job_folder": store.job_folder,
             "checkpoint": store.checkpoint,
+            "evaluation": store.evaluation,
         }
         return groups.get(key.path[0], store.report)(name)
 

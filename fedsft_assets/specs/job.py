@@ -14,6 +14,9 @@ from fedsft_assets.specs.yaml_file import Spec, SpecError, explain_fields, read_
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # one that `fedsft-site` takes
 _CAUSE_ENOUGH = 100.0  # times clip
 
+BASE_MODEL = "base_model"
+"""The name of the base model among those of jobs."""
+
 JobKind = Literal["local", "centralized", "federated"]
 Precision = Literal["auto", "32", "bf16-mixed", "16-mixed"]
 Strategy = Literal["ddp", "fsdp"]
@@ -222,6 +225,8 @@ class JobSpec(Spec):
         spec = validated(cls, path, {**content, "name": content.get("name", path.stem)})
         if spec.name != path.stem:
             raise SpecError(f"{path}: name: {spec.name!r} is not the file's name; remove it or write {path.stem!r}")
+        if spec.name == BASE_MODEL:
+            raise SpecError(f"{path}: name: {BASE_MODEL!r} is what the base model is compared as; rename the file")
         known = [*datasets, COMBINED]
         for site, site_spec in spec.sites.items():
             if site_spec.private:

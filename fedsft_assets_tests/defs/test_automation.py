@@ -26,6 +26,7 @@ TOUCHED_BY_ANY_DATASET = {
     "inference",
     *(f"job_folder/{job}" for job in JOBS),
     *(f"checkpoint/{job}" for job in JOBS),
+    *(f"evaluation/{model}" for model in ("base_model", *JOBS)),
 }
 EVERYTHING = {
     "base_model",

@@ -119,6 +119,8 @@ def test_sensor_in_the_daemon_rebuilds_only_what_new_data_touches(
         "combined",
         "job_folder/quick",
         "checkpoint/quick",
+        "evaluation/quick",
+        "evaluation/base_model",
         "comparison",
         "inference",
     }

@@ -1,18 +1,21 @@
 """The table and the plot over all jobs, and jobs that cannot be compared."""
 
+import math
 import struct
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
-from fedsft_assets.evaluation.comparison import NotComparableError, compare, plot, write_table
+from fedsft_assets.evaluation.comparison import NotComparableError, compare, perplexity, plot, write_table
+from fedsft_assets.evaluation.record_scores import LOSSES_FILE, Evaluation
 from fedsft_assets.federation.protocol.job_report import JobReport
 
-BASE_TEST_LOSS = 7.25
+TEST_LOSSES = {"base_model": 7.25, "fedavg": 1.0, "combined": 0.9, "oasst1": 6.4, "alpaca": 6.2}
 
 
-def _report(job: str, kind: str, val_loss: list[float], best_round: int, test_loss: float) -> JobReport:
+def _report(job: str, kind: str, val_loss: list[float], best_round: int) -> JobReport:
     return JobReport(
         job=job,
         kind=kind,
@@ -21,7 +24,7 @@ def _report(job: str, kind: str, val_loss: list[float], best_round: int, test_lo
         tokens=12_345_678,
         samples=[16 * k for k in range(len(val_loss))],
         val_loss=val_loss,
-        test_loss=test_loss,
+        test_loss=0.0,
         perplexity=0.0,
         seconds=61.6,
         phases={"train": 1.0},
@@ -36,44 +39,56 @@ def _report(job: str, kind: str, val_loss: list[float], best_round: int, test_lo
 
 
 REPORTS = [
-    _report("fedavg", "federated", [7.0, 1.2, 0.9, 1.1], 2, 1.0),
-    _report("combined", "centralized", [7.0, 1.0, 0.8], 2, 0.9),
-    _report("oasst1", "local", [7.0, 6.5], 1, 6.4),
-    _report("alpaca", "local", [7.0, 6.1, 7.5], 1, 6.2),
+    _report("fedavg", "federated", [7.0, 1.2, 0.9, 1.1], 2),
+    _report("combined", "centralized", [7.0, 1.0, 0.8], 2),
+    _report("oasst1", "local", [7.0, 6.5], 1),
+    _report("alpaca", "local", [7.0, 6.1, 7.5], 1),
 ]
+
+
+@pytest.fixture
+def evaluations(tmp_path: Path) -> list[Path]:
+    """Of the base model and of all jobs, on two records, the second of which has three times the tokens and loss."""
+    return [_evaluation(tmp_path / "evaluations" / model, model, loss) for model, loss in TEST_LOSSES.items()]
+
+
+def _evaluation(folder: Path, model: str, loss: float, testing_split: str = "t" * 64) -> Path:
+    folder.mkdir(parents=True)
+    Evaluation(model, "a" * 64, testing_split, 256).write(folder)
+    losses = {"dataset": ["dolly", "alpaca"], "record": ["a", "b"], "prompt": ["p", "q"], "first": [True, True]}
+    pd.DataFrame({**losses, "tokens": [10, 30], "loss": [10 * loss, 30 * loss]}).to_parquet(folder / LOSSES_FILE)
+    return folder
 
 
 def _cells(table: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
 
 
-def test_jobs_are_ordered_local_centralized_federated_each_by_name() -> None:
-    result = compare(REPORTS, BASE_TEST_LOSS)
+def test_jobs_are_ordered_local_centralized_federated_each_by_name(evaluations: list[Path]) -> None:
+    result = compare(REPORTS, evaluations)
     assert [report.job for report in result.reports] == ["alpaca", "oasst1", "combined", "fedavg"]
 
 
-def test_table_has_a_line_for_the_base_model_and_for_each_job() -> None:
-    header, _, base, *jobs = _cells(compare(REPORTS, BASE_TEST_LOSS).markdown())
+def test_table_has_a_line_for_the_base_model_and_for_each_job(evaluations: list[Path]) -> None:
+    header, _, base, *jobs = _cells(compare(REPORTS, evaluations).markdown().split("\n\n")[0])
     assert header == [
         "job",
         "kind",
         "rounds",
         "tokens trained",
-        "val loss, last round",
         "val loss, best",
         "best round",
         "test loss",
         "perplexity",
         "seconds",
     ]
-    assert base == ["base model", "", "", "", "7.0000", "7.0000", "", "7.2500", "1408.105", ""]
+    assert base == ["base model", "", "", "", "7.0000", "", "7.2500", "1408.105", ""]
     assert [row[0] for row in jobs] == ["alpaca", "oasst1", "combined", "fedavg"]
     assert jobs[-1] == [
         "fedavg",
         "federated",
         "3",
         "12,345,678",
-        "1.1000",
         "0.9000",
         "2",
         "1.0000",
@@ -82,8 +97,15 @@ def test_table_has_a_line_for_the_base_model_and_for_each_job() -> None:
     ]
 
 
-def test_table_is_written_as_it_is_shown(tmp_path: Path) -> None:
-    result = compare(REPORTS, BASE_TEST_LOSS)
+def test_second_table_has_the_loss_of_each_model_on_each_dataset(evaluations: list[Path]) -> None:
+    header, _, *rows = _cells(compare(REPORTS, evaluations).markdown().split("\n\n")[1])
+    assert header == ["test loss on", "combined", "alpaca", "dolly"]
+    assert rows[0] == ["base model", "7.2500", "7.2500", "7.2500"]
+    assert [row[0] for row in rows[1:]] == ["alpaca", "oasst1", "combined", "fedavg"]
+
+
+def test_table_is_written_as_it_is_shown(tmp_path: Path, evaluations: list[Path]) -> None:
+    result = compare(REPORTS, evaluations)
     path = tmp_path / "reports" / "comparison.md"
     write_table(result, path)
     assert path.read_text() == result.markdown() + "\n"
@@ -92,13 +114,27 @@ def test_table_is_written_as_it_is_shown(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "said"), [("base_model_digest", "base model"), ("validation_digest", "validation split")]
 )
-def test_jobs_that_answer_different_questions_are_not_compared(field: str, said: str) -> None:
+def test_jobs_that_answer_different_questions_are_not_compared(field: str, said: str, evaluations: list[Path]) -> None:
     odd = replace(REPORTS[2], **{field: "0123456789abcdef"})
     with pytest.raises(NotComparableError) as error:
-        compare([*REPORTS[:2], odd], BASE_TEST_LOSS)
+        compare([*REPORTS[:2], odd], evaluations)
     assert f"more than one {said}" in str(error.value)
     assert "oasst1: 0123456789ab" in str(error.value)
     assert "materialize their checkpoints again" in str(error.value)
+
+
+def test_models_that_were_evaluated_on_different_records_are_not_compared(
+    tmp_path: Path, evaluations: list[Path]
+) -> None:
+    odd = _evaluation(tmp_path / "odd", "fedavg", 1.0, testing_split="0123456789abcdef")
+    others = [folder for folder in evaluations if folder.name != "fedavg"]
+    with pytest.raises(NotComparableError, match=r"more than one testing split .*fedavg: 0123456789ab.*evaluations"):
+        compare(REPORTS, [*others, odd])
+
+
+@pytest.mark.parametrize(("loss", "expected"), [(0.0, 1.0), (709.9, math.inf), (1e308, math.inf)])
+def test_perplexity_of_any_loss_is_a_number(loss: float, expected: float) -> None:
+    assert perplexity(loss) == expected
 
 
 def _png_size(path: Path) -> tuple[int, int]:

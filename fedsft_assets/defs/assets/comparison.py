@@ -5,32 +5,34 @@ from pathlib import Path
 
 import dagster as dg
 
+from fedsft_assets.defs.failures import as_dagster_failure
 from fedsft_assets.defs.metadata import image
 from fedsft_assets.defs.resources import StoreResource
-from fedsft_assets.evaluation.comparison import compare, plot, write_table
-from fedsft_assets.execution import CheckpointInputs
-from fedsft_assets.federation.job_folder import JobFolder
+from fedsft_assets.evaluation.comparison import NotComparableError, compare, plot, write_table
 from fedsft_assets.federation.protocol.job_report import JobReport
 from fedsft_assets.files import file_digest
-from fedsft_assets.model.split_loss import split_loss
-from fedsft_assets.specs.job import JobSpec
-from fedsft_assets.store import split_file
+from fedsft_assets.specs.job import BASE_MODEL, JobSpec
 from fedsft_assets.versions import adding
 
 
 def comparison_asset(jobs: Sequence[JobSpec]) -> dg.AssetsDefinition:
+    names = [job.name for job in jobs]
+
     @dg.asset(
         group_name="comparison",
         kinds={"markdown", "matplotlib"},
-        ins={f"checkpoint_{job.name}": dg.AssetIn(["checkpoint", job.name]) for job in jobs},
+        ins={
+            f"{kind}_{name}": dg.AssetIn([kind, name])
+            for kind, names in (("checkpoint", names), ("evaluation", [BASE_MODEL, *names]))
+            for name in names
+        },
         description="All jobs side by side on the combined splits, beside the base model.",
     )
-    def comparison(store: StoreResource, **checkpoints: Path) -> dg.MaterializeResult[Path]:
+    def comparison(store: StoreResource, **versions: Path) -> dg.MaterializeResult[Path]:
         files = store.files
-        inputs = CheckpointInputs.read(next(iter(checkpoints.values())))
-        plan = JobFolder.read(files.home / inputs.job_folder).located_plans[0]
-        base = split_loss(plan.base_model, split_file(inputs.combined(files), "testing"), plan)
-        result = compare([JobReport.read(checkpoint) for checkpoint in checkpoints.values()], base.loss)
+        reports = [JobReport.read(versions[f"checkpoint_{name}"]) for name in names]
+        with as_dagster_failure(NotComparableError):
+            result = compare(reports, [versions[f"evaluation_{name}"] for name in (BASE_MODEL, *names)])
         with adding(files.report("comparison")) as addition:
             write_table(result, addition.folder / "comparison.md")
             plot(result.reports, addition.folder / "comparison.png")

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from fedsft_assets.model.causality import require_causal
 from fedsft_assets.model.training.batches import Batch, Tokens, pack, pad
-from fedsft_assets.model.training.chunked_loss import head_input, head_loss, head_only_at, summed_cross_entropy
+from fedsft_assets.model.training.chunked_loss import (
+    cross_entropies,
+    head_input,
+    head_loss,
+    head_losses,
+    head_only_at,
+    summed_cross_entropy,
+)
 from fedsft_assets.model.training.packed_attention import packed_attention
 from fedsft_assets.model.training.router_loss import gradient_of, router_coefficient
 from fedsft_assets.model.trial import largest_window, long_ids, some_ids, undisturbed
@@ -63,18 +70,21 @@ class AnswerLoss(nn.Module):
 
         In training, its gradient is also that of the router's loss for as many targets; its value never is.
         """
-        inputs = {"input_ids": batch.input_ids, "use_cache": False}
-        if batch.lengths is not None:
-            inputs.update(position_ids=batch.position_ids, record_lengths=batch.lengths)
-        else:  # each record begins a row, where a model counts by itself: RoBERTa does not begin at 0
-            inputs["attention_mask"] = batch.attention_mask
-        head = self.lm.get_output_embeddings()
+        inputs, head = _inputs(batch), self.lm.get_output_embeddings()
         if self.router and self.lm.training:
             return self._with_router(head, batch, inputs)
         if self.plain_head:
             hidden = self.lm.base_model(**inputs)[0].flatten(0, 1)
             return head_loss(hidden.index_select(0, batch.positions), head, batch.targets)
         return summed_cross_entropy(_logits_at(self.lm, inputs, batch.positions), batch.targets)
+
+    @torch.no_grad()
+    def of_each(self, batch: Batch) -> Tensor:
+        """The loss of each of a batch's targets, in nats, fp32 [N]."""
+        if self.plain_head:
+            hidden = self.lm.base_model(**_inputs(batch))[0].flatten(0, 1)
+            return head_losses(hidden.index_select(0, batch.positions), self.lm.get_output_embeddings(), batch.targets)
+        return cross_entropies(_logits_at(self.lm, _inputs(batch), batch.positions), batch.targets)
 
     def _with_router(self, head: Any, batch: Batch, inputs: dict[str, Any]) -> Tensor:
         """The same by the model's own forward pass, which alone makes the router's loss."""
@@ -88,6 +98,15 @@ class AnswerLoss(nn.Module):
             logits = output.logits.flatten(0, 1)
             loss = summed_cross_entropy(logits if called else logits.index_select(0, batch.positions), batch.targets)
         return loss + gradient_of(output, self.router * len(batch.targets))
+
+
+def _inputs(batch: Batch) -> dict[str, Any]:
+    """A batch as the model's own arguments."""
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
+    if batch.lengths is not None:
+        return {**inputs, "position_ids": batch.position_ids, "record_lengths": batch.lengths}
+    # Each record begins a row, where a model counts by itself: RoBERTa does not begin at 0.
+    return {**inputs, "attention_mask": batch.attention_mask}
 
 
 def _logits_at(lm: Any, inputs: Mapping[str, Any], positions: Tensor) -> Tensor:

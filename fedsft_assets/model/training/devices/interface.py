@@ -97,6 +97,11 @@ class OneDevice:
         with self._autocast():
             return self._module(batch)
 
+    def losses(self, batch: Batch) -> Tensor:
+        """The loss of each of the batch's targets, fp32 [N], without gradients."""
+        with self._autocast():
+            return self.model.answer_loss.of_each(batch)
+
     def add_gradients(self, batch: Batch, scale: float, last: bool) -> Tensor:  # noqa: ARG002 there is nobody to wait for
         loss = self.loss(batch) * scale
         (self._scaler.scale(loss) if self._scaler else loss).backward()

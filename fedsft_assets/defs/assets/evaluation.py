@@ -1,0 +1,79 @@
+"""`evaluation/<job>` and `evaluation/base_model`: the loss of a model on each record of the testing splits."""
+
+from pathlib import Path
+
+import dagster as dg
+
+from fedsft_assets.data.records import DataError
+from fedsft_assets.data.split_report import SplitReport
+from fedsft_assets.defs.failures import as_dagster_failure
+from fedsft_assets.defs.resources import ModelResource, StoreResource
+from fedsft_assets.evaluation.matrix import loss_matrix
+from fedsft_assets.evaluation.record_scores import LOSSES_FILE, Evaluation, evaluate
+from fedsft_assets.execution import CheckpointInputs
+from fedsft_assets.federation.job_folder import JobFolder
+from fedsft_assets.federation.protocol.job_report import MODEL_FILE
+from fedsft_assets.files import file_digest
+from fedsft_assets.model.errors import ModelError
+from fedsft_assets.specs.dataset import COMBINED
+from fedsft_assets.specs.job import BASE_MODEL, JobSpec, TrainingSpec
+from fedsft_assets.specs.plan import ResolvedTraining
+from fedsft_assets.store import Store, archive_file
+from fedsft_assets.versions import adding
+
+
+def evaluation_asset(spec: JobSpec) -> dg.AssetsDefinition:
+    @dg.asset(
+        key_prefix="evaluation",
+        name=spec.name,
+        group_name="evaluations",
+        kinds={"parquet", "pytorch"},
+        ins={"checkpoint": dg.AssetIn(["checkpoint", spec.name]), COMBINED: dg.AssetIn(COMBINED)},
+        description=f"{spec.description}: the loss of its checkpoint on each record of the testing splits.",
+    )
+    def evaluation(store: StoreResource, checkpoint: Path, combined: Path) -> dg.MaterializeResult[Path]:
+        plan = JobFolder.read(store.files.home / CheckpointInputs.read(checkpoint).job_folder).plans[0]
+        archive = checkpoint / MODEL_FILE
+        return _evaluated(spec.name, archive, store.files, combined, plan.training, plan.max_evaluation_records)
+
+    return evaluation
+
+
+@dg.asset(
+    key_prefix="evaluation",
+    name="base_model",
+    group_name="evaluations",
+    kinds={"parquet", "pytorch"},
+    ins={"archive": dg.AssetIn("base_model"), COMBINED: dg.AssetIn(COMBINED)},
+    description="The loss of the base model on each record of the testing splits.",
+)
+def base_model_evaluation(
+    store: StoreResource, model: ModelResource, archive: Path, combined: Path
+) -> dg.MaterializeResult[Path]:
+    training = model.load().resolve(TrainingSpec())
+    return _evaluated(BASE_MODEL, archive_file(archive), store.files, combined, training, None)
+
+
+def _evaluated(
+    name: str, archive: Path, store: Store, combined: Path, training: ResolvedTraining, most: int | None
+) -> dg.MaterializeResult[Path]:
+    """A version of the evaluation of this model."""
+    with as_dagster_failure(ModelError, DataError):
+        losses = evaluate(archive, store, combined, training, most)
+    with adding(store.evaluation(name)) as addition:
+        losses.to_parquet(addition.folder / LOSSES_FILE, index=False)
+        Evaluation(name, file_digest(archive), SplitReport.read(combined).digest, training.max_length).write(
+            addition.folder
+        )
+    path = addition.version / LOSSES_FILE
+    (row,) = loss_matrix(losses.assign(model=name)).to_dict("records")
+    return dg.MaterializeResult(
+        value=addition.version,
+        data_version=dg.DataVersion(file_digest(path)),
+        metadata={
+            **{f"loss on {dataset}": round(loss, 4) for dataset, loss in row.items()},
+            "records": int(losses["first"].sum()),
+            "answer tokens": int(losses.loc[losses["first"], "tokens"].sum()),
+            "path": dg.MetadataValue.path(path),
+        },
+    )
