@@ -41,7 +41,7 @@ defs = dg.Definitions(
     asset_checks=data_checks(datasets),
     jobs=[full_study, poc_start_job, poc_stop_job],
     schedules=[weekly_study],
-    sensors=[new_data_sensor(datasets), undelivered_tracking],
+    sensors=[new_data_sensor(datasets, jobs), undelivered_tracking],
     resources=resources(settings, sites_of(jobs)),
     # Steps are forked from one process that has this module loaded: half a second each instead of several.
     executor=dg.multiprocess_executor.configured(

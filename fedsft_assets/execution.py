@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from fedsft_assets.data.split_report import SplitReport
-from fedsft_assets.evaluation.comparison import plot
+from fedsft_assets.evaluation.curves import plot
 from fedsft_assets.federation.job_folder import SPEC_FILE, JobFolder
 from fedsft_assets.federation.protocol.job_report import REPORT_FILE, JobReport
 from fedsft_assets.federation.protocol.journal import Missed, Progress

@@ -11,7 +11,8 @@ import dagster as dg
 from fedsft_assets.data.sources.fetch import source_version
 from fedsft_assets.defs.assets.raw import SOURCE_VERSION
 from fedsft_assets.defs.resources import MLflowResource, SourceResource, StoreResource
-from fedsft_assets.specs.dataset import DatasetSpec
+from fedsft_assets.specs.dataset import COMBINED, DatasetSpec
+from fedsft_assets.specs.job import JobSpec
 from fedsft_assets.tracking import Outbox
 
 _DELIVERY_SECONDS = 25  # after which a tick begins no further delivery; Dagster gives it 60
@@ -30,14 +31,15 @@ weekly_study = dg.ScheduleDefinition(
 )
 
 
-def new_data_sensor(datasets: Sequence[DatasetSpec]) -> dg.SensorDefinition:
+def new_data_sensor(datasets: Sequence[DatasetSpec], jobs: Sequence[JobSpec]) -> dg.SensorDefinition:
     """Compares each dataset's source with what was last materialized or asked for, by digest."""
 
     @dg.sensor(
         name="new_data",
         target=dg.AssetSelection.all(),
         minimum_interval_seconds=60,
-        description="Rebuilds what is downstream of a dataset whose source is new or has changed, and only that.",
+        description="Rebuilds what is downstream of a dataset whose source is new or has changed, and only that. Jobs"
+        " that do not train on it are evaluated again, not trained again.",
     )
     def new_data(context: dg.SensorEvaluationContext, source: SourceResource) -> dg.SensorResult | dg.SkipReason:
         asked_for: dict[str, str] = json.loads(context.cursor or "{}")
@@ -48,7 +50,7 @@ def new_data_sensor(datasets: Sequence[DatasetSpec]) -> dg.SensorDefinition:
         if not changed:
             return dg.SkipReason("no source has changed since it was last read")
         request = dg.RunRequest(
-            asset_selection=_stale_and_missing(context, changed), tags={"fedsft/changed": ",".join(changed)}
+            asset_selection=_stale_and_missing(context, changed, jobs), tags={"fedsft/changed": ",".join(changed)}
         )
         return dg.SensorResult(run_requests=[request], cursor=json.dumps(now))
 
@@ -69,14 +71,21 @@ def undelivered_tracking(store: StoreResource, mlflow: MLflowResource) -> dg.Ski
     return dg.SkipReason("\n".join(f"{entry.job}: not delivered: {entry.reason}" for entry in left) or "all delivered")
 
 
-def _stale_and_missing(context: dg.SensorEvaluationContext, changed: Sequence[str]) -> list[dg.AssetKey]:
-    """All that is downstream of the changed datasets, and what that needs and was never made."""
+def _stale_and_missing(
+    context: dg.SensorEvaluationContext, changed: Sequence[str], jobs: Sequence[JobSpec]
+) -> list[dg.AssetKey]:
+    """All that is downstream of the changed datasets, and what that needs and was never made.
+
+    Checkpoints of jobs that train on none of them depend on them by the validation split alone: they stay.
+    """
     assert context.repository_def is not None
     graph = context.repository_def.asset_graph
     downstream = dg.AssetSelection.assets(*(["raw", name] for name in changed)).downstream()
-    needed = downstream.upstream().resolve(graph) - downstream.resolve(graph)
+    kept = {dg.AssetKey(["checkpoint", job.name]) for job in jobs if not {*changed, COMBINED} & {*job.datasets}}
+    stale = downstream.resolve(graph) - kept
+    needed = downstream.upstream().resolve(graph) - stale
     missing = {key for key in needed if context.instance.get_latest_materialization_event(key) is None}
-    return sorted(downstream.resolve(graph) | missing)
+    return sorted(stale | missing)
 
 
 def _materialized(context: dg.SensorEvaluationContext, dataset: str) -> str | None:

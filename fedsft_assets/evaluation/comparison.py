@@ -1,12 +1,12 @@
-"""One table and one plot over all jobs of a study."""
+"""The tables over all jobs of a study."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 from tabulate import tabulate
 
@@ -32,9 +32,6 @@ _HEADERS = (
     "seconds",
 )
 _LARGEST_EXPONENT = 700.0  # of a float64
-_LOCAL_COLORS = ("#7a9cc6", "#8fb996", "#c9a66b", "#b48ead", "#94a3b8")
-_CENTRALIZED_COLOR = "#334155"
-_FEDERATED_COLORS = ("#c2410c", "#7c3aed", "#0f766e")
 
 
 class NotComparableError(ValueError):
@@ -53,11 +50,22 @@ class Comparison:
 
     def markdown(self) -> str:
         """For a page, and readable in a terminal."""
-        return f"{_table(_HEADERS, self._rows(), texts=2)}\n\n{self._matrix_markdown()}"
+        jobs = _table(_HEADERS, self._rows(), texts=2)
+        return "\n\n".join([jobs, *self._notes(), self._matrix_markdown()])
+
+    def _notes(self) -> Iterator[str]:
+        """What to mind where jobs were trained beside different validation splits."""
+        splits = {report.validation_digest for report in self.reports}
+        if len(splits) > 1:
+            yield (
+                f"Validation losses are over {len(splits)} validation splits, as data has changed between the jobs:"
+                " compare by test loss, for which all models were scored on the same records."
+            )
 
     def _rows(self) -> list[tuple[str, ...]]:
-        start = self.reports[0].base_val_loss
-        base = ("base model", "", "", "", f"{start:.4f}", "", *self._scores(BASE_MODEL), "")
+        starts = {f"{report.base_val_loss:.4f}" for report in self.reports}
+        start = starts.pop() if len(starts) == 1 else ""
+        base = ("base model", "", "", "", start, "", *self._scores(BASE_MODEL), "")
         return [base, *(self._row(report) for report in self.reports)]
 
     def _row(self, report: JobReport) -> tuple[str, ...]:
@@ -89,13 +97,12 @@ def compare(reports: Sequence[JobReport], evaluations: Sequence[Path]) -> Compar
 
     Raises NotComparableError if the jobs started from different models or were scored on different records.
     """
-    for field, meaning in (("base_model_digest", "base model"), ("validation_digest", "validation split")):
-        values = {report.job: getattr(report, field) for report in reports}
-        if len(set(values.values())) > 1:
-            said = ", ".join(f"{job}: {value[:12]}" for job, value in values.items())
-            raise NotComparableError(
-                f"the jobs have more than one {meaning} ({said}); materialize their checkpoints again"
-            )
+    base_models = {report.job: report.base_model_digest for report in reports}
+    if len(set(base_models.values())) > 1:
+        said = ", ".join(f"{job}: {digest[:12]}" for job, digest in base_models.items())
+        raise NotComparableError(
+            f"the jobs have more than one base model ({said}); materialize their checkpoints again"
+        )
     splits = {(read := Evaluation.read(folder)).model: read.testing_split for folder in evaluations}
     if len(set(splits.values())) > 1:
         said = ", ".join(f"{model}: {digest[:12]}" for model, digest in splits.items())
@@ -116,49 +123,6 @@ def write_table(comparison: Comparison, path: Path) -> None:
     """Write the table as a Markdown file."""
     with publish_file(path) as fresh:
         fresh.write_text(comparison.markdown() + "\n", encoding="utf-8")
-
-
-def plot(reports: Sequence[JobReport], path: Path) -> None:
-    """Draw the validation loss of all jobs over the records that they trained on, as a PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 5), dpi=140, layout="constrained")
-    axes = figure.subplots()
-    local_colors, federated_colors = iter(_LOCAL_COLORS * 9), iter(_FEDERATED_COLORS * 9)
-    for report in reports:
-        style: dict[str, Any]
-        if report.kind == "local":
-            style = {"color": next(local_colors), "linewidth": 1.6, "linestyle": (0, (5, 2)), "marker": "o"}
-        elif report.kind == "centralized":
-            style = {"color": _CENTRALIZED_COLOR, "linewidth": 2.0, "marker": "s"}
-        else:
-            style = {"color": next(federated_colors), "linewidth": 2.8, "marker": "D"}
-        label = f"{report.job} ({report.kind}): best {report.best_val_loss:.3f}"
-        axes.plot(report.samples, report.val_loss, markersize=5, label=label, **style)
-    axes.axhline(reports[0].base_val_loss, color="#9ca3af", linewidth=1, linestyle=":")
-    axes.annotate(
-        "base model",
-        (1, reports[0].base_val_loss),
-        xycoords=("axes fraction", "data"),
-        xytext=(-4, -4),
-        textcoords="offset points",
-        ha="right",
-        va="top",
-        color="#6b7280",
-        fontsize=9,
-    )
-    axes.set_xlabel("records trained on, all sites together")
-    axes.set_ylabel("loss on the combined validation split\n(nats per answer token)")
-    axes.set_title("Validation loss of every job from the same base model", loc="left", fontweight="bold")
-    losses = [loss for report in reports for loss in report.val_loss]
-    if min(losses) < max(losses) / 2:
-        axes.set_ylim(bottom=0)
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
-    with publish_file(path) as fresh:
-        figure.savefig(fresh, format="png")
 
 
 def perplexity(loss: float) -> float:

@@ -5,6 +5,7 @@ JobSpec with all overrides. Data and base model are referenced by digest, relati
 server and sites run the package that is installed there, with the `python3` on their path.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Collection, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import NoReturn, Self
 from fedsft_assets import __version__
 from fedsft_assets.federation.noise_ratio import NoiseRatio, noise_ratio
 from fedsft_assets.federation.protocol.site_messages import RoundLimits
-from fedsft_assets.files import file_digest, folder_digest
+from fedsft_assets.files import digest_of, file_digest, folder_digest
 from fedsft_assets.specs.job import JobSpec
 from fedsft_assets.specs.model_preset import ModelPreset
 from fedsft_assets.specs.plan import SitePlan
@@ -99,9 +100,14 @@ class JobInputs:
 
 @dataclass(frozen=True)
 class JobFolderReport:
-    """`noise` is None for a job without noise."""
+    """`noise` is None for a job without noise.
+
+    `data_version` is that of the spec, the base model and the training data alone: with another validation split the
+    folder has another digest, and no checkpoint is stale for that.
+    """
 
     folder: Path
+    data_version: str
     files: list[str]
     noise: NoiseRatio | None = None
 
@@ -137,7 +143,18 @@ def build_job_folder(
         digests = {name: file_digest(folder / name) for name in _files(folder)}
         (folder / _MANIFEST).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
     make_current(addition.version)
-    return JobFolderReport(addition.version, _files(addition.version), noise)
+    return JobFolderReport(addition.version, _data_version(spec, plans), _files(addition.version), noise)
+
+
+def _data_version(spec: JobSpec, plans: Sequence[SitePlan]) -> str:
+    """The digest of all that decides what is trained, on what and from what."""
+    parts = {SPEC_FILE: spec.model_dump_json()}
+    for plan in plans:
+        known = plan.model_dump(mode="json", exclude={"validation_file": True, "digests": {"validation_file"}})
+        if "training_file" in plan.digests:  # what is in the file counts, not the version that it is in
+            del known["training_file"]
+        parts[plan.site] = json.dumps(known, sort_keys=True)
+    return digest_of({name: hashlib.sha256(text.encode()).hexdigest() for name, text in parts.items()})
 
 
 def verify_job_folder(job_folder: Path) -> None:

@@ -292,6 +292,21 @@ def test_digest_follows_the_job_and_the_data(store: Store, build: Build) -> None
     assert len({first, other_job, other_data}) == 3
 
 
+def test_data_version_is_that_of_what_is_trained_and_not_of_the_validation_split(store: Store, build: Build) -> None:
+    first, centralized = build("alpaca"), build("combined")
+    with made_current(store.combined) as combined:
+        shutil.copytree(current(store.combined), combined, dirs_exist_ok=True)
+        split_file(combined, "validation").write_text("{}\n")
+    for before in (first, centralized):
+        again = build(before.folder.parent.name)
+        assert again.digest != before.digest
+        assert again.data_version == before.data_version
+    with made_current(store.processed("alpaca")) as alpaca:
+        shutil.copytree(current(store.processed("alpaca")), alpaca, dirs_exist_ok=True)
+        split_file(alpaca, "training").write_text("{}\n")
+    assert len({first.data_version, build("alpaca").data_version, build("alpaca", rounds=3).data_version}) == 3
+
+
 @pytest.mark.parametrize(("dataset", "split"), [("dolly", "training"), (COMBINED, "validation")])
 def test_missing_split_is_named_and_the_old_folder_stays(store: Store, build: Build, dataset: str, split: str) -> None:
     before = build("fedavg").digest

@@ -8,9 +8,11 @@ import dagster as dg
 from fedsft_assets.defs.failures import as_dagster_failure
 from fedsft_assets.defs.metadata import image
 from fedsft_assets.defs.resources import StoreResource
-from fedsft_assets.evaluation.comparison import NotComparableError, compare, plot, write_table
+from fedsft_assets.evaluation.comparison import NotComparableError, compare, write_table
+from fedsft_assets.evaluation.curves import plot
 from fedsft_assets.federation.protocol.job_report import JobReport
 from fedsft_assets.files import file_digest
+from fedsft_assets.specs.dataset import COMBINED
 from fedsft_assets.specs.job import BASE_MODEL, JobSpec
 from fedsft_assets.versions import adding
 
@@ -44,7 +46,7 @@ def comparison_asset(jobs: Sequence[JobSpec]) -> dg.AssetsDefinition:
                 "table": dg.MetadataValue.md(result.markdown()),
                 "validation loss": image(chart),
                 **{f"{report.job}: best validation loss": round(report.best_val_loss, 4) for report in result.reports},
-                "base model's validation loss": round(result.reports[0].base_val_loss, 4),
+                "base model's test loss": round(float(result.matrix[COMBINED].loc[BASE_MODEL]), 4),
                 "table file": dg.MetadataValue.path(table),
                 "plot file": dg.MetadataValue.path(chart),
             },

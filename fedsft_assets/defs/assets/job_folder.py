@@ -56,7 +56,7 @@ def job_folder_asset(spec: JobSpec) -> dg.AssetsDefinition:
         folder, noise = report.folder, report.noise
         return dg.MaterializeResult(
             value=folder,
-            data_version=dg.DataVersion(report.digest),
+            data_version=dg.DataVersion(report.data_version),
             metadata={
                 "sites": len(spec.sites),
                 "path": dg.MetadataValue.path(folder),

@@ -1,0 +1,69 @@
+"""The validation loss of jobs over the records that they trained on, as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedsft_assets.federation.protocol.job_report import JobReport
+from fedsft_assets.files import publish_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_LOCAL_COLORS = ("#7a9cc6", "#8fb996", "#c9a66b", "#b48ead", "#94a3b8")
+_CENTRALIZED_COLOR = "#334155"
+_FEDERATED_COLORS = ("#c2410c", "#7c3aed", "#0f766e")
+
+
+def plot(reports: Sequence[JobReport], path: Path) -> None:
+    """Draw the curves of all jobs as a PNG; those over one validation split together, a panel for each split."""
+    from matplotlib.figure import Figure
+
+    splits = list(dict.fromkeys(report.validation_digest for report in reports))
+    figure = Figure(figsize=(9, 5 * len(splits)), dpi=140, layout="constrained")
+    panels = figure.subplots(len(splits), squeeze=False)[:, 0]
+    for split, axes in zip(splits, panels, strict=True):
+        _draw([report for report in reports if report.validation_digest == split], axes)
+        if len(splits) > 1:
+            axes.set_title(f"validation split {split[:12]}", loc="right", fontsize=9, color="#6b7280")
+    panels[0].set_title("Validation loss of every job from the same base model", loc="left", fontweight="bold")
+    panels[-1].set_xlabel("records trained on, all sites together")
+    with publish_file(path) as fresh:
+        figure.savefig(fresh, format="png")
+
+
+def _draw(reports: Sequence[JobReport], axes: Axes) -> None:
+    """The curves of jobs over one validation split."""
+    colors = iter(_LOCAL_COLORS * len(reports)), iter(_FEDERATED_COLORS * len(reports))
+    for report in reports:
+        style: dict[str, Any]
+        if report.kind == "local":
+            style = {"color": next(colors[0]), "linewidth": 1.6, "linestyle": (0, (5, 2)), "marker": "o"}
+        elif report.kind == "centralized":
+            style = {"color": _CENTRALIZED_COLOR, "linewidth": 2.0, "marker": "s"}
+        else:
+            style = {"color": next(colors[1]), "linewidth": 2.8, "marker": "D"}
+        label = f"{report.job} ({report.kind}): best {report.best_val_loss:.3f}"
+        axes.plot(report.samples, report.val_loss, markersize=5, label=label, **style)
+    axes.axhline(reports[0].base_val_loss, color="#9ca3af", linewidth=1, linestyle=":")
+    axes.annotate(
+        "base model",
+        (1, reports[0].base_val_loss),
+        xycoords=("axes fraction", "data"),
+        xytext=(-4, -4),
+        textcoords="offset points",
+        ha="right",
+        va="top",
+        color="#6b7280",
+        fontsize=9,
+    )
+    axes.set_ylabel("loss on the combined validation split\n(nats per answer token)")
+    losses = [loss for report in reports for loss in report.val_loss]
+    if min(losses) < max(losses) / 2:
+        axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)

@@ -1,0 +1,75 @@
+"""What a notebook asks of a study's home: the tables behind the comparison, as pandas DataFrames.
+
+from fedsft_assets.evaluation.tables import Tables
+
+tables = Tables(".fedsft")
+tables.matrix()
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedsft_assets.evaluation.matrix import loss_matrix
+from fedsft_assets.evaluation.record_scores import common_records, read_losses
+from fedsft_assets.federation.protocol.job_report import JobReport
+from fedsft_assets.store import Store
+from fedsft_assets.versions import CURRENT, NoVersionError, current
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class Tables:
+    """Of the current checkpoints and evaluations in the home `home`. Losses are in nats per answer token."""
+
+    def __init__(self, home: str | Path) -> None:
+        self._home = Path(home).absolute()
+
+    def losses(self) -> pd.DataFrame:
+        """A row for each model, record and dataset that has it (see `evaluation.record_scores`).
+
+        Raises NoVersionError if nothing was evaluated yet.
+        """
+        if evaluations := self._current("evaluations"):
+            return read_losses(evaluations)
+        raise NoVersionError(f"{self._home}: has no evaluation; materialize evaluation/base_model and others first")
+
+    def matrix(self) -> pd.DataFrame:
+        """The loss of each model on all datasets together and on each, on records that all were scored on."""
+        return loss_matrix(common_records(self.losses()))
+
+    def curves(self) -> pd.DataFrame:
+        """A row for each job and round: `records` trained on by then, and `val_loss` of the global model.
+
+        `validation_split` is the digest of what it was scored on: only curves over one split compare.
+        """
+        import pandas as pd
+
+        parts = [
+            pd.DataFrame(
+                {"round": range(len(report.val_loss)), "records": report.samples, "val_loss": report.val_loss}
+            ).assign(job=report.job, kind=report.kind, validation_split=report.validation_digest)
+            for report in self._reports
+        ]
+        columns = ["job", "kind", "validation_split", "round", "records", "val_loss"]
+        return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
+
+    def budgets(self) -> pd.DataFrame:
+        """A row for each job: `rounds`, answer `tokens` and `records` that it trained on, and its `seconds`."""
+        import pandas as pd
+
+        columns = ["job", "kind", "rounds", "tokens", "records", "seconds"]
+        rows = [(one.job, one.kind, one.rounds, one.tokens, one.samples[-1], one.seconds) for one in self._reports]
+        return pd.DataFrame(rows, columns=columns)
+
+    @cached_property
+    def _reports(self) -> list[JobReport]:
+        return [JobReport.read(version) for version in self._current("checkpoints")]
+
+    def _current(self, group: str) -> list[Path]:
+        """The current version of each family of the group that has one."""
+        families = sorted((Store(self._home).home / group).glob("*/"))
+        return [current(family) for family in families if (family / CURRENT).is_symlink()]
