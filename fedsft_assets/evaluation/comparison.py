@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, cast, get_args
 
 from tabulate import tabulate
 
@@ -14,11 +14,14 @@ from fedsft_assets.evaluation.matrix import loss_matrix
 from fedsft_assets.evaluation.record_scores import Evaluation, common_records, read_losses
 from fedsft_assets.federation.protocol.job_report import JobReport
 from fedsft_assets.files import publish_file
-from fedsft_assets.specs.dataset import COMBINED
 from fedsft_assets.specs.job import BASE_MODEL, JobKind
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from fedsft_assets.evaluation.statistics.intervals import Estimate
+    from fedsft_assets.evaluation.statistics.prompt_losses import PromptLosses
+    from fedsft_assets.evaluation.statistics.verdicts import Verdict
 
 _HEADERS = (
     "job",
@@ -28,6 +31,7 @@ _HEADERS = (
     "val loss, best",
     "best round",
     "test loss",
+    "95 % interval",
     "perplexity",
     "seconds",
 )
@@ -42,16 +46,41 @@ class NotComparableError(ValueError):
 class Comparison:
     """The jobs in the order of the table: local, centralized, federated.
 
-    `matrix` has the test loss of each model, the base model among them, on each dataset (see `loss_matrix`).
+    `matrix` has the test loss of each model, the base model among them, on each dataset (see `loss_matrix`),
+    `scores` that on all of them with its interval, `verdicts` who is better than whom.
     """
 
     matrix: pd.DataFrame
     reports: list[JobReport]
+    scores: dict[str, Estimate]
+    verdicts: list[Verdict]
 
     def markdown(self) -> str:
         """For a page, and readable in a terminal."""
+        said = "\n".join(f"- {sentence}." for sentence in self.sentences)
         jobs = _table(_HEADERS, self._rows(), texts=2)
-        return "\n\n".join([jobs, *self._notes(), self._matrix_markdown()])
+        return "\n\n".join([*([said] if said else []), jobs, *self._notes(), self._matrix_markdown()])
+
+    @property
+    def sentences(self) -> list[str]:
+        """The verdicts, and where budgets differ, in words."""
+        said = [verdict.sentence for verdict in self.verdicts] + self._budgets()
+        return [sentence.replace(BASE_MODEL, "the base model") for sentence in said]
+
+    def _budgets(self) -> list[str]:
+        from fedsft_assets.evaluation.statistics.verdicts import unequal_budgets
+
+        tokens = {report.job: report.tokens for report in self.reports}
+        local = {report.job for report in self.reports if report.kind == "local"}
+        pairs = [(verdict.job, verdict.other) for verdict in self.verdicts]
+        said = unequal_budgets(tokens, [(job, other) for job, other in pairs if other not in local])
+        if federated := {job for job, other in pairs if other in local}:
+            most, fewest = (f(tokens[job] for job in local) for f in (max, min))
+            theirs = " and ".join(f"{tokens[job]:,} of {job}" for job in sorted(federated))
+            said.append(
+                f"a local job trains on its site's data alone: {fewest:,} to {most:,} answer tokens beside {theirs}"
+            )
+        return said
 
     def _notes(self) -> Iterator[str]:
         """What to mind where jobs were trained beside different validation splits."""
@@ -80,9 +109,11 @@ class Comparison:
             f"{report.seconds:.0f}",
         )
 
-    def _scores(self, model: str) -> tuple[str, str]:
-        loss = float(self.matrix[COMBINED].loc[model])
-        return f"{loss:.4f}", f"{perplexity(loss):.3f}"
+    def _scores(self, model: str) -> tuple[str, str, str]:
+        found = self.scores[model]
+        known = math.isfinite(found.high - found.low)
+        interval = f"{found.low:.4f} to {found.high:.4f}" if known else "unknown"
+        return f"{found.value:.4f}", interval, f"{perplexity(found.value):.3f}"
 
     def _matrix_markdown(self) -> str:
         rows = [
@@ -97,6 +128,9 @@ def compare(reports: Sequence[JobReport], evaluations: Sequence[Path]) -> Compar
 
     Raises NotComparableError if the jobs started from different models or were scored on different records.
     """
+    from fedsft_assets.evaluation.statistics.intervals import score_jobs
+    from fedsft_assets.evaluation.statistics.score_table import by_prompt
+
     base_models = {report.job: report.base_model_digest for report in reports}
     if len(set(base_models.values())) > 1:
         said = ", ".join(f"{job}: {digest[:12]}" for job, digest in base_models.items())
@@ -110,8 +144,28 @@ def compare(reports: Sequence[JobReport], evaluations: Sequence[Path]) -> Compar
             f"the models were evaluated on more than one testing split ({said}); materialize their evaluations again"
         )
     ordered = sorted(reports, key=lambda report: sort_key(report.kind, report.job))
-    matrix = loss_matrix(common_records(read_losses(evaluations)))
-    return Comparison(matrix.loc[[BASE_MODEL, *(report.job for report in ordered)]], ordered)
+    losses = common_records(read_losses(evaluations))
+    matrix = loss_matrix(losses).loc[[BASE_MODEL, *(report.job for report in ordered)]]
+    scores = by_prompt(_as_scores(losses))
+    return Comparison(matrix, ordered, score_jobs(scores), _verdicts(ordered, scores))
+
+
+def _verdicts(reports: Sequence[JobReport], scores: PromptLosses) -> list[Verdict]:
+    """Each federated job against the others and the base model."""
+    from fedsft_assets.evaluation.statistics.intervals import LEVEL, RESAMPLES, compare_pairs
+    from fedsft_assets.evaluation.statistics.verdicts import judge, pairs_that_matter
+
+    pairs = pairs_that_matter({report.job: cast("JobKind", report.kind) for report in reports}, BASE_MODEL)
+    if not pairs:
+        return []
+    resamples = max(RESAMPLES, math.ceil(2 * len(pairs) / LEVEL))
+    return judge(compare_pairs(scores, pairs, resamples=resamples))
+
+
+def _as_scores(losses: pd.DataFrame) -> pd.DataFrame:
+    """Each record once, as the statistics take them: jobs have one seed, and the base model has none."""
+    records = losses[losses["first"]].rename(columns={"model": "job"})
+    return records.assign(seed=records["job"].map(lambda job: None if job == BASE_MODEL else 1))
 
 
 def sort_key(kind: str, job: str) -> tuple[int, str]:

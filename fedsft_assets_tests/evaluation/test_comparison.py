@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -11,6 +12,7 @@ from fedsft_assets.evaluation.comparison import NotComparableError, compare, per
 from fedsft_assets.evaluation.record_scores import LOSSES_FILE, Evaluation
 from fedsft_assets.federation.protocol.job_report import JobReport
 
+RECORDS = 40
 TEST_LOSSES = {"base_model": 7.25, "fedavg": 1.0, "combined": 0.9, "oasst1": 6.4, "alpaca": 6.2}
 
 
@@ -47,15 +49,21 @@ REPORTS = [
 
 @pytest.fixture
 def evaluations(tmp_path: Path) -> list[Path]:
-    """Of the base model and of all jobs, on two records, the second of which has three times the tokens and loss."""
+    """Of the base model and of all jobs, on records of two datasets."""
     return [_evaluation(tmp_path / "evaluations" / model, model, loss) for model, loss in TEST_LOSSES.items()]
 
 
 def _evaluation(folder: Path, model: str, loss: float, testing_split: str = "t" * 64) -> Path:
     folder.mkdir(parents=True)
     Evaluation(model, "a" * 64, testing_split, 256).write(folder)
-    losses = {"dataset": ["dolly", "alpaca"], "record": ["a", "b"], "prompt": ["p", "q"], "first": [True, True]}
-    pd.DataFrame({**losses, "tokens": [10, 30], "loss": [10 * loss, 30 * loss]}).to_parquet(folder / LOSSES_FILE)
+    spread = np.random.default_rng(len(model)).uniform(0.9, 1.1, RECORDS)
+    tokens = np.resize([10, 30], RECORDS)
+    names = [f"record {number}" for number in range(RECORDS)]
+    losses = {"dataset": np.resize(["dolly", "alpaca"], RECORDS), "record": names, "prompt": names, "first": True}
+    sums = tokens * spread
+    pd.DataFrame({**losses, "tokens": tokens, "loss": sums * loss * tokens.sum() / sums.sum()}).to_parquet(
+        folder / LOSSES_FILE
+    )
     return folder
 
 
@@ -69,7 +77,7 @@ def test_jobs_are_ordered_local_centralized_federated_each_by_name(evaluations: 
 
 
 def test_table_has_a_line_for_the_base_model_and_for_each_job(evaluations: list[Path]) -> None:
-    header, _, base, *jobs = _cells(compare(REPORTS, evaluations).markdown().split("\n\n")[0])
+    header, _, base, *jobs = _cells(compare(REPORTS, evaluations).markdown().split("\n\n")[1])
     assert header == [
         "job",
         "kind",
@@ -78,11 +86,24 @@ def test_table_has_a_line_for_the_base_model_and_for_each_job(evaluations: list[
         "val loss, best",
         "best round",
         "test loss",
+        "95 % interval",
         "perplexity",
         "seconds",
     ]
-    assert base == ["base model", "", "", "", "7.0000", "", "7.2500", "1408.105", ""]
+    assert [cell for cell in base if " to " not in cell] == [
+        "base model",
+        "",
+        "",
+        "",
+        "7.0000",
+        "",
+        "7.2500",
+        "1408.105",
+        "",
+    ]
     assert [row[0] for row in jobs] == ["alpaca", "oasst1", "combined", "fedavg"]
+    low, high = map(float, jobs[-1].pop(7).split(" to "))
+    assert 0.9 < low < 1.0 < high < 1.1
     assert jobs[-1] == [
         "fedavg",
         "federated",
@@ -96,10 +117,35 @@ def test_table_has_a_line_for_the_base_model_and_for_each_job(evaluations: list[
     ]
 
 
+def test_verdicts_come_first_in_words_and_then_what_differs_in_budgets(evaluations: list[Path]) -> None:
+    small = replace(REPORTS[1], tokens=1_000_000)
+    said = compare([REPORTS[0], small, *REPORTS[2:]], evaluations).markdown().split("\n\n")[0].splitlines()
+    assert [line.partition(":")[0] for line in said] == [
+        "- fedavg is better than alpaca",
+        "- fedavg is better than oasst1",
+        "- fedavg is worse than combined",
+        "- fedavg is better than the base model",
+        "- fedavg trained on 1135 % more answer tokens than combined (12,345,678 and 1,000,000)",
+        "- a local job trains on its site's data alone",
+    ]
+
+
+def test_study_without_a_federated_job_has_no_verdict(evaluations: list[Path]) -> None:
+    assert compare(REPORTS[1:], [folder for folder in evaluations if folder.name != "fedavg"]).sentences == []
+
+
+def test_interval_of_a_single_record_is_unknown(evaluations: list[Path]) -> None:
+    for folder in evaluations:
+        pd.read_parquet(folder / LOSSES_FILE).head(1).to_parquet(folder / LOSSES_FILE)
+    result = compare(REPORTS, evaluations)
+    assert {row[7] for row in _cells(result.markdown().split("\n\n")[1])[2:]} == {"unknown"}
+    assert all("not decidable with these data" in verdict.sentence for verdict in result.verdicts)
+
+
 def test_second_table_has_the_loss_of_each_model_on_each_dataset(evaluations: list[Path]) -> None:
-    header, _, *rows = _cells(compare(REPORTS, evaluations).markdown().split("\n\n")[1])
+    header, _, *rows = _cells(compare(REPORTS, evaluations).markdown().split("\n\n")[2])
     assert header == ["test loss on", "combined", "alpaca", "dolly"]
-    assert rows[0] == ["base model", "7.2500", "7.2500", "7.2500"]
+    assert rows[0][:2] == ["base model", "7.2500"]
     assert [row[0] for row in rows[1:]] == ["alpaca", "oasst1", "combined", "fedavg"]
 
 
@@ -121,9 +167,9 @@ def test_jobs_from_different_base_models_are_not_compared(evaluations: list[Path
 
 def test_jobs_beside_different_validation_splits_are_compared_by_test_loss(evaluations: list[Path]) -> None:
     odd = replace(REPORTS[2], validation_digest="0123456789abcdef", val_loss=[7.5, 6.5])
-    jobs, note, _ = compare([*REPORTS[:2], odd], evaluations).markdown().split("\n\n")
+    _, jobs, note, _ = compare([*REPORTS[:2], odd], evaluations).markdown().split("\n\n")
     assert note.startswith("Validation losses are over 2 validation splits, as data has changed between the jobs")
-    assert _cells(jobs)[2] == ["base model", "", "", "", "", "", "7.2500", "1408.105", ""]
+    assert _cells(jobs)[2][:7] == ["base model", "", "", "", "", "", "7.2500"]
 
 
 def test_models_that_were_evaluated_on_different_records_are_not_compared(
