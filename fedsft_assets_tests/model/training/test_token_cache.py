@@ -305,7 +305,7 @@ def test_tokens_of_a_split_that_is_replaced_meanwhile_are_not_kept_as_the_old_on
 def test_records_and_tokenizers_that_cannot_be_used_are_refused_by_name(description: bytes, tmp_path: Path) -> None:
     broken = _split(tmp_path / "broken", _ODD)
     broken.write_bytes(broken.read_bytes() + b'{"input": "a"}\n')
-    with pytest.raises(DataError, match=rf"broken/training.jsonl: line {len(_ODD) + 1}: output: expected a text"):
+    with pytest.raises(DataError, match=rf"broken/training.jsonl: line {len(_ODD) + 1}: output: expected a string"):
         tokenized(broken, description, _TEMPLATE)
     assert _kept(broken) == []
     with pytest.raises(DataError, match=r"none/training\.jsonl: cannot be read: No such file"):
