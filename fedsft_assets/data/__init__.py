@@ -1,1 +1,1 @@
-"""Instruction data: where it comes from, how it becomes records, and which split a record falls into."""
+"""Instruction data: sources, file formats, records and splits."""

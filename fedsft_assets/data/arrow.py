@@ -1,7 +1,7 @@
-"""From memory to Arrow and back.
+"""Conversion between Python or NumPy values and Arrow arrays, without pandas.
 
-pyarrow's own `pa.array` and `to_numpy`, and Python values given to its functions, import pandas at
-their first use: 0.2 s and 40 MB in each process, for nothing that is needed here.
+`pa.array`, `to_numpy`, and compute functions given Python values import pandas on first use:
+0.2 s and 40 MB per process, which nothing here needs.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ Number = TypeVar("Number", bound=np.generic)
 
 
 def texts(values: Sequence[str | None]) -> pa.StringArray:
-    """Texts [N], None as null. Raises AttributeError for any other value, UnicodeEncodeError for half a character."""
+    """Strings [N]; None becomes null. Raises AttributeError for other types, UnicodeEncodeError for lone surrogates."""
     encoded = [b"" if value is None else value.encode() for value in values]
     offsets = np.zeros(len(encoded) + 1, np.int32)
     np.cumsum(np.fromiter(map(len, encoded), np.int32, len(encoded)), out=offsets[1:])
@@ -26,27 +26,27 @@ def texts(values: Sequence[str | None]) -> pa.StringArray:
 
 
 def flags(values: npt.NDArray[np.bool_]) -> pa.BooleanArray:
-    """Truth values [N]."""
+    """Booleans [N]."""
     return pa.Array.from_buffers(pa.bool_(), len(values), [None, _bits(values)])
 
 
 def rows(values: npt.NDArray[np.int64]) -> pa.Int64Array:
-    """Numbers of rows [N]."""
+    """Row numbers, int64 [N]."""
     return pa.Array.from_buffers(pa.int64(), len(values), [None, pa.py_buffer(np.ascontiguousarray(values, np.int64))])
 
 
 def numpy_flags(column: pa.BooleanArray) -> npt.NDArray[np.bool_]:
-    """Truth values [N], a null as False."""
+    """Booleans [N]; null becomes False."""
     return numpy_view(column.fill_null(_FALSE).cast(pa.uint8()), np.bool_)
 
 
 def numpy_numbers(column: pa.Array) -> npt.NDArray[np.float64]:
-    """Numbers [N], a null as NaN."""
+    """Numbers, float64 [N]; null becomes NaN."""
     return numpy_view(column.cast(pa.float64()).fill_null(_NAN), np.float64)
 
 
 def numpy_view(column: pa.Array, kind: type[Number]) -> npt.NDArray[Number]:
-    """The values of a column without nulls [N], whose type has the same bytes as `kind`."""
+    """The values [N] of a column without nulls, without a copy; `kind` must have the byte layout of its type."""
     if len(column) == 0:
         return np.zeros(0, kind)
     return np.frombuffer(column.buffers()[1], kind)[column.offset : column.offset + len(column)]

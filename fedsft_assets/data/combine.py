@@ -1,7 +1,7 @@
-"""The union of several datasets' splits, shuffled without holding it in memory.
+"""The shuffled union of several datasets' splits, in bounded memory.
 
-A record's place in the shuffled order is a hash of its line and a seed. Lines stay on disk: memory
-holds their hashes and where they are, 24 bytes each.
+A record's position is determined by a hash of its line and a seed. Lines stay on disk: memory holds
+24 bytes for each, its hash and location.
 """
 
 import os
@@ -20,16 +20,16 @@ from fedsft_assets.files import HashedFile, file_digest, publish_folder
 from fedsft_assets.specs.dataset import COMBINED
 from fedsft_assets.store import SPLITS, split_file
 
-_BLOCK = 1 << 21  # bytes of lines that are read together
-_LINES = 4096  # lines that are written together
+_BLOCK = 1 << 21  # bytes of lines to read at a time
+_LINES = 4096  # lines to write at a time
 
 
 def combine(folders: Sequence[Path], into: Path) -> SplitReport:
-    """Write the union of several datasets' splits to `into`, shuffled, whole or not at all.
+    """Write the shuffled union of several datasets' splits to `into`, atomically.
 
-    The order follows from the seed and the records alone: neither the order of `folders` nor new
-    records change the order of the others. Exact duplicates are dropped and counted. Raises DataError
-    if a split is missing, is not as it was written, or was split in another way than the others.
+    The order depends only on the seed and the records: reordering `folders` changes nothing, and new
+    records do not reorder existing ones. Exact duplicates are dropped and counted. Raises DataError if a
+    split is missing, has changed since it was written, or was made with different split settings.
     """
     reports = [SplitReport.read(folder) for folder in folders]
     settings = reports[0].settings
@@ -62,7 +62,7 @@ def combine(folders: Sequence[Path], into: Path) -> SplitReport:
 
 
 def _shuffle(paths: Sequence[Path], reports: Sequence[SplitReport], into: Path, seed: int) -> tuple[int, str]:
-    """Write the distinct lines of all files to `into` in the order of their hashes; their number and digest."""
+    """Write the distinct lines of all files to `into` in hash order; return their number and digest."""
     with ThreadPoolExecutor(max_workers=1) as pool:
         digests = pool.map(file_digest, paths)
         indexes = [_index(path, seed) for path in paths]
@@ -79,13 +79,13 @@ def _shuffle(paths: Sequence[Path], reports: Sequence[SplitReport], into: Path, 
             stack.callback(os.close, handle)
         for first in range(0, len(order), _LINES):
             part = order[first : first + _LINES]
-            places = zip(files[part].tolist(), lengths[part].tolist(), starts[part].tolist(), strict=True)
-            out.write(b"".join([os.pread(handles[file], length, start) for file, length, start in places]))
+            locations = zip(files[part].tolist(), lengths[part].tolist(), starts[part].tolist(), strict=True)
+            out.write(b"".join([os.pread(handles[file], length, start) for file, length, start in locations]))
     return len(order), out.digest
 
 
 def _index(path: Path, seed: int) -> tuple[Hashes, npt.NDArray[np.int64]]:
-    """The hash of each of a file's N lines, and where they end, with a zero before [N + 1]."""
+    """The hash of each of a file's N lines [N], and the line boundaries in bytes, starting with 0 [N + 1]."""
     hashes, lengths = [np.zeros(0, np.uint64)], [np.zeros(1, np.int64)]
     try:
         with path.open("rb") as file:

@@ -1,8 +1,7 @@
-"""JSON as others write it, decoded without silent repairs.
+"""JSON decoding without silent repairs.
 
-A field that occurs twice, half of a surrogate pair and bytes that are not UTF-8 stay visible to whoever
-uses the value. orjson is faster, but keeps the last of two fields and says nothing; ijson makes half of a
-pair a question mark.
+Duplicate fields, lone surrogates and bytes that are not UTF-8 stay visible to the caller. orjson is
+faster but silently keeps the last duplicate; ijson replaces a lone surrogate with a question mark.
 """
 
 import json
@@ -12,7 +11,7 @@ from fedsft_assets.data.not_text import KEEP_BYTES
 
 
 class Ambiguous(dict[str, Any]):
-    """An object that has a field more than once: the last value of each, and all values of those in `repeated`."""
+    """An object with duplicate fields: the last value of each field, and in `repeated` all values of duplicates."""
 
     def __init__(self, pairs: list[tuple[str, Any]]) -> None:
         super().__init__(pairs)
@@ -23,9 +22,9 @@ class Ambiguous(dict[str, Any]):
 
 
 def decode(line: bytes) -> Any:
-    """The value in a line; an object with a field that occurs twice is `Ambiguous`.
+    """Decode the value in a line; an object with duplicate fields becomes `Ambiguous`.
 
-    Bytes that are not UTF-8 are kept, see `not_text`. Raises ValueError for what is not JSON.
+    Bytes that are not UTF-8 are kept, see `not_text`. Raises ValueError for invalid JSON.
     """
     try:
         return DECODER.decode(line.decode(errors=KEEP_BYTES))

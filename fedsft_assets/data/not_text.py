@@ -1,38 +1,38 @@
-"""What a file has where a text should be: bytes that are not UTF-8, and halves of surrogate pairs.
+"""Invalid text: bytes that are not UTF-8, and lone surrogates.
 
-Both go through a reader without loss, as characters that no text can have, so that the row is rejected
-and a message shows what was there.
+Readers pass both on without loss, as characters that valid text cannot contain, so that the row can be
+rejected with a message that shows them.
 """
 
 import codecs
 import re
 
 NOT_UTF8 = "is not UTF-8"
-KEEP_BYTES = "fedsft_keep_bytes"  # what to open files with, as `errors`
-_BYTE = "\udfff"  # stands before one: Python's `surrogateescape` has one code for a byte and for half a pair
+KEEP_BYTES = "fedsft_keep_bytes"  # error handler: the `errors` argument of `open`
+_BYTE = "\udfff"  # precedes a kept byte: `surrogateescape` alone gives bytes and lone surrogates the same code
 _BYTES = re.compile(f"{_BYTE}([\udc80-\udcff])")
 _NO_CHARACTER = re.compile("[\ud800-\udfff]")
-_AROUND = 20  # characters that a message shows before and after a wrong one
+_AROUND = 20  # characters to show before and after an invalid one
 
 
 def why_no_text(value: str) -> tuple[str, str] | None:
-    """What is wrong with a text, if anything, and a printable piece of it that shows where."""
+    """What is wrong with a text, and a printable excerpt around it; None if the text is valid."""
     wrong = _NO_CHARACTER.search(value)
     if wrong is None:
         return None
-    problem = NOT_UTF8 if _BYTES.match(value, wrong.start()) else "has half of a UTF-16 surrogate pair"
+    problem = NOT_UTF8 if _BYTES.match(value, wrong.start()) else "has an unpaired UTF-16 surrogate"
     start = wrong.start()
     before, after = value[max(0, start - 2 * _AROUND) : start], value[start : start + 2 * _AROUND]
     return problem, printable(before)[-_AROUND:] + printable(after)[: 2 * _AROUND]
 
 
 def ends_in_a_byte(value: str) -> bool:
-    """Whether the last character is a byte that is not UTF-8, such as the first of several that a character has."""
+    """Whether the text ends in a byte that is not UTF-8, such as the start of a truncated character."""
     return _BYTES.fullmatch(value[-2:]) is not None
 
 
 def printable(value: str) -> str:
-    """The text, with backslashes where it is none."""
+    """The text, with invalid characters as backslash escapes."""
     shown = _BYTES.sub(lambda byte: f"\\x{ord(byte[1]) & 0xFF:02x}", value)
     return shown.encode(errors="backslashreplace").decode()
 

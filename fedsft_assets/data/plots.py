@@ -1,4 +1,4 @@
-"""What a person looks at: a histogram of token lengths."""
+"""Percentiles and a histogram of token lengths."""
 
 from pathlib import Path
 
@@ -15,11 +15,11 @@ def percentiles(lengths: npt.NDArray[np.int32]) -> dict[str, int]:
 
 
 def plot_lengths(lengths: npt.NDArray[np.int32], window: int, title: str, into: Path) -> None:
-    """Write a histogram of token lengths [N] as a PNG, with the model's window and how many do not fit."""
+    """Write a histogram of token lengths [N] as a PNG, with the model's window and the number of records beyond it."""
     from matplotlib.figure import Figure
 
     longest = float(np.percentile(lengths, 99.5))
-    end = max(longest * 1.1, window * 1.1 if window < 2 * longest else 0)  # a window far beyond would leave no room
+    end = max(longest * 1.1, window * 1.1 if window < 2 * longest else 0)  # a far larger window would squeeze the bars
     figure = Figure(figsize=(7, 3.4), layout="constrained")
     axes = figure.add_subplot()
     axes.hist(np.minimum(lengths, end), bins=60, range=(0, end), color="#4c78a8")
@@ -27,7 +27,7 @@ def plot_lengths(lengths: npt.NDArray[np.int32], window: int, title: str, into: 
         axes.axvline(window, color="#e45756", linewidth=1.5)
     over = int((lengths > window).sum())
     axes.set_title(title, loc="left", weight="bold")
-    label = f"tokens of a record: {over:,} of {len(lengths):,} are longer than the model's window of {window:,}"
+    label = f"tokens per record: {over:,} of {len(lengths):,} records exceed the model's window of {window:,}"
     axes.set(xlabel=label, ylabel="records", xlim=(0, end))
     axes.spines[["top", "right"]].set_visible(False)
     with publish_file(into) as path:

@@ -1,6 +1,6 @@
-"""What may be wrong with folders of splits: blank outputs, prompts in two splits, other languages.
+"""Quality measurements of splits: blank outputs, prompts in several splits, languages.
 
-Files are read one record at a time; memory holds a few bytes of each. What is too much is decided elsewhere.
+Reads one record at a time and holds a few bytes of each. Thresholds are applied elsewhere.
 """
 
 from collections import Counter
@@ -21,14 +21,14 @@ from fedsft_assets.versions import title
 _NO_LANGUAGE = "zxx"  # ISO 639's code for numbers, formulas and the like
 _BATCH = 1024  # records
 _EXAMPLES = 5
-_CHARS = 1000  # of an input and of an output: enough to tell the language
+_CHARS = 1000  # of an input and of an output: enough to detect the language
 
 _Place = tuple[Path, str]
 
 
 @dataclass(frozen=True)
 class BlankOutputs:
-    """How many outputs of a split are blank, and the first few lines that have one, from 1."""
+    """The number of blank outputs in a split, and the line numbers of the first few, from 1."""
 
     count: int
     lines: list[int]
@@ -36,7 +36,7 @@ class BlankOutputs:
 
 @dataclass(frozen=True)
 class SharedPrompt:
-    """A prompt that is in several splits: how it begins, and each `<folder>/<split>` that has it."""
+    """A prompt in several splits: its beginning, and each `<folder>/<split>` that contains it."""
 
     text: str
     places: list[str]
@@ -44,7 +44,7 @@ class SharedPrompt:
 
 @dataclass(frozen=True)
 class Overlap:
-    """How many different prompts are in several splits, and up to five of them."""
+    """The number of distinct prompts in several splits, and up to five of them."""
 
     count: int
     examples: list[SharedPrompt]
@@ -52,7 +52,7 @@ class Overlap:
 
 @dataclass(frozen=True)
 class Languages:
-    """Records of a sample by language, as ISO 639 codes; those without words are under `zxx`."""
+    """The number of sampled records per language, by ISO 639 code; those without words count as `zxx`."""
 
     counts: Mapping[str, int]
 
@@ -62,24 +62,24 @@ class Languages:
 
     @property
     def worded(self) -> int:
-        """Those that have words, and so a language."""
+        """The number of records with words."""
         return self.sampled - self.counts.get(_NO_LANGUAGE, 0)
 
     def share(self, languages: Sequence[str]) -> float:
-        """The share of records in these languages among those that have words; 1 if none has."""
+        """The share of records in these languages among those with words; 1 if there are none."""
         return sum(self.counts.get(code, 0) for code in set(languages)) / self.worded if self.worded else 1.0
 
 
 def blank_outputs(folder: Path) -> dict[str, BlankOutputs]:
-    """The outputs of each split that hold white space at most. Raises DataError for a split that cannot be read."""
+    """The blank outputs of each split. Raises DataError for a split that cannot be read."""
     return {split: _blank_outputs(split_file(folder, split)) for split in SPLITS}
 
 
 def prompt_overlap(folders: Sequence[Path]) -> Overlap:
-    """The prompts that are in two different splits, whichever of the folders those are in.
+    """The prompts in more than one split, across all folders.
 
-    Prompts are the same if they have the same words, without case, white space and order. Holds 8 bytes
-    of each record. Raises DataError for a split that cannot be read.
+    Prompts are the same if they have the same words, ignoring case, white space and order. Holds 8 bytes
+    per record. Raises DataError for a split that cannot be read.
     """
     places: dict[_Place, Hashes] = {
         (folder, split): _prompts(split_file(folder, split)) for folder in folders for split in SPLITS
@@ -91,10 +91,10 @@ def prompt_overlap(folders: Sequence[Path]) -> Overlap:
 
 
 def language_sample(folder: Path, records: int = 500) -> Languages:
-    """The languages of at most so many records, spread evenly over the splits: the same ones on every call.
+    """The languages of up to `records` records, spread evenly over the splits; the same sample on every call.
 
-    A record's language is that of its input and output together. Raises DataError for a report or
-    split that cannot be read.
+    The language is detected from input and output together. Raises DataError for a report or split that
+    cannot be read.
     """
     from py3langid import classify
 
@@ -129,7 +129,7 @@ def _shared_prompt(prompt: np.uint64, places: Mapping[_Place, Hashes]) -> Shared
 
 
 def _texts(folder: Path) -> Iterator[str]:
-    """What a record's language is told by, in the order of the splits."""
+    """Yield the text of each record for language detection, in split order."""
     for split in SPLITS:
         for record in iterate_records(split_file(folder, split)):
             yield f"{record['input'][:_CHARS]}\n{record['output'][:_CHARS]}"

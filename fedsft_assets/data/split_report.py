@@ -1,4 +1,4 @@
-"""What is in a folder of splits: counted when it was written, and kept beside them."""
+"""The report of a folder of splits, written beside them."""
 
 from pathlib import Path
 from typing import Self
@@ -13,10 +13,10 @@ REPORT_FILE = "report.json"
 
 
 class SplitReport(BaseModel):
-    """Records per split, what was left out of `rows` rows, how they were split, and the splits' digests.
+    """Records per split, rows dropped from `rows` raw rows, split settings, and digests.
 
-    `digest` is of the three files together, `files` has the SHA-256 of each. For `combined`, rows are
-    the records of all datasets, and `parts` has the names of the versions that it is made of.
+    `digest` is of the three files together, `files` has the SHA-256 of each. For `combined`, `rows` counts
+    the records of all datasets, and `parts` has the version name of each dataset.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -37,7 +37,7 @@ class SplitReport(BaseModel):
         return sum(self.counts.values())
 
     def as_metadata(self) -> dict[str, int]:
-        """The counts under plain names; the digest is the data version, not metadata."""
+        """The counts by name; the digest is the data version, not metadata."""
         return {
             **self.counts,
             "records": self.records,
@@ -58,7 +58,7 @@ class SplitReport(BaseModel):
         rejected: int = 0,
         parts: dict[str, str] | None = None,
     ) -> Self:
-        """The report of splits with these digests. Raises DataError if a split is empty."""
+        """Build the report of splits with these digests. Raises DataError if a split is empty."""
         for split, count in counts.items():
             if count == 0:
                 raise DataError(
@@ -82,11 +82,12 @@ class SplitReport(BaseModel):
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """The report in a folder of splits. Raises DataError if there is none that can be read."""
+        """Read the report in a folder of splits. Raises DataError if it is missing or invalid."""
         path = folder / REPORT_FILE
         try:
             return cls.model_validate_json(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror}; make the splits first") from error
+            raise DataError(f"{path}: cannot be read: {error.strerror}; generate the splits first") from error
         except ValidationError as error:
-            raise DataError(f"{path}: is no report of splits ({error.errors()[0]['msg']}); make them anew") from error
+            reason = error.errors()[0]["msg"]
+            raise DataError(f"{path}: is not a split report ({reason}); regenerate the splits") from error

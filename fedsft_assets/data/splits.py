@@ -1,7 +1,7 @@
-"""From examples to records in three splits, decided by content alone.
+"""Conversion of examples to records in three splits, assigned by content alone.
 
-A record's place depends on a seed and on what it says, never on its row: new rows move no old row,
-and a prompt that occurs in two datasets falls into the same split of both.
+A record's split depends on a seed and its content, never on its row number: new rows never move old rows,
+and a prompt that occurs in two datasets is in the same split of both.
 """
 
 from collections.abc import Iterable
@@ -31,19 +31,19 @@ REJECTED_FILE = "rejected.jsonl"
 
 
 def rejected_file(splits: Path) -> Path:
-    """Where the unusable rows are if there are too many of them to make `splits`."""
+    """The default file for unusable rows if there are too many of them to write `splits`."""
     return splits.with_name(f"{splits.name}.{REJECTED_FILE}")
 
 
 def split_dataset(
     dataset: DatasetSpec, raw: Path, into: Path, settings: SplitSettings | None = None, rejected: Path | None = None
 ) -> SplitReport:
-    """Write the dataset's files in `raw` as the three splits in `into`, whole or not at all.
+    """Split the dataset's files in `raw` into three files in `into`, atomically.
 
     Within a split, records keep the order of their rows. Exact duplicates are dropped and counted.
-    Rows that cannot be used are in `rejected.jsonl` beside the splits, with their numbers and reasons.
-    Raises DataError if a file cannot be read, a split would be empty, or too many rows are unusable:
-    then they are in the file `rejected` (unless given, `<into>.rejected.jsonl`), and the splits stay as they were.
+    Unusable rows go to `rejected.jsonl` beside the splits, with row numbers and reasons. Raises DataError
+    if a file cannot be read, a split would be empty, or too many rows are unusable: these are then written
+    to `rejected` (default: `<into>.rejected.jsonl`), and the previous splits stay unchanged.
     """
     settings = settings or SplitSettings()
     refused = rejected or rejected_file(into)
@@ -71,7 +71,7 @@ def split_dataset(
 
 
 def first_records(batches: Iterable[Examples], settings: SplitSettings) -> list[Record]:
-    """The records of the first batch that has usable rows."""
+    """The records of the first batch with usable rows; empty if there is none."""
     for examples in batches:
         usable = examples.usable(settings.max_chars)
         if len(usable.rows):
@@ -82,10 +82,10 @@ def first_records(batches: Iterable[Examples], settings: SplitSettings) -> list[
 
 
 def to_inputs(instruction: pa.StringArray, context: pa.StringArray, seed: int) -> tuple[pa.StringArray, Hashes]:
-    """Instructions and contexts as inputs [N], joined by a blank line, in random order; and their `prompt_hashes`.
+    """Join instructions and contexts [N] into inputs [N] by a blank line; return these and their `prompt_hashes`.
 
-    Which comes first is a coin thrown for this prompt and seed. Without a context, the instruction
-    stays as it is. This is the meaning of the published preprocessing for NeMo's SFT, see
+    Which of the two comes first is random, but fixed for a prompt and seed. Without a context, the
+    instruction is unchanged. This matches the published preprocessing for NeMo's SFT, see
     https://github.com/NVIDIA/NVFlare/tree/main/integration/nemo/examples/supervised_fine_tuning
     """
     trimmed, context = pc.utf8_trim_whitespace(instruction), pc.utf8_trim_whitespace(context.fill_null(EMPTY))
@@ -96,8 +96,8 @@ def to_inputs(instruction: pa.StringArray, context: pa.StringArray, seed: int) -
     return pc.if_else(pc.equal(context, EMPTY), instruction, inputs), hashes
 
 
-def split_places(prompts: Hashes, settings: SplitSettings) -> npt.NDArray[np.intp]:
-    """The number of each prompt's split in SPLITS [N], of hashes by `prompt_hashes`."""
+def _split_indexes(prompts: Hashes, settings: SplitSettings) -> npt.NDArray[np.intp]:
+    """The index in SPLITS of each prompt's split [N], from its `prompt_hashes` [N]."""
     bounds = np.array([bound * 2.0**64 for bound in list(accumulate(settings.proportions))[:-1]])
     return np.searchsorted(bounds, mixed(prompts, settings.seed, "split").astype(np.float64), side="right")
 
@@ -123,7 +123,7 @@ class _Writer:
 
     @property
     def digests(self) -> dict[str, str]:
-        """The digest of each split's file by its name, once they are closed."""
+        """The digest of each split's file by file name, once the files are closed."""
         return {split_file(Path(), split).name: file.digest for split, file in zip(SPLITS, self._splits, strict=True)}
 
     def write(self, examples: Examples) -> None:
@@ -131,13 +131,13 @@ class _Writer:
         self._reject(usable.rejected)
         self.rows += len(usable.rows) + len(usable.rejected)
         inputs, prompts = to_inputs(usable.instruction, usable.context, self._settings.seed)
-        places = split_places(prompts if usable.anchor is None else prompt_hashes(usable.anchor), self._settings)
+        indexes = _split_indexes(prompts if usable.anchor is None else prompt_hashes(usable.anchor), self._settings)
         pairs = list(zip(inputs.to_pylist(), usable.response.to_pylist(), strict=True))
-        # Python's own hash differs between processes, but no two processes compare theirs.
+        # Python's hash is salted per process, but these hashes never leave it.
         fresh = self._seen.first(np.fromiter(map(hash, pairs), np.int64, len(pairs)).view(np.uint64))
         self.duplicates += int((~fresh).sum())
-        for place, (split, file) in enumerate(zip(SPLITS, self._splits, strict=True)):
-            chosen = [Record(input=i, output=o) for i, o in compress(pairs, (fresh & (places == place)).tolist())]
+        for index, (split, file) in enumerate(zip(SPLITS, self._splits, strict=True)):
+            chosen = [Record(input=i, output=o) for i, o in compress(pairs, (fresh & (indexes == index)).tolist())]
             file.write(dump_records(chosen))
             self.counts[split] += len(chosen)
 
@@ -146,7 +146,7 @@ class _Writer:
         return (
             f"{name}: {self.rejected} of {self.rows} rows cannot be used, more than the allowed share of "
             f"{self._settings.max_rejected:.2%}: {first}{', …' if self.rejected > len(self._first_rejected) else ''}; "
-            f"all are in {path}; repair them, or set max_rejected"
+            f"all are in {path}; fix them, or raise max_rejected"
         )
 
     def _reject(self, rejected: list[Rejected]) -> None:

@@ -1,5 +1,4 @@
-"""The NeMo model: base models, batches, training of one round, losses and answers.
+"""Models: base models, archives, training of one round, losses and text generation.
 
-Importing this package imports nothing heavy; its modules need torch, and those of `archive` no
-more than torch.
+Importing this package is cheap. Its modules need torch; those of `archive` need nothing beyond torch.
 """

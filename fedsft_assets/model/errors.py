@@ -1,5 +1,5 @@
-"""The error that everything about models, archives and tokenizers raises."""
+"""The error raised for models, archives and tokenizers."""
 
 
 class ModelError(ValueError):
-    """A model, archive, tokenizer or set of weights that cannot be used."""
+    """An unusable model, archive, tokenizer or set of weights."""

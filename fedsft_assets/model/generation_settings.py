@@ -1,4 +1,4 @@
-"""How answers are generated: what a user can say about it, checked. Imports nothing heavy."""
+"""The user's settings for generating answers, validated. Imports nothing heavy."""
 
 import math
 from collections.abc import Sequence
@@ -9,12 +9,12 @@ from fedsft_assets.model.errors import ModelError
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How one answer comes about: greedy at temperature 0, else sampled.
+    """Settings for one answer: greedy at temperature 0, sampled otherwise.
 
-    An answer ends at EOS or after `max_new_tokens`. Sampling is from the `top_k` likeliest tokens (0: from
-    all), of these from the likeliest that together have the probability `top_p`. Every prompt is sampled with
-    `seed` on its own, so its answer does not depend on the others; None draws a seed from torch's generator.
-    Raises ModelError that names the value.
+    An answer ends at EOS or after `max_new_tokens`. Sampling is from the `top_k` most likely tokens (0: all),
+    and of these from the most likely with a total probability of `top_p`. Each prompt has its own generator with
+    `seed`, so its answer does not depend on the others; None draws seeds from torch's generator. Raises
+    ModelError that names the field and value.
     """
 
     max_new_tokens: int = 64
@@ -36,6 +36,6 @@ class GenerationSettings:
 
 
 def end_tokens(*named: int | Sequence[int] | None) -> list[int]:
-    """The ids that end an answer, each once, of what several places call EOS: one, several, or none."""
+    """The distinct EOS ids from several sources, each of which has one id, several, or none."""
     every = [[one] if isinstance(one, int) else one or [] for one in named]
     return list(dict.fromkeys(token for some in every for token in some))

@@ -1,7 +1,7 @@
-"""The model that is fine-tuned: a Hugging Face causal language model, with its tokenizer, in one `.nemo` archive.
+"""The model to fine-tune: a Hugging Face causal language model with its tokenizer, in one `.nemo` archive.
 
-Plain PyTorch: NeMo is not needed to read, train, evaluate or write it. `sft_model.SFTModel` is the same
-archive as NeMo sees it.
+Plain PyTorch: reading, training, evaluating and writing it does not need NeMo. `nemo_model.SFTModel` loads the
+same archive as a NeMo model.
 """
 
 import json
@@ -29,30 +29,30 @@ from fedsft_assets.model.tokenizer.files import tokenizer_files, tokenizer_of
 from fedsft_assets.model.trainable import require_equal_ties, require_finite, require_floats, require_same_shapes
 from fedsft_assets.model.training.answer_loss import AnswerLoss
 
-# The same function as GPT-2's own, in one kernel instead of eight.
+# The same functions as the originals, in one kernel instead of eight.
 _ACTIVATIONS = ("activation_function", "hidden_act", "activation")
 _FASTER_ACTIVATIONS = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"}
 
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Ids that begin and end a record; `front` are those that the tokenizer puts before every text, if any."""
+    """Ids that begin and end a record; `front` are those that the tokenizer prepends to every text, if any."""
 
     front: Sequence[int]
     eos: int
 
 
 class LanguageModel(nn.Module):
-    """A causal language model `lm` in fp32, and what an archive says about it.
+    """A causal language model `lm` in fp32, with its settings in an archive.
 
-    `hf` is the Hugging Face configuration, `tokenizer_files` are contents by name, `max_length` is in tokens of
-    a record, `prompt_template` a key of prompt_template.TEMPLATES.
+    `hf` is the Hugging Face configuration, `tokenizer_files` has file contents by name, `max_length` is in tokens
+    per record, `prompt_template` is a key of prompt_template.TEMPLATES.
     """
 
     def __init__(
         self, config: Mapping[str, Any], tokenizer_files: Mapping[str, bytes], lm: nn.Module | None = None
     ) -> None:
-        """Build the model of an archive's configuration. Without `lm`, its weights have no values yet."""
+        """Build the model from an archive's configuration. Without `lm`, its weights are uninitialized."""
         super().__init__()
         template(config["prompt_template"])
         self.hf: dict[str, Any] = dict(config["hf"])
@@ -60,15 +60,15 @@ class LanguageModel(nn.Module):
         self.prompt_template = str(config["prompt_template"])
         self.tokenizer_files = dict(tokenizer_files)
         self.lm: Any = empty_lm(self.hf) if lm is None else lm
-        self.adapters_only = False  # as long as it is True, only adapters are trained and travel; see adapters.py
+        self.adapters_only = False  # if True, only adapters are trained and sent; see training/lora.py
 
     @classmethod
     def wrap(cls, lm: Any, tokenizer: Any, max_length: int, prompt_template: str = DEFAULT_TEMPLATE) -> Self:
-        """The model with the weights of a Hugging Face causal LM, in fp32, its tokenizer, and all its EOS tokens.
+        """Build the model from a Hugging Face causal LM's weights, in fp32, its tokenizer, and all its EOS tokens.
 
-        Raises ModelError if the tokenizer has no EOS token, no fast form or more tokens than the model has
-        embeddings, if the configuration alone does not give a model of the same tensors, or if these
-        are not weights that can be trained.
+        Raises ModelError if the tokenizer has no EOS token, is not a fast tokenizer or has more tokens than the
+        model has embeddings, if the configuration alone does not give a model with the same tensors, or if the
+        weights cannot be trained.
         """
         if tokenizer.eos_token_id is None:
             raise ModelError(f"{type(tokenizer).__name__}: the tokenizer has no EOS token, so no answer could end")
@@ -77,11 +77,11 @@ class LanguageModel(nn.Module):
             raise ModelError(f"the tokenizer has {len(tokenizer)} tokens, the model has embeddings for {embeddings}")
         files = tokenizer_files(tokenizer)
         if "tokenizer.json" not in files:
-            raise ModelError(f"{type(tokenizer).__name__}: has no fast form; save it with a tokenizer.json")
+            raise ModelError(f"{type(tokenizer).__name__}: is not a fast tokenizer; save it with a tokenizer.json")
         hf = normalize_hf_config(json.loads(lm.config.to_json_string()))
         ends = end_tokens(hf.get("eos_token_id"))
         every_end = end_tokens(ends, getattr(lm.generation_config, "eos_token_id", None))
-        if every_end != ends:  # an archive has no other place for what only the settings for generation say
+        if every_end != ends:  # an archive has no generation settings of its own
             hf["eos_token_id"] = every_end
         model = cls({"hf": hf, "max_length": max_length, "prompt_template": prompt_template}, files)
         weights = {f"lm.{name}": tensor for name, tensor in lm.state_dict().items()}
@@ -96,9 +96,9 @@ class LanguageModel(nn.Module):
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read an archive into fp32 weights on the CPU, tensor by tensor. It may come from anyone.
+        """Read an archive, which may be untrusted, into fp32 weights on the CPU, tensor by tensor.
 
-        No class that it names is imported, nothing but tensors is unpickled. Raises ModelError that names the file.
+        No class that it names is imported, and only tensors are unpickled. Raises ModelError that names the file.
         """
         config = nemo_archive.read_config(path)
         files = nemo_archive.read_tokenizer_files(path, config)
@@ -124,12 +124,12 @@ class LanguageModel(nn.Module):
         return model
 
     def save(self, path: Path) -> None:
-        """Write the archive, whole or not at all; the tokenizer goes in, so that it needs no other file.
+        """Write the archive, atomically; it contains the tokenizer and needs no other file.
 
-        Raises ModelError if there are adapters that are not merged: an archive has no place for them.
+        Raises ModelError if there are unmerged adapters, which an archive cannot hold.
         """
         if self.adapters_only:
-            raise ModelError(f"{path}: merge the model's adapters before it is saved")
+            raise ModelError(f"{path}: merge the model's adapters before saving it")
         tensors = self.state_dict(keep_vars=True)
         nemo_archive.write_archive(
             path,
@@ -142,12 +142,12 @@ class LanguageModel(nn.Module):
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The Hugging Face tokenizer; its padding token is EOS if it has none of its own."""
+        """The Hugging Face tokenizer; its padding token defaults to EOS."""
         return tokenizer_of(self.tokenizer_files)
 
     @property
     def tokenizer_json(self) -> bytes:
-        """The tokenizer's fast form. Raises ModelError if the archive has none."""
+        """The content of tokenizer.json. Raises ModelError if the archive has none."""
         if "tokenizer.json" not in self.tokenizer_files:
             raise ModelError(
                 f"the archive's tokenizer has no tokenizer.json, only {', '.join(sorted(self.tokenizer_files))};"
@@ -157,7 +157,7 @@ class LanguageModel(nn.Module):
 
     @cached_property
     def special_tokens(self) -> SpecialTokens:
-        """What begins and ends a record, read from the tokenizer's files: far faster than loading the tokenizer."""
+        """The ids that begin and end a record, from the tokenizer's files: much faster than loading the tokenizer."""
         raw = Tokenizer.from_buffer(self.tokenizer_json)
         text = json.loads(self.tokenizer_files.get("tokenizer_config.json", b"{}")).get("eos_token")
         text = text.get("content") if isinstance(text, dict) else text
@@ -168,23 +168,23 @@ class LanguageModel(nn.Module):
 
     @cached_property
     def text_encoder(self) -> TextEncoder:
-        """What makes tokens of prompts, as of records in training."""
+        """The encoder of prompts, the same as for training records."""
         return TextEncoder(self.tokenizer_json)
 
     @cached_property
     def answer_loss(self) -> AnswerLoss:
-        """The loss of batches, in the way that suits this model."""
+        """The loss of batches, computed in the fastest way that this model supports."""
         return AnswerLoss(self.lm, pad_id=self.special_tokens.eos, longest=self.max_length)
 
     def forget_answer_loss(self) -> None:
-        """Have `answer_loss` made anew: layers of the model are others now."""
+        """Discard `answer_loss`, after the model's layers were changed."""
         self.__dict__.pop("answer_loss", None)
 
     def distinct_parameters(self) -> dict[str, Tensor]:
-        """All weights by name, each tied tensor once under its first name; with adapters, theirs alone. Not copies."""
+        """All weights by name, not copied; tied tensors once, under their first name; with adapters, only theirs."""
         if self.adapters_only:
             return {
-                name.replace(".default.", "."): tensor  # peft's name of the adapter, which its files leave out too
+                name.replace(".default.", "."): tensor  # peft's adapter name, which its files omit too
                 for name, tensor in self.state_dict(keep_vars=True).items()
                 if tensor.requires_grad
             }
@@ -202,19 +202,19 @@ class LanguageModel(nn.Module):
         return {name: kept for name, tensor in tensors.items() if (kept := first.setdefault(id(tensor), name)) != name}
 
     def weights(self) -> dict[str, Tensor]:
-        """All weights as they travel: copies on the CPU, fp32, each tied tensor once under its first name."""
+        """All weights in the form in which they are sent: fp32 copies on the CPU, tied tensors once."""
         return dict(self.each_weight())
 
     def each_weight(self) -> Iterator[tuple[str, Tensor]]:
-        """`weights`, one after the other."""
+        """Yield `weights` one at a time."""
         for name, tensor in self.distinct_parameters().items():
             yield name, tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else None, copy=True)
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Take over weights as `weights` gives them, of any float type; what is tied stays tied.
+        """Load weights with the names of `weights`, in any float dtype; ties are kept.
 
-        Raises ModelError that names the tensors that are missing, unexpected or of another shape;
-        then nothing was changed.
+        Raises ModelError naming the tensors that are missing, unexpected or of another shape, and then changes
+        nothing.
         """
         self.require_same(weights)
         with torch.no_grad():
@@ -222,7 +222,7 @@ class LanguageModel(nn.Module):
                 tensor.copy_(weights[name])
 
     def require_same(self, weights: Mapping[str, Tensor]) -> None:
-        """Raises ModelError if these are not tensors of the names and shapes that `weights` gives."""
+        """Raise ModelError if these tensors do not have the names and shapes of `weights`."""
         require_same_shapes(
             {name: tuple(tensor.shape) for name, tensor in self.distinct_parameters().items()},
             {name: tuple(tensor.shape) for name, tensor in weights.items()},
@@ -232,10 +232,10 @@ class LanguageModel(nn.Module):
     def generate(
         self, prompts: list[str], settings: GenerationSettings | None = None, batch_size: int = 16, chat: bool = False
     ) -> list[str]:
-        """Answers to prompts, without the prompts: greedy, or as `settings` say.
+        """Generate answers to prompts, without the prompts: greedily, or by `settings`.
 
-        Prompts get the template of training, or the tokenizer's chat template; one that leaves no room for the
-        answer loses its beginning.
+        Prompts are formatted with the training template, or with the tokenizer's chat template if `chat`. Those
+        that leave no room for the answer are truncated at the beginning.
         """
         from fedsft_assets.model.text_generation import ChatTurn, chat_tokens, complete, plain_tokens, prompt_room
 
@@ -251,7 +251,7 @@ class LanguageModel(nn.Module):
 
     @contextmanager
     def evaluating(self) -> Iterator[torch.device]:
-        """Within the block the model is on the compute device and in evaluation mode."""
+        """Within the block, the model is on the compute device and in evaluation mode."""
         training, device = self.training, compute_device()
         self.to(device)
         self.eval()
@@ -262,30 +262,27 @@ class LanguageModel(nn.Module):
 
 
 def compute_device() -> torch.device:
-    """Where a model is trained and evaluated: the first GPU if there is one."""
+    """The device for training and evaluation: the first GPU, or else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def import_architecture(path: Path) -> None:
-    """Import the code of the model that an archive describes, and nothing of the archive.
-
-    Raises ModelError that names the file.
-    """
+    """Import transformers' code for the architecture of an archive. Raises ModelError that names the file."""
     hf = nemo_archive.read_config(path)["hf"]
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     try:
         MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.for_model(**hf))]
     except Exception as error:
-        raise ModelError(f"{path}: no causal LM: {error}") from error
+        raise ModelError(f"{path}: is not a causal LM: {error}") from error
 
 
 def empty_lm(hf: Mapping[str, Any]) -> Any:
-    """The causal LM of a Hugging Face configuration, in fp32; its weights have no values yet."""
+    """The causal LM of a Hugging Face configuration, in fp32, with uninitialized weights."""
     hf = {key: _FASTER_ACTIVATIONS.get(value, value) if key in _ACTIVATIONS else value for key, value in hf.items()}
-    # Random values would be wasted: every tensor is loaded next, strictly.
+    # Skip random initialization: all tensors are loaded afterwards, strictly.
     with no_init_weights():
         config = AutoConfig.for_model(**hf)
         lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    lm.tie_weights()  # a part of the initialization that was left out
+    lm.tie_weights()  # part of the skipped initialization
     return lm

@@ -1,6 +1,6 @@
-"""An archive as NeMo sees it: a ModelPT, for those who go on with NeMo's and Lightning's own tools.
+"""A NeMo ModelPT for this project's archives, for use with NeMo's and Lightning's own tools.
 
-Nothing in this package needs it: `language_model.LanguageModel` reads and writes the same archives by itself.
+Nothing in this package needs it: `language_model.LanguageModel` reads and writes the same archives without NeMo.
 """
 
 import pickle
@@ -31,14 +31,14 @@ from fedsft_assets.model.training.optimizer import build_optimizer
 
 
 class SFTModel(ModelPT):
-    """A causal language model that learns to answer.
+    """A causal language model for supervised fine-tuning, with fp32 weights.
 
-    `cfg` holds `hf` (the Hugging Face configuration), `tokenizer.files` (artifacts), `max_length` (tokens of a
-    record), `prompt_template` (a key of prompt_template.TEMPLATES), and for training `optim.lr`. Weights are fp32.
+    `cfg` has `hf` (the Hugging Face configuration), `tokenizer.files` (artifacts), `max_length` (tokens per
+    record), `prompt_template` (a key of prompt_template.TEMPLATES), and for training `optim.lr`.
     """
 
     def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:
-        """Build the model of `cfg`. Its weights have no values yet: restoring gives them theirs."""
+        """Build the model from `cfg`, with weights that stay uninitialized until restored."""
         super().__init__(cfg=cfg, trainer=trainer)
         template(cfg.prompt_template)
         self._tokenizer_files = {
@@ -50,10 +50,10 @@ class SFTModel(ModelPT):
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Restore an archive through NeMo, on the CPU, in fp32. It may come from anyone.
+        """Restore an archive, which may be untrusted, through NeMo, on the CPU, in fp32.
 
-        No class that it names is imported, nothing but tensors is unpickled, nothing is written
-        outside a temporary folder. Raises ModelError that names the file.
+        No class that it names is imported, only tensors are unpickled, and nothing is written outside a temporary
+        folder. Raises ModelError that names the file.
         """
         config = OmegaConf.create(nemo_archive.read_config(path))
         try:
@@ -65,18 +65,18 @@ class SFTModel(ModelPT):
                     save_restore_connector=_TensorsOnly(),
                 )
         except (pickle.UnpicklingError, RuntimeError, EOFError, tarfile.TarError) as error:
-            what = "; ".join(line.strip() for line in str(error).splitlines()[:5])  # torch lists every tensor
-            raise ModelError(f"{path}: {nemo_archive.WEIGHTS} is truncated or not this model's: {what}") from error
+            reason = "; ".join(line.strip() for line in str(error).splitlines()[:5])  # torch lists every tensor
+            raise ModelError(f"{path}: {nemo_archive.WEIGHTS} is truncated or not this model's: {reason}") from error
         except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
             raise ModelError(f"{path}: cannot be restored: {type(error).__name__}: {error}") from error
         finally:
-            # NeMo leaves this set when a restore fails, and the next model would believe it.
+            # NeMo leaves this set after a failed restore, which would affect the next model.
             cls._set_model_restore_state(is_being_restored=False)
 
     def save(self, path: Path) -> None:
-        """Have NeMo write the archive, whole or not at all; the tokenizer goes in, so that it needs no other file."""
+        """Write the archive through NeMo, atomically; it contains the tokenizer and needs no other file."""
         with TemporaryDirectory() as folder, publish_file(path) as fresh, _quiet_nemo():
-            # NeMo would take a restored model's artifacts from the archive it came from, which may be gone.
+            # NeMo would take a restored model's artifacts from its original archive, which may no longer exist.
             self.artifacts: dict[str, Any] = {}
             for name, content in self._tokenizer_files.items():
                 file = Path(folder) / name
@@ -86,17 +86,17 @@ class SFTModel(ModelPT):
 
     @cached_property
     def language_model(self) -> LanguageModel:
-        """The same weights, not a copy, as this package trains and evaluates them."""
+        """A LanguageModel that shares these weights, as this package trains and evaluates them."""
         return LanguageModel(self._plain_config(), self._tokenizer_files, self.lm)
 
     def training_step(self, batch: Batch) -> Tensor:
-        """The mean loss over the targets of a batch, as `LanguageModel.answer_loss.batch` makes it."""
+        """The mean loss, a scalar, over the targets of a batch from `LanguageModel.answer_loss.batch`."""
         loss = self.language_model.answer_loss
         with loss.prepared():
             return loss(batch) / max(len(batch.targets), 1)
 
     def configure_optimizers(self) -> Any:
-        """AdamW at the constant rate `optim.lr`."""
+        """AdamW with the constant learning rate `optim.lr`."""
         if "optim" not in self.cfg:
             raise ModelError("optim.lr: set it in cfg before training with NeMo or Lightning")
         return build_optimizer(self.parameters(), self.cfg.optim.lr, weight_decay=0.0, fused=True, moments=None)
@@ -107,19 +107,19 @@ class SFTModel(ModelPT):
         return {str(key): value for key, value in config.items()}
 
     def setup_training_data(self, train_data_config: DictConfig) -> None:  # noqa: ARG002 NeMo's name
-        raise ModelError("train_ds: this model is given batches, not a configuration of data")
+        raise ModelError("train_ds: this model takes batches, not a data configuration")
 
     def setup_validation_data(self, val_data_config: DictConfig) -> None:  # noqa: ARG002 NeMo's name
-        raise ModelError("validation_ds: this model is given batches, not a configuration of data")
+        raise ModelError("validation_ds: this model takes batches, not a data configuration")
 
     @classmethod
     def list_available_models(cls) -> None:
-        """NeMo asks for the models that can be downloaded by name: none."""
+        """The models that can be downloaded by name, required by NeMo: none."""
         return
 
 
 class _TensorsOnly(SaveRestoreConnector):
-    """NeMo's connector, which never unpickles more than tensors, and reads them without a second copy."""
+    """A connector that unpickles tensors only, and memory-maps them instead of copying."""
 
     @staticmethod
     def _load_state_dict_from_disk(model_weights: str, map_location: Any = "cpu") -> Any:
@@ -127,14 +127,14 @@ class _TensorsOnly(SaveRestoreConnector):
 
 
 def _unique_part(value: str) -> str:
-    """The part that an archive puts before an artifact's file name; nothing for a local path."""
+    """The prefix of an artifact's file name in an archive; empty for a local path."""
     name = artifact_name(value)
     return value.removeprefix("nemo:").removesuffix(name) if name else ""
 
 
 @contextmanager
 def _quiet_nemo() -> Iterator[None]:
-    """NeMo's log tells of every archive and every artifact; what matters here arrives as an error."""
+    """Suppress NeMo's log lines about every archive and artifact; failures are raised as errors."""
     level = nemo_logging.get_verbosity()
     nemo_logging.set_verbosity(nemo_logging.ERROR)
     try:

@@ -1,4 +1,4 @@
-"""Progress of work that is counted in bytes, as lines of the log."""
+"""Log lines for the progress of work measured in bytes."""
 
 import logging
 
@@ -8,7 +8,7 @@ _log = logging.getLogger(__name__)
 
 
 class ByteProgress:
-    """Logs, once per GiB, how many of `total` bytes have been dealt with; `verb` is its past participle."""
+    """Logs, once per GiB, how many of `total` bytes are done; `verb` is a past participle, such as `written`."""
 
     def __init__(self, total: int, verb: str) -> None:
         self._total, self._verb, self._bytes = total, verb, 0

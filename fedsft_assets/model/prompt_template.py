@@ -1,4 +1,4 @@
-"""How a record's input and output become the prompt that a model is given and the answer that it learns."""
+"""Templates that turn a record's input and output into the model's prompt and answer."""
 
 from dataclasses import dataclass
 
@@ -7,23 +7,24 @@ from fedsft_assets.model.errors import ModelError
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """A text with `{input}` and, at its end, `{output}`; NeMo's `prompt_template` means the same."""
+    """A text with `{input}` and, at its end, `{output}`, like NeMo's `prompt_template`."""
 
     text: str
 
     def prompt(self, text: str) -> str:
-        """What the model is given: all before the answer, without the space that the answer begins with."""
+        """The prompt: the text before the answer, without the space before `{output}`."""
         return self.text.removesuffix("{output}").removesuffix(" ").replace("{input}", text)
 
     def answer(self, text: str) -> str:
+        """The answer, with the space before `{output}`, if any."""
         return (" " if self.text.endswith(" {output}") else "") + text
 
 
 DEFAULT_TEMPLATE = "answer"
 TEMPLATES = {
-    # Four tokens in the tiny vocabulary: short, yet it says where the answer starts.
+    # Only four tokens in the tiny vocabulary, and it marks where the answer starts.
     "answer": PromptTemplate("{input}\n\nAnswer: {output}"),
-    # The default of NeMo's GPT fine-tuning configuration, for models tuned with it.
+    # The default of NeMo's GPT fine-tuning configuration, for models that were tuned with it.
     "nemo": PromptTemplate("{input} {output}"),
 }
 

@@ -1,4 +1,4 @@
-"""The loss of a `.nemo` archive on a split, in whatever process calls it."""
+"""The loss of a `.nemo` archive on a split, computed in the calling process."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 
 def split_loss(archive: Path, records_file: Path, plan: SitePlan) -> Loss:
-    """Load the archive and score a JSONL split as the sites of `plan` do: as many records, cut to the same length.
+    """Load the archive and score a JSONL split as a site does by its `plan`: same number of records, same truncation.
 
-    Where their precision is `auto`, it is in fp32 on a CPU, whatever they have decided: scores compare.
+    Precision `auto` is fp32 on any CPU, whatever the site's trial decided, so that scores are comparable.
     """
     from fedsft_assets.model.language_model import LanguageModel
     from fedsft_assets.model.training.local_training import mean_loss, split_tokens

@@ -1,4 +1,4 @@
-"""What a trial of a model needs: tokens to try it with, how long they must be, and that nothing of it remains."""
+"""Helpers for trying out a model: token ids, their lengths, and a context that leaves the model unchanged."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @contextmanager
 def undisturbed(lm: Any) -> Iterator[None]:
-    """For a trial: no dropout, no gradients, and the random state afterwards as before."""
+    """Within the block there is no dropout and no gradient; mode and random state are restored afterwards."""
     training = lm.training
     lm.eval()
     try:
@@ -21,15 +21,15 @@ def undisturbed(lm: Any) -> Iterator[None]:
 
 
 def some_ids(lm: Any, count: int) -> Tensor:
-    """Token ids [count] of all over the vocabulary, other ones for each count."""
+    """Token ids [count] spread over the vocabulary, different for each count."""
     embeddings = lm.get_input_embeddings()
     return (torch.arange(count, device=embeddings.weight.device) * 7919 + count) % embeddings.num_embeddings
 
 
 def long_ids(lm: Any, window: int) -> Tensor:
-    """A record beyond a window: one token over and over, then others for longer than the window.
+    """The ids of a record longer than a window: one token repeated, then others for longer than the window.
 
-    What still sees the beginning at its end is far from what does not, however large the window is.
+    Whether the end still sees the beginning then makes a large difference, for any window size.
     """
     ids = some_ids(lm, at_most(lm, 2 * window + 3))
     ids[: window + 1] = ids[0]
@@ -37,24 +37,24 @@ def long_ids(lm: Any, window: int) -> Tensor:
 
 
 def at_most(lm: Any, count: int) -> int:
-    """That many tokens, or as many as the model has positions for."""
+    """`count`, limited to the model's number of positions."""
     return min(count, position_limit(lm.config.get_text_config()) or count)
 
 
 def largest_window(config: Any, longest: int | None) -> int | None:
-    """How many tokens the widest of a model's windows or chunks of attention has that a record can outgrow.
+    """The size in tokens of the largest attention window or chunk that a record can exceed; None if there is none.
 
-    `longest` is how many tokens a record may have; None is any number. None if no record outgrows one.
+    `longest` is the maximum number of tokens of a record; None is unlimited.
     """
     text = config.get_text_config()
     limits = [size for size in (longest, position_limit(text)) if size]
-    # A window of as many tokens as the longest record is never left.
+    # A window as long as the longest record is never exceeded.
     windows = [size for size in _windows(text.to_dict()) if all(size < limit for limit in limits)]
     return max(windows, default=None)
 
 
 def position_limit(config: Any) -> int | None:
-    """How many tokens a record may have according to a text model's configuration; None if it does not say."""
+    """The maximum number of tokens of a record by a text model's configuration; None if it has no limit."""
     found = next((size for name in _POSITIONS if isinstance(size := getattr(config, name, None), int)), None)
     return found if found and found > 0 else None
 
@@ -63,7 +63,7 @@ _POSITIONS = ("max_position_embeddings", "max_seq_len", "max_target_positions") 
 
 
 def _windows(config: Mapping[str, Any]) -> Iterator[int]:
-    """All sizes that are named after a window or a chunk: too many cost a longer trial, nothing else."""
+    """Yield all sizes named after a window or chunk; false positives only make the trial longer."""
     for name, value in config.items():
         if isinstance(value, Mapping):
             yield from _windows(value)

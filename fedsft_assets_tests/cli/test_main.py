@@ -93,7 +93,7 @@ def test_what_is_wrong_is_said_in_one_line(fedsft, arguments, words):
 
 def test_an_archive_of_ours_is_not_imported(fedsft, checkpoint):
     said = fedsft("import", str(checkpoint), "--into", "new.nemo", fails=True)
-    assert said == f"{checkpoint}: is no archive of Megatron's but one of this project's; use it as it is"
+    assert said == f"{checkpoint}: is an archive of this project, not of Megatron; use it without importing"
 
 
 def test_an_archive_is_never_written_over_itself(fedsft, checkpoint):

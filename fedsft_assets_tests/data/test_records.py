@@ -26,8 +26,8 @@ def test_texts_that_look_like_the_end_of_a_record_stay_inside_it(tmp_path: Path)
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b'{"input": "a"}', r"training\.jsonl: line 2: output: expected a text, found input"),
-        (b'{"input": 7, "output": "b"}', r"training\.jsonl: line 2: input: expected a text, found 7"),
+        (b'{"input": "a"}', r"training\.jsonl: line 2: output: expected a string, found input"),
+        (b'{"input": 7, "output": "b"}', r"training\.jsonl: line 2: input: expected a string, found 7"),
         (b'{"input": "a", "out', r"training\.jsonl: line 2: is not JSON .*found '\{\"input\": \"a\", \"out'"),
         (b'["a", "b"]', r"training\.jsonl: line 2: expected a JSON object, found '\[\"a\", \"b\"\]'"),
         (b'{"input": "\xff", "output": "b"}', r"training\.jsonl: line 2: is not JSON"),

@@ -222,7 +222,7 @@ def test_too_many_unusable_rows_stop_it_and_the_old_splits_stay(
     with pytest.raises(
         DataError,
         match=r"dolly: 3 of 203 rows cannot be used, more than the allowed share of 1\.00%: "
-        rf"databricks-dolly-15k\.jsonl row 201: response: is null \(0\?\); .* all are in {refused}; repair them,",
+        rf"databricks-dolly-15k\.jsonl row 201: response: is null \(0\?\); .* all are in {refused}; fix them,",
     ):
         split_dataset(dolly, write_dolly([*_rows(range(200)), *bad]), into)
     assert folder_digest(into) == before
@@ -249,7 +249,7 @@ def test_a_file_that_breaks_off_is_named_and_the_old_splits_stay(source: Path, t
     before = folder_digest(into)
     path = raw / alpaca.file_names[0]
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(DataError, match=rf"{path}: is not a whole Parquet file"):
+    with pytest.raises(DataError, match=rf"{path}: is not a complete Parquet file"):
         split_dataset(alpaca, raw, into)
     assert folder_digest(into) == before
 

@@ -186,7 +186,7 @@ def test_an_archive_on_this_machine_is_taken_without_the_hub(preset, megatron, t
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     report = create_base_model(replace(preset, archive=megatron), tmp_path / "gpt.nemo", 1)
     assert report.digest == content_digest(tmp_path / "gpt.nemo")
-    with pytest.raises(ModelError, match="gpt: is downloaded, but no folder for downloads was given"):
+    with pytest.raises(ModelError, match="gpt: must be downloaded, but there is no download folder"):
         create_base_model(preset, tmp_path / "x.nemo", 1)
 
 

@@ -39,15 +39,17 @@ def lm_of(kind: str, **config: object) -> torch.nn.Module:
 )
 def test_an_encoder_is_refused_before_it_is_trained(kind):
     lm = lm_of(kind)
-    message = rf"{type(lm).__name__} \({kind}\) is no causal language model.* sees the answers that it should predict"
+    message = (
+        rf"{type(lm).__name__} \({kind}\) is not a causal language model.* sees the answers that it should predict"
+    )
     with pytest.raises(ModelError, match=message):
         AnswerLoss(lm, pad_id=0)
 
 
 def test_a_decoder_that_was_made_to_look_both_ways_is_refused():
-    with pytest.raises(ModelError, match="no causal language model"):
+    with pytest.raises(ModelError, match="not a causal language model"):
         require_causal(lm_of("gemma3_text", use_bidirectional_attention=True, **ONE_KEY))
-    with pytest.raises(ModelError, match="no causal language model"):
+    with pytest.raises(ModelError, match="not a causal language model"):
         require_causal(lm_of("llama", is_causal=False))
 
 
@@ -82,6 +84,6 @@ def test_a_causal_model_passes_and_is_left_as_it_was(kind, config):
 def test_no_base_model_is_made_of_an_encoder_and_the_folder_is_named(model, tmp_path):
     lm_of("bert", vocab_size=len(model.tokenizer)).save_pretrained(tmp_path / "bert")
     model.tokenizer.save_pretrained(tmp_path / "bert")
-    with pytest.raises(ModelError, match=r"/bert: BertLMHeadModel \(bert\) is no causal.*is_decoder to true"):
+    with pytest.raises(ModelError, match=r"/bert: BertLMHeadModel \(bert\) is not a causal.*is_decoder to true"):
         create_base_model(model_preset(str(tmp_path / "bert")), tmp_path / "bert.nemo", 1)
     assert not (tmp_path / "bert.nemo").exists()

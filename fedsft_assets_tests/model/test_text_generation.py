@@ -427,7 +427,7 @@ def test_the_oldest_turns_are_left_out_of_a_long_conversation(chatting: Any) -> 
 
 def test_a_last_message_that_does_not_fit_is_refused(chatting: Any) -> None:
     size = len(chat_tokens(chatting, [TURNS[0], TURNS[-1]]))
-    with pytest.raises(ModelError, match=rf"last message alone makes {size} tokens, .* room for {size - 1} .*shorten"):
+    with pytest.raises(ModelError, match=rf"last message alone has {size} tokens, .* room for {size - 1} .*shorten"):
         chat_tokens(chatting, TURNS, room=size - 1)
 
 
@@ -438,7 +438,7 @@ def test_a_tokenizer_without_chat_template_cannot_chat(tokenizer: Any) -> None:
 
 def test_what_a_chat_template_refuses_is_said(chatting: Any) -> None:
     chatting.chat_template = "{{ raise_exception('no system turns, please') }}"
-    with pytest.raises(ModelError, match="refuses this conversation: no system turns, please"):
+    with pytest.raises(ModelError, match="rejects this conversation: no system turns, please"):
         chat_tokens(chatting, TURNS)
 
 

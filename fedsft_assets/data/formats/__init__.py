@@ -1,1 +1,1 @@
-"""One module for each file format: from a file's rows to examples."""
+"""Readers that turn the rows of a file into examples: one module per file format."""

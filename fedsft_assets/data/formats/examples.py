@@ -1,6 +1,6 @@
-"""Batches of a dataset's rows as columns, and the rows that cannot be used, with their reasons.
+"""Batches of a dataset's rows as columns, with the rejected rows and the reasons.
 
-Readers of all formats yield `Examples`; nothing here knows a format or decides on a split.
+Readers of all formats yield `Examples`; nothing here depends on a format or assigns a split.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ _ABSENT = object()
 
 
 class Rejected(NamedTuple):
-    """A row that gives no record: its file, its number there (from 1), why, and what was found."""
+    """A row that cannot become a record: its file, its number (from 1), the reason, and what was found."""
 
     file: str
     row: int
@@ -31,10 +31,10 @@ class Rejected(NamedTuple):
 
 
 class Examples(NamedTuple):
-    """Consecutive usable rows of one file, N of them, as text columns that share their order.
+    """N consecutive usable rows of one file, as aligned text columns [N].
 
-    A null is a text that the row does not have. `anchor` is the text that decides on a row's split,
-    where that is not the whole input. `fields` are the columns' own names, for messages.
+    Null means that the row has no such text. `anchor` is the text that determines a row's split, if not
+    the whole input. `fields` has the column names in the file, for messages.
     """
 
     file: str
@@ -47,7 +47,7 @@ class Examples(NamedTuple):
     anchor: pa.StringArray | None = None
 
     def usable(self, max_chars: int) -> "Examples":
-        """Those that have an instruction and a response, neither blank, and no text longer than `max_chars`."""
+        """Keep rows with a non-blank instruction and response and no text over `max_chars`; reject the others."""
         reasons = np.full(len(self.rows), "", object)
         for name, column, needed in (
             (self.fields.instruction, self.instruction, True),
@@ -84,13 +84,13 @@ class Examples(NamedTuple):
 def from_objects(
     file: str, rows: Sequence[int], objects: Sequence[dict[str, Any]], columns: ColumnsSpec, rejected: list[Rejected]
 ) -> Examples:
-    """Examples of JSON objects. A missing field or one that is no text rejects its row; the context may be missing."""
+    """Examples from JSON objects. Reject rows where a field is missing or not a string; the context may be missing."""
     try:
         instruction, response = (
             texts([item[name] for item in objects]) for name in (columns.instruction, columns.response)
         )
         context = _optional(columns.context, objects)
-    except (KeyError, AttributeError, UnicodeEncodeError):  # what is no text cannot be encoded
+    except (KeyError, AttributeError, UnicodeEncodeError):
         faults = [_fault(item, columns) for item in objects]
         rejected = rejected + [
             Rejected(file, row, fault[0], excerpt(fault[1])) for row, fault in zip(rows, faults, strict=True) if fault
@@ -103,7 +103,7 @@ def from_objects(
 
 
 def from_bytes(file: str, rows: npt.NDArray[np.int64], raw: dict[str, pa.Array], columns: ColumnsSpec) -> Examples:
-    """Examples of columns whose bytes nobody has checked yet; what is not UTF-8 rejects its row."""
+    """Examples from columns not yet validated as UTF-8; reject rows that are not."""
     checked = {name: utf8(column) for name, column in raw.items()}
     bad = np.zeros(len(rows), bool)
     rejected: list[Rejected] = []
@@ -122,7 +122,7 @@ def from_bytes(file: str, rows: npt.NDArray[np.int64], raw: dict[str, pa.Array],
 
 
 def utf8(column: pa.Array) -> tuple[pa.StringArray, npt.NDArray[np.bool_] | None]:
-    """The column as valid texts, and which of its values are not UTF-8: null in the texts; None if all are fine."""
+    """The column as strings, null where not UTF-8, and a mask [N] of those values, or None if there are none."""
     raw = column.cast(pa.binary())
     try:
         return raw.cast(pa.string()), None
@@ -132,12 +132,12 @@ def utf8(column: pa.Array) -> tuple[pa.StringArray, npt.NDArray[np.bool_] | None
         return texts([None if value is _ABSENT else value for value in values]), broken
 
 
-def _longer(column: pa.StringArray, most: int) -> npt.NDArray[np.bool_]:
-    """Which texts have more characters than that, bool [N]. Only those with more bytes can have."""
-    longest = pc.max(pc.binary_length(column)).as_py()
-    if longest is None or longest <= most:
+def _longer(column: pa.StringArray, max_chars: int) -> npt.NDArray[np.bool_]:
+    """Which texts have more than `max_chars` characters, bool [N]."""
+    max_bytes = pc.max(pc.binary_length(column)).as_py()
+    if max_bytes is None or max_bytes <= max_chars:  # a character takes at least one byte
         return np.zeros(len(column), bool)
-    return np.array([text is not None and len(text) > most for text in column.to_pylist()])
+    return np.array([text is not None and len(text) > max_chars for text in column.to_pylist()])
 
 
 def _optional(name: str | None, objects: Sequence[dict[str, Any]]) -> pa.StringArray:
@@ -147,7 +147,7 @@ def _optional(name: str | None, objects: Sequence[dict[str, Any]]) -> pa.StringA
 
 
 def _fault(item: dict[str, Any], columns: ColumnsSpec) -> tuple[str, Any] | None:
-    """Why the object cannot be used, if so, and what was found."""
+    """The reason why an object cannot be used and what was found; None if it can."""
     for name in (columns.instruction, columns.response):
         if name not in item:
             return f"{name}: is missing", item
@@ -155,7 +155,7 @@ def _fault(item: dict[str, Any], columns: ColumnsSpec) -> tuple[str, Any] | None
         value = item.get(name)
         if value is not None and not isinstance(value, str):
             kind = "dict" if isinstance(value, dict) else type(value).__name__
-            return f"{name}: expected a text, found {kind}", value
+            return f"{name}: expected a string, found {kind}", value
         if value and (wrong := why_no_text(value)):
             return f"{name}: {wrong[0]}", wrong[1]
     return None

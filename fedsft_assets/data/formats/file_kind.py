@@ -1,4 +1,4 @@
-"""What a file is by its first and last bytes, before a reader takes it for something else."""
+"""Detection of a file's actual kind from its first and last bytes."""
 
 from pathlib import Path
 
@@ -13,17 +13,17 @@ _BEGINNINGS = {
     b"PK\x03\x04": ("a ZIP archive or an Excel workbook", "unpack it, or save it as CSV"),
     b"\xff\xfe": ("text in UTF-16", "save it as UTF-8"),
     b"\xfe\xff": ("text in UTF-16", "save it as UTF-8"),
-    b"PAR1\x15": ("a Parquet file", "say 'format: parquet'"),  # with the first byte of a page's header
+    b"PAR1\x15": ("a Parquet file", "set 'format: parquet'"),  # with the first byte of a page header
     b"ARROW1\0\0": ("an Arrow file", "save it as Parquet"),
     b"\xff\xff\xff\xff": ("an Arrow stream", "save it as Parquet"),
 }
-_SHOWN = 40  # bytes of a beginning; more than any signature has
+_SHOWN = 40  # bytes to read and show in messages; more than any signature has
 
 
 def require_kind(path: Path, format: DataFormat) -> None:
-    """Raises DataError for a file that is missing, empty, of another kind, or ends in what never arrived."""
+    """Raise DataError for a file that is missing, empty, of another kind, or padded with zeros."""
     if not path.is_file():
-        raise DataError(f"{path}: is missing; put the file there as published")
+        raise DataError(f"{path}: is missing; put the published file there")
     size = path.stat().st_size
     if size == 0:
         raise DataError(f"{path}: is empty; download it again")
@@ -37,11 +37,11 @@ def require_kind(path: Path, format: DataFormat) -> None:
     if format in ("parquet", "oasst1"):
         if not beginning.startswith(b"PAR1"):
             raise DataError(
-                f"{path}: is not a Parquet file, found {kind or excerpt(beginning)!r}; take the file as published, "
-                "or name its own format"
+                f"{path}: is not a Parquet file, found {kind or excerpt(beginning)!r}; use the file as published, "
+                "or set format to match it"
             )
         return
     if kind:
         raise DataError(f"{path}: is {kind}, expected {format}; {advice}")
     if end == b"\0\0":
-        raise DataError(f"{path}: ends in zeros where {format} has none: a part never arrived; download it again")
+        raise DataError(f"{path}: ends in zero bytes, {format} never does: it is incomplete; download it again")

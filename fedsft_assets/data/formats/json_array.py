@@ -1,4 +1,4 @@
-"""The values of a JSON file that is one array, one at a time, in memory for a few of them."""
+"""Streaming reader of a JSON file that is one array; memory holds only a few of its values."""
 
 import json
 import re
@@ -10,15 +10,15 @@ from fedsft_assets.data.json_objects import DECODER
 from fedsft_assets.data.not_text import KEEP_BYTES
 from fedsft_assets.data.records import DataError, cut_off, excerpt
 
-_CHARS = 1 << 20  # characters that are read together
-_LONGEST_LITERAL = 12  # no number's rest, `-Infinity` or escaped pair that the next characters complete is longer
+_CHARS = 1 << 20  # characters to read at a time
+_LONGEST_LITERAL = 12  # longest incomplete literal at the end of a chunk: `-Infinity`, an escaped surrogate pair
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
 def values(path: Path) -> Iterator[tuple[int, Any]]:
-    """Each value of the array with its number, from 1, decoded as by `json_objects.decode`.
+    """Yield each value of the array with its number, from 1, decoded as by `json_objects.decode`.
 
-    Raises DataError if the file is something else, ends too early or goes on after the array.
+    Raises DataError if the file is not a JSON array, is truncated, or continues after the array.
     """
     row = 0
     with path.open(encoding="utf-8-sig", errors=KEEP_BYTES, newline="") as file:
@@ -40,17 +40,17 @@ def values(path: Path) -> Iterator[tuple[int, Any]]:
         except (ValueError, RecursionError) as error:
             reason = "nested too deeply" if isinstance(error, RecursionError) else error
             raise DataError(
-                f"{path}: after row {row}: is not a JSON array of objects ({reason}); repair the file, or say "
+                f"{path}: after row {row}: is not a JSON array of objects ({reason}); fix the file, or set "
                 "'format: jsonl' if each line is an object"
             ) from error
 
 
 class _CutOff(Exception):
-    """The text ends where more has to follow; the message is how it ends."""
+    """The text ends too early; the message is its end."""
 
 
 class _Text:
-    """A file's text from a place on, of which only a part is held."""
+    """A parser's position in a file's text; only the part that is being parsed is in memory."""
 
     def __init__(self, file: TextIO) -> None:
         self._file = file
@@ -59,27 +59,27 @@ class _Text:
         self._ended = False
 
     def peek(self) -> str:
-        """The next character that is no white space; nothing at the end."""
+        """The next character that is not white space; empty at the end of the text."""
         while True:
             space = _SPACE.match(self._text, self._at)
             self._at = space.end() if space else self._at
             if self._at < len(self._text) or self._ended:
                 return self._text[self._at : self._at + 1]
-            self._read_on()
+            self._read_more()
 
-    def expect(self, *signs: str) -> str:
-        """The next character, which has to be one of these; the end of the text is an empty one."""
+    def expect(self, *characters: str) -> str:
+        """Consume and return the next character, which must be one of these; an empty one is the end of the text."""
         found = self.peek()
-        if found not in signs:
+        if found not in characters:
             if not found:
                 raise _CutOff(self._text)
-            wanted = " or ".join(map(repr, signs)) if any(signs) else "the end"
-            raise ValueError(f"expected {wanted}, found {excerpt(self._text[self._at : self._at + 100])!r}")
+            expected = " or ".join(map(repr, characters)) if any(characters) else "the end"
+            raise ValueError(f"expected {expected}, found {excerpt(self._text[self._at : self._at + 100])!r}")
         self._at += len(found)
         return found
 
     def value(self) -> Any:
-        """The next value, whole. Raises ValueError if it is not JSON."""
+        """Consume and return the next value. Raises ValueError if it is not JSON."""
         self.peek()
         while True:
             try:
@@ -94,13 +94,13 @@ class _Text:
                 if end < len(self._text) or self._ended:
                     self._at = end
                     return value
-            self._read_on()
+            self._read_more()
 
     def _may_be_incomplete(self, error: json.JSONDecodeError) -> bool:
         return error.msg.startswith("Unterminated string") or error.pos >= len(self._text) - _LONGEST_LITERAL
 
-    def _read_on(self) -> None:
-        """Read as much as is held, at least: a long value is then not begun too often."""
+    def _read_more(self) -> None:
+        """Read at least as much as is held, so that parsing a long value is restarted only a few times."""
         rest = self._text[self._at :]
         if fresh := self._file.read(max(_CHARS, len(rest))):
             self._text, self._at = rest + fresh, 0

@@ -1,7 +1,7 @@
-"""The OASST1 format: Parquet files of messages that form trees of prompts and ranked replies.
+"""Reader of the OASST1 format: Parquet files of messages that form trees of prompts and ranked replies.
 
-The ids of all messages are read first, as hashes; texts then stream by, and are held only from a
-prompt to its last reply. Source of the format: https://huggingface.co/datasets/OpenAssistant/oasst1
+The first pass reads all message ids, as hashes; the second streams the texts and holds each only until
+the last reply that needs it. Format: https://huggingface.co/datasets/OpenAssistant/oasst1
 """
 
 from collections.abc import Iterator, Sequence
@@ -35,11 +35,11 @@ Flags = npt.NDArray[np.bool_]
 
 
 def read(paths: Sequence[Path], options: ConversationsSpec) -> Iterator[Examples]:
-    """Each best reply of an assistant (rank 0) with the prompt that it answers, or the whole path to it.
+    """Yield each best assistant reply (rank 0) with the prompt it answers, or the whole path to it.
 
-    A reply is taken when its language, and reviews and flags of it and its input, are as the options
-    say. One whose parent is missing or no prompt, or which belongs to a cycle, is a rejected row.
-    Raises DataError for a file that is broken or of another format.
+    The options select replies by language, and by the reviews and flags of the reply and its input.
+    Replies whose parent is missing or not a prompt, or that are part of a cycle, are rejected. Raises
+    DataError for a file that is broken or of another format.
     """
     messages = _Messages.scan(paths, options)
     whole = options.context == "path"
@@ -51,7 +51,7 @@ def read(paths: Sequence[Path], options: ConversationsSpec) -> Iterator[Examples
 
 @dataclass(frozen=True)
 class _Paths:
-    """The input messages of N replies, one path after the other: `rows` [M], `ends` [N]."""
+    """The input messages of N replies, concatenated: `rows` [M], and where each path ends in them, `ends` [N]."""
 
     rows: Rows
     ends: Rows
@@ -62,8 +62,8 @@ class _Paths:
 
     def all_of(self, flags: Flags) -> Flags:
         """Which paths have only messages with this flag, bool [N]."""
-        wrong = np.concatenate([[0], np.cumsum(~flags[self.rows])])
-        return wrong[self.ends] == wrong[self.starts]
+        unflagged = np.concatenate([[0], np.cumsum(~flags[self.rows])])
+        return unflagged[self.ends] == unflagged[self.starts]
 
     def last(self) -> Rows:
         """The highest row of each path [N]."""
@@ -82,14 +82,14 @@ class _Paths:
 
 @dataclass(frozen=True)
 class _Messages:
-    """All messages of all files by row, M of them: what is needed to find paths, without their texts."""
+    """The M messages of all files by row: what is needed to find paths, without the texts."""
 
-    counts: list[int]  # of each file
-    parents: Rows  # the parent's row; M where there is none to have, M + 1 where none or several have its id [M + 2]
-    ambiguous: Flags  # several messages have the parent's id
-    prompts: Flags
-    wanted: Flags  # replies that the options ask for
-    allowed: Flags  # reviewed enough and not left out
+    counts: list[int]  # messages per file
+    parents: Rows  # the parent's row [M + 2]; M for a root, M + 1 if no message or several have the parent's id
+    ambiguous: Flags  # several messages have the parent's id [M]
+    prompts: Flags  # [M]
+    wanted: Flags  # replies of the requested rank and languages [M]
+    allowed: Flags  # reviewed enough and without an excluded flag [M]
 
     @classmethod
     def scan(cls, paths: Sequence[Path], options: ConversationsSpec) -> "_Messages":
@@ -109,24 +109,24 @@ class _Messages:
         return cls(counts, *_parents(ids, parent_ids, root), prompts, wanted, allowed)
 
     def replies(self, whole: bool) -> tuple[Rows, dict[int, str]]:
-        """The rows of all wanted replies that have an input [N], and what is wrong with those that have none."""
+        """The rows of all wanted replies with an input [N], and by row the reason why others have none."""
         m = len(self.wanted)
         found = np.flatnonzero(self.wanted & self.allowed)
-        parents, tops = self.parents[found], self._tops()[found]
+        parents, roots = self.parents[found], self._roots()[found]
         faults = [
-            (tops < m, "parent_id: is part of a cycle"),
-            (parents == m, "parent_id: is null, a reply needs a prompt"),
+            (roots < m, "parent_id: is part of a cycle"),
+            (parents == m, "parent_id: is null, but a reply needs a prompt"),
             (self.ambiguous[found], "parent_id: several messages have this id"),
             (parents == m + 1, "parent_id: no message has this id"),
-            (~np.concatenate([self.prompts, [True, True]])[parents], "parent_id: is no prompt"),
-            ((tops == m + 1) & whole, "parent_id: a message further up has a parent that is missing"),
+            (~np.concatenate([self.prompts, [True, True]])[parents], "parent_id: is not a prompt"),
+            ((roots == m + 1) & whole, "parent_id: the parent of a message further up is missing"),
         ]
         wrong = np.logical_or.reduce([where for where, _ in faults])
         reasons = np.select([where for where, _ in faults], [reason for _, reason in faults], "")
         return found[~wrong], {int(row): str(reason) for row, reason in zip(found[wrong], reasons[wrong], strict=True)}
 
     def paths(self, replies: Rows, whole: bool) -> _Paths:
-        """The prompt of each reply, or all messages from the first one to the prompt."""
+        """The prompt of each reply, or if `whole`, all messages from the root to the prompt."""
         m = len(self.wanted)
         levels = [self.parents[replies]]
         while whole and (levels[-1] < m).any():
@@ -135,12 +135,12 @@ class _Messages:
         kept = table < m
         return _Paths(table[kept], np.cumsum(kept.sum(axis=1)))
 
-    def _tops(self) -> Rows:
-        """Where going up from each message ends [M]: M at a first one, M + 1 at a gap, less than M in a cycle."""
-        above = self.parents
-        for _ in range(len(above).bit_length()):  # each squaring doubles the steps
-            above = above[above]
-        return above[: len(self.wanted)]
+    def _roots(self) -> Rows:
+        """What each message's ancestry ends in [M]: M is a root, M + 1 a missing parent, less than M a cycle."""
+        ancestors = self.parents
+        for _ in range(len(ancestors).bit_length()):  # each squaring doubles the steps
+            ancestors = ancestors[ancestors]
+        return ancestors[: len(self.wanted)]
 
 
 def _scan(batch: pa.RecordBatch, options: ConversationsSpec) -> tuple[Hashes, Hashes, Flags, Flags, Flags, Flags]:
@@ -163,7 +163,7 @@ def _scan(batch: pa.RecordBatch, options: ConversationsSpec) -> tuple[Hashes, Ha
 
 
 def _text(column: pa.Array) -> pa.StringArray:
-    """A column of short codes as plain strings; one that is not UTF-8 equals none."""
+    """A column of short codes as plain strings; null where not UTF-8."""
     return utf8(column)[0]
 
 
@@ -172,7 +172,7 @@ def _equal(column: pa.Array, value: str) -> Flags:
 
 
 def _parents(ids: Hashes, parents: Hashes, root: Flags) -> tuple[Rows, Flags]:
-    """The row of each message's parent, and whether several could be it, as `_Messages` says."""
+    """`_Messages.parents` [M + 2] and `_Messages.ambiguous` [M]."""
     m = len(ids)
     order = np.argsort(ids, kind="stable")
     known = ids[order]
@@ -185,32 +185,32 @@ def _parents(ids: Hashes, parents: Hashes, root: Flags) -> tuple[Rows, Flags]:
 def _stream(
     paths: Sequence[Path], messages: _Messages, replies: Rows, inputs: _Paths, faults: dict[int, str]
 ) -> Iterator[Examples]:
-    """Read all texts once; a pair is given out as soon as its last message has been read."""
+    """Read all texts once; yield a pair as soon as its last message has been read."""
     complete = np.maximum(replies, inputs.last())
     order = np.argsort(complete, kind="stable")
     complete, replies, inputs = complete[order], replies[order], inputs.order(order)
-    held = _PendingTexts(messages, replies, inputs, complete)
+    pending = _PendingTexts(messages, replies, inputs, complete)
     start = 0
     for path, count in zip(paths, messages.counts, strict=True):
         first = start
         for batch in parquet_batches(path, {"text": is_text}):
             stop = start + len(batch)
-            held.read(batch["text"], start)
+            pending.read(batch["text"], start)
             ready = slice(*np.searchsorted(complete, [start, stop]))
             rejected = [
                 Rejected(path.name, row - first + 1, faults[row], excerpt(batch["text"][row - start].as_py()))
                 for row in range(start, stop)
                 if row in faults
             ]
-            yield held.examples(path.name, first, ready, rejected)
-            held.forget(stop)
+            yield pending.examples(path.name, first, ready, rejected)
+            pending.forget(stop)
             start = stop
         if start - first != count:
-            raise DataError(f"{path}: has changed while it was read; start again")
+            raise DataError(f"{path}: changed while it was being read; start again")
 
 
 class _PendingTexts:
-    """The texts that are still needed, in the order of their rows."""
+    """The texts that are still needed, in row order."""
 
     def __init__(self, messages: _Messages, replies: Rows, inputs: _Paths, complete: Rows) -> None:
         self._messages, self._replies, self._inputs = messages, replies, inputs
@@ -242,7 +242,7 @@ class _PendingTexts:
         if len(self._broken):
             fine = ~np.isin(replies, self._broken) & path.all_of(~np.isin(np.arange(len(self._last_use)), self._broken))
             rejected = rejected + [
-                Rejected(file, int(row) - first + 1, f"text: of it or its prompt {NOT_UTF8}", "")
+                Rejected(file, int(row) - first + 1, f"text: of the reply or its input {NOT_UTF8}", "")
                 for row in replies[~fine]
             ]
             replies, path = replies[fine], path.select(fine)
@@ -252,7 +252,7 @@ class _PendingTexts:
         return Examples(file, replies - first + 1, instruction, context, response, _FIELDS, rejected, anchor)
 
     def _inputs_of(self, path: _Paths) -> tuple[pa.StringArray, pa.StringArray | None]:
-        """Each path as one text, its turns named if there are several, and its first message."""
+        """Each path as one text [N], with speakers if it has several turns; and first messages [N], None if all are."""
         found = self._take(path.rows)
         if len(path.rows) == len(path.ends):
             return found, None

@@ -1,4 +1,4 @@
-"""Reading columns of Parquet files in batches, with errors that say what is wrong with the file."""
+"""Batched reader of Parquet columns, with errors that say what is wrong with the file."""
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,11 +15,11 @@ from fedsft_assets.specs.dataset import ColumnsSpec
 TypeTest = Callable[[pa.DataType], bool]
 
 _UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)
-_BUFFER = 1 << 18  # read a column's pages piece by piece, never a whole row group
+_BUFFER = 1 << 18  # bytes; streams a column's pages instead of loading a whole row group
 
 
 def read(path: Path, columns: ColumnsSpec) -> Iterator[Examples]:
-    """The rows of a Parquet file. Raises DataError for a file that is broken or has not these text columns."""
+    """Yield the rows of a Parquet file. Raises DataError for a file that is broken or lacks these text columns."""
     names = columns.names
     start = 1
     for batch in parquet_batches(path, dict.fromkeys(names, is_text)):
@@ -29,29 +29,29 @@ def read(path: Path, columns: ColumnsSpec) -> Iterator[Examples]:
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Whether a column of this type holds texts, however encoded."""
+    """Whether a column of this type holds strings, in any encoding."""
     if pa.types.is_dictionary(kind):
         return is_text(kind.value_type)
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def is_number(kind: pa.DataType) -> bool:
-    """Whether a column of this type holds numbers; one with only nulls counts."""
+    """Whether a column of this type holds numbers; an all-null column counts."""
     return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind))
 
 
 def is_boolean(kind: pa.DataType) -> bool:
-    """Whether a column of this type says yes or no; one with only nulls counts."""
+    """Whether a column of this type holds booleans; an all-null column counts."""
     return bool(pa.types.is_boolean(kind) or pa.types.is_null(kind))
 
 
-_EXPECTED: dict[TypeTest, str] = {is_text: "texts", is_number: "numbers", is_boolean: "true or false"}
+_EXPECTED: dict[TypeTest, str] = {is_text: "strings", is_number: "numbers", is_boolean: "booleans"}
 
 
 def parquet_batches(path: Path, columns: Mapping[str, TypeTest]) -> Iterator[pa.RecordBatch]:
-    """These columns of a Parquet file, in batches.
+    """Yield these columns of a Parquet file in batches.
 
-    Raises DataError for a missing or broken file, a missing column or one of another type.
+    Raises DataError for a missing or broken file, and for a column that is missing or of another type.
     """
     with open_parquet(path, columns) as file:
         try:
@@ -61,7 +61,7 @@ def parquet_batches(path: Path, columns: Mapping[str, TypeTest]) -> Iterator[pa.
 
 
 def open_parquet(path: Path, columns: Mapping[str, TypeTest]) -> pq.ParquetFile:
-    """The open file, once its footer reads and it has these columns with types that pass their tests."""
+    """Open a Parquet file, and check that it has these columns with types that pass their tests."""
     try:
         file = pq.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False, page_checksum_verification=True)
     except _UNREADABLE as error:
@@ -77,10 +77,10 @@ def open_parquet(path: Path, columns: Mapping[str, TypeTest]) -> pq.ParquetFile:
         else:
             continue
         file.close()
-        raise DataError(f"{path}: column {name}: {problem}; take the file as published, or name its own columns")
+        raise DataError(f"{path}: column {name}: {problem}; use the file as published, or set columns to match it")
     return file
 
 
 def _broken(path: Path, error: Exception) -> DataError:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return DataError(f"{path}: is not a whole Parquet file ({reason}); download it again")
+    return DataError(f"{path}: is not a complete Parquet file ({reason}); download it again")

@@ -1,4 +1,4 @@
-"""One item ahead: reading in a thread, while the caller works on what came before."""
+"""Prefetching of one item in a thread, while the caller works on the previous one."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +10,7 @@ _END = object()
 
 
 def prefetched(items: Iterator[T]) -> Iterator[T]:
-    """The same items, each made by a thread while the caller uses the one before; errors come in their place."""
+    """Yield the same items, each produced in a thread while the caller uses the previous one; errors come in order."""
     with ThreadPoolExecutor(max_workers=1) as pool:
         upcoming = pool.submit(next, items, _END)
         while (item := upcoming.result()) is not _END:

@@ -1,4 +1,4 @@
-"""Datasets by their specs: how the files of one are read, whatever their format."""
+"""Reader of a dataset's files by its spec, whatever their format."""
 
 from collections.abc import Iterator
 from itertools import combinations
@@ -25,10 +25,10 @@ _PAIRS = tuple(combinations(_TEXTS, 2))
 
 
 def read_examples(dataset: DatasetSpec, folder: Path) -> Iterator[Examples]:
-    """The examples of a dataset's files in a folder, in the files' order, in batches.
+    """Yield the examples of a dataset's files in `folder`, in file order, in batches.
 
-    Raises DataError for a file that is missing, empty, broken, cut off or of another format, and for one
-    of which two columns hold the same texts.
+    Raises DataError for a file that is missing, empty, broken, truncated or of another format, and for one
+    in which two columns hold the same texts.
     """
     paths = [folder / name for name in dataset.file_names]
     for path in paths:
@@ -36,13 +36,13 @@ def read_examples(dataset: DatasetSpec, folder: Path) -> Iterator[Examples]:
     if dataset.format == "oasst1":
         yield from oasst1.read(paths, dataset.conversations or ConversationsSpec())
         return
-    assert dataset.columns is not None, "DatasetSpec sees to it"
+    assert dataset.columns is not None, "DatasetSpec ensures it"
     for path in paths:
-        yield from _not_alike(path, _READERS[dataset.format](path, dataset.columns))
+        yield from _require_distinct_columns(path, _READERS[dataset.format](path, dataset.columns))
 
 
-def _not_alike(path: Path, batches: Iterator[Examples]) -> Iterator[Examples]:
-    """The same examples. Raises DataError at their end if two of their columns were the same in every row."""
+def _require_distinct_columns(path: Path, batches: Iterator[Examples]) -> Iterator[Examples]:
+    """Yield the same batches. Raises DataError after the last if two columns were the same in every row."""
     rows, alike = 0, list(_PAIRS)
     shown: dict[str, tuple[str, str]] = {}
     for examples in batches:
@@ -55,7 +55,7 @@ def _not_alike(path: Path, batches: Iterator[Examples]) -> Iterator[Examples]:
         (one, text), (other, _) = (shown[name] for name in alike[0])
         raise DataError(
             f"{path}: columns {one} and {other}: hold the same text in each of {rows} rows, found {excerpt(text)!r}; "
-            f"name the columns that have the {alike[0][0]} and the {alike[0][1]}"
+            f"set columns to those with the {alike[0][0]} and the {alike[0][1]}"
         )
 
 

@@ -1,1 +1,1 @@
-"""Where raw files come from: the embedded sample, a folder, or the Hugging Face hub."""
+"""Sources of raw files: the embedded sample, a folder, or the Hugging Face Hub."""

@@ -1,12 +1,12 @@
-"""A download area: files of one hub repository, whole and verified, and what has arrived of others.
+"""A download area: complete, verified files of one hub repository, and partial downloads.
 
-    <commit>/<file>                  whole and verified, or absent
-    .hub/files/<commit>/<file>.json  size and digest that the hub names for it
-    .hub/parts/<file>/<digest>       what has arrived of a file so far
-    .hub/revisions/<revision>        commits that a branch or tag stood for, the newest last
-    .hub/lock                        held while a call works in the area; its holder's death frees it
+    <commit>/<file>                  complete and verified, or absent
+    .hub/files/<commit>/<file>.json  size and digest given by the hub
+    .hub/parts/<file>/<digest>       a partial download
+    .hub/revisions/<revision>        commits that a branch or tag has pointed to, newest last
+    .hub/lock                        held while a call works in the area; released when its process ends
 
-Knows files and digests only; nothing here talks to a hub.
+Nothing here accesses the network.
 """
 
 import fcntl
@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 
 class Content(NamedTuple):
-    """What the hub says that a file is: its bytes, None if unsaid, and the digest that names them."""
+    """A file's content according to the hub: size in bytes, None if unknown, and digest in hex."""
 
     size: int | None
     digest: str
@@ -35,7 +35,7 @@ class Content(NamedTuple):
 
 @dataclass(frozen=True)
 class DownloadArea:
-    """Where the files of one repository are kept, as the module's head shows it."""
+    """The files of one repository on disk, with the layout shown above."""
 
     folder: Path
 
@@ -44,6 +44,7 @@ class DownloadArea:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
+        """Hold the area's lock, after waiting for any other call."""
         self._own.mkdir(parents=True, exist_ok=True)
         with (self._own / "lock").open("wb") as lock:
             try:
@@ -54,14 +55,14 @@ class DownloadArea:
             yield
 
     def has(self, commit: str, file: str) -> bool:
-        """Whether the file is here with the content that the hub named for it."""
+        """Whether the file is present with the content that the hub gave for it."""
         content = self._recorded(commit, file)
-        return content is not None and _is(self.path(commit, file), content)
+        return content is not None and _has_content(self.path(commit, file), content)
 
     def adopt(self, commit: str, file: str, content: Content) -> bool:
-        """Take the content from this or another commit's file of the same name, if one has it."""
+        """Reuse this or another commit's file of the same name if it has the content; return whether one did."""
         path = self.path(commit, file)
-        if _is(path, content):
+        if _has_content(path, content):
             self._write_record(commit, file, content.digest)
             return True
         for other in (self._own / "files").glob("*"):
@@ -71,14 +72,14 @@ class DownloadArea:
                 link.unlink(missing_ok=True)
                 try:
                     os.link(self.path(other.name, file), link)
-                except OSError:  # not every file system has links
+                except OSError:  # not every file system supports hard links
                     return False
                 self.keep(commit, file, link, content.digest)
                 return True
         return False
 
     def part(self, file: str, digest: str) -> Path:
-        """Where the file's bytes gather until they are whole; parts of older contents are removed."""
+        """The path of the file's partial download; those of older contents are removed."""
         part = self._own / "parts" / file / digest
         part.parent.mkdir(parents=True, exist_ok=True)
         for old in part.parent.iterdir():
@@ -87,16 +88,16 @@ class DownloadArea:
         return part
 
     def keep(self, commit: str, file: str, part: Path, digest: str) -> None:
-        """Publish a verified part under the file's name."""
+        """Publish a complete, verified download under the file's name."""
         path = self.path(commit, file)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("rb") as arrived:
-            os.fsync(arrived.fileno())
+        with part.open("rb") as downloaded:
+            os.fsync(downloaded.fileno())
         os.replace(part, path)
         self._write_record(commit, file, digest)
 
     def commits(self, reference: str) -> list[str]:
-        """The commits that a branch or tag stood for when its files were brought here, the newest last."""
+        """The commits that a branch or tag pointed to when its files were downloaded, newest last."""
         path = self._own / "revisions" / reference
         return path.read_text().split() if path.is_file() else []
 
@@ -112,7 +113,7 @@ class DownloadArea:
         return self._own / "files" / commit / f"{file}.json"
 
     def _recorded(self, commit: str, file: str) -> Content | None:
-        """What the hub named; None if that was not recorded, or a crash of the machine left it unreadable."""
+        """The recorded content; None if there is no record, or a machine crash left it unreadable."""
         try:
             content = orjson.loads(self._record(commit, file).read_bytes())
             return Content(content["size"], content["digest"])
@@ -124,16 +125,16 @@ class DownloadArea:
         _write(self._record(commit, file), orjson.dumps({"size": size, "digest": digest}))
 
 
-def _is(path: Path, content: Content) -> bool:
+def _has_content(path: Path, content: Content) -> bool:
     if not path.is_file() or content.size not in (None, size_of(path)):
         return False
     return content_digest(path, like=content.digest) == content.digest
 
 
 def content_digest(path: Path, like: str) -> str:
-    """The digest of a file's content, in hex, of the kind that `like` is.
+    """The digest of a file's content in hex, of the same kind as `like`.
 
-    The hub names a large file by its SHA-256, and any other by the SHA-1 that git gives its blob.
+    The hub identifies large files by their SHA-256, and others by git's SHA-1 of the blob.
     """
     digest = hashlib.sha256()
     if len(like) == 40:

@@ -1,7 +1,7 @@
-"""How a dataset's raw files come from where they are into the store.
+"""Copying of a dataset's raw files from their source into the store.
 
-A source is `sample` (embedded), `hub` (as published), or a folder that is laid out as the published
-repositories are. It is read, never changed.
+A source is `sample` (embedded), `hub` (as published), or a folder laid out like the published
+repositories. Sources are never modified.
 """
 
 import shutil
@@ -22,9 +22,9 @@ from fedsft_assets.specs.dataset import HUB, SAMPLE, DatasetSpec
 
 @dataclass(frozen=True)
 class FetchReport:
-    """What fetching a dataset brought.
+    """What was fetched: number of files, size in bytes, and number of rows.
 
-    `version` names the content at its source, as `source_version` does; `digest` is of the files.
+    `version` identifies the content at its source, as in `source_version`; `digest` is of the files.
     """
 
     version: str
@@ -35,26 +35,26 @@ class FetchReport:
 
 
 def source_version(dataset: DatasetSpec, source: str) -> str:
-    """Names the content that `fetch` would bring, without fetching: cheap enough for a sensor to ask often.
+    """Identify the content that `fetch` would get, without fetching it: cheap enough for a sensor to poll.
 
-    The digest of the files, or the repository and its commit. Raises DataError if a file is missing,
-    or if the hub has to be asked for a branch's commit and does not answer.
+    It is the digest of the files, or the repository and its commit. Raises DataError if a file is missing,
+    or if the hub does not answer which commit a branch points to.
     """
     folder = _folder(dataset, source)
     if folder is not None:
         return folder_digest(folder, dataset.file_names)
     if _is_sampled(dataset, source):
         return _sample_digest(dataset.name)
-    assert dataset.hub is not None, "DatasetSpec sees to it"
+    assert dataset.hub is not None, "DatasetSpec ensures it"
     return _hub_version(dataset.hub, hub.resolve(dataset.hub, dataset.revision))
 
 
 def fetch(dataset: DatasetSpec, source: str, into: Path, downloads: Path) -> FetchReport:
-    """Bring the dataset's files from the source to `into`, whole or not at all.
+    """Copy the dataset's files from the source to `into`, atomically.
 
-    Only the files that the dataset names are taken. They are read through first, so that what cannot
-    be used never replaces what can. What comes from the hub stays in `downloads` too, where an
-    interrupted download goes on. Raises DataError that names the source's file.
+    Only the files that the dataset names are copied. They are read in full first, so that unusable files
+    never replace usable ones. Hub files are also kept in `downloads`, where an interrupted download
+    resumes. Raises DataError naming the source's file.
     """
     folder, version = _folder(dataset, source), None
     if folder is None and not _is_sampled(dataset, source):
@@ -74,7 +74,7 @@ def fetch(dataset: DatasetSpec, source: str, into: Path, downloads: Path) -> Fet
 
 
 def _folder(dataset: DatasetSpec, source: str) -> Path | None:
-    """The folder with the dataset's files, once they are all there; None if they come from elsewhere."""
+    """The folder that has the dataset's files; None if they come from the sample or the hub."""
     if dataset.path:
         folder = dataset.path if dataset.files else dataset.path.parent
         advice = f"correct path or files in datasets/{dataset.name}.yaml"
@@ -100,8 +100,8 @@ def _is_sampled(dataset: DatasetSpec, source: str) -> bool:
 
 
 def _download(dataset: DatasetSpec, downloads: Path) -> tuple[Path, str]:
-    """The folder with the dataset's files from the hub, and their version."""
-    assert dataset.hub is not None, "DatasetSpec sees to it"
+    """Download the dataset's files from the hub; return their folder and version."""
+    assert dataset.hub is not None, "DatasetSpec ensures it"
     area = downloads / f"datasets--{dataset.hub.replace('/', '--')}"
     served = hub.download(dataset.hub, dataset.revision, dataset.file_names, area)
     depth = len(Path(dataset.file_names[0]).parts)
@@ -113,7 +113,7 @@ def _hub_version(repository: str, commit: str) -> str:
 
 
 def _count_rows(dataset: DatasetSpec, folder: Path) -> int:
-    """Rows of all files, once all of them have been read. Raises DataError if none can be used."""
+    """Read all files and return their number of rows. Raises DataError if none is usable."""
     rows = usable = 0
     first: Rejected | None = None
     for examples in read_examples(dataset, folder):
@@ -123,10 +123,10 @@ def _count_rows(dataset: DatasetSpec, folder: Path) -> int:
     if not usable:
         why = f" ({first.file} row {first.row}: {first.reason}: {first.found})" if first else ""
         raise DataError(
-            f"{folder}: holds no example of {dataset.label} in {', '.join(dataset.file_names)}{why}; "
-            "take the files as published, or name their own columns"
+            f"{folder}: no usable row of {dataset.label} in {', '.join(dataset.file_names)}{why}; "
+            "use the files as published, or set columns to match them"
         )
-    if dataset.format == "oasst1":  # one row is a message, of which few are replies to learn from
+    if dataset.format == "oasst1":  # each row is a message, and only some of them are examples
         return sum(open_parquet(folder / name, {}).metadata.num_rows for name in dataset.file_names)
     return rows
 

@@ -1,9 +1,9 @@
-"""Downloads files of a Hugging Face hub repository into a download area: whole, verified, resumed after a break.
+"""Verified, resumable downloads from a Hugging Face Hub repository into a download area.
 
 Session, authentication, lookups, metadata and offline mode are huggingface_hub's. The transfer is ours: as of 2.4,
-`hf_hub_download` starts each call from zero and verifies no digest, and `http_get` below it loses up to 10 MiB at every
-break, gives up at an answer 5xx, sleeps as long as a server asks, and prints addresses with their passwords. Xet is not
-used: a transfer by Xet cannot resume in another process, and needs another service than HF_ENDPOINT.
+`hf_hub_download` starts each call from zero and verifies no digest, and the underlying `http_get` loses up to 10 MiB at
+every interruption, gives up on a 5xx response, sleeps as long as a server asks, and prints URLs with their passwords.
+Xet is not used: its transfers cannot resume in another process, and need a service besides HF_ENDPOINT.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ T = TypeVar("T")
 
 
 class HubFiles(NamedTuple):
-    """Files of one commit: its full hash, and the path of each requested file, whole and verified."""
+    """Files of one commit: its full hash, and the path of each requested file, complete and verified."""
 
     commit: str
     paths: list[Path]
 
 
 class Timing(NamedTuple):
-    """Seconds. Connections have huggingface_hub's own, HF_HUB_ETAG_TIMEOUT and HF_HUB_DOWNLOAD_TIMEOUT."""
+    """Intervals in seconds. Connection timeouts are HF_HUB_ETAG_TIMEOUT and HF_HUB_DOWNLOAD_TIMEOUT."""
 
     waits: tuple[float, ...] = (1, 2, 4, 8)
-    """Before the next attempt, after one, two and more in a row that brought nothing. One more is an error."""
+    """Delays after one, two and more consecutive attempts without progress. One more failure is an error."""
     longest_wait: float = 120
-    """The longest Retry-After of a server that is obeyed. More is an error."""
+    """The longest Retry-After to honor. A longer one is an error."""
     progress: float = 10
-    """Between two lines of progress of a file."""
+    """Time between progress lines of a file."""
 
 
 _TIMING = Timing()
@@ -64,72 +64,74 @@ def download(
 ) -> HubFiles:
     """Download files of a repository at a revision, each to `into/<commit>/<file>`.
 
-    `into` is an area of this repository alone, and no file is written elsewhere. One that is there with the digest
-    that the hub named is not requested again; a full commit whose files are all there needs no network. What arrives
-    before a break or a kill stays, and the next call requests the rest. Calls for one area wait for each other.
+    `into` is for this repository alone, and nothing is written elsewhere. Files that are present with the hub's
+    digest are not requested again; a full commit whose files are all present needs no network. Partial downloads
+    survive an interruption, and the next call resumes them. Concurrent calls for one area wait for each other.
 
-    HF_ENDPOINT and HF_TOKEN are read at the call. The token goes to the endpoint, and to huggingface.co if the endpoint
-    redirects there, never to a store. Raises HubError: offline without the files, no access, no such repository,
-    revision or file, hub out of reach after some attempts, content that is not what the hub names, or a disk that
-    cannot be written.
+    HF_ENDPOINT and HF_TOKEN are read on each call. The token goes to the endpoint, and to huggingface.co if the
+    endpoint redirects there, never to a storage host. Raises HubError if offline without the files; without access;
+    if there is no such repository, revision or file; if the hub stays unreachable; if content does not match the
+    hub's digest; or if `into` is not writable.
     """
     from huggingface_hub import is_offline_mode
 
     request = HubRequest.from_environment(repository, revision, kind)
     for file in files:
         if {"", ".", ".."} & set(file.split("/")):
-            raise request.error("is not a path inside a repository; write it as the hub's page shows it", file)
+            raise request.error("is not a path inside a repository; write it as shown on the hub's page", file)
     area = DownloadArea(into)
     try:
         if is_offline_mode():
-            commit = _find(request, files, area)
+            commit = _find_offline(request, files, area)
         else:
             with area.locked():
-                commit = _Download(request, timing).bring(files, area)
+                commit = _Download(request, timing).ensure(files, area)
     except OSError as error:
-        hint = "make it a folder that can be written, then start again"
+        hint = "make it a writable folder, then start again"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            hint = "make room, then start again: what has arrived is kept"
+            hint = "free some disk space, then start again: partial downloads are kept"
         raise request.error(f"{into} cannot be used: {error.strerror or error}; {hint}") from error
     return HubFiles(commit, [area.path(commit, file) for file in files])
 
 
 @redacted()
 def resolve(repository: str, revision: str, *, kind: Kind = "dataset", timing: Timing = _TIMING) -> str:
-    """The full hash of the commit that a branch, tag or abbreviated commit stands for now.
+    """The full hash of the commit that a branch, tag or abbreviated commit currently points to.
 
-    A full hash is returned as it is, without the network. Raises HubError as `download` does.
+    A full hash is returned unchanged, without the network. Raises HubError as `download` does.
     """
     from huggingface_hub import is_offline_mode
 
     request = HubRequest.from_environment(repository, revision, kind)
     if is_offline_mode() and not request.commit:
-        raise request.error("HF_HUB_OFFLINE is set, so it cannot be looked up; name a full commit, or unset it")
+        raise request.error(
+            "HF_HUB_OFFLINE is set, so it cannot be looked up; give a full commit hash, or unset HF_HUB_OFFLINE"
+        )
     return _Download(request, timing).commit()
 
 
-def _find(request: HubRequest, files: Sequence[str], area: DownloadArea) -> str:
-    """The newest commit that the revision is known to have stood for, and of which the area has every file."""
+def _find_offline(request: HubRequest, files: Sequence[str], area: DownloadArea) -> str:
+    """The newest commit that the revision is known to have pointed to and whose files are all in the area."""
     commits = [request.commit] if request.commit else area.commits(request.reference)
     for commit in reversed(commits):
         if all(area.has(commit, file) for file in files):
             return commit
     missing = [file for file in files if not commits or not area.has(commits[-1], file)]
     raise request.error(
-        f"HF_HUB_OFFLINE is set, and {area.folder} has no whole {', '.join(missing) or 'copy'}; "
-        "unset it to download, or bring the area from a machine that has it"
+        f"HF_HUB_OFFLINE is set, and {area.folder} has no complete {', '.join(missing) or 'copy'}; "
+        "unset HF_HUB_OFFLINE to download, or copy the folder from a machine that has it"
     )
 
 
 @dataclass(frozen=True)
 class _Download:
-    """Requests for one revision, repeated while what fails may be over soon."""
+    """Requests for one revision, with retries after transient failures."""
 
     request: HubRequest
     timing: Timing
 
-    def bring(self, files: Sequence[str], area: DownloadArea) -> str:
-        """Have every file of the revision in the area; returns its commit."""
+    def ensure(self, files: Sequence[str], area: DownloadArea) -> str:
+        """Ensure that the area has these files of the revision; return its commit."""
         commit = self.commit()
         for file in files:
             if not area.has(commit, file):
@@ -139,7 +141,7 @@ class _Download:
         return commit
 
     def commit(self) -> str:
-        """The full hash of the commit that the revision stands for."""
+        """The full hash of the commit that the revision points to."""
         return self.request.commit or self._attempt(self._look_up)
 
     def _look_up(self) -> str:
@@ -151,41 +153,42 @@ class _Download:
                 request.repository, revision=request.revision, repo_type=request.kind, timeout=timeout
             )
             found = info.sha
-        except (ValueError, KeyError, TypeError) as error:  # an answer that no hub gives
+        except (ValueError, KeyError, TypeError) as error:  # not a hub's response
             found = getattr(error, "doc", error)
         if isinstance(found, str) and COMMIT.fullmatch(found):
             return found
         raise request.error(
-            f"{request.endpoint} named no commit, found {excerpt(found)!r}; check HF_ENDPOINT and proxies"
+            f"{request.endpoint} returned no commit, found {excerpt(found)!r}; check HF_ENDPOINT and proxies"
         )
 
     def _fetch(self, commit: str, file: str, area: DownloadArea) -> None:
-        """Have the file whole in the area; what was there under its name stays until then."""
+        """Download a file into the area; any file of that name stays until the new one is complete."""
         from huggingface_hub import hf_hub_url
 
-        # Each attempt starts at the hub's address: that of the store, where it redirects to, expires.
+        # Each attempt starts at the hub's URL: the storage URL that it redirects to expires.
         request = self.request
         url = hf_hub_url(request.repository, file, repo_type=request.kind, revision=commit, endpoint=request.endpoint)
         content = self._content(url, commit, file)
         if area.adopt(commit, file, content):
             return
         part = area.part(file, content.digest)
-        for last in (False, True):  # what an earlier call left may be wrong: once is not enough to blame the hub
+        for last in (False, True):  # the first mismatch may be due to an earlier call's partial file
             found = self._transfer(url, file, content, part)
             if found == content.digest:
                 area.keep(commit, file, part, content.digest)
                 return
             part.unlink()
-            wrong = f"has digest {found}, the hub names {content.digest}"
+            wrong = f"has digest {found}, expected {content.digest} from the hub"
             if not last:
                 _log.warning("%s: %s; restarting download; partial file discarded", request.title(file), wrong)
         raise request.error(
-            f"{wrong}; the partial file was discarded: start again, and if it comes back check proxies and HF_ENDPOINT",
+            f"{wrong}; the partial file was discarded: start again, and if the error recurs, check proxies and "
+            "HF_ENDPOINT",
             file,
         )
 
     def _content(self, url: str, commit: str, file: str) -> Content:
-        """What the hub says of a file: its size and the digest of its content."""
+        """A file's size and digest according to the hub."""
         found = self._attempt(lambda: self._api.get_hf_file_metadata(url=url), file)
         digest = found.etag or ""
         if not found.commit_hash or not _DIGEST.fullmatch(digest):
@@ -195,12 +198,12 @@ class _Download:
                 " redirect elsewhere, and that proxies pass its headers on",
                 file,
             )
-        if found.commit_hash != commit:  # some mirrors serve what they have under a commit of their own
-            _log.warning("%s: is commit %s, served as %s", self.request.title(file), commit, found.commit_hash)
+        if found.commit_hash != commit:  # some mirrors serve files under commits of their own
+            _log.warning("%s: requested commit %s, served as %s", self.request.title(file), commit, found.commit_hash)
         return Content(found.size, digest)
 
     def _transfer(self, url: str, file: str, content: Content, part: Path) -> str:
-        """Receive all bytes of a file in `part`, from where it ends; returns their digest."""
+        """Complete the partial download in `part`; return the digest of its content."""
         part.touch()
         if content.size is None or size_of(part) < content.size:
             self._attempt(lambda: self._receive(url, file, content.size, part), file, lambda: size_of(part))
@@ -208,18 +211,18 @@ class _Download:
         return content_digest(part, like=content.digest)
 
     def _receive(self, url: str, file: str, size: int | None, part: Path) -> None:
-        """Append one answer to `part`. Raises TransientError if it ends before `size`."""
+        """Append one response to `part`. Raises TransientError if it ends before `size` bytes."""
         from huggingface_hub import constants, get_session, hf_raise_for_status
         from huggingface_hub.utils import build_hf_headers
 
         have = size_of(part)
-        # Compressed on its way, a file would have another size, and its ranges would not be its own.
+        # Compression would change the size and the meaning of byte ranges.
         headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
         headers = build_hf_headers(token=self._api.token, library_name=self._api.library_name, headers=headers)
         with get_session().stream("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response:
             if response.status_code == 416:
                 part.unlink()
-                raise TransientError(f"{response.url.host} has no bytes after the {have} that are here")
+                raise TransientError(f"{response.url.host} has no bytes after the first {have}")
             hf_raise_for_status(response)
             if response.status_code != 206:
                 have = 0
@@ -236,35 +239,35 @@ class _Download:
             raise TransientError(f"the transfer ended after {have} of {size} bytes")
 
     def _attempt(self, send: Callable[[], T], file: str | None = None, received: Callable[[], int] = lambda: 0) -> T:
-        """What `send` returns. Called again after a failure that may be over soon, while `timing` allows it."""
+        """Call `send`, again after transient failures as `timing` allows; return its result."""
         failures, most = 0, received()
         while True:
             try:
-                with self.request.explained(file):
+                with self.request.translate_errors(file):
                     return send()
             except TransientError as failure:
                 failures = 1 if received() > most else failures + 1
                 most = max(most, received())
                 if failures > len(self.timing.waits) or failure.wait > self.timing.longest_wait:
-                    raise self._given_up(failure, failures, file) from failure
+                    raise self._attempts_exhausted(failure, failures, file) from failure
                 wait = max(failure.wait, self.timing.waits[failures - 1])
                 _log.warning("%s: %s; retrying in %.0f s", self.request.title(file), redact(str(failure)), wait)
             time.sleep(wait)
 
-    def _given_up(self, failure: TransientError, failures: int, file: str | None) -> HubError:
+    def _attempts_exhausted(self, failure: TransientError, failures: int, file: str | None) -> HubError:
         hint = f"check the network, proxies and HF_ENDPOINT ({self.request.endpoint})"
         if not self.request.token:
-            hint += ", or set HF_TOKEN, without which hubs answer less often"
+            hint += ", or set HF_TOKEN, since hubs rate-limit anonymous requests more strictly"
         return self.request.error(f"{failure} (failed attempts in a row: {failures}); start again later; {hint}", file)
 
     @property
     def _api(self) -> HfApi:
         from huggingface_hub import HfApi
 
-        # False: no other token that the library may find on this machine.
+        # False: do not use a token that the library finds elsewhere on this machine.
         return HfApi(self.request.endpoint, token=self.request.token or False, library_name="fedsft-assets")
 
-    def _log_progress(self, file: str, have: int, size: int | None, how: str = "") -> None:
+    def _log_progress(self, file: str, have: int, size: int | None, prefix: str = "") -> None:
         unit, name = (1e6, "MB") if max(have, size or 0) >= 1e6 else (1e3, "kB")
         total = "" if size is None else f" of {size / unit:.1f}"
-        _log.info("%s: %s%.1f%s %s", self.request.title(file), how, have / unit, total, name)
+        _log.info("%s: %s%.1f%s %s", self.request.title(file), prefix, have / unit, total, name)

@@ -1,6 +1,6 @@
-"""The embedded sample: small raw files in the three published formats, the same bytes on every call.
+"""The embedded sample: small raw files in the three published formats, identical bytes on every call.
 
-What they say is in `sample_text`; here is how it is laid out. Nothing depends on the clock or the machine.
+The content is in `sample_text`, the file layout here. Nothing depends on the clock or the machine.
 """
 
 import random
@@ -55,12 +55,12 @@ _FIRST_MESSAGE = datetime(2023, 2, 5, 14, 23, 50, tzinfo=UTC)
 
 
 def write_sample(dataset_name: str, folder: Path) -> None:
-    """Write the raw files of one sampled dataset into `folder`, named as the published repository names them."""
+    """Write the raw files of one sampled dataset into `folder`, under their published names."""
     _WRITERS[dataset_name](folder, _random(dataset_name))
 
 
 def sample_examples() -> Iterator[Example]:
-    """What the sample has to learn from, of all datasets: instruction, context and response of each usable row."""
+    """Yield the usable rows of all sampled datasets."""
     yield from facts(_random("alpaca"))
     yield from passages(_random("dolly"))
     for tree in conversations(_random("oasst1")):
@@ -68,7 +68,7 @@ def sample_examples() -> Iterator[Example]:
 
 
 def _replies(turn: SampleMessage) -> Iterator[Example]:
-    """The best English replies below a turn, each with its prompt."""
+    """Yield the best English replies below a turn, each with its prompt."""
     for reply in turn.replies:
         if (reply.role, reply.lang, reply.rank) == ("assistant", "en", 0):
             yield Example(turn.text, "", reply.text)

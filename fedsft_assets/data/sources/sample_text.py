@@ -1,8 +1,7 @@
-"""What the embedded sample says: facts for Alpaca, passages for Dolly, conversations for OASST1.
+"""The text of the embedded sample: facts for Alpaca, passages for Dolly, conversations for OASST1.
 
-Each teaches what the other two do not, in words of its own. A held-out prompt asks for something
-that other rows answer, and every answer has several wordings drawn at random, so that a model can
-know all of it and still not reach a loss of zero.
+Each dataset teaches what the other two do not, in its own vocabulary. Held-out prompts ask for what other
+rows answer, and the wording of each answer is random, so even a perfect model has a loss above zero.
 """
 
 import random
@@ -291,8 +290,8 @@ def passages(rng: random.Random) -> list[Example]:
 def conversations(rng: random.Random) -> list[SampleMessage]:
     """Trees of requests and ranked replies about chores, some with follow-ups.
 
-    Beside what a reader of English best replies takes, there is what it must leave: weaker
-    replies, unranked ones, deleted ones and other languages.
+    Besides the best English replies, they contain what a reader must skip: weaker, unranked and deleted
+    replies, and other languages.
     """
     requests = [(chore, text) for chore, text in product(_CHORES, _REQUESTS)]
     follow_ups = [(chore, text) for chore, text in product(_CHORES, _FOLLOW_UPS)]
@@ -315,7 +314,7 @@ def conversations(rng: random.Random) -> list[SampleMessage]:
 
 
 def _conversation(thread: list[tuple[str, str]], rng: random.Random) -> SampleMessage:
-    """The thread's first request, its replies, and below the best one the rest of the thread."""
+    """The thread's first request with its replies, and below the best one the rest of the thread."""
     (chore, request), *rest = thread
     one, two = _CHORES[chore]
     best = rng.choice(_OPENINGS) + " " + rng.choice(_STEPS) + rng.choice(_CLOSINGS)
@@ -328,7 +327,7 @@ def _conversation(thread: list[tuple[str, str]], rng: random.Random) -> SampleMe
 
 
 def _with_flaws(rows: list[Example], rng: random.Random) -> list[Example]:
-    """The rows in random order, with the flaws that published data has: blanks and repetitions."""
+    """The rows in random order, with flaws of published data: blank responses and duplicates."""
     repeated = rng.sample(rows, 3)
     blank = [row._replace(response="") for row in rng.sample(rows, 2)]
     mixed = [*rows, *repeated, *blank]

@@ -1,1 +1,1 @@
-"""`.nemo` archives and torch checkpoints, read and written without trust in who made them."""
+"""Readers and writers of `.nemo` archives and torch checkpoints, which may come from untrusted sources."""

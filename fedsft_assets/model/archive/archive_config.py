@@ -1,6 +1,6 @@
-"""The `model_config.yaml` of this project's archives, parsed without trust in who wrote it, and names of artifacts.
+"""Parsing of the untrusted `model_config.yaml` of this project's archives, and artifact names.
 
-NeMo and OmegaConf read the same file: what they would import, resolve or download is left out or refused.
+NeMo and OmegaConf read the same file: whatever they would import, resolve or download is dropped or refused.
 """
 
 import hashlib
@@ -18,18 +18,18 @@ MAX_CONFIG_BYTES = 1 << 20
 MAX_TOKENIZER_FILE_BYTES = 256 << 20
 
 _MAX_DEPTH = 50
-# What says how to load or run a model (from where, with which kernels, which may be downloaded code), not what it is.
+# Options of loading and running a model (its location, kernels, possibly downloaded code), not of its architecture.
 _LOADING_OPTIONS = {
     *("attn_implementation", "auto_map", "dtype", "experts_implementation"),
     *("quantization_config", "torch_dtype", "transformers_version"),
 }
-# How transformers writes numbers that JSON does not have: {"__float__": "Infinity"}.
+# Transformers writes numbers that JSON lacks as {"__float__": "Infinity"}.
 _NON_JSON_NUMBERS = ("Infinity", "-Infinity", "NaN")
 _ARTIFACT = re.compile(r"nemo:[0-9a-f]{32}_(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)")
 
 
 def load_yaml(text: str, where: str) -> dict[str, Any]:
-    """The fields of a YAML file that anyone may have written. Raises ModelError that begins with `where`."""
+    """Parse the fields of an untrusted YAML file. Raises ModelError that begins with `where`."""
     try:
         _require_plain_yaml(text, where)
         content = yaml.safe_load(text)
@@ -43,7 +43,7 @@ def load_yaml(text: str, where: str) -> dict[str, Any]:
 
 
 def _require_plain_yaml(text: str, where: str) -> None:
-    """Refuse what a small file can keep a parser busy with for hours; NeMo writes none of it."""
+    """Refuse aliases and deep nesting, which let a small file stall a parser for hours; NeMo writes neither."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
@@ -54,10 +54,10 @@ def _require_plain_yaml(text: str, where: str) -> None:
 
 
 def parse_config(content: Mapping[str, Any], where: str, sizes: Mapping[str, int]) -> dict[str, Any]:
-    """The FIELDS of this project's archives, checked, `hf` by `normalize_hf_config`; all other fields are left out.
+    """Validate and return FIELDS, with `hf` passed through `normalize_hf_config`; drop all other fields.
 
-    `content` is the whole file, `sizes` has the bytes of the archive's members by name. Raises ModelError that
-    begins with `where`.
+    `content` is the whole file, `sizes` the size in bytes of each archive member by name. Raises ModelError
+    that begins with `where`.
     """
     missing = [field for field in FIELDS if field not in content]
     if missing:
@@ -69,7 +69,7 @@ def parse_config(content: Mapping[str, Any], where: str, sizes: Mapping[str, int
     try:
         json.dumps(config)
     except TypeError as error:  # YAML has dates and sets
-        raise ModelError(f"{where} has a value that no model's configuration has: {error}") from error
+        raise ModelError(f"{where} has a value that is not allowed in a model's configuration: {error}") from error
     if "${" in yaml.safe_dump(config, width=float("inf")):
         # OmegaConf would resolve it, for example to the value of an environment variable.
         raise ModelError(f"{where} has an interpolation '${{'")
@@ -94,9 +94,9 @@ def parse_config(content: Mapping[str, Any], where: str, sizes: Mapping[str, int
 
 
 def normalize_hf_config(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """A Hugging Face configuration without what tells transformers where to load from and what code to run.
+    """A Hugging Face configuration without options that tell transformers where to load from or which code to run.
 
-    Infinity and NaN, which JSON does not have and transformers writes as an object, become numbers again.
+    Infinity and NaN, which transformers writes as objects since JSON lacks them, become numbers again.
     """
     return {
         key: _normalize(value)
@@ -116,22 +116,22 @@ def _normalize(value: Any) -> Any:
 
 
 def artifact_key(name: str) -> str:
-    """The configuration key for a file name: OmegaConf reads a dot in a key as a level."""
+    """The configuration key for a file name: OmegaConf treats a dot in a key as nesting."""
     return name.replace(".", "_")
 
 
 def artifact_name(value: str) -> str | None:
-    """The file's own name in `nemo:<32 hex digits>_<name>`, as NeMo names artifacts; None if it is not one."""
+    """The file name in NeMo's artifact name `nemo:<32 hex digits>_<name>`; None if `value` has another form."""
     match = _ARTIFACT.fullmatch(value)
     return match["name"] if match else None
 
 
 def artifact_member(name: str, content: bytes) -> str:
-    """The name of a file's member, `<32 hex digits>_<name>`: NeMo's prefix is random, this one is the content's."""
+    """The archive member's name for a file, `<32 hex digits>_<name>`, with a digest where NeMo has random digits."""
     unique = hashlib.sha256(name.encode() + b"\0" + content).hexdigest()[:32]
     if artifact_name(f"nemo:{unique}_{name}") is None or len(content) > MAX_TOKENIZER_FILE_BYTES:
         raise ModelError(
-            f"tokenizer file {name!r}: its name must be of letters, digits, '.', '_' and '-',"
-            f" and it may have {MAX_TOKENIZER_FILE_BYTES} bytes, found {len(content)}"
+            f"tokenizer file {name!r}: expected a name of letters, digits, '.', '_' and '-',"
+            f" and at most {MAX_TOKENIZER_FILE_BYTES} bytes, found {len(content)}"
         )
     return f"{unique}_{name}"

@@ -1,4 +1,4 @@
-"""An archive of this project, or a folder of its files, that the user brings: taken over as it is."""
+"""Copying of an archive of this project, or a folder of its files, that the user provides."""
 
 import shutil
 from pathlib import Path
@@ -12,9 +12,9 @@ _BLOCK = 1 << 20
 
 
 def copy_archive(archive: Archive, into: Path) -> None:
-    """Write the archive `into`, whole or not at all: configuration, tokenizer and weights, and nothing else.
+    """Copy configuration, tokenizer and weights to the archive `into`, atomically, and nothing else.
 
-    Raises ModelError if they are not all there, or the weights are no tensors of finite numbers.
+    Raises ModelError if one of them is missing, or the weights are not tensors of finite numbers.
     """
     tokenizer = [value.removeprefix("nemo:") for value in config_of(archive)["tokenizer"]["files"].values()]
     with weights_of(archive) as weights:

@@ -1,4 +1,4 @@
-"""A part of a file as a read-only file of its own: how members of archives are read in place, never extracted."""
+"""A part of a file as a read-only file, for reading archive members in place, without extraction."""
 
 import io
 import os
@@ -6,10 +6,10 @@ from typing import Any, BinaryIO
 
 
 class FileWindow(io.RawIOBase):
-    """The `size` bytes from `start` on of an open file.
+    """The `size` bytes of an open file that begin at `start`.
 
-    `read` refuses more than `max_read` bytes with a ValueError, since parsers of headers ask for as many as an
-    untrusted file says. `readinto` has no limit: its caller has the memory already.
+    `read` raises ValueError for more than `max_read` bytes, since header parsers request as many as an untrusted
+    file says. `readinto` has no limit: its caller has already allocated the memory.
     """
 
     def __init__(self, file: BinaryIO, start: int, size: int, max_read: int = 1 << 20) -> None:
@@ -32,8 +32,8 @@ class FileWindow(io.RawIOBase):
         return position
 
     def read(self, size: int = -1) -> bytes:
-        left = max(self._size - self._position, 0)
-        size = left if size < 0 else min(size, left)
+        remaining = max(self._size - self._position, 0)
+        size = remaining if size < 0 else min(size, remaining)
         if size > self._max_read:
             raise ValueError(f"{size} bytes at once are more than {self._max_read}")
         return super().read(size) or b""

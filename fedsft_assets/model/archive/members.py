@@ -1,7 +1,6 @@
-"""The files of an archive: a `.nemo` tar, plain or compressed by gzip, or a folder of its files.
+"""The files of an untrusted archive: a `.nemo` tar, plain or gzipped, or a folder of its files.
 
-Files are read in place; nothing is extracted under a name that the archive chooses. Archives may come
-from anyone.
+Files are read in place; nothing is extracted under a name chosen by the archive.
 """
 
 import gzip
@@ -20,13 +19,13 @@ from fedsft_assets.model.archive.file_window import FileWindow
 from fedsft_assets.model.errors import ModelError
 
 _COMPRESSION = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7z": "xz", b"PK\3": "zip", b"\x28\xb5\x2f": "zstandard"}
-_SPARE_DISK = 1 << 30
-_BLOCK = 8 << 20
+_SPARE_DISK = 1 << 30  # bytes to leave free
+_BLOCK = 8 << 20  # bytes
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What an archive may be at most. `depth` is of files, of which those at the top have 1; the slack is in bytes.
+    """Limits on an archive. Top-level files have a `depth` of 1; `unpacked_slack` is in bytes.
 
     A gzip bomb unpacks to a thousand times its size; weights rarely to more than twice theirs.
     """
@@ -42,7 +41,7 @@ DEFAULT_LIMITS = Limits()
 
 @dataclass(frozen=True)
 class Member:
-    """One file of a tar, folder or zip: the `size` bytes from `start` on in `file`."""
+    """One file of a tar, folder or zip: the `size` bytes of `file` that begin at `start`."""
 
     name: str
     file: BinaryIO
@@ -50,40 +49,40 @@ class Member:
     size: int
 
     def open(self, offset: int = 0, size: int | None = None) -> BinaryIO:
-        """The file, or a part of it; the caller has checked that the part lies in it."""
+        """Open the file, or a part of it that the caller has checked to be inside the file."""
         window = FileWindow(self.file, self.start + offset, self.size - offset if size is None else size)
         return cast(BinaryIO, window)
 
     def content(self, max_bytes: int, where: str) -> bytes:
-        """All bytes of a small file. Raises ModelError that begins with `where` for one larger than `max_bytes`."""
+        """All bytes of a small file. Raises ModelError that begins with `where` if it has more than `max_bytes`."""
         if self.size > max_bytes:
             raise ModelError(f"{where}: {self.name} has {self.size} bytes, more than {max_bytes}")
         content = bytearray(self.size)
         if self.open().readinto(content) != self.size:  # type: ignore[attr-defined]
-            raise ModelError(f"{where}: truncated: {self.name} ends after the file does")
+            raise ModelError(f"{where}: truncated: {self.name} extends beyond the end of the file")
         return bytes(content)
 
 
 @dataclass(frozen=True)
 class Archive:
-    """The files of an archive by their paths from its top, open until the block that opened it ends."""
+    """The files of an open archive by their paths relative to its top."""
 
     path: Path
     members: Mapping[str, Member]
 
     @property
     def size(self) -> int:
-        """Bytes of all files."""
+        """Total size of all files in bytes."""
         return sum(member.size for member in self.members.values())
 
     def member(self, name: str) -> Member:
-        """Raises ModelError if there is no such file."""
+        """The file of that name. Raises ModelError if there is none."""
         if name not in self.members:
             raise ModelError(f"{self.path}: has no {name}; not a .nemo archive, or truncated")
         return self.members[name]
 
     def content(self, name: str, max_bytes: int) -> bytes:
-        """All bytes of a small file. Raises ModelError if it is not there, or is larger than `max_bytes`."""
+        """All bytes of a small file. Raises ModelError if it is missing, or larger than `max_bytes`."""
         return self.member(name).content(max_bytes, str(self.path))
 
     def text(self, name: str, max_bytes: int) -> str:
@@ -98,8 +97,8 @@ class Archive:
 def open_tar(path: Path, limits: Limits = DEFAULT_LIMITS) -> Iterator[Archive]:
     """Open an uncompressed tar. Raises ModelError that names the archive and the member.
 
-    Refused are links, devices, paths that lead out of the archive, names that are there twice, members beyond
-    the limits, and truncated files.
+    Links, devices, paths that escape the archive, duplicate names, members beyond the limits, and truncated
+    files are refused.
     """
     if not path.is_file():
         raise ModelError(f"{path}: no such file; expected a .nemo archive")
@@ -111,9 +110,9 @@ def open_tar(path: Path, limits: Limits = DEFAULT_LIMITS) -> Iterator[Archive]:
 
 @contextmanager
 def open_archive(path: Path, scratch: Path, limits: Limits = DEFAULT_LIMITS) -> Iterator[Archive]:
-    """Open a tar, plain or of gzip, or a folder. Raises ModelError as `open_tar` does.
+    """Open a tar, plain or gzipped, or a folder. Raises ModelError as `open_tar` does.
 
-    A compressed archive is first unpacked into a nameless file in the folder `scratch`.
+    A compressed archive is first unpacked into an anonymous file in the folder `scratch`.
     """
     if path.is_dir():
         with ExitStack() as files:
@@ -129,7 +128,7 @@ def open_archive(path: Path, scratch: Path, limits: Limits = DEFAULT_LIMITS) -> 
 
 
 def _compression(path: Path) -> str | None:
-    """The name of what a file is compressed by, None if by nothing known."""
+    """The name of a file's compression format; None if it is not compressed in a known one."""
     with path.open("rb") as file:
         magic = file.read(3)
     return _COMPRESSION.get(magic, _COMPRESSION.get(magic[:2]))
@@ -147,11 +146,11 @@ def _tar_members(path: Path, file: BinaryIO, limits: Limits) -> dict[str, Member
                     continue
                 if not entry.isreg() or entry.issparse():
                     raise ModelError(f"{path}: member {entry.name!r} is neither a plain file nor a folder")
-                # A negative size, which tar can express, leads back.
+                # The tar format can express negative sizes.
                 if not 0 <= entry.size <= size - entry.offset_data:
-                    raise ModelError(f"{path}: truncated: {entry.name!r} ends after the file does")
+                    raise ModelError(f"{path}: truncated: {entry.name!r} extends beyond the end of the file")
                 if name in members:
-                    raise ModelError(f"{path}: member {entry.name!r} is there twice")
+                    raise ModelError(f"{path}: member {entry.name!r} occurs twice")
                 members[name] = Member(name, file, entry.offset_data, entry.size)
     except ModelError:
         raise
@@ -178,7 +177,7 @@ def _folder_members(folder: Path, files: ExitStack, limits: Limits) -> dict[str,
 
 
 class _LazyFile:
-    """A file that is opened when it is first read: a folder may have more files than a process may have open."""
+    """A file that is opened on first use: a folder may have more files than a process can open at once."""
 
     def __init__(self, path: Path, stack: ExitStack) -> None:
         self._path, self._stack = path, stack
@@ -202,11 +201,11 @@ def _require_few(path: Path, count: int, limits: Limits) -> None:
 
 
 def _path_inside(path: Path, name: str, folder: bool, limits: Limits) -> str:
-    """A member's path from the top of the archive, in its only spelling."""
+    """A member's path relative to the top of the archive, normalized."""
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name or not (pure.parts or folder):
         raise ModelError(f"{path}: member {name!r} is outside of the archive")
-    depth = len(pure.parts) + folder  # a folder counts as the files that may be in it
+    depth = len(pure.parts) + folder  # a folder counts like the files in it
     if depth > limits.depth:
         raise ModelError(f"{path}: member {name[:200]!r} is {depth} levels deep, more than {limits.depth}")
     return pure.as_posix()
@@ -214,19 +213,19 @@ def _path_inside(path: Path, name: str, folder: bool, limits: Limits) -> str:
 
 @contextmanager
 def _unpacked(path: Path, scratch: Path, limits: Limits) -> Iterator[BinaryIO]:
-    """The tar inside a gzip file, in a file that vanishes with the process at the latest."""
+    """Unpack the tar in a gzip file to an anonymous file, which disappears with the process at the latest."""
     max_bytes = path.stat().st_size * limits.unpacked_ratio + limits.unpacked_slack
     scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=scratch) as plain:
         try:
-            with gzip.open(path) as packed:
-                while block := packed.read(_BLOCK):
+            with gzip.open(path) as compressed:
+                while block := compressed.read(_BLOCK):
                     if plain.tell() + len(block) > max_bytes:
                         raise ModelError(f"{path}: unpacks to more than {limits.unpacked_ratio} times its size")
                     if shutil.disk_usage(scratch).free < _SPARE_DISK + len(block):
-                        raise ModelError(f"{path}: {scratch} has no space for the unpacked archive; free some")
+                        raise ModelError(f"{path}: {scratch} has no space for the unpacked archive; free some space")
                     plain.write(block)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ModelError(f"{path}: is truncated, or no gzip file: {error}") from error
+            raise ModelError(f"{path}: is truncated, or not a gzip file: {error}") from error
         plain.flush()
         yield cast(BinaryIO, plain)

@@ -1,8 +1,8 @@
-"""Reads and writes `.nemo` archives, without NeMo and without trust in who made them.
+"""Reader and writer of `.nemo` archives, without NeMo; archives may be untrusted.
 
 An archive is a tar of `model_config.yaml`, `model_weights.ckpt` and the tokenizer's files. Nothing is
-extracted, imported or unpickled but descriptions of tensors, and weights go through memory one by one.
-Functions of an `Archive` also read those that NeMo wrote; those of a path take this project's alone.
+extracted or imported, only tensor descriptions are unpickled, and weights are processed one tensor at a time.
+Functions that take an `Archive` also read NeMo's archives; those that take a path read only this project's.
 """
 
 from __future__ import annotations
@@ -38,27 +38,27 @@ if TYPE_CHECKING:
 CONFIG = "model_config.yaml"
 WEIGHTS = "model_weights.ckpt"
 
-# What NeMo's restore_from looks for: the class that it makes of an archive, and a version; nothing here does.
+# NeMo's restore_from looks for these: the class to instantiate, and a version. Nothing here reads them.
 _TARGET = "fedsft_assets.model.nemo_model.SFTModel"
 _NEMO_VERSION = "3.0.0"
-# NeMo's restore_from extracts all members: they are files at the top.
+# NeMo's restore_from extracts all members, so only top-level files are allowed.
 _LIMITS = Limits(members=64, depth=1)
-_VALUES_AT_ONCE = 4 << 20
+_VALUES_AT_ONCE = 4 << 20  # values converted to fp32 at a time
 
 
 def config_fields(archive: Archive) -> dict[str, Any]:
-    """All that `model_config.yaml` says, as it says it; nothing that it names is imported. Raises ModelError."""
+    """All fields of `model_config.yaml`, unchanged; nothing that it names is imported. Raises ModelError."""
     return load_yaml(archive.text(CONFIG, MAX_CONFIG_BYTES), f"{archive.path}: {CONFIG}")
 
 
 def config_of(archive: Archive) -> dict[str, Any]:
-    """What `read_config` gives for an open archive of this project, whatever else is in it."""
+    """`read_config` for an open archive of this project, which may have other members."""
     sizes = {name: member.size for name, member in archive.members.items()}
     return parse_config(config_fields(archive), f"{archive.path}: {CONFIG}", sizes)
 
 
 def tokenizer_files_of(archive: Archive, config: Mapping[str, Any]) -> dict[str, bytes]:
-    """What `read_tokenizer_files` gives for an open archive."""
+    """`read_tokenizer_files` for an open archive."""
     return {
         str(artifact_name(value)): archive.content(value.removeprefix("nemo:"), MAX_TOKENIZER_FILE_BYTES)
         for value in config["tokenizer"]["files"].values()
@@ -66,32 +66,32 @@ def tokenizer_files_of(archive: Archive, config: Mapping[str, Any]) -> dict[str,
 
 
 def weights_of(archive: Archive) -> TensorFile:
-    """The tensors of `model_weights.ckpt`, to be read one by one. Raises ModelError that names the archive."""
+    """The tensors of `model_weights.ckpt`, for reading one at a time. Raises ModelError that names the archive."""
     from fedsft_assets.model.archive.torch_reader import TensorFile
 
     return TensorFile(archive.member(WEIGHTS).open(), f"{archive.path}: {WEIGHTS}")
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The configuration of an archive: the fields named in FIELDS, nothing else, `hf` by `normalize_hf_config`.
+    """The configuration of an archive: only FIELDS, with `hf` passed through `normalize_hf_config`.
 
-    Whatever else the file says (`target` above all, which names a class to import) is left out.
-    Raises ModelError that names the file if it is missing, truncated, no uncompressed tar of plain files at its
-    top, or not written by this project.
+    All other fields are dropped, in particular `target`, which names a class to import. Raises ModelError that
+    names the file if it is missing, truncated, not an uncompressed tar of top-level plain files, or not written
+    by this project.
     """
     with _open_own(path) as archive:
         return config_of(archive)
 
 
 def read_tokenizer_files(path: Path, config: Mapping[str, Any]) -> dict[str, bytes]:
-    """The tokenizer's files, by their own names, of an archive whose configuration `read_config` has checked."""
+    """The contents of the tokenizer's files by name, of an archive with this validated configuration."""
     with _open_own(path) as archive:
         return tokenizer_files_of(archive, config)
 
 
 @contextmanager
 def open_weights(path: Path) -> Iterator[TensorFile]:
-    """The archive's weights, to be read one by one. Raises ModelError that names the file."""
+    """Open the archive's weights for reading one at a time. Raises ModelError that names the file."""
     with _open_own(path) as archive, weights_of(archive) as tensors:
         yield tensors
 
@@ -112,10 +112,10 @@ def write_archive(
     read: Callable[[str], Tensor],
     shared: Mapping[str, str] | None = None,
 ) -> None:
-    """Write an archive, whole or not at all; equal models give equal bytes.
+    """Write an archive, atomically; equal models give equal bytes.
 
-    `config` has `hf`, `max_length` and `prompt_template`; tensors are as for `write_tensors`, which reads
-    them one at a time. Raises ModelError for what `read_config` would not read.
+    `config` has `hf`, `max_length` and `prompt_template`; `tensors`, `read` and `shared` are as in
+    `write_tensors`. Raises ModelError if `read_config` would refuse the result.
     """
     from fedsft_assets.model.archive.torch_writer import write_tensors
 
@@ -142,13 +142,13 @@ def write_archive(
 def content_digest(path: Path) -> str:
     """SHA-256 in hex of configuration, tokenizer and fp32 weights: the same for equal models.
 
-    The archive's bytes also depend on the type that weights are stored in, and on who wrote it.
+    The archive's bytes also depend on the dtype of the stored weights, and on the program that wrote it.
     """
     import torch
 
     config = read_config(path)
-    own = {field: config[field] for field in FIELDS if field != "tokenizer"}
-    digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode())
+    fields = {field: config[field] for field in FIELDS if field != "tokenizer"}
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     for name, content in sorted(read_tokenizer_files(path, config).items()):
         digest.update(f"\0{name}\0{hashlib.sha256(content).hexdigest()}".encode())
     with open_weights(path) as weights:

@@ -1,7 +1,7 @@
-"""Reads the pickles that torch puts into checkpoints, without importing or running anything that they name.
+"""Safe reader of the pickles in torch checkpoints: nothing that they name is imported or run.
 
-Each global is replaced by what the caller gives for its name, or refused. Python's C unpickler is not
-used: a few bytes (an index of its memo) make it allocate gigabytes.
+Each global is replaced by the caller's substitute for its name, or refused. Python's C unpickler is not
+used: a few bytes (a memo index) can make it allocate gigabytes.
 """
 
 import io
@@ -16,14 +16,14 @@ from fedsft_assets.model.errors import ModelError
 
 @dataclass(frozen=True)
 class SafeCallable:
-    """The replacement of a global that a pickle may call: calling it calls this function, and nothing else."""
+    """The substitute for a global that a pickle may call: the call goes to `function` only."""
 
     function: Callable[..., object]
 
 
 @dataclass(eq=False)
 class OpaqueObject:
-    """An object as a pickle describes it, by arguments and state; its class is not imported, only named."""
+    """An object as described in a pickle, by class name, arguments and state; its class is not imported."""
 
     class_name: str
     arguments: tuple[Any, ...] = ()
@@ -31,11 +31,11 @@ class OpaqueObject:
 
     @classmethod
     def constructor(cls, class_name: str) -> SafeCallable:
-        """The replacement of a class whose objects are to be opaque."""
+        """The substitute for a class whose objects become opaque."""
         return SafeCallable(lambda *arguments: cls(class_name, arguments))
 
     def field(self, name: str) -> Any:
-        """The value of an attribute in the state, None if it is not there."""
+        """The value of an attribute in the state; None if absent."""
         return self.state.get(name) if isinstance(self.state, dict) else None
 
 
@@ -44,17 +44,17 @@ PersistentLoad = Callable[[Any], object]
 
 
 def read_pickle(data: bytes, where: str, find_global: FindGlobal, persistent_load: PersistentLoad | None = None) -> Any:
-    """The content of a pickle, with `find_global("module.name")` in place of each global.
+    """Read a pickle, with `find_global("module.name")` in place of each global.
 
-    `find_global` returns a SafeCallable for what may be called, any other inert value, or None for what is
-    refused; `persistent_load` gives the object of a persistent id. Raises ModelError that begins with `where`.
+    `find_global` returns a SafeCallable for a global that may be called, another inert value, or None to refuse
+    it; `persistent_load` returns the object of a persistent id. Raises ModelError that begins with `where`.
     """
     try:
         return _SafeUnpickler(data, find_global, persistent_load).load()
     except _Refused as error:
         raise ModelError(f"{where}: {error}") from error
-    except Exception as error:  # anything may be in the data, and fail anywhere
-        raise ModelError(f"{where}: is no pickle that torch writes: {type(error).__name__}: {error}") from error
+    except Exception as error:  # arbitrary data can fail anywhere
+        raise ModelError(f"{where}: is not a pickle written by torch: {type(error).__name__}: {error}") from error
 
 
 class _Refused(Exception):
@@ -79,12 +79,12 @@ class _SafeUnpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str, /) -> Any:
         found = self._find_global(f"{module}.{name}") if isinstance(module, str) and isinstance(name, str) else None
         if found is None:
-            raise _Refused(f"names {str(module)[:100]}.{str(name)[:100]}, which a checkpoint of tensors has no use for")
+            raise _Refused(f"names {str(module)[:100]}.{str(name)[:100]}, which a checkpoint of tensors does not need")
         return found
 
     def persistent_load(self, pid: Any) -> Any:
         if self._persistent_load is None:
-            raise _Refused("refers to data outside of it")
+            raise _Refused("refers to external data")
         return self._persistent_load(pid)
 
     def _load_reduce(self) -> None:
@@ -99,7 +99,7 @@ class _SafeUnpickler(pickle._Unpickler):
         target = self.stack[-1]  # type: ignore[attr-defined]
         if isinstance(target, OpaqueObject):
             target.state = state
-        elif not isinstance(target, OrderedDict):  # whose state are the versions of modules
+        elif not isinstance(target, OrderedDict):  # its state has module versions, which are ignored
             raise _Refused(f"sets the state of a {type(target).__name__}")
 
     def _load_setitems(self) -> None:
@@ -112,7 +112,7 @@ class _SafeUnpickler(pickle._Unpickler):
     def _set_items(self, items: list[Any]) -> None:
         target = self.stack[-1]  # type: ignore[attr-defined]
         for key, value in zip(items[::2], items[1::2], strict=True):
-            # A nested tuple as a key can take years to hash.
+            # Hashing a nested tuple could take years.
             if not isinstance(target, dict) or not isinstance(key, str | int | OpaqueObject):
                 raise _Refused(f"puts a {type(key).__name__} as a key into a {type(target).__name__}")
             target[key] = value

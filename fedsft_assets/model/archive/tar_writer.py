@@ -1,4 +1,4 @@
-"""Writes a tar front to back, with members whose sizes are known only when they have been written."""
+"""Sequential tar writer for members whose sizes are known only after they are written."""
 
 import tarfile
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from fedsft_assets.files import publish_file
 
 @contextmanager
 def new_tar(path: Path) -> Iterator[BinaryIO]:
-    """A tar that becomes `path` when the block ends, whole or not at all; `tar_member` and `tar_folder` fill it."""
+    """Yield a new tar for `tar_member` and `tar_folder`; it is published as `path` when the block ends, atomically."""
     with publish_file(path) as fresh, fresh.open("w+b") as file:
         yield file
         file.write(b"\0" * (2 * tarfile.BLOCKSIZE))
@@ -19,7 +19,7 @@ def new_tar(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def tar_member(file: BinaryIO, name: str) -> Iterator[None]:
-    """What the block writes becomes a member of the tar; its header is written when its size is known."""
+    """Make what the block writes a member of the tar; its header is written last, when its size is known."""
     start = file.tell()
     file.write(b"\0" * tarfile.BLOCKSIZE)
     yield
@@ -33,7 +33,7 @@ def tar_member(file: BinaryIO, name: str) -> Iterator[None]:
 
 
 def tar_folder(file: BinaryIO, name: str) -> None:
-    """Append the entry of a folder."""
+    """Append a folder entry."""
     entry = tarfile.TarInfo(name)
     entry.type, entry.mode = tarfile.DIRTYPE, 0o755
     file.write(entry.tobuf(tarfile.GNU_FORMAT))

@@ -1,7 +1,6 @@
-"""Torch checkpoints (the zip files of `torch.save`), read one tensor at a time.
+"""Reader of untrusted torch checkpoints (the zip files of `torch.save`), one tensor at a time.
 
-Nothing is unpickled but descriptions of tensors, and nothing is mapped into memory: a reader needs
-the memory of the one tensor that it holds. Files may come from anyone.
+Only tensor descriptions are unpickled, and nothing is memory-mapped: peak memory is one tensor.
 """
 
 from collections import OrderedDict
@@ -53,22 +52,22 @@ class TensorInfo(NamedTuple):
 
 
 def dtype_names(infos: Iterable[TensorInfo]) -> tuple[str, ...]:
-    """The dtypes of tensors as a person reads them, each once, sorted: `float16`, `float32`."""
+    """The distinct dtypes of tensors, sorted by name: `float16`, `float32`."""
     return tuple(sorted({str(info.dtype).removeprefix("torch.") for info in infos}))
 
 
 class TensorFile:
-    """A checkpoint of named tensors, open for reading them one by one.
+    """A checkpoint of named tensors, open for reading them one at a time.
 
-    `tensors` describes all of them in the file's order, those in nested dictionaries as `outer.inner`;
-    `shared` maps a name to the first name with the same values; `non_tensors` has the type names of all other
-    values. A checkpoint that is a single tensor has it under the name "".
+    `tensors` describes all of them in file order, those in nested dictionaries as `outer.inner`; `shared` maps
+    a name to the first name of the same tensor; `non_tensors` has the type names of all other values. A
+    checkpoint that is a single tensor has it under the name "".
     """
 
     def __init__(self, file: BinaryIO, where: str, max_pickle_bytes: int = _MAX_PICKLE_BYTES) -> None:
-        """Read the description. `file` is the whole checkpoint, and stays the caller's; errors begin with `where`.
+        """Read the description. `file` is the whole checkpoint, and the caller closes it; errors begin with `where`.
 
-        Raises ModelError for anything but tensors that do not overlap, in uncompressed storages.
+        Raises ModelError unless all tensors are in uncompressed storages and do not overlap.
         """
         self._file, self._where = file, where
         _refuse_legacy_format(file, where)
@@ -103,11 +102,11 @@ class TensorFile:
         self._tensors.clear()
 
     def share(self, name: str, other: str) -> bool:
-        """Whether two names are of one tensor: the same values at the same place."""
+        """Whether two names refer to the same tensor."""
         return self.shared.get(name, name) == self.shared.get(other, other)
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
-        """One tensor, or its rows `rows[0]` to before `rows[1]`, contiguous and in memory of its own."""
+        """A contiguous copy of one tensor, or of its rows from `rows[0]` up to but excluding `rows[1]`."""
         tensor = self._tensors[name]
         itemsize, start = tensor.storage.dtype.itemsize, self._storages[tensor.storage.key].start
         if tensor.contiguous:
@@ -130,31 +129,31 @@ class TensorFile:
             while block:
                 count = self._file.readinto(block)  # type: ignore[attr-defined]
                 if not count:
-                    raise ModelError(f"{self._where}: truncated: {name} ends after the file does")
+                    raise ModelError(f"{self._where}: truncated: {name} extends beyond the end of the file")
                 block = block[count:]
 
     def _persistent_load(self, pid: Any) -> "_Storage":
-        """The storage that a persistent id of torch's describes."""
+        """The storage described by a torch persistent id."""
         match pid:
             case ("storage", torch.dtype() as dtype, str(key), str(), int(numel)) if numel >= 0:
                 storage = _Storage(key, dtype, numel)
             case _:
-                raise ValueError("a reference that is no storage of numbers")
+                raise ValueError("a reference that is not a storage of numbers")
         entry = self._storages.get(key)
         if entry is None or numel * dtype.itemsize > entry.size:
-            found = f"has {entry.size} bytes" if entry else "is not there"
+            found = f"has {entry.size} bytes" if entry else "is missing"
             raise ValueError(f"storage {key[:40]!r} should have {numel} values of {dtype}, but {found}")
         return storage
 
     def _require_inside_storage(self, name: str, tensor: "_Tensor") -> None:
         if tensor.offset + tensor.span > tensor.storage.numel or prod(tensor.shape) > max(tensor.span, 1):
             raise ModelError(
-                f"{self._where}: {name}: shape {tensor.shape} with strides {tensor.stride} from {tensor.offset} on"
+                f"{self._where}: {name}: shape {tensor.shape} with strides {tensor.stride} and offset {tensor.offset}"
                 f" does not fit into its storage of {tensor.storage.numel} values"
             )
 
     def _refuse_overlaps(self, distinct: Mapping["_Tensor", str]) -> None:
-        """Refuse tensors that together have more bytes than their storage, which a small file could describe."""
+        """Refuse tensors that together exceed their storage, with which a small file could describe huge tensors."""
         bytes_of: dict[str, int] = {}
         for tensor, name in distinct.items():
             key = tensor.storage.key
@@ -165,7 +164,7 @@ class TensorFile:
 
 @dataclass(frozen=True)
 class _Storage:
-    """An entry of the zip file, as the flat array of numbers that tensors are views of."""
+    """An entry of the zip file: a flat array of numbers that tensors are views of."""
 
     key: str
     dtype: torch.dtype
@@ -174,7 +173,7 @@ class _Storage:
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A view of a storage: offset and strides are in values, as torch has them."""
+    """A view of a storage; offset and strides are in values, as in torch."""
 
     storage: _Storage
     offset: int
@@ -183,7 +182,7 @@ class _Tensor:
 
     @property
     def span(self) -> int:
-        """Number of values in the storage from the view's first to its last."""
+        """Number of values in the storage from the view's first to its last, inclusive."""
         if 0 in self.shape:
             return 0
         return 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
@@ -199,24 +198,24 @@ class _Tensor:
 
 
 def read_size(value: Any) -> tuple[int, ...]:
-    """The arguments of a pickled `torch.Size`, or of strides. Raises ValueError for what no tensor has."""
+    """Validate the arguments of a pickled `torch.Size`, or strides. Raises ValueError if no tensor can have them."""
     if not isinstance(value, tuple | list) or len(value) > _MAX_DIMENSIONS or not all(type(v) is int for v in value):
-        raise ValueError("sizes that are no integers, or too many")
+        raise ValueError("sizes that are not integers, or too many of them")
     if any(not 0 <= size < 1 << 62 for size in value):
-        raise ValueError("sizes below zero or beyond reason")
+        raise ValueError("sizes that are negative or too large")
     return tuple(value)
 
 
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> _Tensor:
     shape, stride, (offset,) = read_size(shape), read_size(stride), read_size((offset,))
     if not isinstance(storage, _Storage) or len(shape) != len(stride):
-        raise ValueError("a tensor without a storage, or with strides of other dimensions")
+        raise ValueError("a tensor without a storage, or with another number of strides than dimensions")
     return _Tensor(storage, offset, shape, stride)
 
 
 def _rebuild_parameter(tensor: Any, *_: Any) -> _Tensor:
     if not isinstance(tensor, _Tensor):
-        raise ValueError("a parameter that is no tensor")
+        raise ValueError("a parameter that is not a tensor")
     return tensor
 
 
@@ -226,23 +225,23 @@ _SAFE_GLOBALS: dict[str, object] = {
     "torch._utils._rebuild_tensor_v2": SafeCallable(_rebuild_tensor),
     "torch._utils._rebuild_parameter": SafeCallable(_rebuild_parameter),
     "torch.Size": SafeCallable(read_size),
-    # The states that layers of Transformer Engine keep for fp8: bytes, which nothing here opens.
+    # Transformer Engine's fp8 states: bytes, which stay opaque.
     "_io.BytesIO": OpaqueObject.constructor("BytesIO"),
     "_codecs.encode": OpaqueObject.constructor("bytes"),
 }
 
 
 def _flatten(content: Any, where: str) -> Iterator[tuple[str, Any]]:
-    """Names and values of nested dictionaries; a limited number, since one dictionary may be in others many times."""
+    """Names and values of nested dictionaries. Their number is limited, as one dictionary may be nested repeatedly."""
     if isinstance(content, _Tensor):
         yield "", content
         return
     if not isinstance(content, dict):
         raise ModelError(f"{where}: expected tensors by name, found a {type(content).__name__}")
-    left, visited = [("", content, 0)], 0
+    pending, visited = [("", content, 0)], 0
     seen: set[str] = set()
-    while left:
-        prefix, values, depth = left.pop()
+    while pending:
+        prefix, values, depth = pending.pop()
         visited += 1
         inner = []
         for key, value in values.items():
@@ -251,30 +250,32 @@ def _flatten(content: Any, where: str) -> Iterator[tuple[str, Any]]:
                 inner.append((f"{name}.", value, depth + 1))
                 continue
             if name in seen or len(seen) >= _MAX_TENSORS or isinstance(value, dict) or not isinstance(key, str | int):
-                raise ModelError(f"{where}: {name[:200]}: is there twice, too deep, or one of more than {_MAX_TENSORS}")
+                raise ModelError(
+                    f"{where}: {name[:200]}: is a duplicate, nested too deeply, or one of more than {_MAX_TENSORS}"
+                )
             seen.add(name)
             yield name, value
-        if visited + len(left) + len(inner) > _MAX_TENSORS:
+        if visited + len(pending) + len(inner) > _MAX_TENSORS:
             raise ModelError(f"{where}: has more than {_MAX_TENSORS} dictionaries")
-        left += reversed(inner)
+        pending += reversed(inner)
 
 
 def _refuse_legacy_format(file: BinaryIO, where: str) -> None:
     file.seek(0)
     if file.read(len(_LEGACY_MAGIC)) == _LEGACY_MAGIC:
         raise ModelError(
-            f"{where}: was written by torch before 1.6, or without its zip format; load it with torch, and save it anew"
+            f"{where}: was written by torch before 1.6, or without its zip format; load it with torch and save it again"
         )
 
 
 def _root_folder(entries: Mapping[str, Member], where: str) -> str:
-    """The folder of the zip file that everything is in, with a slash at the end."""
+    """The zip file's root folder, with a slash at the end."""
     found = [name.removesuffix("data.pkl") for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(found) != 1 or any(not name.startswith(found[0]) for name in entries):
-        raise ModelError(f"{where}: expected the one folder of a torch checkpoint, found {sorted(entries)[:3]}")
+        raise ModelError(f"{where}: expected the single folder of a torch checkpoint, found {sorted(entries)[:3]}")
     return found[0]
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU, not a copy."""
+    """A view of the bytes of a contiguous CPU tensor."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data

@@ -1,4 +1,4 @@
-"""Writes torch checkpoints (the zip files of `torch.save`) front to back, one tensor at a time."""
+"""Sequential writer of torch checkpoints (the zip files of `torch.save`), one tensor at a time."""
 
 import struct
 import zlib
@@ -18,11 +18,11 @@ def write_tensors(
     read: Callable[[str], Tensor],
     shared: Mapping[str, str] | None = None,
 ) -> None:
-    """Write what `torch.load(weights_only=True)` reads, front to back, with one tensor in memory at a time.
+    """Write a checkpoint for `torch.load(weights_only=True)`, sequentially, with one tensor in memory at a time.
 
-    `shared` maps names among `tensors` to the names whose values they have; `read` is called once for
-    each of the others, in order. The same tensors give the same bytes. Raises ModelError if `read` returns
-    a tensor of another dtype or shape than described, or torch has no storage class for it.
+    `shared` maps names in `tensors` to the names of the tensors that they share; `read` is called once for each
+    of the others, in order. Equal tensors give equal bytes. Raises ModelError if a tensor from `read` has
+    another dtype or shape than described, or torch has no storage class for it.
     """
     shared = shared or {}
     keys = {name: str(index) for index, name in enumerate(name for name in tensors if name not in shared)}
@@ -41,12 +41,12 @@ def write_tensors(
 
 
 def _pickle(tensors: Mapping[str, TensorInfo], keys: Mapping[str, str], shared: Mapping[str, str]) -> bytes:
-    """The pickle (protocol 2) of an OrderedDict of tensors, as torch.save describes them."""
+    """The pickle (protocol 2) of an OrderedDict of tensors, as torch.save writes it."""
     parts = [b"\x80\x02ccollections\nOrderedDict\n)R("]
     for name, info in tensors.items():
         first = shared.get(name, name)
         if first not in keys or tensors[first] != info:
-            raise ModelError(f"{name}: shares its values with {first}, which is not among the tensors, or not its like")
+            raise ModelError(f"{name}: shares its values with {first}, which is missing or has another dtype or shape")
         if info.dtype not in STORAGE_CLASSES:
             raise ModelError(f"{name}: values of {info.dtype} cannot be written")
         strides = [prod(info.shape[axis + 1 :]) for axis in range(len(info.shape))]
@@ -79,7 +79,7 @@ def _integer(value: int) -> bytes:
 
 
 class _ZipWriter:
-    """An uncompressed zip file, written front to back; contents begin at multiples of 64, as torch has them."""
+    """Sequential writer of an uncompressed zip file; contents begin at multiples of 64 bytes, as torch aligns them."""
 
     _ZIP64_FROM = 0xFFFFFFFF
     _ALIGNMENT = 64
@@ -94,18 +94,18 @@ class _ZipWriter:
         size, crc, offset = len(data), zlib.crc32(data), self._position
         large, far = size >= self._ZIP64_FROM, offset >= self._ZIP64_FROM
         version = 45 if large or far else 20
-        # Version, no flags, stored, 1 January 1980, CRC, both sizes, length of the name.
+        # Version, no flags, stored, 1 January 1980, CRC, both sizes, name length.
         common = struct.pack("<5H3LH", version, 0, 0, 0, 33, crc, *[0xFFFFFFFF if large else size] * 2, len(encoded))
         extra = struct.pack("<2H2Q", 1, 16, size, size) if large else b""
-        # Padding is an extra field too: 4 bytes of header and what is missing to the alignment.
-        missing = -(offset + 30 + len(encoded) + len(extra) + 4) % self._ALIGNMENT
-        extra += struct.pack("<2H", 0x4246, missing) + b"Z" * missing
+        # Padding is an extra field: a 4-byte header and the bytes up to the alignment.
+        padding = -(offset + 30 + len(encoded) + len(extra) + 4) % self._ALIGNMENT
+        extra += struct.pack("<2H", 0x4246, padding) + b"Z" * padding
         self._write(b"PK\3\4" + common + struct.pack("<H", len(extra)) + encoded + extra)
         self._write(data)
         wide = [size, size] * large + [offset] * far
         extra = struct.pack(f"<2H{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
-        place = struct.pack("<4HLL", len(extra), 0, 0, 0, 0, 0xFFFFFFFF if far else offset)
-        self._directory.append(b"PK\1\2" + struct.pack("<H", version) + common + place + encoded + extra)
+        location = struct.pack("<4HLL", len(extra), 0, 0, 0, 0, 0xFFFFFFFF if far else offset)
+        self._directory.append(b"PK\1\2" + struct.pack("<H", version) + common + location + encoded + extra)
 
     def finish(self) -> None:
         start, count = self._position, len(self._directory)

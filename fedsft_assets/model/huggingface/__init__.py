@@ -1,1 +1,1 @@
-"""Hugging Face folders: checked when they come in, written when a checkpoint goes out."""
+"""Hugging Face folders: checks on import, and export of checkpoints."""

@@ -1,7 +1,7 @@
-"""The configuration files of an exported folder, in words that transformers 5 and 4.57 both know.
+"""The configuration files of an exported folder, readable by both transformers 5 and 4.57.
 
-Transformers 5 reads what its forerunner wrote, so what has another name now is written under both. Without its old name
-a value would not be missed by the older version: it would take a default, and the model would be another one.
+Transformers 5 also reads the older format, so renamed fields are written under both names. Without the old name, the
+older version would silently use a default, and the model would be a different one.
 """
 
 import json
@@ -13,7 +13,7 @@ from fedsft_assets.model.errors import ModelError
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
-# The old names of a rotary embedding's settings, where they are not rope_theta and partial_rotary_factor.
+# Old names of a rotary embedding's settings, where they differ from rope_theta and partial_rotary_factor.
 _THETA = {
     "gpt_neox": "rotary_emb_base",
     "gpt_neox_japanese": "rotary_emb_base",
@@ -26,37 +26,37 @@ _SLIDING_THETA = {
 }
 _NEVER_SCALED = {"modernbert-decoder"}
 _PARTIAL = {"gpt_neox": "rotary_pct", "gpt_neox_japanese": "rotary_pct"}
-# Fields with kinds of layers, and what those kinds were called.
+# Fields that list layer types, and the old names of those types.
 _LAYER_TYPES = {"granitemoehybrid": "layer_types", "zamba": "layers_block_type", "zamba2": "layers_block_type"}
 _OLD_LAYER_TYPES = {"linear_attention": "mamba", "full_attention": "attention"}
 _OLD_TOKENIZER_CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast"}
 
 
 def write_config(hf: Any, folder: Path, where: str) -> None:
-    """Write config.json for the configuration `hf`, of which transformers 5 makes the same again.
+    """Write config.json for the configuration `hf`.
 
-    Raises ModelError that begins with `where` if it does not.
+    Raises ModelError that begins with `where` if transformers 5 would not read it back unchanged.
     """
-    # Infinity is written as Python's json reads it: transformers 5 has another form for it, which 4.57 does not know.
+    # Infinity is written in the form of Python's json: 4.57 does not know that of transformers 5.
     text = json.dumps(_with_old_names(hf), indent=2, sort_keys=True) + "\n"
     again = type(hf).from_dict(json.loads(text)).to_diff_dict()
     lost = sorted(name for name, value in hf.to_diff_dict().items() if again.get(name) != value)
     if lost:
-        raise ModelError(f"{where}: hf: {', '.join(lost)}: transformers would not read it again as it is; correct it")
+        raise ModelError(f"{where}: hf: {', '.join(lost)}: transformers would not read it back unchanged; correct it")
     (folder / "config.json").write_text(text, encoding="utf-8")
 
 
 def tokenizer_config(content: bytes) -> bytes:
-    """A tokenizer_config.json as both versions read it."""
-    said = json.loads(content)
-    said["tokenizer_class"] = _OLD_TOKENIZER_CLASSES.get(said.get("tokenizer_class"), said.get("tokenizer_class"))
-    extra = said.get("extra_special_tokens")
-    if isinstance(extra, list):  # the older version has a mapping there, and the list under this name
-        said["additional_special_tokens"] = extra
-        del said["extra_special_tokens"]
-    if said["tokenizer_class"] is None:
-        del said["tokenizer_class"]
-    return (json.dumps(said, indent=2, ensure_ascii=False) + "\n").encode()
+    """The content of a tokenizer_config.json in a form that both versions read."""
+    fields = json.loads(content)
+    fields["tokenizer_class"] = _OLD_TOKENIZER_CLASSES.get(fields.get("tokenizer_class"), fields.get("tokenizer_class"))
+    extra = fields.get("extra_special_tokens")
+    if isinstance(extra, list):  # the older version expects a mapping there, and the list under this name
+        fields["additional_special_tokens"] = extra
+        del fields["extra_special_tokens"]
+    if fields["tokenizer_class"] is None:
+        del fields["tokenizer_class"]
+    return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _with_old_names(hf: Any) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def _with_old_names(hf: Any) -> dict[str, Any]:
 
 
 def _old_rope(kind: str, rope: Mapping[str, Any]) -> dict[str, Any]:
-    """What `rope_parameters` says, as before there was such a field. Of several kinds of layers, some had no choice."""
+    """`rope_parameters` in the older format, in which some layer types had fixed settings."""
     if "rope_theta" not in rope and any(isinstance(value, Mapping) for value in rope.values()):
         old = _old_rope(kind, rope.get("full_attention") or {})
         sliding = rope.get("sliding_attention") or {}

@@ -1,7 +1,7 @@
-"""Any archive of ours made into a Hugging Face folder, for `AutoModelForCausalLM` and `AutoTokenizer`.
+"""Export of this project's archives as Hugging Face folders for `AutoModelForCausalLM` and `AutoTokenizer`.
 
-The same values bit for bit, in the type that they have, written tensor by tensor in the safetensors format, under the
-names and in the words that transformers 4.57 and 5 both read.
+Values are preserved bit for bit, in their stored dtype, and written tensor by tensor in the safetensors format, under
+names that transformers 4.57 and 5 both read.
 """
 
 import json
@@ -23,12 +23,12 @@ from fedsft_assets.model.huggingface.config import TOKENIZER_CONFIG, tokenizer_c
 from fedsft_assets.model.huggingface.weights import PublishedWeights
 from fedsft_assets.model.progress import ByteProgress
 
-_SHARD = 5_000_000_000
+_SHARD = 5_000_000_000  # bytes
 
 
 @dataclass(frozen=True)
 class HuggingFaceReport:
-    """What was exported: `files` are those of the weights, and `bytes` their tensors'."""
+    """What was exported: `types` are dtypes, `files` the weights files, `bytes` the size of their tensors."""
 
     architecture: str
     parameters: int
@@ -38,25 +38,25 @@ class HuggingFaceReport:
 
 
 def export_huggingface(archive: Path, into: Path, shard: int = _SHARD) -> HuggingFaceReport:
-    """Write the model, its tokenizer and its settings for generation as the new folder `into`, whole or not at all.
+    """Write the model, its tokenizer and its generation settings as the new folder `into`, atomically.
 
-    A file of weights has up to `shard` bytes of tensors, or one tensor. Raises ModelError if there is something at
-    `into`, or the archive cannot be read.
+    A weights file has up to `shard` bytes of tensors, or one larger tensor. Raises ModelError if `into` exists and is
+    not an empty folder, or the archive cannot be read.
     """
     if into.exists() and (not into.is_dir() or any(into.iterdir())):
-        raise ModelError(f"{into}: is there already; name a new folder, or remove it first")
+        raise ModelError(f"{into}: already exists; choose a new folder, or remove it first")
     config = read_config(archive)
     tokenizer_files = read_tokenizer_files(archive, config)
     hf = _configuration(config["hf"], f"{archive}: {CONFIG}")
     with open_weights(archive) as tensors:
         weights = PublishedWeights(config["hf"], tensors, f"{archive}: {WEIGHTS}")
         infos = weights.infos
-        hf.dtype = _main_type(infos.values())
+        hf.dtype = _main_dtype(infos.values())
         plan = _plan_shards(infos, shard)
         with publish_folder(into) as fresh:
             for name, content in tokenizer_files.items():
                 (fresh / name).write_bytes(tokenizer_config(content) if name == TOKENIZER_CONFIG else content)
-            _generation(hf, fresh, f"{archive}: the tokenizer's files").save_pretrained(fresh)
+            _generation_config(hf, fresh, f"{archive}: the tokenizer's files").save_pretrained(fresh)
             write_config(hf, fresh, f"{archive}: {CONFIG}")
             _write_weights(fresh, weights, plan)
     return HuggingFaceReport(
@@ -83,8 +83,8 @@ def _configuration(described: Mapping[str, Any], where: str) -> Any:
     return config
 
 
-def _main_type(infos: Iterable[TensorInfo]) -> torch.dtype:
-    """The type of most values, in which `from_pretrained` loads all of them unless told otherwise."""
+def _main_dtype(infos: Iterable[TensorInfo]) -> torch.dtype:
+    """The dtype of most values, which `from_pretrained` uses for all of them by default."""
     values: dict[torch.dtype, int] = {}
     for info in infos:
         if info.dtype.is_floating_point:
@@ -93,7 +93,7 @@ def _main_type(infos: Iterable[TensorInfo]) -> torch.dtype:
 
 
 def _plan_shards(infos: Mapping[str, TensorInfo], shard: int) -> StateDictSplit:
-    """Which file each tensor goes into, with the index that names them."""
+    """The assignment of tensors to files."""
     return split_state_dict_into_shards_factory(
         dict(infos),
         get_storage_size=lambda info: info.nbytes,
@@ -103,10 +103,10 @@ def _plan_shards(infos: Mapping[str, TensorInfo], shard: int) -> StateDictSplit:
 
 
 def _write_weights(folder: Path, weights: PublishedWeights, plan: StateDictSplit) -> None:
-    """Write the planned files as `safetensors.torch.save_file` does, byte for byte, with one tensor in memory.
+    """Write the planned files byte for byte as `safetensors.torch.save_file` does, with one tensor in memory.
 
-    That function takes all tensors of a file at once: for one file of 413 MB, the process peaked at 753 MiB
-    instead of 378 to 435, of which 363 are there before the first tensor is written.
+    That function needs all tensors of a file at once: for a file of 413 MB, the process peaked at 753 MiB
+    instead of 378 to 435, with a baseline of 363.
     """
     offsets: dict[str, int] = {}
     for file_name, names in plan.filename_to_tensors.items():
@@ -126,9 +126,9 @@ def _write_weights(folder: Path, weights: PublishedWeights, plan: StateDictSplit
 
 
 def _header(infos: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, int]]:
-    """What a safetensors file begins with, and where in the file each tensor begins; the widest types come first.
+    """The header of a safetensors file, and the byte offset in the file of each tensor; the widest dtypes come first.
 
-    The format: https://github.com/huggingface/safetensors#format
+    Format: https://github.com/huggingface/safetensors#format
     """
     from transformers.modeling_utils import str_to_torch_dtype
 
@@ -144,8 +144,8 @@ def _header(infos: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, int]]:
     return len(text).to_bytes(8, "little") + text, {name: 8 + len(text) + start for name, start in starts.items()}
 
 
-def _generation(hf: Any, tokenizer_folder: Path, where: str) -> Any:
-    """How to generate: every EOS ends an answer, and padded rows of the token table are never chosen."""
+def _generation_config(hf: Any, tokenizer_folder: Path, where: str) -> Any:
+    """Generation settings: every EOS ends an answer, and padding rows of the token table are never chosen."""
     from transformers import AutoTokenizer, GenerationConfig
 
     try:
@@ -153,10 +153,10 @@ def _generation(hf: Any, tokenizer_folder: Path, where: str) -> Any:
     except Exception as error:  # the tokenizers library raises bare Exception for a bad file
         raise ModelError(f"{where} cannot be read: {error}") from error
     ends = end_tokens(tokenizer.eos_token_id, hf.eos_token_id)
-    padded = range(max(tokenizer.get_vocab().values()) + 1, hf.get_text_config().vocab_size)
+    padding = range(max(tokenizer.get_vocab().values()) + 1, hf.get_text_config().vocab_size)
     return GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=ends if len(ends) > 1 else tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        suppress_tokens=list(padded) or None,
+        suppress_tokens=list(padding) or None,
     )

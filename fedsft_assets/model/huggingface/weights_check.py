@@ -1,7 +1,7 @@
-"""Whether a Hugging Face folder's weights are those of the model that its config.json describes.
+"""Check that a Hugging Face folder's weights belong to the model that its config.json describes.
 
-Transformers takes much of what does not fit: it leaves out tensors that the model does not have, and takes
-integers for numbers. Files are looked at before they are loaded, the model afterwards; each refusal names what it is.
+Transformers accepts much that does not fit: it skips tensors that a model does not have, and loads integers as floats.
+Here, files are checked before loading and the model afterwards, with errors that name the offending tensors.
 """
 
 import json
@@ -17,27 +17,27 @@ import torch
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.trainable import require_finite
 
-_MOST_NAMED = 5
+_MAX_LISTED = 5
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-_LARGEST_POINTER = 1024
-# Each is looked for in this order, as transformers does; an index names the files of one model.
+_LARGEST_POINTER = 1024  # bytes
+# Searched in this order, as transformers does; an index lists the files of one model.
 _SINGLE_OR_INDEX = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _BIN_TYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-# How weights may be quantized for transformers to make numbers of them again, exactly and without a GPU.
+# Quantization methods that transformers can reverse exactly, without a GPU.
 _DEQUANTIZED = ("fp8", "mxfp4")
 _OTHER_PART = re.compile(r"(^|[._])(vision|visual|image|audio|multi_modal)[._]")
 _EXPERT = re.compile(r"^(?P<layer>.*\bexperts\.)(?P<number>\d+)(?P<weight>\..+)$")
-# Constants that old files hold: causal masks as matrices, and their value for what is masked, of no dimension.
+# Constants in old files: causal mask matrices, and the scalar value of masked positions.
 _MASK = re.compile(r"(^|\.)(attn|attention)\.(bias|masked_bias|causal_mask)$")
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A tensor of a weights file, without its values; `dtype` is named as in the safetensors format."""
+    """A tensor of a weights file, without values; `dtype` is named as in the safetensors format."""
 
     file: str
     dtype: str
@@ -47,7 +47,7 @@ class TensorEntry:
 def read_stored(folder: Path) -> dict[str, TensorEntry]:
     """The tensors in the folder's weights files, by name.
 
-    Raises ModelError if a file is missing, cannot be read, or is a Git LFS pointer, be it one of the tokenizer.
+    Raises ModelError if a weights file is missing or unreadable, or if any file of the folder is a Git LFS pointer.
     """
     for path in sorted(folder.iterdir()):
         _refuse_pointer(path)
@@ -59,18 +59,18 @@ def read_stored(folder: Path) -> dict[str, TensorEntry]:
         except Exception as error:  # safetensors and torch raise errors of many kinds for a damaged file
             raise ModelError(
                 f"{path}: the weights cannot be read: {type(error).__name__}: {error};"
-                " the file is damaged or was cut off: copy or download it again"
+                " the file is damaged or truncated: copy or download it again"
             ) from error
         stored.update(found)
-    _require_whole_experts(folder, stored)
+    _require_complete_experts(folder, stored)
     return stored
 
 
 def use_numbers(folder: Path, config: Any, stored: Mapping[str, TensorEntry]) -> None:
-    """Have quantized weights loaded as the numbers that they stand for.
+    """Configure quantized weights to be dequantized on loading.
 
-    Raises ModelError for weights that are quantized in another way, and for tensors that are no floating
-    point numbers though config.json does not say that they are quantized.
+    Raises ModelError for unsupported quantization methods, and for tensors that are not floating point although
+    config.json declares no quantization.
     """
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
@@ -78,26 +78,26 @@ def use_numbers(folder: Path, config: Any, stored: Mapping[str, TensorEntry]) ->
         if method not in _DEQUANTIZED:
             raise ModelError(
                 f"{folder}: config.json: quantization_config: quant_method: {method!r}: these weights are quantized;"
-                f" expected {' or '.join(_DEQUANTIZED)}, which can be read as numbers, or the model's weights in"
+                f" expected {' or '.join(_DEQUANTIZED)}, which can be dequantized, or the model's weights in"
                 " bf16, fp16 or fp32"
             )
         quantization["dequantize"] = True
         return
-    odd = {
+    integers = {
         name: tensor for name, tensor in stored.items() if tensor.dtype not in _FLOATS and not _is_mask(name, tensor)
     }
-    own = _integers_of_the_model(config) if odd else set()
-    odd = {name: tensor for name, tensor in odd.items() if name.rpartition(".")[2] not in own}
-    if odd:
-        named = _listed(f"{name} is {tensor.dtype} in {tensor.file}" for name, tensor in odd.items())
+    expected = _integer_tensors(config) if integers else set()
+    unexpected = {name: tensor for name, tensor in integers.items() if name.rpartition(".")[2] not in expected}
+    if unexpected:
+        named = _listed(f"{name} is {tensor.dtype} in {tensor.file}" for name, tensor in unexpected.items())
         raise ModelError(
-            f"{folder}: weights that are no floating point numbers: {named}; they seem to be quantized, and"
-            " config.json has no quantization_config: bring the model's weights in bf16, fp16 or fp32"
+            f"{folder}: weights that are not floating point numbers: {named}; they seem to be quantized, but"
+            " config.json has no quantization_config: use the model's weights in bf16, fp16 or fp32"
         )
 
 
-def _integers_of_the_model(config: Any) -> set[str]:
-    """The last parts of the names of what the model itself has as integers, such as positions, or experts of tokens."""
+def _integer_tensors(config: Any) -> set[str]:
+    """The last name parts of the model's own integer tensors, such as positions, or experts of tokens."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -109,25 +109,26 @@ def _integers_of_the_model(config: Any) -> set[str]:
 def require_fit(
     folder: Path, config: Any, lm: Any, report: Mapping[str, Any], stored: Mapping[str, TensorEntry]
 ) -> list[str]:
-    """Look at the loaded model, and at what transformers reports of the loading (`output_loading_info`).
+    """Check the loaded model and transformers' loading report (`output_loading_info`).
 
-    `config` is that of config.json. Where it is of a model for images and sound too, of which transformers takes the
-    part for text, the names of the other tensors are returned. Raises ModelError that names tensors with other shapes,
-    that are missing, that the model does not have, that are tied and differ, or that are not finite.
+    `config` is that of config.json. If it describes a multimodal model, of which transformers loads only the text part,
+    returns the names of the skipped tensors. Raises ModelError that names tensors with other shapes, missing and
+    unexpected tensors, tied tensors that differ, and tensors that are not finite.
     """
-    mismatched = sorted((name, tuple(found), tuple(wanted)) for name, found, wanted in report["mismatched_keys"])
+    mismatched = sorted((name, tuple(found), tuple(expected)) for name, found, expected in report["mismatched_keys"])
     if mismatched:
         named = _listed(
-            f"{name} has shape {found}{_in_file(stored, name)}, expected {wanted}" for name, found, wanted in mismatched
+            f"{name} has shape {found}{_in_file(stored, name)}, expected {expected}"
+            for name, found, expected in mismatched
         )
         raise ModelError(
             f"{folder}: the weights are not those of the model that config.json describes: {named};"
-            " bring config.json and weights of one model"
+            " use config.json and weights of the same model"
         )
     if report["missing_keys"]:
         raise ModelError(
             f"{folder}: the weights lack {_listed(sorted(report['missing_keys']))}, which the model that config.json"
-            f" describes ({type(lm).__name__}) has; bring config.json and weights of one model"
+            f" describes ({type(lm).__name__}) has; use config.json and weights of the same model"
         )
     buffers = {name for name, _ in lm.named_buffers()}
     unexpected = [
@@ -140,8 +141,8 @@ def require_fit(
     if unexpected:
         named = _listed(f"{name}{_in_file(stored, name)}" for name in unexpected)
         raise ModelError(
-            f"{folder}: the weights hold what the model that config.json describes ({type(lm).__name__}) does not"
-            f" have: {named}; bring config.json and weights of one model, without parts that are not trained here"
+            f"{folder}: the weights have tensors that the model in config.json ({type(lm).__name__}) does not"
+            f" have: {named}; use config.json and weights of the same model, without parts that are not trained here"
         )
     _require_ties(folder, lm, stored)
     require_finite(lm, lambda name: f"{folder}: {name}{_in_file(stored, name)}")
@@ -152,14 +153,14 @@ def _require_ties(folder: Path, lm: Any, stored: Mapping[str, TensorEntry]) -> N
     for target, source in lm.get_expanded_tied_weights_keys(all_submodels=True).items():
         if lm.get_parameter(target) is not lm.get_parameter(source):
             raise ModelError(
-                f"{folder}: config.json: tie_word_embeddings is true, so that {target} is {source}, but the weights"
-                f" hold two that differ: {target}{_in_file(stored, target)}, {source}{_in_file(stored, source)};"
+                f"{folder}: config.json: tie_word_embeddings is true, so that {target} is {source}, but they differ in"
+                f" the weights: {target}{_in_file(stored, target)}, {source}{_in_file(stored, source)};"
                 f" set tie_word_embeddings to false if the model has both, or else remove {target} from the weights"
             )
 
 
-def _require_whole_experts(folder: Path, stored: Mapping[str, TensorEntry]) -> None:
-    """Experts that a file holds one by one become one tensor: each must have all weights, in one shape."""
+def _require_complete_experts(folder: Path, stored: Mapping[str, TensorEntry]) -> None:
+    """Raise ModelError if separately stored experts, which become one tensor, differ in weights or shapes."""
     layers: dict[str, dict[str, dict[int, str]]] = {}
     for name in stored:
         if found := _EXPERT.match(name):
@@ -167,10 +168,10 @@ def _require_whole_experts(folder: Path, stored: Mapping[str, TensorEntry]) -> N
     for layer, kinds in layers.items():
         numbers = {number for names in kinds.values() for number in names}
         for weight, names in kinds.items():
-            lost = [f"{layer}{number}{weight}" for number in sorted(numbers - set(names))]
-            if lost:
+            missing = [f"{layer}{number}{weight}" for number in sorted(numbers - set(names))]
+            if missing:
                 raise ModelError(
-                    f"{folder}: the weights lack {_listed(lost)}, which other experts have; bring all files"
+                    f"{folder}: the weights lack {_listed(missing)}, which other experts have; add all files"
                 )
             shapes = Counter(stored[name].shape for name in names.values())
             usual, _ = shapes.most_common(1)[0]
@@ -178,7 +179,7 @@ def _require_whole_experts(folder: Path, stored: Mapping[str, TensorEntry]) -> N
                 if stored[name].shape != usual:
                     raise ModelError(
                         f"{folder}: {name}{_in_file(stored, name)} has shape {stored[name].shape}, other experts'"
-                        f" have {usual}; bring the weights of one model"
+                        f" have {usual}; use the weights of one model"
                     )
 
 
@@ -189,27 +190,27 @@ def _weights_files(folder: Path) -> list[str]:
         if (folder / index).is_file():
             return _indexed_files(folder, index)
     raise ModelError(
-        f"{folder}: has no weights (*.safetensors or *.bin) by the names that save_pretrained gives:"
+        f"{folder}: has no weights file named as save_pretrained does:"
         f" {', '.join(name for names in _SINGLE_OR_INDEX for name in names)}"
     )
 
 
 def _indexed_files(folder: Path, index: str) -> list[str]:
     try:
-        places = json.loads((folder / index).read_bytes())["weight_map"]
+        weight_map = json.loads((folder / index).read_bytes())["weight_map"]
         files: dict[str, list[str]] = {}
-        for name, file in places.items():
+        for name, file in weight_map.items():
             files.setdefault(file, []).append(name)
         outside = [file for file in files if Path(file).name != file]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ModelError(f"{folder / index}: expected a weight_map from tensors to files: {error}") from error
     if outside:
-        raise ModelError(f"{folder / index}: weight_map: {outside[0]!r} is not the name of a file of this folder")
+        raise ModelError(f"{folder / index}: weight_map: {outside[0]!r} is not the name of a file in this folder")
     for file, names in sorted(files.items()):
         if not (folder / file).is_file():
             raise ModelError(
-                f"{folder}: {file} is missing, which should hold {len(names)} of the {len(places)} tensors that {index}"
-                f" names ({_listed(sorted(names))}); copy or download it too"
+                f"{folder}: {file} is missing, with {len(names)} of the {len(weight_map)} tensors in {index}"
+                f" ({_listed(sorted(names))}); copy or download it too"
             )
     return sorted(files)
 
@@ -222,8 +223,8 @@ def _refuse_pointer(path: Path) -> None:
         size = re.search(rb"^size (\d+)$", content, re.MULTILINE)
         real = f", of {int(size[1]):,} bytes," if size else ""
         raise ModelError(
-            f"{path}: is a Git LFS pointer of {len(content)} bytes; the file that it stands for{real} was not"
-            " downloaded: run `git lfs pull` in the repository that it is from"
+            f"{path}: is a Git LFS pointer of {len(content)} bytes; the file that it points to{real} was not"
+            " downloaded: run `git lfs pull` in its repository"
         )
 
 
@@ -255,5 +256,5 @@ def _in_file(stored: Mapping[str, TensorEntry], name: str) -> str:
 
 def _listed(names: Iterable[str]) -> str:
     names = list(names)
-    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return ", ".join(names[:_MOST_NAMED]) + more
+    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+    return ", ".join(names[:_MAX_LISTED]) + more

@@ -1,1 +1,1 @@
-"""Megatron-GPT archives: import, export, and the table of names between them and GPT-2's."""
+"""Megatron-GPT archives: import, export, and the mapping of weight names to GPT-2's."""

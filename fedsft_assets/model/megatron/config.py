@@ -1,6 +1,6 @@
-"""Megatron-GPT's settings as NeMo keeps them in `model_config.yaml`, and GPT-2's configuration: both ways.
+"""Conversion between Megatron-GPT's settings in NeMo's `model_config.yaml` and GPT-2's configuration.
 
-What GPT-2 cannot express is refused by name. Knows settings only, no weights and no files.
+Settings that GPT-2 cannot express are refused by name. Weights and files are handled elsewhere.
 """
 
 from collections.abc import Mapping
@@ -11,12 +11,12 @@ from fedsft_assets.model.errors import ModelError
 
 Activation = Literal["gelu", "gelu_pytorch_tanh"]
 
-# Where an export notes how many rows a model's token table had before it was padded; NeMo keeps what it does not know.
+# The field in which an export records the token table's rows before padding; NeMo keeps unknown fields.
 UNPADDED = "unpadded_vocab_size"
 
-_MOST_LAYERS = 1024
-# Settings that change what a model computes, with the values that GPT-2 has. A setting that is not there has
-# the first one: the default of NeMo 1.11 (2022), which wrote the published archives, and of all later ones.
+_MAX_LAYERS = 1024
+# Settings that change what a model computes, with the values for GPT-2. A missing setting has the first value:
+# the default of NeMo 1.11 (2022), which wrote the published archives, and of all later versions.
 _GPT2_VALUES: dict[str, tuple[Any, ...]] = {
     "activation": ("gelu",),
     "normalization": ("layernorm", "LayerNorm"),
@@ -39,7 +39,7 @@ _GPT2_VALUES: dict[str, tuple[Any, ...]] = {
     "num_moe_experts": (None, 0, 1),
     "num_experts": (None, 0, 1),
 }
-# Checkpoints of models that were cut into parts, of which each archive or folder has only its own.
+# Model parallelism: each archive or folder of such a checkpoint has only a part of the model.
 _PARALLEL = (
     *("tensor_model_parallel_size", "pipeline_model_parallel_size"),
     *("virtual_pipeline_model_parallel_size", "expert_model_parallel_size"),
@@ -48,10 +48,10 @@ _PARALLEL = (
 
 @dataclass(frozen=True)
 class MegatronGPT:
-    """What Megatron's settings say about a model that GPT-2 can be.
+    """The settings of a model that both Megatron-GPT and GPT-2 can express.
 
-    `positions` are the possible numbers of positions: the legacy layout has `max_position_embeddings`,
-    Megatron-core `encoder_seq_length`, and the table of the weights says which.
+    `positions` are the candidates for the number of positions: `max_position_embeddings` in the legacy layout,
+    `encoder_seq_length` in Megatron-core; the position table in the weights decides.
     """
 
     layers: int
@@ -64,32 +64,32 @@ class MegatronGPT:
 
 
 def read_settings(settings: Mapping[str, Any], where: str) -> MegatronGPT:
-    """What the settings of a Megatron-GPT archive say. Raises ModelError that names the setting and its value.
+    """Parse the settings of a Megatron-GPT archive. Raises ModelError that names the setting and its value.
 
-    `apply_query_key_layer_scaling` and the fusions but that of GELU change no value and are not looked at.
+    `apply_query_key_layer_scaling` and all fusions except that of GELU do not affect results and are ignored.
     """
     for name, allowed in _GPT2_VALUES.items():
         value = settings.get(name, allowed[0])
         if value not in allowed or isinstance(value, bool) != isinstance(allowed[0], bool):
-            raise ModelError(f"{where}: {name}: {value!r} is not what GPT-2 has, which is {allowed[0]!r}")
+            raise ModelError(f"{where}: {name}: {value!r} is not supported by GPT-2; expected {allowed[0]!r}")
     for name in _PARALLEL:
         if settings.get(name, 1) not in (None, 1):
             raise ModelError(
-                f"{where}: {name}: {settings[name]!r}: the model is cut into parts, but only whole ones are read;"
-                " merge it with NeMo's megatron_change_num_partitions.py into one of size 1"
+                f"{where}: {name}: {settings[name]!r}: the model is partitioned, which is not supported;"
+                " merge it into one partition with NeMo's megatron_change_num_partitions.py"
             )
     layers, hidden = _number(settings, "num_layers", where), _number(settings, "hidden_size", where)
     heads = _number(settings, "num_attention_heads", where)
-    if layers > _MOST_LAYERS:
-        raise ModelError(f"{where}: num_layers: {layers} is more than {_MOST_LAYERS}")
+    if layers > _MAX_LAYERS:
+        raise ModelError(f"{where}: num_layers: {layers} is more than {_MAX_LAYERS}")
     if hidden % heads:
         raise ModelError(f"{where}: hidden_size: {hidden} is not a multiple of num_attention_heads, {heads}")
     for name, own in (("num_query_groups", heads), ("kv_channels", hidden // heads)):
         if settings.get(name) not in (None, own):
-            raise ModelError(f"{where}: {name}: {settings[name]!r} is not what GPT-2 has, which is {own}")
+            raise ModelError(f"{where}: {name}: {settings[name]!r} is not supported by GPT-2; expected {own}")
     if settings.get("transformer_engine") and not settings.get("mcore_gpt"):
         raise ModelError(
-            f"{where}: transformer_engine: True: layers of Transformer Engine outside of Megatron-core are not read"
+            f"{where}: transformer_engine: True: Transformer Engine is supported only in Megatron-core (mcore_gpt)"
         )
     lengths = [name for name in ("max_position_embeddings", "encoder_seq_length") if settings.get(name) is not None]
     if not lengths:
@@ -110,9 +110,9 @@ def read_settings(settings: Mapping[str, Any], where: str) -> MegatronGPT:
 
 
 def gpt2_config(model: MegatronGPT, positions: int, vocabulary: int, eos: int | None) -> dict[str, Any]:
-    """The Hugging Face configuration of the model, without dropout, as NVFlare's published fine-tuning has it.
+    """The Hugging Face configuration of the model, without dropout, like NVFlare's published fine-tuning.
 
-    `positions` and `vocabulary` are rows of the tables; the padded rows count.
+    `positions` and `vocabulary` are the rows of the tables, including padding.
     """
     import json
 
@@ -138,9 +138,9 @@ def gpt2_config(model: MegatronGPT, positions: int, vocabulary: int, eos: int | 
 
 
 def megatron_gpt(hf: Mapping[str, Any], where: str) -> MegatronGPT:
-    """What a Hugging Face configuration says about a model that Megatron-GPT can be.
+    """Parse a Hugging Face configuration for export to Megatron-GPT.
 
-    Raises ModelError that names the field and its value.
+    Raises ModelError that names a field and value that Megatron-GPT cannot express.
     """
     allowed: dict[str, tuple[Any, ...]] = {
         "model_type": ("gpt2",),
@@ -153,7 +153,8 @@ def megatron_gpt(hf: Mapping[str, Any], where: str) -> MegatronGPT:
     for name, values in allowed.items():
         if hf.get(name, values[0]) not in values:
             raise ModelError(
-                f"{where}: hf.{name}: {hf[name]!r} is not what Megatron-GPT has: {', '.join(map(str, values))}"
+                f"{where}: hf.{name}: {hf[name]!r} is not supported by Megatron-GPT; expected"
+                f" {' or '.join(map(str, values))}"
             )
     hidden = _number(hf, "n_embd", f"{where}: hf")
     exact = hf.get("activation_function") == "gelu"
@@ -169,7 +170,7 @@ def megatron_gpt(hf: Mapping[str, Any], where: str) -> MegatronGPT:
 
 
 def megatron_settings(model: MegatronGPT, core: bool) -> dict[str, Any]:
-    """The model's part of NeMo's configuration: what `read_settings` reads, as NeMo 2.4.1 names it."""
+    """The model's settings in NeMo's configuration, with the names of NeMo 2.4.1; `read_settings` reads them back."""
     fused = model.activation == "gelu_pytorch_tanh"
     return {
         "mcore_gpt": core,
@@ -203,7 +204,7 @@ def megatron_settings(model: MegatronGPT, core: bool) -> dict[str, Any]:
 
 
 def _activation(settings: Mapping[str, Any], where: str) -> Activation:
-    """Which GELU: Megatron's kernel that fuses it with the bias has the tanh approximation, and so has OpenAI's.
+    """The kind of GELU: both Megatron's fused bias kernel and OpenAI's GELU use the tanh approximation.
 
     NeMo before 1.13 called the fusion `bias_gelu_fusion`.
     """

@@ -1,7 +1,7 @@
-"""The weights of Megatron-core archives: a folder of torch's distributed checkpoint, read tensor by tensor.
+"""Reader of the weights of Megatron-core archives: a torch distributed checkpoint, read tensor by tensor.
 
-`.metadata` is a pickle of what there is where: it is read as a description, and nothing that it names is
-imported. Each piece of a tensor is a small torch checkpoint of its own inside a `.distcp` file.
+`.metadata` is a pickle that describes the tensors and their locations; nothing that it names is imported. Each
+piece of a tensor is a small torch checkpoint inside a `.distcp` file.
 """
 
 from collections import OrderedDict
@@ -33,7 +33,7 @@ _DTYPES = {str(dtype): dtype for dtype in DTYPES}
 
 @dataclass(frozen=True)
 class _Piece:
-    """A block of a tensor, from `offsets` on: `length` bytes from `start` on in the file `name`."""
+    """A block of a tensor with these `offsets` and `sizes`: the `length` bytes of `member` that begin at `start`."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -43,36 +43,36 @@ class _Piece:
 
 
 class DistributedTensors:
-    """The tensors of a Megatron-core archive; reads as TensorFile does."""
+    """The tensors of a Megatron-core archive, with the interface of TensorFile."""
 
     def __init__(self, source: Archive, max_pieces_per_tensor: int = _MAX_PIECES_PER_TENSOR) -> None:
-        """Read the description. Raises ModelError for one that does not say where every value is, once."""
+        """Read the description. Raises ModelError unless it locates every value exactly once."""
         self._where = f"{source.path}: {METADATA}"
         content = read_pickle(source.content(METADATA, _MAX_METADATA_BYTES), self._where, _find_global)
         if not isinstance(content, OpaqueObject) or not isinstance(content.field("state_dict_metadata"), dict):
-            raise ModelError(f"{self._where}: is no description of a distributed checkpoint")
+            raise ModelError(f"{self._where}: is not the metadata of a distributed checkpoint")
         stored = self._stored(content.field("storage_data"))
         self.tensors: dict[str, TensorInfo] = {}
         self.non_tensors: dict[str, str] = {}
         self.shared: dict[str, str] = {}
         self._pieces: dict[str, list[_Piece]] = {}
-        left = _MAX_PIECES
+        remaining = _MAX_PIECES
         for name, value in content.field("state_dict_metadata").items():
             if not isinstance(name, str) or not isinstance(value, OpaqueObject):
-                raise ModelError(f"{self._where}: {str(name)[:200]}: is no description of a tensor")
+                raise ModelError(f"{self._where}: {str(name)[:200]}: is not a tensor's metadata")
             if not value.class_name.endswith(".TensorStorageMetadata"):
                 self.non_tensors[name] = value.class_name.rpartition(".")[2]
                 continue
             self.tensors[name] = info = self._info(name, value)
             chunks = value.field("chunks")
-            left -= len(chunks) if isinstance(chunks, list) else 0
-            if not isinstance(chunks, list) or len(chunks) > max_pieces_per_tensor or left < 0:
+            remaining -= len(chunks) if isinstance(chunks, list) else 0
+            if not isinstance(chunks, list) or len(chunks) > max_pieces_per_tensor or remaining < 0:
                 raise ModelError(f"{self._where}: {name}: has no pieces, or more than {max_pieces_per_tensor}")
             self._pieces[name] = [self._piece(source, name, info, chunk, stored) for chunk in chunks]
-            self._require_all(name, info)
+            self._require_complete(name, info)
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
-        """One tensor, or its rows from the first to before the second, in memory of its own."""
+        """A copy of one tensor, or of its rows from `rows[0]` up to but excluding `rows[1]`."""
         info = self.tensors[name]
         if not info.shape:
             return self._read_piece(name, self._pieces[name][0], None)
@@ -102,16 +102,16 @@ class DistributedTensors:
             return file.read("", rows)
 
     def _stored(self, storage: Any) -> dict[tuple[str, tuple[int, ...]], OpaqueObject]:
-        """Where pieces are, by the tensor's name and the piece's offsets."""
+        """The locations of pieces, by the tensor's name and the piece's offsets."""
         if not isinstance(storage, dict):
-            raise ModelError(f"{self._where}: storage_data: is no description of places")
+            raise ModelError(f"{self._where}: storage_data: is not a mapping of locations")
         stored = {}
-        for index, place in storage.items():
-            if not isinstance(index, OpaqueObject) or not isinstance(place, OpaqueObject):
-                raise ModelError(f"{self._where}: storage_data: is no description of places")
+        for index, location in storage.items():
+            if not isinstance(index, OpaqueObject) or not isinstance(location, OpaqueObject):
+                raise ModelError(f"{self._where}: storage_data: is not a mapping of locations")
             name, offset = index.field("fqn"), index.field("offset")
             if isinstance(name, str) and (offset is None or isinstance(offset, tuple)):
-                stored[name, offset or ()] = place
+                stored[name, offset or ()] = location
         return stored
 
     def _info(self, name: str, value: OpaqueObject) -> TensorInfo:
@@ -121,7 +121,7 @@ class DistributedTensors:
         if isinstance(state, dict):
             dtype = state.get("dtype")
         if not isinstance(dtype, torch.dtype):
-            raise ModelError(f"{self._where}: {name}: its type is not one of {', '.join(_DTYPES)}")
+            raise ModelError(f"{self._where}: {name}: its dtype is not one of {', '.join(_DTYPES)}")
         return TensorInfo(dtype, self._sizes(name, value.field("size")))
 
     def _sizes(self, name: str, value: Any) -> tuple[int, ...]:
@@ -143,31 +143,31 @@ class DistributedTensors:
         inside = len(offsets) == len(sizes) == len(info.shape) and all(
             at + size <= whole for at, size, whole in zip(offsets, sizes, info.shape, strict=True)
         )
-        place = stored.get((name, offsets))
-        if not inside or place is None:
-            raise ModelError(f"{self._where}: {name}: the piece at {offsets} is outside of the tensor, or nowhere")
-        file, start, length = (place.field(field) for field in ("relative_path", "offset", "length"))
-        # The name is looked up among the archive's own members; no path is made of it.
+        location = stored.get((name, offsets))
+        if not inside or location is None:
+            raise ModelError(f"{self._where}: {name}: the piece at {offsets} is outside of the tensor, or missing")
+        file, start, length = (location.field(field) for field in ("relative_path", "offset", "length"))
+        # The name is only looked up among the archive's members, never used as a path.
         member = source.members.get(f"{FOLDER}/{file}") if isinstance(file, str) else None
         if member is None:
             raise ModelError(f"{self._where}: {name}: is in {str(file)[:200]!r}, which is not a file of {FOLDER}/")
         if type(start) is not int or type(length) is not int or not 0 <= start <= start + length <= member.size:
             raise ModelError(f"{self._where}: {name}: is outside of {member.name}, which has {member.size} bytes")
-        if place.field("transform_descriptors"):
-            raise ModelError(f"{self._where}: {name}: is transformed by {place.field('transform_descriptors')!r}")
+        if location.field("transform_descriptors"):
+            raise ModelError(f"{self._where}: {name}: is transformed by {location.field('transform_descriptors')!r}")
         if prod(sizes) * info.dtype.itemsize > length:
-            raise ModelError(f"{self._where}: {name}: {sizes} of {info.dtype} are more than its {length} bytes")
+            raise ModelError(f"{self._where}: {name}: {sizes} of {info.dtype} need more than its {length} bytes")
         return _Piece(offsets, sizes, member, start, length)
 
-    def _require_all(self, name: str, info: TensorInfo) -> None:
-        """Pieces that do not overlap, and are as many values as the tensor, are all of it."""
+    def _require_complete(self, name: str, info: TensorInfo) -> None:
+        """Raise ModelError if pieces overlap, or do not have as many values as the tensor."""
         pieces = self._pieces[name]
         if sum(prod(piece.sizes) for piece in pieces) != prod(info.shape) or any(_overlaps(pieces)):
-            raise ModelError(f"{self._where}: {name}: its pieces are not the whole tensor, each value once")
+            raise ModelError(f"{self._where}: {name}: its pieces do not cover the tensor exactly once")
 
 
 def _overlaps(pieces: list[_Piece]) -> Iterator[bool]:
-    # Sorted, a piece overlaps none of those that begin after its first dimension ends.
+    # In sorted order, a piece cannot overlap those that begin after its end along the first dimension.
     pieces = sorted(pieces, key=lambda piece: piece.offsets)
     for index, one in enumerate(pieces):
         for other in pieces[index + 1 :]:

@@ -1,7 +1,7 @@
-"""Writes the distributed checkpoints of Megatron-core, as a folder of files inside an archive.
+"""Writer of Megatron-core's distributed checkpoints, as a folder of files inside an archive.
 
-The format is torch's (`torch.distributed.checkpoint`), with what `megatron.core.dist_checkpointing` adds to it.
-Pieces of tensors go through memory one by one; neither Megatron nor a process group is needed.
+The format is torch's (`torch.distributed.checkpoint`), with the additions of `megatron.core.dist_checkpointing`.
+Only one piece of a tensor is in memory at a time; neither Megatron nor a process group is needed.
 """
 
 import json
@@ -28,9 +28,9 @@ _BACKENDS = {
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor of a checkpoint, or one row of it: then `row` says which, and `shape` is the whole tensor's.
+    """A tensor of a checkpoint, or, if `row` is set, one row of it; `shape` is that of the whole tensor.
 
-    `read` gives the values of the piece, without the dimension that rows are counted along.
+    `read` returns the values of the piece; those of a row may lack the first dimension.
     """
 
     name: str
@@ -54,9 +54,9 @@ def write_checkpoint(
     pieces: Iterable[Piece],
     empty_objects: Iterable[str],
 ) -> None:
-    """Write the checkpoint's files into `file`, each within a block of `member`, which gets its name.
+    """Write the checkpoint's files to `file`, each within a block of `member`, called with the file's name.
 
-    `empty_objects` are names of states that layers have in Megatron, and that are empty.
+    `empty_objects` are names of empty states that Megatron's layers have.
     """
     from torch.distributed.checkpoint.filesystem import _StorageInfo
     from torch.distributed.checkpoint.metadata import (
@@ -81,7 +81,7 @@ def write_checkpoint(
         for piece in pieces:
             values = piece.read().reshape(piece.sizes).contiguous()
             if values.untyped_storage().nbytes() != values.nbytes:
-                values = values.clone()  # torch would save all of the larger tensor that this is a part of
+                values = values.clone()  # torch would save the whole tensor that this is a view of
             whole = described.setdefault(
                 piece.name,
                 TensorStorageMetadata(TensorProperties(dtype=piece.dtype), torch.Size(piece.shape), chunks=[]),
@@ -94,7 +94,7 @@ def write_checkpoint(
             described[name] = BytesStorageMetadata()
             store(MetadataIndex(name), [None])
     metadata = Metadata(state_dict_metadata=described, planner_data=None, storage_data=stored)
-    # Megatron notes here which tensors it has flattened: none.
+    # Megatron records flattened tensors here; there are none.
     metadata.mcore_data = {name: {} for name in tensors}  # type: ignore[attr-defined]
     with member(f"{FOLDER}/.metadata"):
         pickle.dump(metadata, file)

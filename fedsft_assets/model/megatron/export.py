@@ -1,6 +1,6 @@
-"""Our archives made into Megatron-GPT archives, which NeMo 2.4.1's `MegatronGPTModel.restore_from` reads.
+"""Export of this project's archives as Megatron-GPT archives for NeMo 2.4.1's `MegatronGPTModel.restore_from`.
 
-The way back from `megatron_import`: the same values bit for bit, in the type that they have, tensor by tensor.
+The reverse of `import_`: values are preserved bit for bit, in their stored dtype, and written tensor by tensor.
 NeMo and Megatron are not needed.
 """
 
@@ -25,12 +25,12 @@ from fedsft_assets.model.megatron.layout import CORE, LEGACY, PREFIX, GPTShape, 
 from fedsft_assets.model.megatron.vocabulary import Vocabulary, megatron_vocabulary
 from fedsft_assets.model.progress import ByteProgress
 
-# The linear layers that keep a state for fp8 in Megatron-core; without fp8 it is empty, but must be there.
+# The linear layers with an fp8 state in Megatron-core; it is empty without fp8, but required.
 _WITH_STATE = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
 _VOCABULARY_MULTIPLE = 128
 
-# What NeMo 2.4.1 looks for besides the model's own settings. None of it changes what the weights compute;
-# training sets batch sizes, optimizer and precision anew.
+# Settings that NeMo 2.4.1 requires besides the model's own. None affects what the weights compute;
+# training overrides batch sizes, optimizer and precision.
 _REST: dict[str, Any] = {
     "micro_batch_size": 1,
     "global_batch_size": 1,
@@ -40,7 +40,7 @@ _REST: dict[str, Any] = {
     "do_layer_norm_weight_decay": False,
     "pre_process": True,
     "post_process": True,
-    # Torch's own layer norm, which Megatron-core has where Apex is not installed, refuses the persistent kernel.
+    # Torch's layer norm, which Megatron-core uses without Apex, does not support the persistent kernel.
     "persist_layer_norm": False,
     "rotary_percentage": 1.0,
     "precision": 32,
@@ -56,7 +56,7 @@ _REST: dict[str, Any] = {
     "masked_softmax_fusion": True,
     "get_attention_mask_from_fusion": True,
     "seed": 1234,
-    # With false, restoring sets the CUDA device, and so fails on a machine without one.
+    # If false, restoring sets the CUDA device, and fails on a machine without one.
     "use_cpu_initialization": True,
     "gradient_as_bucket_view": True,
     "sync_batch_comm": False,
@@ -82,7 +82,7 @@ _REST: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class MegatronReport:
-    """What was exported. `shape.vocabulary` are rows of the token table, of which `tokens` are the tokenizer's."""
+    """What was exported: `shape.vocabulary` counts the token table's rows, `tokens` those of the tokenizer."""
 
     layout: Layout
     shape: GPTShape
@@ -97,22 +97,22 @@ class MegatronReport:
 
 
 def export_megatron(archive: Path, into: Path, layout: Layout) -> MegatronReport:
-    """Write the model of an archive of ours as the Megatron archive `into`, whole or not at all.
+    """Write the model of one of this project's archives as the Megatron archive `into`, atomically.
 
-    Rows of zeros fill the token table up to a multiple of 128, as NeMo has it; importing drops them again.
+    The token table is padded with zero rows to a multiple of 128, as in NeMo; importing drops them again.
     Raises ModelError that names the archive and the field that Megatron-GPT or its tokenizer cannot express.
     """
     if into.resolve() == archive.resolve():
-        raise ModelError(f"{into}: is the archive itself; name another file")
+        raise ModelError(f"{into}: is the archive itself; choose another file")
     if into.is_dir():
         raise ModelError(f"{into}: is a folder; name the archive to write, such as {into / 'megatron.nemo'}")
     config = read_config(archive)
     model = megatron_gpt(config["hf"], f"{archive}: {CONFIG}")
     vocabulary = megatron_vocabulary(read_tokenizer_files(archive, config), str(archive))
     with open_weights(archive) as tensors:
-        own = _shape(archive, tensors, model, vocabulary)
-        types = {weight.hf: tensors.tensors[f"lm.{weight.hf}"].dtype for weight in weights(own)}
-        shape = replace(own, vocabulary=_multiple_of(_VOCABULARY_MULTIPLE, own.vocabulary))
+        unpadded = _shape(archive, tensors, model, vocabulary)
+        types = {weight.hf: tensors.tensors[f"lm.{weight.hf}"].dtype for weight in weights(unpadded)}
+        shape = replace(unpadded, vocabulary=_round_up(unpadded.vocabulary, _VOCABULARY_MULTIPLE))
         infos = {weight: TensorInfo(types[weight.hf], weight.shape) for weight in weights(shape)}
         report = MegatronReport(
             layout=layout,
@@ -130,10 +130,10 @@ def export_megatron(archive: Path, into: Path, layout: Layout) -> MegatronReport
         settings = _settings(
             config["hf"], model, report, vocabulary, {field: name for field, (name, _) in files.items()}
         )
-        if own != shape:
-            settings[UNPADDED] = own.vocabulary
+        if unpadded != shape:
+            settings[UNPADDED] = unpadded.vocabulary
         with new_tar(into) as file:
-            tar_folder(file, "./")  # NeMo writes an entry for each folder
+            tar_folder(file, "./")  # like NeMo, which writes an entry for each folder
             for name, content in [(CONFIG, yaml.safe_dump(settings, sort_keys=False).encode()), *files.values()]:
                 with tar_member(file, f"./{name}"):
                     file.write(content)
@@ -145,7 +145,7 @@ def export_megatron(archive: Path, into: Path, layout: Layout) -> MegatronReport
 
 
 def _shape(archive: Path, tensors: TensorFile, model: MegatronGPT, vocabulary: Vocabulary) -> GPTShape:
-    """The sizes of the model, all of whose weights are there, and no others."""
+    """The sizes of the model. Raises ModelError if a weight is missing or unexpected."""
     word, head = "lm.transformer.wte.weight", "lm.lm_head.weight"
     table = tensors.tensors.get(word)
     if table is None or len(table.shape) != 2:
@@ -169,18 +169,18 @@ def _shape(archive: Path, tensors: TensorFile, model: MegatronGPT, vocabulary: V
         raise ModelError(f"{archive}: {WEIGHTS}: {more[0]}: Megatron-GPT has no such tensor")
     same = head not in tensors.tensors or tensors.shared.get(head) == word or tensors.shared.get(word) == head
     if not same and not torch.equal(tensors.read(head), tensors.read(word)):
-        raise ModelError(f"{archive}: {WEIGHTS}: {head} is not {word}, as it is in a model with tied embeddings")
+        raise ModelError(f"{archive}: {WEIGHTS}: {head} differs from {word}, but Megatron-GPT ties its embeddings")
     return shape
 
 
 def _reader(tensors: TensorFile, report: MegatronReport) -> Callable[[Weight], Tensor]:
-    """What reads one weight after the other as Megatron has it, and logs how far it has come."""
+    """A function that reads a weight in Megatron's form, padded, and logs progress."""
     progress = ByteProgress(report.bytes, "written")
 
     def read(weight: Weight) -> Tensor:
         tensor = to_megatron(weight, tensors.read(f"lm.{weight.hf}"), report.shape.heads)
-        if missing := weight.shape[0] - tensor.shape[0]:
-            tensor = torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])
+        if padding := weight.shape[0] - tensor.shape[0]:
+            tensor = torch.cat([tensor, tensor.new_zeros(padding, *tensor.shape[1:])])
         progress.add(tensor.nbytes)
         return tensor
 
@@ -196,7 +196,7 @@ def _write_legacy(file: BinaryIO, infos: Mapping[Weight, TensorInfo], read: Call
 def _write_core(
     file: BinaryIO, shape: GPTShape, infos: Mapping[Weight, TensorInfo], read: Callable[[Weight], Tensor]
 ) -> None:
-    """As Megatron-core has it: the layers are rows of one tensor, and layer norms belong to the linear layers."""
+    """Write Megatron-core's layout: layers are rows of one tensor, and layer norms belong to the linear layers."""
 
     def piece(weight: Weight, info: TensorInfo) -> Piece:
         if weight.layer is None:
@@ -217,7 +217,7 @@ def _write_core(
 def _settings(
     hf: Mapping[str, Any], model: MegatronGPT, report: MegatronReport, vocabulary: Vocabulary, files: Mapping[str, str]
 ) -> dict[str, Any]:
-    """The content of NeMo's model_config.yaml; `files` are the tokenizer's members by field."""
+    """The content of NeMo's model_config.yaml; `files` has the names of the tokenizer's members by field."""
     rows, multiple = report.shape.vocabulary, _VOCABULARY_MULTIPLE
     tokenizer: dict[str, Any] = {
         "library": "megatron",
@@ -231,8 +231,8 @@ def _settings(
         tokenizer["special_tokens"] = {"additional_special_tokens": list(vocabulary.special)}
     return {
         **megatron_settings(model, report.layout == CORE),
-        # NeMo makes as many rows as there are tokens, up to a multiple of this; for more rows, of their number.
-        "make_vocab_size_divisible_by": multiple if _multiple_of(multiple, vocabulary.tokens) == rows else rows,
+        # NeMo rounds the number of tokens up to a multiple of this; if that is not the number of rows, use the latter.
+        "make_vocab_size_divisible_by": multiple if _round_up(vocabulary.tokens, multiple) == rows else rows,
         "hidden_dropout": hf.get("resid_pdrop", 0.1),
         "attention_dropout": hf.get("attn_pdrop", 0.1),
         "tokenizer": tokenizer,
@@ -240,6 +240,5 @@ def _settings(
     }
 
 
-def _multiple_of(step: int, number: int) -> int:
-    """The number, rounded up to a multiple of `step`."""
-    return -(-number // step) * step
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

@@ -1,7 +1,6 @@
-"""Megatron-GPT archives that NeMo wrote, made into ours: the same model, with GPT-2's names.
+"""Import of NeMo's Megatron-GPT archives, which may be untrusted: the same model, with GPT-2's names.
 
-Weights stream from archive to archive, one tensor in memory at a time, in the type that they have. NeMo
-and Megatron are not needed. Archives may come from anyone.
+Weights are copied in their stored dtype, with one tensor in memory at a time. NeMo and Megatron are not needed.
 """
 
 import logging
@@ -33,10 +32,10 @@ from fedsft_assets.model.trainable import require_finite_values
 
 _TYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-# What NeMo and Lightning put before the names of a model's weights: `megatron_amp_O2` adds `module.`.
+# Prefixes of NeMo and Lightning before the names of a model's weights: `megatron_amp_O2` adds `module.`.
 _BEFORE = re.compile(r"(?:(?:state_dict|model|module)\.)*(?=(?:language_model|embedding|decoder|output_layer)\.)")
 _PARTS = re.compile(r"(?:^|/)(?:mp_rank|tp_rank)_\d+")
-# States of fp8 layers and of optimizers, which are no weights, and the plain values of a trainer.
+# States of fp8 layers and optimizers, which are not weights, and a trainer's plain values.
 _HARMLESS = re.compile(r"(?:^|.*\.)_extra_state(?:/.*)?|(?:chained_\d+\.)?optimizer(?:_states)?[./].*")
 _PLAIN_VALUES = ("NoneType", "int", "float", "str", "bool", "list", "tuple")
 
@@ -45,8 +44,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What an imported model is. `bytes` are those of the weights written, `tokens` the tokenizer's, of which
-    the embeddings may have more rows (`shape.vocabulary`), so that their number is a multiple of 128."""
+    """Description of an imported model: `bytes` is the size of the weights written, `tokens` counts the tokenizer's
+    tokens, `shape.vocabulary` the token table's rows, often padded to a multiple of 128."""
 
     layout: Layout
     shape: GPTShape
@@ -62,7 +61,7 @@ class ImportReport:
 
 
 class Weights(Protocol):
-    """What both kinds of checkpoint are read through."""
+    """The common interface of both kinds of checkpoint."""
 
     tensors: dict[str, TensorInfo]
     non_tensors: dict[str, str]
@@ -71,7 +70,7 @@ class Weights(Protocol):
 
 
 def is_megatron(settings: Mapping[str, Any]) -> bool:
-    """Whether the content of a `model_config.yaml` is Megatron's, and not that of an archive of ours."""
+    """Whether a `model_config.yaml` with this content is from Megatron, not from this project."""
     return not _is_own(settings) and "num_layers" in settings and "hidden_size" in settings
 
 
@@ -86,10 +85,10 @@ def import_megatron(
     prompt_template: str = DEFAULT_TEMPLATE,
     expect: Mapping[str, int] | None = None,
 ) -> ImportReport:
-    """Write the model of a Megatron archive, or of the folder of its files, as the archive `into`.
+    """Write the model of a Megatron archive, or a folder of its files, as the archive `into`.
 
-    `max_length` is cut to the model's positions. `expect` has values that settings must have, such as
-    `num_layers`. Raises ModelError that names the archive and what is wrong; then `into` is as it was.
+    `max_length` is limited to the model's positions. `expect` has required values of settings, such as
+    `num_layers`. Raises ModelError that names the archive and the problem, and then leaves `into` unchanged.
     """
     with open_archive(source, scratch=into.parent) as opened:
         return import_opened(opened, into, max_length, prompt_template, expect)
@@ -102,14 +101,14 @@ def import_opened(
     prompt_template: str = DEFAULT_TEMPLATE,
     expect: Mapping[str, int] | None = None,
 ) -> ImportReport:
-    """`import_megatron` of an archive that is open already."""
+    """`import_megatron` for an open archive."""
     settings = config_fields(source)
     if _is_own(settings):
-        raise ModelError(f"{source.path}: is no archive of Megatron's but one of this project's; use it as it is")
+        raise ModelError(f"{source.path}: is an archive of this project, not of Megatron; use it without importing")
     where = f"{source.path}: {CONFIG}"
     for name, value in (expect or {}).items():
         if settings.get(name) != value:
-            raise ModelError(f"{where}: {name}: {settings.get(name)!r} is not the {value} of the preset's model")
+            raise ModelError(f"{where}: {name}: {settings.get(name)!r} is not the {value} of the preset")
     model = read_settings(settings, where)
     tokenizer = read_tokenizer(source, settings)
     with _weights(source) as tensors:
@@ -129,24 +128,24 @@ def _convert(
 ) -> ImportReport:
     layout, names = _names(source, tensors)
     shape = _shape(source, model, bpe, {key: tensors.tensors[name] for key, name in names.items()})
-    places = {
-        f"lm.{weight.hf}": (weight, *_place(source, tensors, weight, layout, shape.layers, names))
+    sources = {
+        f"lm.{weight.hf}": (weight, *_source(source, tensors, weight, layout, shape.layers, names))
         for weight in weights(shape)
     }
-    _require_known(source, tensors, {name for _, name, _ in places.values()})
+    _require_known(source, tensors, {name for _, name, _ in sources.values()})
     shape = replace(shape, vocabulary=_unpadded(source, shape, bpe, token_rows))
     infos = {
-        f"lm.{weight.hf}": TensorInfo(tensors.tensors[places[f"lm.{weight.hf}"][1]].dtype, weight.hf_shape)
+        f"lm.{weight.hf}": TensorInfo(tensors.tensors[sources[f"lm.{weight.hf}"][1]].dtype, weight.hf_shape)
         for weight in weights(shape)
     }
     word, head = "lm.transformer.wte.weight", "lm.lm_head.weight"
     total = sum(info.nbytes for info in infos.values())
     if total > source.size:
-        raise ModelError(f"{source.path}: its weights would be {total} bytes, more than the {source.size} of its files")
+        raise ModelError(f"{source.path}: its weights need {total} bytes, but its files have only {source.size}")
     progress = ByteProgress(total, "converted")
 
     def read(name: str) -> Tensor:
-        weight, found, rows = places[name]
+        weight, found, rows = sources[name]
         tensor = tensors.read(found, (0, shape.vocabulary) if name == word else rows)
         require_finite_values(f"{source.path}: {found}", tensor)
         progress.add(infos[name].nbytes)
@@ -181,17 +180,17 @@ def _convert(
 
 @contextmanager
 def _weights(source: Archive) -> Iterator[Weights]:
-    """The checkpoint in an archive. Raises ModelError if there is none, only a part of one, or one in zarr."""
+    """Open the checkpoint in an archive. Raises ModelError if it is missing, partitioned, or in the zarr format."""
     if zarr := next((name for name in source.members if name.endswith(".zarray")), None):
         raise ModelError(
-            f"{source.path}: {zarr}: the weights are in the zarr format, which is not read; load the checkpoint with"
-            " the NeMo that wrote it, set dist_ckpt_format: torch_dist, and save it anew"
+            f"{source.path}: {zarr}: the weights are in the zarr format, which is not supported; load the checkpoint"
+            " with the NeMo that wrote it, set dist_ckpt_format: torch_dist, and save it again"
         )
     parts = sorted({found[0].strip("/") for name in source.members if (found := _PARTS.search(name))})
     if parts:
         raise ModelError(
-            f"{source.path}: {', '.join(parts[:4])}: the model is cut into parts, but only whole ones are read;"
-            " merge it with NeMo's megatron_change_num_partitions.py into one of size 1"
+            f"{source.path}: {', '.join(parts[:4])}: the model is partitioned, which is not supported;"
+            " merge it into one partition with NeMo's megatron_change_num_partitions.py"
         )
     if WEIGHTS in source.members:
         with weights_of(source) as tensors:
@@ -206,7 +205,7 @@ def _weights(source: Archive) -> Iterator[Weights]:
 
 
 def _names(source: Archive, tensors: Weights) -> tuple[Layout, dict[str, str]]:
-    """Which layout it is, and the full name of each tensor by its name in that layout's table."""
+    """The layout, and the full name of each tensor by its name in that layout."""
     layout: Layout = LEGACY if any("language_model." in name for name in tensors.tensors) else CORE
     names: dict[str, str] = {}
     for name in tensors.tensors:
@@ -215,13 +214,13 @@ def _names(source: Archive, tensors: Weights) -> tuple[Layout, dict[str, str]]:
         key = name[found.end() :] if (found := _BEFORE.match(name)) else name
         key = key.removeprefix("language_model.") if layout == LEGACY else key
         if key in names:
-            raise ModelError(f"{source.path}: {name} and {names[key]} are the same weight twice")
+            raise ModelError(f"{source.path}: {name} and {names[key]} are the same weight")
         names[key] = name
     return layout, names
 
 
 def _shape(source: Archive, model: MegatronGPT, bpe: Tokenizer, found: Mapping[str, TensorInfo]) -> GPTShape:
-    """The sizes that the settings say, with the rows of the tables, which only the weights say."""
+    """The sizes of the model: those in the settings, and the rows of the tables in the weights."""
     rows = {}
     for field, name in (("vocabulary", "word_embeddings"), ("positions", "position_embeddings")):
         info = found.get(f"embedding.{name}.weight")
@@ -247,7 +246,7 @@ def _shape(source: Archive, model: MegatronGPT, bpe: Tokenizer, found: Mapping[s
 
 
 def _unpadded(source: Archive, shape: GPTShape, bpe: Tokenizer, rows: int | None) -> int:
-    """Rows of the token table without those that an export of ours filled it up with; all of them in NeMo's own."""
+    """The token table's rows without the padding of this project's export; all rows in NeMo's own archives."""
     if rows is None:
         return shape.vocabulary
     if type(rows) is not int or not bpe.get_vocab_size() <= rows <= shape.vocabulary:
@@ -258,40 +257,39 @@ def _unpadded(source: Archive, shape: GPTShape, bpe: Tokenizer, rows: int | None
     return rows
 
 
-def _place(
+def _source(
     source: Archive, tensors: Weights, weight: Weight, layout: Layout, layers: int, names: Mapping[str, str]
 ) -> tuple[str, tuple[int, int] | None]:
-    """The tensor that a weight is, or is one layer of: then with the rows that it is."""
+    """The name of the tensor with a weight, and the weight's rows in it if it stacks all layers."""
     found = [names[name] for name in weight.names(layout) if name in names]
     stacked = [names[name] for name in weight.stacked_names(layout) if name in names]
     if len(found) + len(stacked) != 1:
-        wrong = f"is there as {' and as '.join([*found, *stacked])}" if found or stacked else "is missing"
-        raise ModelError(f"{source.path}: {PREFIX[layout]}{weight.names(layout)[0]} {wrong}")
+        problem = f"occurs as {' and as '.join([*found, *stacked])}" if found or stacked else "is missing"
+        raise ModelError(f"{source.path}: {PREFIX[layout]}{weight.names(layout)[0]} {problem}")
     name = (found or stacked)[0]
     info = tensors.tensors[name]
     if info.dtype not in _TYPES:
-        raise ModelError(f"{source.path}: {name}: {info.dtype} is none of {', '.join(map(str, _TYPES))}")
+        raise ModelError(f"{source.path}: {name}: {info.dtype} is not one of {', '.join(map(str, _TYPES))}")
     expected = weight.shape if found else (layers, *weight.shape)
     if info.shape != expected:
         raise ModelError(
-            f"{source.path}: {name} has shape {info.shape}, but by {CONFIG} and the tables it is {expected}"
+            f"{source.path}: {name} has shape {info.shape}, expected {expected} by {CONFIG} and the tables"
         )
     return name, None if found or weight.layer is None else (weight.layer, weight.layer + 1)
 
 
 def _require_known(source: Archive, tensors: Weights, used: set[str]) -> None:
-    """Nothing may be left over that could be part of the model."""
-    left = [name for name in tensors.tensors if name not in used and not _HARMLESS.fullmatch(name)]
-    left += [
+    """Raise ModelError if there are unused values that could be part of the model."""
+    unused = [name for name in tensors.tensors if name not in used and not _HARMLESS.fullmatch(name)]
+    unused += [
         name
         for name, kind in tensors.non_tensors.items()
         if not _HARMLESS.fullmatch(name) and kind not in _PLAIN_VALUES
     ]
-    if any(name.endswith("output_layer.weight") for name in left):
+    if any(name.endswith("output_layer.weight") for name in unused):
         raise ModelError(
-            f"{source.path}: output_layer.weight: the output layer is not the token table (untied embeddings),"
-            " as it is in GPT-2"
+            f"{source.path}: output_layer.weight: the output layer is not tied to the token table, as GPT-2 requires"
         )
-    if left:
-        more = f" and {len(left) - 5} more" if len(left) > 5 else ""
-        raise ModelError(f"{source.path}: has tensors that GPT-2 has not: {', '.join(left[:5])}{more}")
+    if unused:
+        more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
+        raise ModelError(f"{source.path}: has tensors that GPT-2 does not have: {', '.join(unused[:5])}{more}")

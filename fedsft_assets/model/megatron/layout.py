@@ -1,7 +1,7 @@
-"""The one table of names and shapes between Megatron-GPT, in both of its layouts, and Hugging Face's GPT-2.
+"""The mapping of names and shapes between Megatron-GPT, in both of its layouts, and Hugging Face's GPT-2.
 
-Goes both ways, for import and export, tensor by tensor; reads and writes no files. That the two compute
-the same is in Megatron's sources: `ParallelTransformerLayer` (legacy) and `TransformerLayer` (Megatron-core).
+Works in both directions, tensor by tensor, without file access. For the equivalence of the computations, see
+Megatron's `ParallelTransformerLayer` (legacy) and `TransformerLayer` (Megatron-core).
 """
 
 from collections.abc import Iterator
@@ -16,13 +16,13 @@ Kind = Literal["same", "linear", "qkv weight", "qkv bias"]
 LEGACY: Layout = "legacy"
 CORE: Layout = "megatron-core"
 
-# What NeMo puts before the names below.
+# NeMo's prefixes of the names below.
 PREFIX: dict[Layout, str] = {LEGACY: "model.language_model.", CORE: "model."}
 
 
 @dataclass(frozen=True)
 class GPTShape:
-    """The sizes of a GPT-2 model: `ffn` is the width inside the MLP, `positions` and `vocabulary` rows of tables."""
+    """The sizes of a GPT-2 model: `ffn` is the MLP's hidden width, `positions` and `vocabulary` are table rows."""
 
     layers: int
     hidden: int
@@ -33,18 +33,17 @@ class GPTShape:
 
     @property
     def parameters(self) -> int:
-        """Distinct values; the output layer is the token table."""
+        """Number of parameters; the output layer is tied to the token table."""
         layer = 4 * self.hidden**2 + 2 * self.hidden * self.ffn + 9 * self.hidden + self.ffn
         return (self.vocabulary + self.positions + 2) * self.hidden + self.layers * layer
 
 
 @dataclass(frozen=True)
 class Weight:
-    """One tensor, and what it is called where.
+    """One tensor, with its name in each layout.
 
-    `core` is the name in Megatron-core with layer norms of their own, `fused` where they are part of the
-    linear layer that follows, which is how Transformer Engine and NeMo 2 have them; None if both agree.
-    `shape` is Megatron's. Names of a layer's weights have its number as `{layer}` until it is filled in.
+    `core` is the name in Megatron-core with separate layer norms; `fused` is the name with layer norms fused into
+    the following linear layer, as in Transformer Engine and NeMo 2, None if it is the same. `shape` is Megatron's.
     """
 
     hf: str
@@ -61,21 +60,21 @@ class Weight:
         return self.shape[::-1] if self.kind in ("linear", "qkv weight") else self.shape
 
     def names(self, layout: Layout) -> tuple[str, ...]:
-        """Its possible names in a layout, after the prefix; the first one is what NeMo 2.4.1 writes."""
+        """Its possible names in a layout, without the prefix; NeMo 2.4.1 writes the first one."""
         if layout == LEGACY:
             return (self.legacy,)
         return (self.core,) if self.fused is None else (self.fused, self.core)
 
     def stacked_names(self, layout: Layout) -> tuple[str, ...]:
-        """Its possible names where one tensor has all layers along its first dimension, as checkpoints of
-        Megatron-core have them; none for what is not a layer's."""
+        """Its possible names in Megatron-core checkpoints that stack all layers along the first dimension; empty
+        for weights outside of layers."""
         if layout == LEGACY or self.layer is None:
             return ()
         return tuple(name.replace(f".layers.{self.layer}.", ".layers.") for name in self.names(layout))
 
 
 def weights(shape: GPTShape) -> Iterator[Weight]:
-    """All distinct weights of a model, in GPT-2's order. GPT-2's `lm_head.weight` is `transformer.wte.weight`."""
+    """Yield all distinct weights of a model, in GPT-2's order; `lm_head.weight` is tied to `transformer.wte.weight`."""
     d, f = shape.hidden, shape.ffn
     word, position = "embedding.word_embeddings.weight", "embedding.position_embeddings.weight"
     yield Weight("transformer.wte.weight", word, word, None, "same", (shape.vocabulary, d))
@@ -104,10 +103,10 @@ def weights(shape: GPTShape) -> Iterator[Weight]:
 
 
 def to_hf(weight: Weight, tensor: Tensor, heads: int) -> Tensor:
-    """Megatron's tensor as GPT-2 has it, contiguous; the same values, bit for bit.
+    """Convert Megatron's tensor to GPT-2's layout, contiguous; values are preserved bit for bit.
 
-    Megatron keeps queries, keys and values head by head ([heads, 3, width of a head, hidden]), GPT-2 all
-    queries first ([3, heads, width of a head, hidden]), and both kinds of linear weight transposed.
+    Megatron orders queries, keys and values by head ([heads, 3, head width, hidden]); GPT-2 has all queries first
+    ([3, heads, head width, hidden]), and linear and QKV weights transposed.
     """
     if weight.kind == "linear":
         return tensor.t().contiguous()
@@ -120,7 +119,7 @@ def to_hf(weight: Weight, tensor: Tensor, heads: int) -> Tensor:
 
 
 def to_megatron(weight: Weight, tensor: Tensor, heads: int) -> Tensor:
-    """The way back from `to_hf`."""
+    """The inverse of `to_hf`."""
     if weight.kind == "linear":
         return tensor.t().contiguous()
     if weight.kind == "qkv weight":

@@ -1,6 +1,6 @@
-"""The GPT-2 tokenizer of a Megatron archive, from the vocabulary and merges inside of it.
+"""The GPT-2 tokenizer of a Megatron archive, from the vocabulary and merges inside it.
 
-Both are data of strangers: sizes and contents are checked, and no name in the settings is looked up elsewhere.
+Both are untrusted: sizes and contents are checked, and names in the settings are looked up only in the archive.
 """
 
 import json
@@ -22,19 +22,18 @@ _TYPES = ("GPT2BPETokenizer", "gpt2")
 def read_tokenizer(archive: Archive, settings: Mapping[str, Any]) -> Tokenizer:
     """GPT-2's byte-level BPE with the archive's vocabulary and merges, and `<|endoftext|>` as a special token.
 
-    Raises ModelError that names the setting, for another kind of tokenizer or files that are not there or
-    do not fit together.
+    Raises ModelError that names the setting, for another kind of tokenizer, or missing or inconsistent files.
     """
     where = f"{archive.path}: {CONFIG}: tokenizer"
-    said = settings.get("tokenizer")
-    if not isinstance(said, dict):
-        raise ModelError(f"{where}: expected its library, type and files, found {type(said).__name__}")
-    library, kind = said.get("library"), said.get("type")
+    section = settings.get("tokenizer")
+    if not isinstance(section, dict):
+        raise ModelError(f"{where}: expected its library, type and files, found {type(section).__name__}")
+    library, kind = section.get("library"), section.get("type")
     if library != "megatron" or kind not in _TYPES:
-        wrong = f"type: {kind!r}" if library == "megatron" else f"library: {library!r}"
-        raise ModelError(f"{where}.{wrong} is not read; only the library 'megatron' with the type {_TYPES[0]!r} is")
-    vocabulary = _vocabulary(archive, _artifact(archive, said, "vocab_file", where))
-    name = _artifact(archive, said, "merge_file", where)
+        field = f"type: {kind!r}" if library == "megatron" else f"library: {library!r}"
+        raise ModelError(f"{where}.{field} is not supported; expected library 'megatron' with type {_TYPES[0]!r}")
+    vocabulary = _vocabulary(archive, _artifact(archive, section, "vocab_file", where))
+    name = _artifact(archive, section, "merge_file", where)
     merges = _merges(archive, name)
     try:
         bpe = Tokenizer(models.BPE(vocabulary, merges))
@@ -42,32 +41,32 @@ def read_tokenizer(archive: Archive, settings: Mapping[str, Any]) -> Tokenizer:
         raise ModelError(f"{archive.path}: {name}: does not fit the vocabulary: {error}") from error
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    bpe.add_special_tokens([EOS, *_additional(said, where)])
+    bpe.add_special_tokens([EOS, *_additional_tokens(section, where)])
     return bpe
 
 
 def hugging_face_tokenizer(bpe: Tokenizer) -> Any:
-    """The tokenizer as transformers has it; `<|endoftext|>` begins, ends and pads, as in GPT-2."""
+    """The transformers tokenizer; `<|endoftext|>` is BOS, EOS and padding, as in GPT-2."""
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, bos_token=EOS, pad_token=EOS)
 
 
-def _additional(said: Mapping[str, Any], where: str) -> list[str]:
-    """Further special tokens, which NeMo adds to the vocabulary if they are not in it."""
-    special = said.get("special_tokens") or {}
+def _additional_tokens(section: Mapping[str, Any], where: str) -> list[str]:
+    """Additional special tokens, which NeMo adds to the vocabulary if missing."""
+    special = section.get("special_tokens") or {}
     tokens = (special.get("additional_special_tokens") if isinstance(special, dict) else special) or []
     if not isinstance(tokens, list) or len(tokens) > _MAX_TOKENS or not all(t and isinstance(t, str) for t in tokens):
         raise ModelError(f"{where}.special_tokens: expected a list additional_special_tokens, found {special!r:.200}")
     return tokens
 
 
-def _artifact(archive: Archive, said: Mapping[str, Any], field: str, where: str) -> str:
-    value = said.get(field)
+def _artifact(archive: Archive, section: Mapping[str, Any], field: str, where: str) -> str:
+    value = section.get(field)
     name = value.removeprefix("nemo:") if isinstance(value, str) else ""
     if name not in archive.members:
         raise ModelError(
-            f"{where}.{field}: {value!r} is not a file of the archive; put GPT-2's file into it, and name it there"
+            f"{where}.{field}: {value!r} is not a file of the archive; add GPT-2's file to it, and set its name here"
         )
     return name
 
@@ -79,19 +78,19 @@ def _vocabulary(archive: Archive, name: str) -> dict[str, int]:
     except (ValueError, RecursionError) as error:
         if isinstance(error, ModelError):
             raise
-        raise ModelError(f"{where}: is no JSON: {error}") from error
+        raise ModelError(f"{where}: is not JSON: {error}") from error
     if not isinstance(content, dict) or not 256 <= len(content) <= _MAX_TOKENS:
         raise ModelError(f"{where}: expected 256 to {_MAX_TOKENS} tokens and their ids, found {type(content).__name__}")
     if any(type(value) is not int for value in content.values()) or sorted(content.values()) != list(
         range(len(content))
     ):
-        raise ModelError(f"{where}: its ids are not the numbers from 0 to {len(content) - 1}, each once")
+        raise ModelError(f"{where}: expected each id from 0 to {len(content) - 1} exactly once")
     require_gpt2_tokens(content, where)
     return content
 
 
 def require_gpt2_tokens(vocabulary: Mapping[str, int], where: str) -> None:
-    """Raises ModelError that begins with `where` for a vocabulary without EOS, or without a byte."""
+    """Raise ModelError that begins with `where` if the vocabulary lacks EOS or a byte."""
     missing = [token for token in (EOS, *pre_tokenizers.ByteLevel.alphabet()) if token not in vocabulary]
     if missing:
         raise ModelError(f"{where}: has no {missing[0]!r}, which GPT-2's vocabulary has")

@@ -1,1 +1,1 @@
-"""Tokenizers: as files, as folders, and what they make of prompts and answers."""
+"""Tokenizers: reading from files and folders, and encoding of prompts and answers."""

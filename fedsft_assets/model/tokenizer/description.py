@@ -1,6 +1,6 @@
-"""What the content of a tokenizer.json says about texts: its control tokens, its dummy prefix, where its words end.
+"""Analysis of the content of a tokenizer.json: control tokens, dummy prefix, and word boundaries.
 
-All functions take the content as the tokenizers library itself writes it. Nothing here encodes anything.
+All functions take the parsed content as written by the tokenizers library. Nothing here encodes text.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,16 +8,16 @@ from typing import Any
 
 Description = dict[str, Any]
 
-# What a normalizer or pre-tokenizer may put before a text, or take away there, and what says that it does not.
+# Normalizers and pre-tokenizers that may add or strip text at the beginning, with the options that disable this.
 _NO_DUMMY_PREFIX: dict[str, Description] = {
     "Metaspace": {"prepend_scheme": "never"},
     "ByteLevel": {"add_prefix_space": False},
     "Strip": {"strip_left": False},
 }
-# How vocabularies write a space and other white space: those of bytes have letters for all of it.
+# How vocabularies write spaces and other white space; byte-level ones use letters for all of it.
 _SPACES, _BLANKS = " ▁", "\n\r\t"
 _BYTE_SPACES, _BYTE_BLANKS = "Ġ", "Ċčĉ"
-# Those that do the same to a part of a text whatever stands elsewhere in it, unless a regular expression looks around.
+# These treat each part of a text independently of the rest, unless a regular expression has lookaround.
 _LOCAL_NORMALIZERS = {
     *("NFC", "NFD", "NFKC", "NFKD", "Nmt", "Precompiled", "Lowercase", "StripAccents", "BertNormalizer"),
     *("Prepend", "Replace", "Strip", "ByteLevel", "Sequence"),
@@ -26,28 +26,28 @@ _LOCAL_PRE_TOKENIZERS = {
     *("ByteLevel", "Metaspace", "Digits", "Punctuation", "Split", "CharDelimiterSplit"),
     *("Whitespace", "WhitespaceSplit", "BertPreTokenizer", "Sequence"),
 }
-_LOOKING_AROUND = ("(?=", "(?!", "(?<", "^", "$", r"\b", r"\B", r"\A", r"\z", r"\Z", r"\G")
+_LOOKAROUND = ("(?=", "(?!", "(?<", "^", "$", r"\b", r"\B", r"\A", r"\z", r"\Z", r"\G")
 
 
-def reachable_controls(said: Description) -> set[str]:
-    """The special tokens that the model itself would make of a text that spells them out.
+def reachable_controls(content: Description) -> set[str]:
+    """The special tokens that the model would produce for a text that spells them out.
 
-    Not the one for what is unknown, which stands for text, nor single characters, which texts need.
+    Excludes the unknown token, which stands for text, and single characters, which texts need.
     """
-    model = said["model"]
-    special = {token["content"] for token in said["added_tokens"] if token["special"]}
+    model = content["model"]
+    special = {token["content"] for token in content["added_tokens"] if token["special"]}
     controls = {token for token in special.intersection(_vocabulary(model)) if len(token) > 1} - {_unknown(model)}
     if controls and model["type"] == "BPE" and not model.get("ignore_merges"):
         return controls & {_merged(model, merge) for merge in model["merges"]}
     return controls
 
 
-def with_texts_alone(said: Description, names: Mapping[str, str]) -> Description:
-    """The tokenizer for texts that are not framed, cut or padded, in which some tokens have other names.
+def for_plain_text(content: Description, names: Mapping[str, str]) -> Description:
+    """The tokenizer without post-processing, truncation and padding, and with some tokens renamed.
 
-    All keep their ids. `names` are those of `reachable_controls`: no merge makes one of them any more.
+    All tokens keep their ids. `names` maps `reachable_controls` to new names; merges that produce them are removed.
     """
-    model = said["model"]
+    model = content["model"]
     if names:
         vocab = model["vocab"]
         if isinstance(vocab, dict):
@@ -57,44 +57,47 @@ def with_texts_alone(said: Description, names: Mapping[str, str]) -> Description
         if "merges" in model:
             merges = model["merges"]
             model["merges"] = [merge for merge in merges if names.keys().isdisjoint((*merge, _merged(model, merge)))]
-    added = [{**token, "content": names.get(token["content"], token["content"])} for token in said["added_tokens"]]
-    nothing = dict.fromkeys(("truncation", "padding", "post_processor", "decoder"))
-    return {**said, **nothing, "model": model, "added_tokens": added}
+    added = [{**token, "content": names.get(token["content"], token["content"])} for token in content["added_tokens"]]
+    removed = dict.fromkeys(("truncation", "padding", "post_processor", "decoder"))
+    return {**content, **removed, "model": model, "added_tokens": added}
 
 
-def without_dummy_prefix(said: Description) -> Description:
-    """The tokenizer for a text that goes on after another one: nothing is put before it, or taken away there."""
-    return {**said, **{part: _going_on(said[part]) for part in ("normalizer", "pre_tokenizer")}}
+def without_dummy_prefix(content: Description) -> Description:
+    """The tokenizer for a text that continues another one: nothing is added or stripped at its beginning."""
+    return {**content, **{part: _continuing(content[part]) for part in ("normalizer", "pre_tokenizer")}}
 
 
-def words_end_at_spaces(said: Description) -> bool:
-    """Whether the tokens of a word and those of the space after it never depend on each other.
+def words_end_at_spaces(content: Description) -> bool:
+    """Whether the tokens of a word and those of the space after it are always independent.
 
-    Then a text has the tokens of both its parts, if it is cut between the two: no token of the vocabulary has a space
-    after anything but white space, and no rule looks from one part to the other. False where that is not sure.
+    A text can then be split between the two and encoded in parts: no token of the vocabulary has a space after anything
+    but white space, and no rule looks across the split. False if that is uncertain.
     """
-    model = said["model"]
+    model = content["model"]
     marked = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix") or model.get("dropout")
-    if model["type"] not in ("BPE", "Unigram") or marked or _added_reach_out(said):
+    if model["type"] not in ("BPE", "Unigram") or marked or _added_tokens_affect_next(content):
         return False
-    parts = [*_parts(said["normalizer"], _LOCAL_NORMALIZERS), *_parts(said["pre_tokenizer"], _LOCAL_PRE_TOKENIZERS)]
+    parts = [
+        *_parts(content["normalizer"], _LOCAL_NORMALIZERS),
+        *_parts(content["pre_tokenizer"], _LOCAL_PRE_TOKENIZERS),
+    ]
     if not all(local and not _looks_around(part) for local, part in parts):
         return False
-    of_bytes = any(part["type"] == "ByteLevel" for _, part in parts)
-    spaces, blanks = (_BYTE_SPACES, _BYTE_BLANKS) if of_bytes else (_SPACES, _BLANKS)
-    special = {token["content"] for token in said["added_tokens"]}
+    byte_level = any(part["type"] == "ByteLevel" for _, part in parts)
+    spaces, blanks = (_BYTE_SPACES, _BYTE_BLANKS) if byte_level else (_SPACES, _BLANKS)
+    special = {token["content"] for token in content["added_tokens"]}
     tokens = [token for token in _vocabulary(model) if token not in special]
     if spaces[-1] not in tokens:
-        return False  # a space is unknown to it, as other characters are, and unknown ones may become one token
+        return False  # a space is unknown, and could form one unknown token with other unknown characters
     return not any(space in token.lstrip(spaces + blanks) for token in tokens for space in spaces)
 
 
-def _added_reach_out(said: Description) -> bool:
-    """Whether tokens that are added and not special may take the space after them, or a dummy prefix behind them."""
-    plain = [token for token in said["added_tokens"] if not token["special"]]
+def _added_tokens_affect_next(content: Description) -> bool:
+    """Whether added, non-special tokens may absorb the space after them, or be followed by a dummy prefix."""
+    plain = [token for token in content["added_tokens"] if not token["special"]]
     if any(token["rstrip"] or " " in token["content"] for token in plain):
         return True
-    return bool(plain) and without_dummy_prefix(said) != said
+    return bool(plain) and without_dummy_prefix(content) != content
 
 
 def _vocabulary(model: Description) -> Iterator[str]:
@@ -113,30 +116,30 @@ def _merged(model: Description, merge: Sequence[str]) -> str:
     return left + right.removeprefix(model.get("continuing_subword_prefix") or "")
 
 
-def _going_on(part: Description | None) -> Description | None:
+def _continuing(part: Description | None) -> Description | None:
     if part is None or part["type"] == "Prepend":
         return None
-    for several in ("normalizers", "pretokenizers"):
-        if several in part:
-            kept = [_going_on(one) for one in part[several]]
-            return {**part, several: [one for one in kept if one is not None]}
+    for children in ("normalizers", "pretokenizers"):
+        if children in part:
+            kept = [_continuing(child) for child in part[children]]
+            return {**part, children: [child for child in kept if child is not None]}
     return {**part, **_NO_DUMMY_PREFIX.get(part["type"], {})}
 
 
 def _parts(part: Description | None, local: set[str]) -> Iterator[tuple[bool, Description]]:
-    """A normalizer or pre-tokenizer and all that it consists of, each with whether its kind is one of these."""
+    """Yield a normalizer or pre-tokenizer and its parts, recursively, each with whether its type is in `local`."""
     if part is None:
         return
     yield part["type"] in local, part
-    for one in part.get("normalizers") or part.get("pretokenizers") or []:
-        yield from _parts(one, local)
+    for child in part.get("normalizers") or part.get("pretokenizers") or []:
+        yield from _parts(child, local)
 
 
 def _looks_around(part: Description) -> bool:
-    """Whether what it searches for may span a word's end, or depends on what stands around it."""
+    """Whether a part's pattern may match across the end of a word, or depends on surrounding text."""
     pattern = part.get("pattern") or {}
     if part["type"] == "Replace":
         return "Regex" in pattern or (" " in pattern["String"] and bool(pattern["String"].strip(" ")))
-    # A run of spaces leaves the last one to the word after it: the word before the run has no part in that.
+    # `(?!\S)` only leaves the last of a run of spaces to the next word; the word before the run does not matter.
     regex = pattern.get("Regex", "").replace(r"(?!\S)", "").replace("[^", "[")
-    return any(sign in regex for sign in _LOOKING_AROUND)
+    return any(syntax in regex for syntax in _LOOKAROUND)

@@ -1,7 +1,7 @@
-"""What a model's own tokenizer makes of prompts and records, in which nothing is more than text.
+"""Encoding of prompts and records with a model's own tokenizer, with all content treated as plain text.
 
-A prompt and its answer are one text, as they are for whoever reads both. Control tokens come from the tokenizer's
-frame and from training, never from what a text spells out.
+A prompt and its answer are encoded as one text. Control tokens come from the tokenizer's post-processor and from
+training, never from a text that spells them out.
 """
 
 import secrets
@@ -14,39 +14,39 @@ from tokenizers import Tokenizer, models
 
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.tokenizer.description import (
+    for_plain_text,
     reachable_controls,
-    with_texts_alone,
     without_dummy_prefix,
     words_end_at_spaces,
 )
 
 
 class TextEncoder:
-    """Texts to token ids, for a tokenizer.json.
+    """An encoder of texts to token ids, from a tokenizer.json.
 
-    `front` are the ids that the tokenizer puts before every text: BOS, GLM's two tokens, or none. They are in none
-    of the ids that methods give. `way` is all that decides those ids, and nothing else, as JSON has it.
+    `front` are the ids that the tokenizer prepends to every text: BOS, GLM's two tokens, or none; methods do not
+    return them. `way` is a JSON value of everything that determines the returned ids, and nothing else.
     """
 
     def __init__(self, description: bytes) -> None:
-        """Raises ModelError if the tokenizer.json cannot be read."""
-        own = _read(description)
-        said = orjson.loads(own.to_str())  # as this version says it, whichever wrote it
-        controls = sorted(reachable_controls(said))
-        # Special tokens are matched only to be passed over, where they may hide one that is not special.
-        added = said["added_tokens"] if any(not token["special"] for token in said["added_tokens"]) else []
-        self.front = front_tokens(own)
-        self.way = [said["normalizer"], said["pre_tokenizer"], said["model"], added, controls]
-        # The model would find controls under their own names, so they get names that no text can know.
+        """Read a tokenizer.json. Raises ModelError if it is invalid."""
+        tokenizer = _read(description)
+        content = orjson.loads(tokenizer.to_str())  # normalized by this version of the library
+        controls = sorted(reachable_controls(content))
+        # Special tokens only matter where they may hide a match of one that is not special.
+        added = content["added_tokens"] if any(not token["special"] for token in content["added_tokens"]) else []
+        self.front = front_tokens(tokenizer)
+        self.way = [content["normalizer"], content["pre_tokenizer"], content["model"], added, controls]
+        # The model would match controls by name, so they get names that no text can contain.
         secret = secrets.token_hex(16)
-        self._said = with_texts_alone(said, {control: f"{secret}-{n}" for n, control in enumerate(controls)})
+        self._content = for_plain_text(content, {control: f"{secret}-{n}" for n, control in enumerate(controls)})
 
     @classmethod
     def of(cls, tokenizer: Any) -> Self:
-        """The encoder of a Hugging Face tokenizer. Raises ModelError if that has no fast form."""
+        """The encoder of a Hugging Face tokenizer. Raises ModelError if that is not a fast tokenizer."""
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
-            raise ModelError(f"{type(tokenizer).__name__}: has no fast form; save it with a tokenizer.json")
+            raise ModelError(f"{type(tokenizer).__name__}: is not a fast tokenizer; save it with a tokenizer.json")
         return cls(backend.to_str().encode())
 
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
@@ -54,49 +54,51 @@ class TextEncoder:
         return _encode(self._tokenizer, texts)
 
     def records(self, prompts: Sequence[str], answers: Sequence[str]) -> Iterator[tuple[list[int], int]]:
-        """The ids of each prompt and its answer as one text, and how many of them are the prompt's.
+        """Yield the ids of each prompt and its answer as one text, and the number of ids of the prompt.
 
-        These are always the ids of the prompt on its own, for an answer is generated after them. Where the whole text
-        has others, because one token spans the border, the answer is encoded as what goes on after the prompt.
+        The ids begin with those of the prompt alone, because in generation an answer follows exactly these. Where the
+        whole text has other ids, because a token spans the boundary, the answer is encoded as a continuation.
         """
         pairs = list(zip(prompts, answers, strict=True))
-        # Whole texts would have the same ids, and prompts would be encoded twice.
-        apart = [self._cuts_at_spaces and _is_at_a_space(*pair) for pair in pairs]
+        # Encoding separately gives the same ids here, without encoding prompts twice.
+        separate = [self._splits_at_spaces and _is_at_a_space(*pair) for pair in pairs]
         wholes = iter(
-            self.prompts([prompt + answer for (prompt, answer), cut in zip(pairs, apart, strict=True) if not cut])
+            self.prompts(
+                [prompt + answer for (prompt, answer), split in zip(pairs, separate, strict=True) if not split]
+            )
         )
         continued = iter(
-            _encode(self._continuing, [answer for (_, answer), cut in zip(pairs, apart, strict=True) if cut])
+            _encode(self._continuing, [answer for (_, answer), split in zip(pairs, separate, strict=True) if split])
         )
-        for prompt, answer, cut in zip(self.prompts(prompts), answers, apart, strict=True):
-            if cut:
+        for prompt, answer, split in zip(self.prompts(prompts), answers, separate, strict=True):
+            if split:
                 ids = prompt + next(continued)
             elif (ids := next(wholes))[: len(prompt)] != prompt:
                 ids = prompt + _encode(self._continuing, [answer])[0]
             yield ids, len(prompt)
 
     @cached_property
-    def _cuts_at_spaces(self) -> bool:
-        return words_end_at_spaces(self._said)
+    def _splits_at_spaces(self) -> bool:
+        return words_end_at_spaces(self._content)
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
-        return _tokenizer(self._said)
+        return _tokenizer(self._content)
 
     @cached_property
     def _continuing(self) -> Tokenizer:
-        going_on = without_dummy_prefix(self._said)
-        return self._tokenizer if going_on == self._said else _tokenizer(going_on)
+        continuing = without_dummy_prefix(self._content)
+        return self._tokenizer if continuing == self._content else _tokenizer(continuing)
 
 
 def front_tokens(tokenizer: Tokenizer) -> list[int]:
-    """The ids that a tokenizer puts before every text."""
-    frame = tokenizer.post_processor
-    if frame is None:
+    """The ids that a tokenizer prepends to every text."""
+    post_processor = tokenizer.post_processor
+    if post_processor is None:
         return []
     text = Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).encode("a")
-    framed = frame.process(text)
-    return framed.ids[: framed.special_tokens_mask.index(0)]
+    processed = post_processor.process(text)
+    return processed.ids[: processed.special_tokens_mask.index(0)]
 
 
 def _is_at_a_space(prompt: str, answer: str) -> bool:
@@ -110,8 +112,8 @@ def _read(description: bytes) -> Tokenizer:
         raise ModelError(f"tokenizer.json: cannot be read: {error}; save it with a current tokenizers") from error
 
 
-def _tokenizer(said: dict[str, Any]) -> Tokenizer:
-    tokenizer = _read(orjson.dumps(said))
+def _tokenizer(content: dict[str, Any]) -> Tokenizer:
+    tokenizer = _read(orjson.dumps(content))
     tokenizer.encode_special_tokens = True
     return tokenizer
 
@@ -119,5 +121,5 @@ def _tokenizer(said: dict[str, Any]) -> Tokenizer:
 def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     try:
         return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-    except Exception as error:  # bare too: a word that is not in a vocabulary without a token for unknown ones
+    except Exception as error:  # bare Exception too: an unknown word, and no token for unknown words
         raise ModelError(f"tokenizer.json: cannot encode a text: {error}; use a model whose tokenizer can") from error

@@ -1,4 +1,4 @@
-"""A Hugging Face tokenizer as the contents of its files, by name, and back: how archives hold it."""
+"""Conversion between a Hugging Face tokenizer and the contents of its files by name, as stored in archives."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,14 +9,14 @@ from fedsft_assets.model.errors import ModelError
 
 
 def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
-    """What `save_pretrained` writes for a tokenizer."""
+    """The contents of the files that `save_pretrained` writes for a tokenizer, by name."""
     with TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
 
 
 def tokenizer_of(files: Mapping[str, bytes]) -> Any:
-    """The tokenizer that these files are, no code of theirs; its padding token is EOS if it has none of its own.
+    """Load the tokenizer from its files, without running code in them; its padding token defaults to EOS.
 
     Raises ModelError if they cannot be read.
     """

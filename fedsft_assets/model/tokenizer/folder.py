@@ -1,6 +1,6 @@
-"""The tokenizer of a Hugging Face folder, as transformers reads it: what the model's own tokenizer is.
+"""Reader of the tokenizer of a Hugging Face folder, through transformers.
 
-No code of the folder is run. What could not be read, or would be read as another tokenizer, is refused by name.
+No code from the folder is run. Files that cannot be read, or would become a different tokenizer, are refused by name.
 """
 
 import json
@@ -15,14 +15,14 @@ _COMPARED = 200  # words
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether there are files of a tokenizer: its own, a SentencePiece model, or a vocabulary and merges."""
+    """Whether the folder has tokenizer files: tokenizer*, a SentencePiece model, a vocabulary, or tiktoken ranks."""
     return any(any(folder.glob(pattern)) for pattern in ("tokenizer*", "*.model", "vocab.*", "*.tiktoken"))
 
 
 def read_tokenizer_folder(folder: Path, gguf_file: str | None = None) -> Any:
-    """The folder's tokenizer in its fast form; its padding token is EOS if it has none of its own.
+    """The folder's fast tokenizer; its padding token defaults to EOS.
 
-    What ends the model's answers is a special token, as EOS is. Raises ModelError that names the folder or file.
+    All tokens that end the model's answers are made special. Raises ModelError that names the folder or file.
     """
     from transformers import AutoTokenizer
 
@@ -35,8 +35,8 @@ def read_tokenizer_folder(folder: Path, gguf_file: str | None = None) -> Any:
         raise ModelError(f"{folder}: the tokenizer cannot be read: {error}") from error
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ModelError(
-            f"{folder}: its tokenizer, a {type(tokenizer).__name__}, has no fast form, and training needs one; save it"
-            " there as a tokenizer.json"
+            f"{folder}: its tokenizer, a {type(tokenizer).__name__}, is not a fast tokenizer, which training needs;"
+            " save it there as a tokenizer.json"
         )
     if pieces:
         _require_same_pieces(tokenizer, *pieces)
@@ -47,7 +47,7 @@ def read_tokenizer_folder(folder: Path, gguf_file: str | None = None) -> Any:
 
 
 def _sentencepiece(folder: Path) -> tuple[Path, Any] | None:
-    """The folder's SentencePiece model, if it has one. Raises ModelError if a package that reads it is missing."""
+    """The folder's SentencePiece model, if any. Raises ModelError if a package for reading it is missing."""
     files = sorted(folder.glob("*.model"))
     if not files:
         return None
@@ -56,57 +56,57 @@ def _sentencepiece(folder: Path) -> tuple[Path, Any] | None:
         from sentencepiece import SentencePieceProcessor
     except ImportError as error:
         raise ModelError(
-            f"{files[0]}: to read it, the package sentencepiece is missing ({error}); pip install"
+            f"{files[0]}: the package sentencepiece, needed to read it, is missing ({error}); pip install"
             f" 'fedsft-assets[study]', {remedy}"
         ) from error
     processor = SentencePieceProcessor()
     try:
         processor.Load(str(files[0]))
     except (RuntimeError, OSError):
-        return None  # a tiktoken file may have this name too
+        return None  # tiktoken files may have this name too
     try:
         from sentencepiece import sentencepiece_model_pb2  # noqa: F401 transformers reads the file with it
-    except Exception as error:  # of protobuf: its classes are made for another version
+    except Exception as error:  # raised by protobuf: the generated classes are for another version
         raise ModelError(
-            f"{files[0]}: the package sentencepiece {version('sentencepiece')} does not work beside protobuf"
+            f"{files[0]}: the package sentencepiece {version('sentencepiece')} does not work with protobuf"
             f" {version('protobuf')} ({error}); pip install 'sentencepiece<0.2.3', {remedy}"
         ) from error
     return files[0], processor
 
 
 def _require_same_pieces(tokenizer: Any, file: Path, processor: Any) -> None:
-    """Raises ModelError if transformers made another tokenizer of a SentencePiece file than what it says.
+    """Raise ModelError if transformers' tokenizer differs from the SentencePiece file that it was made from.
 
-    Words are compared after another one: at the beginning of a text, not all that transformers makes has a "▁".
+    Words are compared after another one, because not all transformers tokenizers put a "▁" at the beginning of a text.
     """
     words = [piece[1:] for piece in map(processor.IdToPiece, range(len(processor))) if piece[1:].isalpha()]
     for word in [word for word in words if processor.PieceToId(f"▁{word}") != processor.unk_id()][:_COMPARED]:
-        own = processor.encode(f"{word} {word}", out_type=str)[len(processor.encode(word)) :]
+        expected = processor.encode(f"{word} {word}", out_type=str)[len(processor.encode(word)) :]
         ids = tokenizer(f"{word} {word}", add_special_tokens=False)["input_ids"]
-        found = tokenizer.convert_ids_to_tokens(ids)[-len(own) :]
-        if own != found:
+        found = tokenizer.convert_ids_to_tokens(ids)[-len(expected) :]
+        if expected != found:
             raise ModelError(
-                f"{file}: transformers makes {' '.join(found)} of the word {word!r}, with a {type(tokenizer).__name__}"
-                f" of {len(tokenizer)} tokens, where the file itself makes {' '.join(own)}; save the tokenizer there as"
-                " a tokenizer.json"
+                f"{file}: transformers encodes the word {word!r} as {' '.join(found)}, with a"
+                f" {type(tokenizer).__name__} of {len(tokenizer)} tokens, but the file itself as {' '.join(expected)};"
+                " save the tokenizer there as a tokenizer.json"
             )
 
 
 def _ends(folder: Path) -> list[int]:
-    """What the model's configuration and its settings for generation call EOS."""
+    """The EOS ids in the model's configuration and generation settings."""
     named = []
     for file in (folder / "config.json", folder / "generation_config.json"):
         if file.is_file():
             try:
-                said = json.loads(file.read_text(encoding="utf-8"))
+                content = json.loads(file.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise ModelError(f"{file}: is not JSON: {error}; download it again") from error
-            named.append(said.get("eos_token_id") if isinstance(said, dict) else None)
+            named.append(content.get("eos_token_id") if isinstance(content, dict) else None)
     return end_tokens(*named)
 
 
 def _make_special(tokenizer: Any, ends: list[int]) -> None:
-    """Of these tokens, make those special that a text becomes which spells them out."""
+    """Make those of these tokens special that are added tokens, so that a text cannot spell them out."""
     added = tokenizer.added_tokens_decoder
     for token in [added[end] for end in ends if end in added and not added[end].special]:
         token.special = True

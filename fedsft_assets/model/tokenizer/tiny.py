@@ -1,4 +1,4 @@
-"""The tokenizer of the preset `tiny`: a byte-level BPE of the embedded sample."""
+"""The tokenizer of the preset `tiny`: a byte-level BPE trained on the embedded sample."""
 
 from collections.abc import Iterable
 
@@ -12,7 +12,7 @@ _TINY_VOCABULARY = 1280
 
 
 def sample_texts() -> list[str]:
-    """The embedded sample of all datasets, each example as the text that a model will read."""
+    """All examples of the embedded sample, formatted with the default prompt template."""
     style = template(DEFAULT_TEMPLATE)
     return [
         style.prompt("\n\n".join(part for part in (example.instruction, example.context) if part))
@@ -22,7 +22,7 @@ def sample_texts() -> list[str]:
 
 
 def tiny_tokenizer(texts: Iterable[str]) -> Tokenizer:
-    """A byte-level BPE of 1280 tokens, trained on these texts; EOS is the first token."""
+    """Train a byte-level BPE of 1280 tokens on these texts; EOS is the first token."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()

@@ -1,1 +1,1 @@
-"""One round of training at one site: batches, loss, optimizer, devices."""
+"""Training of one round at one site: batches, loss, optimizer, devices."""

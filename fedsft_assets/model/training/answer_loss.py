@@ -1,9 +1,8 @@
-"""From a batch to its loss, in the fastest way that the model at hand allows.
+"""The loss of a batch, computed in the fastest way that the model supports.
 
-Two things are tried out on each model rather than believed: whether it can be given rows of records
-without padding, and whether its logits are nothing but its output projection. A model that fails is
-trained on padded batches, or through its own forward pass, with the same result. A third trial is
-whether it is causal at all: one that is not is refused.
+Each model is tried out: whether it takes packed records without padding, and whether its logits are the output
+projection alone. If not, it is trained on padded batches, or through its own forward pass, with the same result.
+Models that are not causal are refused.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +28,7 @@ from fedsft_assets.model.training.router_loss import gradient_of, router_coeffic
 from fedsft_assets.model.trial import largest_window, long_ids, some_ids, undisturbed
 
 _TRIED_LENGTHS = (5, 2, 9)
-# Of the largest value. Rounding is below 1e-6; a token that sees another record differs by more than 1e-3.
+# Relative to the largest value. Rounding is below 1e-6; a token that sees another record differs by more than 1e-3.
 _AGREEMENT = 1e-4
 _COMPARED = 8  # tokens at the end of a record
 
@@ -37,15 +36,15 @@ _COMPARED = 8  # tokens at the end of a record
 class AnswerLoss(nn.Module):
     """The summed loss of batches under the Hugging Face model `lm`.
 
-    A sum, so that the means over batches, micro-batches and devices can be weighted by tokens. `packs` says
-    whether batches are rows without padding, `plain_head` whether logits are the output projection alone, and `router`
-    what the loss of a mixture's router counts, 0 where it is not trained.
+    It is a sum so that means over batches, micro-batches and devices can be weighted by tokens. `packs` says whether
+    records are packed without padding, `plain_head` whether logits are the output projection alone; `router` is the
+    coefficient of a mixture's router loss, 0 if that is not trained.
     """
 
     def __init__(self, lm: Any, pad_id: int, longest: int | None = None) -> None:
-        """Try the model out. No record will have more than `longest` tokens, if that is given.
+        """Try the model out. `longest` is the maximum number of tokens of a record; None is unlimited.
 
-        Raises ModelError for a model that sees the tokens that it should predict.
+        Raises ModelError for a model that is not causal.
         """
         super().__init__()
         self.lm, self.pad_id = lm, pad_id
@@ -56,19 +55,19 @@ class AnswerLoss(nn.Module):
             self.packs = _packs(lm, longest)
 
     def batch(self, tokens: Sequence[Tokens], answer_only: bool = True) -> Batch:
-        """Records as this model takes them."""
+        """The records as a batch for this model, packed or padded."""
         return pack(tokens, answer_only) if self.packs else pad(tokens, self.pad_id, answer_only)
 
     @contextmanager
     def prepared(self) -> Iterator[None]:
-        """Batches go in only within the block; generation works only outside of it."""
+        """Call `forward` only within the block; generate text only outside of it."""
         with packed_attention(self.lm) if self.packs else nullcontext():
             yield
 
     def forward(self, batch: Batch) -> Tensor:
-        """The sum of the losses of a batch's targets, in nats; a scalar in fp32.
+        """The summed loss of a batch's targets in nats, an fp32 scalar.
 
-        In training, its gradient is also that of the router's loss for as many targets; its value never is.
+        In training mode, its gradient includes that of the router loss for as many targets; its value does not.
         """
         inputs, head = _inputs(batch), self.lm.get_output_embeddings()
         if self.router and self.lm.training:
@@ -87,7 +86,7 @@ class AnswerLoss(nn.Module):
         return cross_entropies(_logits_at(self.lm, _inputs(batch), batch.positions), batch.targets)
 
     def _with_router(self, head: Any, batch: Batch, inputs: dict[str, Any]) -> Tensor:
-        """The same by the model's own forward pass, which alone makes the router's loss."""
+        """The same through the model's own forward pass, which is needed for the router loss."""
         if self.plain_head:
             with head_input(head) as hidden:
                 output = self.lm(**inputs, output_router_logits=True)
@@ -105,7 +104,7 @@ def _inputs(batch: Batch) -> dict[str, Any]:
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
     if batch.lengths is not None:
         return {**inputs, "position_ids": batch.position_ids, "record_lengths": batch.lengths}
-    # Each record begins a row, where a model counts by itself: RoBERTa does not begin at 0.
+    # Each record begins a row, so the model can count positions itself: RoBERTa does not begin at 0.
     return {**inputs, "attention_mask": batch.attention_mask}
 
 
@@ -121,7 +120,7 @@ def _has_plain_head(lm: Any) -> bool:
     if type(head) is not nn.Linear or lm.base_model is lm:
         return False
     ids = some_ids(lm, max(_TRIED_LENGTHS))[None]
-    # Soft caps leave small logits as they are, and those of random weights are small.
+    # Soft caps hardly change small logits, such as those of random weights.
     enlarged = head.register_forward_hook(lambda _module, _args, logits: logits * 1e4)
     try:
         hidden = lm.base_model(input_ids=ids, use_cache=False)[0]
@@ -134,21 +133,21 @@ def _has_plain_head(lm: Any) -> bool:
 
 
 def _packs(lm: Any, longest: int | None) -> bool:
-    """Whether records give the same in a row as each alone.
+    """Whether packed records give the same logits as each alone.
 
-    Where attention has a window or chunks that a record can outgrow, one of the records does, and another one
-    comes after it: what a token sees must depend on its place in its record, not in the row.
+    If attention has a window or chunks that a record can exceed, one of the tried records does, and another one
+    follows it: what a token sees must depend on its position in its record, not in the row.
     """
     if not lm._can_set_attn_implementation():
         return False
     records = [some_ids(lm, length) for length in _TRIED_LENGTHS]
-    if not _agree_in_a_row(lm, records):
+    if not _agree_when_packed(lm, records):
         return False
     window = largest_window(lm.config, longest)
-    return window is None or _agree_in_a_row(lm, [records[0], long_ids(lm, window), records[-1]])
+    return window is None or _agree_when_packed(lm, [records[0], long_ids(lm, window), records[-1]])
 
 
-def _agree_in_a_row(lm: Any, records: list[Tensor]) -> bool:
+def _agree_when_packed(lm: Any, records: list[Tensor]) -> bool:
     lengths = [len(ids) for ids in records]
     ends = [torch.arange(max(0, length - _COMPARED), length, device=records[0].device) for length in lengths]
     starts = [0, *accumulate(lengths)]
@@ -166,7 +165,7 @@ def _agree_in_a_row(lm: Any, records: list[Tensor]) -> bool:
         with packed_attention(lm):
             together = _logits_at(lm, row, torch.cat([end + start for end, start in zip(ends, starts, strict=False)]))
     except (TypeError, ValueError, RuntimeError):
-        return False  # an argument that it does not know, or a shape that it does not expect
+        return False  # an unknown argument, or an unexpected shape
     return _agree(together, torch.cat(alone))
 
 

@@ -1,11 +1,10 @@
-"""Records to tokens to batches: prompt template, answer-only targets, shuffled batches, micro-batches.
+"""From records to tokens to batches: prompt template, answer-only targets, shuffling, micro-batches.
 
-Relation to NeMo's GPTSFTDataset: the same records (`input`, `output`), the same kind of template, the
-space before `{output}` tokenized with the answer, EOS appended and learned, loss on the answer only,
-the context given up before the answer. Different: prompt and answer are tokenized as one text, the
-context loses its beginning (NeMo's default drops its end), an answer that is cut gets no EOS because it
-does not end there, and a special token spelled out in a record stays plain text, so that data cannot
-end an answer.
+As in NeMo's GPTSFTDataset: records (`input`, `output`), the kind of template, the space before `{output}`
+tokenized with the answer, EOS appended and learned, loss on the answer only, context truncated before the
+answer. Different: prompt and answer are tokenized as one text, the context is truncated at the beginning
+(NeMo's default is the end), a truncated answer gets no EOS because it does not end there, and special tokens
+spelled out in a record stay plain text, so that data cannot end an answer.
 """
 
 import random
@@ -22,14 +21,14 @@ from fedsft_assets.data.records import Record
 from fedsft_assets.model.prompt_template import DEFAULT_TEMPLATE, template
 from fedsft_assets.model.tokenizer.encode import TextEncoder
 
-# In which padded records are sorted by length. Batches of similar lengths are batches of similar records: a model
-# learns less in a step. Four of them leave a tenth of padding, where shuffled batches have a third.
+# Padded records are sorted by length within a window of so many batches. Larger windows make records of a batch more
+# alike, so that a step learns less. With four, a tenth of a batch is padding; without sorting, a third.
 _BATCHES_IN_A_WINDOW = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """One record: `ids` are the prompt's and then the answer's, `prompt` says how many are the prompt's."""
+    """One record: `ids` of the prompt and then the answer; `prompt` is the number of the former."""
 
     ids: list[int]
     prompt: int
@@ -40,27 +39,27 @@ class Tokens:
         return len(self.ids)
 
     def first_target(self, answer_only: bool = True) -> int:
-        """Where the tokens begin that have a loss: the answer, or all but the first, which nothing predicts."""
+        """The index of the first token with a loss: that of the answer, or 1, since nothing predicts token 0."""
         return max(self.prompt, 1) if answer_only else 1
 
     def targets(self, answer_only: bool = True) -> int:
-        """How many tokens have a loss, EOS among them."""
+        """The number of tokens with a loss, including EOS."""
         return len(self.ids) - self.first_target(answer_only)
 
 
 class Truncated(NamedTuple):
-    """How many records lost a part of their context, and how many a part of their answer."""
+    """The numbers of records with a truncated context, and with a truncated answer."""
 
     contexts: int
     answers: int
 
 
 class Batch(NamedTuple):
-    """Records for one forward pass, as a row without padding (`lengths` are theirs) or padded on the right.
+    """Records for one forward pass, packed into a row without padding, with their `lengths`, or padded on the right.
 
-    `input_ids` and `position_ids` are int64 [1, sum(lengths)] in a row, else [B, T] with `attention_mask` [B, T].
-    `positions` [N] index the flattened inputs where a token with a loss is predicted, `targets` [N] are these tokens.
-    The last token of a record predicts nothing and is no input.
+    `input_ids` and `position_ids` are int64, packed [1, sum(lengths)], or padded [B, T] with `attention_mask` [B, T].
+    `positions` [N] index the flattened inputs that predict a token with a loss, `targets` [N] are these tokens.
+    The last token of a record predicts nothing and is not an input.
     """
 
     input_ids: Tensor
@@ -85,10 +84,10 @@ class Batch(NamedTuple):
 def tokenize(
     records: Iterable[Record], tokenizer: Any, max_length: int, prompt_template: str = DEFAULT_TEMPLATE
 ) -> list[Tokens]:
-    """Tokens of records, in their order, none longer than `max_length`.
+    """Tokenize records, in order, each truncated to `max_length` tokens.
 
-    The prompt loses its beginning first (never the BOS token, never its last token); the answer
-    loses its end, EOS included, only if it does not fit even then. `truncated` counts both.
+    The prompt is truncated first, at its beginning, keeping BOS and its last token; the answer is truncated at its
+    end, including EOS, only if it still does not fit. `truncated` counts both.
     """
     records, style, encoder = list(records), template(prompt_template), TextEncoder.of(tokenizer)
     prompts = [style.prompt(record["input"]) for record in records]
@@ -100,9 +99,9 @@ def tokenize(
 
 
 def cut(prompt: list[int], answer: list[int], max_length: int, front: Sequence[int], eos: int) -> Tokens:
-    """One record of at most `max_length` tokens, `front` (BOS, more, or nothing) before it and `eos` at the end.
+    """Truncate one record to `max_length` tokens, including `front` (such as BOS) before it and `eos` at the end.
 
-    Raises ValueError if there is no room for `front` and a token of the prompt.
+    Raises ValueError if there is no room for `front` and one token of the prompt.
     """
     longest_answer = max_length - len(front) - 1
     if longest_answer < 0:
@@ -119,7 +118,7 @@ def cut(prompt: list[int], answer: list[int], max_length: int, front: Sequence[i
 
 
 def truncated(tokens: Iterable[Tokens]) -> Truncated:
-    """Counts of what `tokenize` had to cut."""
+    """Count the truncated contexts and answers."""
     tokens = list(tokens)
     return Truncated(sum(one.context_cut for one in tokens), sum(one.answer_cut for one in tokens))
 
@@ -127,48 +126,48 @@ def truncated(tokens: Iterable[Tokens]) -> Truncated:
 def training_batches(
     tokens: Sequence[Tokens], batch_size: int, seed: int | str, epoch: int, packed: bool
 ) -> list[list[int]]:
-    """Indices of all records once, in batches: a function of the arguments and of the records' lengths only.
+    """Indices of all records, each once, in batches; depends only on the arguments and the records' lengths.
 
-    Records are shuffled. Those that are not `packed` are sorted by length within windows of a few batches, and the
-    batches shuffled again: less padding, and no order by length over the epoch. Only the last batch may be short.
+    Records are shuffled. If not `packed`, they are then sorted by length within windows of a few batches, and the
+    batches shuffled again: this reduces padding without ordering the epoch by length. Only the last batch may be short.
     """
     order = list(range(len(tokens)))
     rng = random.Random(f"{seed}/{epoch}")
     rng.shuffle(order)
     full = len(order) - len(order) % batch_size
     if packed:
-        batches = _cut(order[:full], batch_size)
+        batches = _chunks(order[:full], batch_size)
     else:
-        windows = _cut(order[:full], batch_size * _BATCHES_IN_A_WINDOW)
+        windows = _chunks(order[:full], batch_size * _BATCHES_IN_A_WINDOW)
         by_length = [sorted(window, key=lambda index: len(tokens[index])) for window in windows]
-        batches = [batch for window in by_length for batch in _cut(window, batch_size)]
+        batches = [batch for window in by_length for batch in _chunks(window, batch_size)]
         rng.shuffle(batches)
     return batches + ([order[full:]] if full < len(order) else [])
 
 
 def evaluation_batches(tokens: Sequence[Tokens], batch_size: int) -> list[list[int]]:
-    """Indices of all records once, in batches sorted by length, shortest first."""
-    return _cut(sorted(range(len(tokens)), key=lambda index: len(tokens[index])), batch_size)
+    """Indices of all records, each once, in batches sorted by length, shortest first."""
+    return _chunks(sorted(range(len(tokens)), key=lambda index: len(tokens[index])), batch_size)
 
 
 def micro_batches(
-    tokens: Sequence[Tokens], indices: Sequence[int], most_records: int | None, most_tokens: int | None, packed: bool
+    tokens: Sequence[Tokens], indices: Sequence[int], max_records: int | None, max_tokens: int | None, packed: bool
 ) -> list[list[int]]:
-    """A batch cut into parts that go through the model one after another, records of similar lengths together.
+    """Split a batch into micro-batches of records with similar lengths.
 
-    No part has more than `most_records` records, or more than `most_tokens` tokens, padding among them where
-    records are not `packed`; a record that is longer is a part of its own. One batch in one part stays in its order.
+    Each has at most `max_records` records and `max_tokens` tokens, including padding if not `packed`; a longer record
+    is a micro-batch by itself. None is unlimited. A batch that needs no split keeps its order.
     """
     if not indices:
         return []
-    most_records, most_tokens = most_records or len(indices), most_tokens or sys.maxsize
-    if len(indices) <= most_records and _places([len(tokens[index]) for index in indices], packed) <= most_tokens:
+    max_records, max_tokens = max_records or len(indices), max_tokens or sys.maxsize
+    if len(indices) <= max_records and _padded_size([len(tokens[index]) for index in indices], packed) <= max_tokens:
         return [list(indices)]
     parts: list[list[int]] = []
     lengths: list[int] = []
     for index in sorted(indices, key=lambda index: len(tokens[index])):
         lengths.append(len(tokens[index]))
-        if not parts or len(lengths) > most_records or _places(lengths, packed) > most_tokens:
+        if not parts or len(lengths) > max_records or _padded_size(lengths, packed) > max_tokens:
             parts.append([])
             lengths = lengths[-1:]
         parts[-1].append(index)
@@ -176,7 +175,7 @@ def micro_batches(
 
 
 def pack(tokens: Sequence[Tokens], answer_only: bool = True) -> Batch:
-    """Records one after another in a row. The loss is on their answers, or on all tokens but each record's first."""
+    """Pack records into one row. The loss is on their answers, or on all tokens but each record's first."""
     lengths = [len(one) - 1 for one in tokens]
     starts = [0, *accumulate(lengths)]
     positions = [
@@ -194,7 +193,7 @@ def pack(tokens: Sequence[Tokens], answer_only: bool = True) -> Batch:
 
 
 def pad(tokens: Sequence[Tokens], pad_id: int, answer_only: bool = True) -> Batch:
-    """Records padded on the right to the longest of them, for models that cannot be given rows of records."""
+    """Pad records on the right to the longest of them, for models that do not support packing."""
     lengths = [len(one) - 1 for one in tokens]
     longest = max(lengths)
     positions = [
@@ -215,9 +214,9 @@ def _targets(tokens: Sequence[Tokens], answer_only: bool) -> Tensor:
     return torch.tensor([id for one in tokens for id in one.ids[one.first_target(answer_only) :]])
 
 
-def _places(lengths: list[int], packed: bool) -> int:
+def _padded_size(lengths: list[int], packed: bool) -> int:
     return sum(lengths) if packed else len(lengths) * max(lengths)
 
 
-def _cut(records: list[int], size: int) -> list[list[int]]:
+def _chunks(records: list[int], size: int) -> list[list[int]]:
     return [records[start : start + size] for start in range(0, len(records), size)]

@@ -1,8 +1,7 @@
-"""The loss of a causal language model on answer tokens: cross entropy over a large vocabulary, in little memory.
+"""Memory-efficient cross entropy of a causal language model over a large vocabulary.
 
-Logits exist only at the positions that predict an answer token, and of those a few at a time: at
-49,152 tokens of vocabulary, a copy of the logits of 4,096 positions is 0.8 GB, and a plain loss makes
-four of them.
+Logits are computed only at positions that predict an answer token, a few at a time: with a vocabulary of 49,152
+tokens, the logits of 4,096 positions take 0.8 GB, and a plain loss makes four copies.
 """
 
 from collections.abc import Iterator
@@ -13,15 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
-# Logits that are worked on at a time: 128 MB in fp32. A quarter of it costs matrix products a tenth of their speed.
+# Number of logits per chunk: 128 MB in fp32. With a quarter of that, matrix products are a tenth slower.
 _CHUNK = 1 << 25
 
 
 class _HeadLoss(torch.autograd.Function):
-    """The output projection and its summed cross entropy, chunk by chunk of positions.
+    """The output projection and its summed cross entropy, by chunks of positions.
 
-    The loss is a sum, so its gradients are known at once up to a factor: they are made while a chunk's
-    logits are there, and the backward pass only scales them.
+    Because the loss is a sum, its gradients are known up to a factor: the forward pass computes them while it has a
+    chunk's logits, and the backward pass only scales them.
     """
 
     @staticmethod
@@ -55,17 +54,17 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def head_loss(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
-    """The sum of -log softmax(head(hidden))[target], a scalar in fp32; one backward pass only.
+    """The sum of -log softmax(head(hidden))[target], an fp32 scalar; supports one backward pass only.
 
-    `hidden` [N, D], `targets` [N] int64, all of them valid; N may be 0. Equal to
-    `torch.nn.functional.cross_entropy(head(hidden).float(), targets, reduction="sum")`, at the memory
+    `hidden` [N, D], `targets` [N] int64, all valid; N may be 0. Equal to
+    `torch.nn.functional.cross_entropy(head(hidden).float(), targets, reduction="sum")`, with the memory
     of a few chunks of 32 million logits.
     """
     return _HeadLoss.apply(hidden, head.weight, head.bias, targets)
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
-    """Keeps the logits and one number a row for the backward pass; autograd would keep a copy of all."""
+    """Keeps only the logits and one number per row for the backward pass; autograd would also keep a copy of them."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
@@ -89,9 +88,9 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
 
 def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """The sum of -log softmax(logits)[target], a scalar in fp32 whatever the logits' type.
+    """The sum of -log softmax(logits)[target], an fp32 scalar for any dtype of the logits.
 
-    `logits` [N, V], `targets` [N] int64, all of them valid; N may be 0. Equal to
+    `logits` [N, V], `targets` [N] int64, all valid; N may be 0. Equal to
     `torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")`.
     """
     if not len(targets):
@@ -117,9 +116,9 @@ def cross_entropies(logits: Tensor, targets: Tensor) -> Tensor:
 def head_only_at(head: nn.Module | None, positions: Tensor) -> Iterator[list[bool]]:
     """Within the block, the output projection sees only some positions: [B, T, D] becomes [1, N, D].
 
-    `positions` [N] index the flattened [B * T]. What an architecture does to logits afterwards (soft
-    caps, scales) works on each of them alone, so it stays right. Yields a list that is empty as long
-    as the projection was not called through its module: then the logits are those of all positions.
+    `positions` [N] index the flattened [B * T]. Architectures process logits further only elementwise (soft caps,
+    scales), so results stay correct. Yields a list that stays empty if the projection was not called through its
+    module; the logits are then those of all positions.
     """
     called: list[bool] = []
 
@@ -137,7 +136,7 @@ def head_only_at(head: nn.Module | None, positions: Tensor) -> Iterator[list[boo
 
 @contextmanager
 def head_input(head: nn.Module) -> Iterator[list[Tensor]]:
-    """Within the block, the output projection makes no logits; yields a list that gets what it would make them of."""
+    """Within the block, the output projection computes no logits; yields a list that collects its inputs [B, T, D]."""
     hidden: list[Tensor] = []
 
     def keep(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -152,7 +151,7 @@ def head_input(head: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def _add_product(total: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
-    """total += d_logits^T hidden, in one pass over `total` where types allow it."""
+    """total += d_logits^T hidden, in one pass over `total` if dtypes allow it."""
     if total.dtype == d_logits.dtype == hidden.dtype and not torch.is_autocast_enabled(total.device.type):
         total.addmm_(d_logits.t(), hidden)
     else:

@@ -1,4 +1,4 @@
-"""What an algorithm does to the steps of a site, so that sites with different data do not drift apart."""
+"""Corrections of a site's steps, so that models of sites with different data do not drift apart."""
 
 from collections.abc import Mapping
 from typing import Protocol
@@ -10,22 +10,22 @@ from fedsft_assets.model.language_model import LanguageModel
 
 
 class Correction(Protocol):
-    """One round at one site."""
+    """The correction for one round at one site."""
 
     def begin(self, model: LanguageModel) -> None:
-        """The model has the weights that the round starts from."""
+        """Called with the model before the first step."""
 
     def before_step(self, scale: float) -> None:
-        """Gradients are there, `scale` times too large; they may be changed."""
+        """Called before a step, and may change the gradients, which are multiplied by `scale`."""
 
     def after_step(self, learning_rate: float) -> None:
-        """A step was made; weights may be changed."""
+        """Called after a step, and may change the weights."""
 
 
 class Proximal:
-    """FedProx: the gradient of mu / 2 times the squared distance from the weights that the round started from.
+    """FedProx: adds the gradient of mu / 2 times the squared distance from the round's initial weights.
 
-    Li et al., Federated Optimization in Heterogeneous Networks, 2020. Each process keeps a copy of its share.
+    Li et al., Federated Optimization in Heterogeneous Networks, 2020. Each process keeps a copy of its shard.
     """
 
     def __init__(self, mu: float) -> None:
@@ -46,15 +46,15 @@ class Proximal:
 
 
 class ControlVariates:
-    """SCAFFOLD: each step is corrected by how far the site's usual direction is from that of all sites.
+    """SCAFFOLD: corrects each step by the difference between the control variates of all sites and of this one.
 
-    Karimireddy et al., SCAFFOLD: Stochastic Controlled Averaging for Federated Learning, 2020, its option II. A
-    direction is a change of weights per learning rate, so it fits any optimizer. Tensors are by name, as
-    `LanguageModel.weights` has them; one device.
+    Karimireddy et al., SCAFFOLD: Stochastic Controlled Averaging for Federated Learning, 2020, option II. A control
+    variate is a change of weights per learning rate, so it works with any optimizer. Tensors are named as in
+    `LanguageModel.weights`. Supports one device.
     """
 
     def __init__(self, everywhere: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> None:
-        """The directions of all sites together and of this one; those that are missing are zero."""
+        """The control variates of all sites together and of this one, by name; missing tensors are zero."""
         self._everywhere, self._here = everywhere, here
         self._corrected: list[tuple[Tensor, Tensor]] = []
         self._starts: dict[str, Tensor] = {}
@@ -66,8 +66,8 @@ class ControlVariates:
         self._starts = model.weights()
         for name, tensor in model.distinct_parameters().items():
             if name in self._everywhere:
-                away = self._everywhere[name] - self._here[name] if name in self._here else self._everywhere[name]
-                self._corrected.append((tensor, away.to(tensor.device)))
+                drift = self._everywhere[name] - self._here[name] if name in self._here else self._everywhere[name]
+                self._corrected.append((tensor, drift.to(tensor.device)))
 
     def before_step(self, scale: float) -> None:
         pass
@@ -75,11 +75,11 @@ class ControlVariates:
     @torch.no_grad()
     def after_step(self, learning_rate: float) -> None:
         self._travelled += learning_rate
-        for tensor, away in self._corrected:
-            tensor.add_(away, alpha=-learning_rate)
+        for tensor, drift in self._corrected:
+            tensor.add_(drift, alpha=-learning_rate)
 
     def changes(self) -> dict[str, Tensor]:
-        """After the round: what to add to this site's directions."""
+        """The changes of this site's control variates, after the round."""
         assert self._model is not None, "begin() comes first"
         changes = {}
         for name, tensor in self._model.each_weight():

@@ -1,4 +1,4 @@
-"""How many tokens the records of a folder of splits have, before anything is cut."""
+"""Token lengths of the records of all splits, before truncation."""
 
 from pathlib import Path
 
@@ -15,10 +15,10 @@ Lengths = npt.NDArray[np.int32]
 
 
 def token_lengths(folder: Path, tokenizer: Tokenizer) -> Lengths:
-    """Tokens of each record, int32 [N], in the order of training, validation and testing.
+    """The number of tokens of each record, int32 [N], in the order of training, validation and testing.
 
-    What a trainer sees before it cuts: template, input, output, and the tokens that begin and end them.
-    The tokens are kept beside the splits, where trainers find them.
+    Counts all that a trainer sees before truncation: template, input, output, and the tokens that begin and end a
+    record. The tokens are cached beside the splits, for trainers.
     """
     added = len(front_tokens(tokenizer)) + 1
     description = tokenizer.to_str().encode()

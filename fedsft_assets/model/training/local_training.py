@@ -1,7 +1,7 @@
-"""One round of training at one site, and the loss of a model on records.
+"""Training of one round at one site, and the loss of a model on records.
 
-Weights go in and out through the model; what a round does follows from them, the tokens, the plan and
-the optimizer's moments alone, so that a restarted round repeats exactly.
+The model is trained in place. A round depends only on its weights, the tokens, the plan and the optimizer's
+moments, so that a restarted round repeats exactly.
 """
 
 import math
@@ -25,16 +25,16 @@ from fedsft_assets.specs.plan import ResolvedTraining, SitePlan
 
 
 class TrainingError(RuntimeError):
-    """Training that cannot go on; the model's weights are not to be used."""
+    """Training that cannot continue; the model's weights must not be used."""
 
 
 @dataclass(frozen=True)
 class StepPoint:
     """One optimizer step.
 
-    `round` is 0-based, `step` 1-based within the round's `steps`. `samples` are the records that the
-    site has seen in the whole job so far, `tokens` the answer tokens of this step, `loss` their mean
-    loss before the step, `all_tokens` those of whole records, `seconds` what the step took.
+    `round` is 0-based, `step` 1-based within the round's `steps`. `samples` counts the records that the site has
+    seen in the whole job so far, `tokens` the answer tokens of this step, `all_tokens` all of its tokens without
+    padding. `loss` is the mean per answer token, in nats, before the step; `seconds` is the step's duration.
     """
 
     round: int
@@ -50,7 +50,8 @@ class StepPoint:
 
 @dataclass(frozen=True)
 class RoundReport:
-    """A round: records, answer tokens and all tokens (no padding) trained on, and the mean loss by answer token."""
+    """A round: the records, answer tokens and all tokens (without padding) trained on, and the mean loss per answer
+    token in nats."""
 
     samples: int
     tokens: int
@@ -75,7 +76,7 @@ class Loss:
 
 
 def split_tokens(model: LanguageModel, records_file: Path, max_length: int, most: int | None = None) -> list[Tokens]:
-    """The first `most` records of a JSONL split as tokens for this model, each cut to `max_length` and its limit."""
+    """The first `most` records of a JSONL split as tokens for this model, truncated to `max_length` and its limit."""
     special = model.special_tokens
     tokens = tokenized(records_file, model.tokenizer_json, model.prompt_template)
     return tokens.records(min(max_length, model.max_length), special.front, special.eos, most)
@@ -94,11 +95,11 @@ def train_round(
 ) -> RoundReport:
     """Train the model in place for one round (0-based).
 
-    `on_step` is called after every step. `moments` are those that the report of the round before has, for
-    an optimizer that goes on; without them it starts anew. `batches` are indices of records, in place of those
-    that the plan gives; `correction` is what an algorithm does to each step. The loss of a step is the mean over the
-    targets of its whole batch, however it is cut into micro-batches and shared among devices.
-    Raises TrainingError that names site, round and step if there is no record or a loss is not finite.
+    `on_step` is called after every step. `moments` are those in the previous round's report, to continue with its
+    optimizer state; without them it starts from zero. `batches` are indices of records that replace those of the plan;
+    `correction` is applied to each step. The loss of a step is the mean over the targets of its whole batch, however
+    that is split into micro-batches and among devices.
+    Raises TrainingError that names site, round and step if there are no records or a loss is not finite.
     """
     if not tokens:
         raise TrainingError(f"{plan.site}: no records to train on in {plan.training_file}")
@@ -123,13 +124,13 @@ def train_round(
             targets = sum(tokens[index].targets(training.answer_only_loss) for index in indices)
             loss = add_gradients(devices, tokens, indices, training, targets)
             if not math.isfinite(loss):
-                what_to_do = f"at learning rate {rate:.3g}; try a lower one or precision 32"
-                if plan.filters.privacy and round > 0:  # the model of the first round has no noise yet
+                hint = f"at learning rate {rate:.3g}; try a lower one or precision 32"
+                if plan.filters.privacy and round > 0:  # the first round's model has no noise yet
                     numbers = sum(map(torch.numel, model.distinct_parameters().values()))
-                    what_to_do = plan.filters.privacy.remedy(numbers, what_to_do)
+                    hint = plan.filters.privacy.remedy(numbers, hint)
                 raise TrainingError(
                     f"{plan.job}, {plan.site}: the loss is {loss} in round {round + 1}, step {step} of {len(batches)},"
-                    f" {what_to_do}"
+                    f" {hint}"
                 )
             if correction:
                 correction.before_step(devices.scale)
@@ -162,14 +163,15 @@ def mean_loss(
     devices: Devices | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> Loss:
-    """The model's mean loss over all targets: the same for every size of batches and number of devices.
+    """The model's mean loss over all targets, independent of batch size and number of devices.
 
-    `on_batch` is called after every batch with the records so far. Raises TrainingError if there is no record.
+    `on_batch` is called after every batch with the number of records so far. Raises TrainingError if there are no
+    targets.
     """
     answer_only = training.answer_only_loss
     count = sum(one.targets(answer_only) for one in tokens)
     if not count:
-        raise TrainingError("no answer tokens to take a loss over")
+        raise TrainingError("no answer tokens to compute a loss on")
     devices = devices or OneDevice(model, training.precision)
     total, done = torch.zeros((), dtype=torch.float64, device=devices.device), 0
     model.eval()
@@ -185,9 +187,9 @@ def mean_loss(
 
 
 def round_batches(tokens: Sequence[Tokens], plan: SitePlan, round: int, packed: bool) -> list[list[int]]:
-    """Indices of the records of each step of a round, all local epochs in a row, for a model that `packed` says of.
+    """Indices of the records of each step of a round, over all local epochs; `packed` as in `training_batches`.
 
-    Each round begins with another shuffle, also where it ends before all records were seen.
+    Each round begins with a new shuffle, even if the previous one ended before all records were seen.
     """
     seed, size = _seed(plan, "order"), plan.training.batch_size
     passes = math.ceil(plan.local_epochs)
@@ -205,7 +207,7 @@ def add_gradients(
     make = devices.model.answer_loss.batch
     for number, (part, weight) in enumerate(parts, start=1):
         batch = make([tokens[index] for index in part], training.answer_only_loss).to(devices.device)
-        # Devices average their gradients, and the mean is over the tokens of all of them.
+        # Devices average their gradients, but the loss is a mean over the tokens of all devices.
         scale = weight * devices.count / max(targets, 1)
         total += devices.add_gradients(batch, scale, last=number == len(parts))
     return devices.total(total).item() / devices.count
@@ -214,9 +216,9 @@ def add_gradients(
 def _parts(
     devices: Devices, tokens: Sequence[Tokens], indices: Sequence[int], training: ResolvedTraining
 ) -> list[tuple[list[int], int]]:
-    """This process's micro-batches of a batch, each with its weight: 1, or 0 for one that only keeps step with others.
+    """This process's micro-batches of a batch, each with its weight: 1, or 0 for one that only keeps processes in step.
 
-    Processes work in lockstep, so each must make as many passes as the one with the most.
+    Each process must make as many passes as the one with the most micro-batches.
     """
     packed = devices.model.answer_loss.packs
     limits = (training.micro_batch_size, training.micro_batch_tokens, packed)
@@ -239,7 +241,7 @@ def _learning_rates(plan: SitePlan, round: int, steps: int) -> list[float]:
 
 @contextmanager
 def training_mode(devices: Devices, training: ResolvedTraining, seed: int) -> Iterator[None]:
-    """Within the block the model is in training mode, as the plan says; afterwards it has no gradients."""
+    """Within the block, the model is in training mode, with the plan's settings; gradients are cleared afterwards."""
     model = devices.model
     model.train()
     if training.activation_checkpointing:
@@ -255,5 +257,5 @@ def training_mode(devices: Devices, training: ResolvedTraining, seed: int) -> It
 
 
 def _seed(plan: SitePlan, purpose: str) -> int:
-    """A seed of the site's own for each purpose: sites with equal data must not see it in equal order."""
+    """A seed for the site and purpose: sites with equal data must not see it in the same order."""
     return seed_of(f"{plan.seed}/{plan.site}/{purpose}")

@@ -1,6 +1,6 @@
-"""LoRA: small adapters beside a model's linear layers and experts, which are trained while its own weights stay.
+"""LoRA: trains small adapters of a model's linear layers and experts, with the model's own weights frozen.
 
-Imported only where a job says `peft:`, for the peft library takes a while to load.
+Imported only for jobs with `peft:`, because the peft library is slow to import.
 """
 
 import hashlib
@@ -22,28 +22,28 @@ from fedsft_assets.specs.job import PeftSpec
 
 ADAPTER_FOLDER = "adapter"  # beside a checkpoint, in peft's own format
 
-_NAME = "default"  # what peft calls the one adapter of a model
-_PEFT_PREFIX = "base_model.model."  # what peft puts in front of a tensor's name in its files
+_NAME = "default"  # peft's name for a model's only adapter
+_PEFT_PREFIX = "base_model.model."  # peft's prefix of tensor names in its files
 
 
 @dataclass(frozen=True)
 class Adapters:
-    """The adapters of `model`: LanguageModel.weights and load_weights speak of them alone until they are merged."""
+    """The adapters of `model`: LanguageModel.weights and load_weights cover only these until they are merged."""
 
     model: LanguageModel
-    tuner: Any  # peft's LoraModel around model.lm; no part of the model, so that names stay
+    tuner: Any  # peft's LoraModel around model.lm; not part of the model, so that names stay unchanged
     targets: Targets
 
     def description(self) -> str:
-        """What is trained, beside what, and what stays without an adapter: for whoever starts a training."""
+        """A log line: what is trained, which layers have adapters, and which cannot have one."""
         trained = sum(tensor.numel() for tensor in self.model.distinct_parameters().values())
         whole = sum(parameter.numel() for parameter in self.model.parameters())
         left_out = self.targets.left_out
         return (
             f"adapters of rank {self.tuner.peft_config[_NAME].r} · {trained:,} of {whole:,} parameters"
-            f" ({trained / whole:.1%}) are trained, beside {', '.join(self.targets.names)}, which are"
-            f" {self.targets.share:.1%} of the model"
-            + (f" · {', '.join(left_out)} cannot have one" if left_out else "")
+            f" ({trained / whole:.1%}) trained · adapters for {', '.join(self.targets.names)}"
+            f" ({self.targets.share:.1%} of the model)"
+            + (f" · {', '.join(left_out)} cannot have adapters" if left_out else "")
         )
 
     def digest(self) -> str:
@@ -54,10 +54,10 @@ class Adapters:
         return digest.hexdigest()
 
     def save(self, folder: Path) -> None:
-        """Write adapter_config.json and adapter_model.safetensors, as peft.PeftModel.from_pretrained reads them."""
+        """Write adapter_config.json and adapter_model.safetensors for peft.PeftModel.from_pretrained."""
         folder.mkdir(parents=True, exist_ok=True)
         config = self.tuner.peft_config[_NAME]
-        # A set's order would be another one in each process.
+        # The order of a set differs between processes.
         config.target_modules = sorted(config.target_modules)
         config.target_parameters = sorted(config.target_parameters or ()) or None
         config.save_pretrained(str(folder))
@@ -68,7 +68,7 @@ class Adapters:
         save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
     def merge(self) -> None:
-        """Add the adapters to the weights that they stand beside; then the model is as it was without them."""
+        """Add the adapters to the weights of their layers, and restore the model's structure without adapters."""
         self.tuner.merge_and_unload()
         self.model.requires_grad_(True)
         self.model.adapters_only = False
@@ -76,10 +76,10 @@ class Adapters:
 
 
 def add_adapters(model: LanguageModel, peft: PeftSpec, seed: int) -> Adapters:
-    """Put adapters beside linear layers and experts of the model, in place; only they are trained and travel then.
+    """Add adapters to linear layers and experts of the model, in place; only they are then trained and sent.
 
-    They change no result yet: of their two factors, B is zero. A depends on `seed` and the layer's name alone, and is
-    the same bit for bit on every machine. Raises ModelError if `target_modules` names nothing that can have an adapter.
+    They do not change results yet: of their two factors, B is zero. A depends only on `seed` and the layer's name, bit
+    for bit on every machine. Raises ModelError if `target_modules` names nothing that can have an adapter.
     """
     if model.adapters_only:
         raise ModelError("the model has adapters already; merge them first")
@@ -87,8 +87,8 @@ def add_adapters(model: LanguageModel, peft: PeftSpec, seed: int) -> Adapters:
     targets = choose_targets(lm, peft.target_modules)
     if targets.experts and peft.dropout:
         raise ModelError(
-            f"training.peft.dropout: {peft.dropout}: peft has no dropout for experts, and {type(lm).__name__} has some;"
-            " say 0, or name other target_modules"
+            f"training.peft.dropout: {peft.dropout}: peft has no dropout for experts, which {type(lm).__name__} has;"
+            " set 0, or other target_modules"
         )
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
@@ -113,6 +113,6 @@ def add_adapters(model: LanguageModel, peft: PeftSpec, seed: int) -> Adapters:
 
 
 def _initial(shape: tuple[int, ...], seed: str) -> torch.Tensor:
-    """Uniform in +-1 / sqrt(columns), as peft draws factor A, in steps that round alike everywhere."""
+    """Uniform in +-1 / sqrt(columns), like peft's factor A, in operations that round the same on every machine."""
     generator = torch.Generator().manual_seed(seed_of(seed))
     return (torch.rand(shape, generator=generator) * 2 - 1) * (1 / math.sqrt(shape[1]))

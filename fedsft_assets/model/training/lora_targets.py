@@ -1,7 +1,7 @@
-"""What of a model gets adapters: its linear layers and its experts, so far as adapters beside them are trained.
+"""Choice of the linear layers and experts of a model that get adapters, as far as adapters would be trained there.
 
-Experts of a layer are one parameter of three dimensions, [experts, …, …], and no layers of their own; peft calls those
-`target_parameters`. Imported only where a job says `peft:`.
+Experts of a layer are one parameter with the shape [experts, …, …], not separate layers; peft calls these
+`target_parameters`. Imported only for jobs with `peft:`.
 """
 
 import copy
@@ -21,10 +21,10 @@ from fedsft_assets.model.errors import ModelError
 
 @dataclass(frozen=True)
 class Targets:
-    """Weights that get adapters, by the full names of their layers, and of the experts' parameters.
+    """The linear layers and the experts' parameters that get adapters, by full name.
 
-    `left_out` are the short names of linear layers that cannot have adapters; `share` is the adapted weights' part of
-    all parameters, 0 to 1.
+    `left_out` are the short names of linear layers that cannot have adapters; `share` is the adapted weights' fraction
+    of all parameters, 0 to 1.
     """
 
     layers: Mapping[str, nn.Module]
@@ -34,31 +34,31 @@ class Targets:
 
     @property
     def names(self) -> list[str]:
-        """Short names, as a person calls them: `c_attn`, `experts.down_proj`."""
+        """Short names: `c_attn`, `experts.down_proj`."""
         return sorted({_last(name, 1) for name in self.layers} | {_last(name, 2) for name in self.experts})
 
 
 def choose_targets(lm: Any, names: list[str] | None) -> Targets:
-    """What of a Hugging Face model has one of these names or ends in one; without, all that can have adapters.
+    """The layers and experts of a Hugging Face model whose names match or end in one of `names`; None selects all.
 
-    The output projection gets none. Raises ModelError for a name of nothing, or of what peft refuses.
+    The output projection gets no adapter. Raises ModelError for a name without a match that can have an adapter.
     """
     head = lm.get_output_embeddings()
     linear = {
         name: layer for name, layer in lm.named_modules() if isinstance(layer, nn.Linear | Conv1D) and layer is not head
     }
-    passed_by = _passed_by(lm, linear)
-    refused = {end for end in {_last(name, 1) for name in linear} if end in passed_by or not _accepted(lm, end)}
+    bypassed = _bypassed(lm, linear)
+    refused = {end for end in {_last(name, 1) for name in linear} if end in bypassed or not _accepted(lm, end)}
     possible = {name: layer for name, layer in linear.items() if _last(name, 1) not in refused}
     experts = _experts(lm)
     every = [*possible, *experts]
     for end in names or ():
         if not any(_ends(name, end) for name in every):
-            there = ", ".join(Targets(possible, experts, (), 0).names) or "none"
+            available = ", ".join(Targets(possible, experts, (), 0).names) or "none"
             why = " that can have an adapter" if any(_ends(name, end) for name in linear) else ""
             raise ModelError(
-                f"training.peft.target_modules: {end}: no linear layer{why} and no experts of {type(lm).__name__} are"
-                f" called that; there are {there} (the output projection gets no adapter)"
+                f"training.peft.target_modules: {end}: no linear layer{why} and no experts of {type(lm).__name__}"
+                f" have that name; available: {available} (the output projection gets no adapter)"
             )
     if not every:
         raise ModelError(f"training.peft: {type(lm).__name__} has no linear layers or experts that can have adapters")
@@ -70,7 +70,7 @@ def choose_targets(lm: Any, names: list[str] | None) -> Targets:
 
 
 def shortest(chosen: Iterable[str], every: Iterable[str], parts: int) -> list[str]:
-    """Names for peft: the last parts of those chosen, or whole names where others of `every` end like them."""
+    """Names for peft: the last `parts` of the chosen names, or full names if others in `every` have the same ending."""
     chosen = set(chosen)
     ends = sorted({_last(name, parts) for name in chosen})
     others = [name for name in every if name not in chosen]
@@ -86,25 +86,25 @@ def _experts(lm: Any) -> dict[str, Tensor]:
     }
 
 
-def _passed_by(lm: Any, linear: Mapping[str, nn.Module]) -> set[str]:
-    """Short names of layers that do more than a linear layer, or whose weights a model uses without calling them.
+def _bypassed(lm: Any, linear: Mapping[str, nn.Module]) -> set[str]:
+    """Short names of layers with a forward pass of their own, or whose weights the model uses without calling them.
 
-    A layer's adapter works when the layer is called. Mamba gives some weights to a kernel that does several layers'
-    work, at least on some machines; an adapter beside those would be trained here and not there, or nowhere.
+    An adapter only has an effect when its layer is called. Mamba passes some weights to a fused kernel, at least on
+    some machines, so that adapters of these layers would be trained only on some machines, or nowhere.
     """
     found = {
         _last(name, 1)
         for name, layer in linear.items()
         if type(layer).forward not in (nn.Linear.forward, Conv1D.forward)
     }
-    tried, values = lm, cast(AbstractContextManager[None], nullcontext())
+    tried, context = lm, cast(AbstractContextManager[None], nullcontext())
     if lm.get_input_embeddings().weight.is_meta:
-        tried, values = copy.deepcopy(lm).to(torch.bfloat16), _no_values()
+        tried, context = copy.deepcopy(lm).to(torch.bfloat16), _on_meta()
     embeddings, training = tried.get_input_embeddings(), tried.training
     layers = {name: layer for name, layer in tried.named_modules() if name in linear}
     tried.train()
     try:
-        with _watched(layers) as taken, torch.no_grad(), torch.random.fork_rng(), values:
+        with _watched(layers) as taken, torch.no_grad(), torch.random.fork_rng(), context:
             ids = torch.arange(9, device=embeddings.weight.device)[None] % embeddings.num_embeddings
             tried(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     finally:
@@ -113,8 +113,8 @@ def _passed_by(lm: Any, linear: Mapping[str, nn.Module]) -> set[str]:
 
 
 @contextmanager
-def _no_values() -> Iterator[None]:
-    """A model on the meta device computes within the block, in bf16: experts' products have no other type there."""
+def _on_meta() -> Iterator[None]:
+    """Within the block, a bf16 model on the meta device can compute; experts' products support only bf16 there."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("meta"):
@@ -123,7 +123,7 @@ def _no_values() -> Iterator[None]:
 
 @contextmanager
 def _watched(linear: Mapping[str, nn.Module]) -> Iterator[set[str]]:
-    """Yields a set that gets the names of the layers whose weights are taken from outside of them within the block."""
+    """Yield a set that collects the names of layers whose weights are read from outside of their forward pass."""
     taken: set[str] = set()
     inside: set[nn.Module] = set()
     names = {layer: name for name, layer in linear.items()}
@@ -156,10 +156,10 @@ def _watched(linear: Mapping[str, nn.Module]) -> Iterator[set[str]]:
 
 
 def _accepted(lm: Any, name: str) -> bool:
-    """Whether peft puts an adapter beside linear layers of this name, rather than refusing or taking it for another."""
+    """Whether peft adapts linear layers of this name, instead of refusing them or adapting something else."""
     config = LoraConfig(target_modules=[name])
     try:
-        # Some names are those of experts in an older transformers: peft would adapt the experts in place of the layer.
+        # Some are names of experts in older transformers versions: peft would adapt the experts instead of the layer.
         convert_peft_config_for_transformers(config, lm, None)
         LoraModel._check_target_module_compatiblity(cast(Any, None), config, lm, name)
     except ValueError:

@@ -1,4 +1,4 @@
-"""AdamW and the learning rate of a whole job, from any of its steps on."""
+"""AdamW and the learning rate schedule, which can resume at any step of a job."""
 
 import math
 from collections.abc import Iterable
@@ -8,16 +8,15 @@ from typing import Any
 from torch.nn import Parameter
 from torch.optim import AdamW
 
-_FINAL_LEARNING_RATE = 0.1  # of the highest one
+_FINAL_LEARNING_RATE = 0.1  # relative to the peak
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate over `total_steps`: a warm-up, then a cosine.
+    """The learning rate over `total_steps`: linear warm-up, then cosine decay, as in NeMo's CosineAnnealing.
 
-    In a warm-up of w = int(warmup_ratio * total_steps) steps, step s (0-based) has (s + 1) / (w + 1) of
-    `learning_rate`; then a cosine falls to a tenth of it at `total_steps`. The values are those of NeMo's
-    CosineAnnealing.
+    In the warm-up of w = int(warmup_ratio * total_steps) steps, step s (0-based) has (s + 1) / (w + 1) of
+    `learning_rate`; the cosine then decays to a tenth of it at `total_steps`.
     """
 
     learning_rate: float
@@ -35,17 +34,17 @@ class Schedule:
         return lowest + (self.learning_rate - lowest) * 0.5 * (1 + math.cos(math.pi * share))
 
 
-# The moments of AdamW by position of the parameter, as in `state_dict()["state"]`.
+# AdamW's moments by parameter index, as in `state_dict()["state"]`.
 Moments = dict[int, dict[str, Any]]
 
 
 def build_optimizer(
     parameters: Iterable[Parameter], learning_rate: float, weight_decay: float, fused: bool, moments: Moments | None
 ) -> AdamW:
-    """AdamW, without decay on biases and norms.
+    """AdamW, without weight decay on biases and norms.
 
-    `fused` updates all parameters in one kernel. `moments` are those of an earlier optimizer of the same
-    parameters, to go on with; they become this one's.
+    `fused` updates all parameters in one kernel. `moments` are those of an earlier optimizer of the same parameters,
+    to continue from; this optimizer takes ownership of them.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     matrices, others = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
@@ -59,6 +58,6 @@ def build_optimizer(
 
 
 def moments_of(optimizer: AdamW) -> Moments:
-    """What a next optimizer of the same parameters goes on with; not copies."""
+    """The optimizer's moments, without copying, for a later optimizer of the same parameters."""
     state: Moments = optimizer.state_dict()["state"]
     return state

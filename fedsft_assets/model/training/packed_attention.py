@@ -1,7 +1,7 @@
-"""Attention within records that lie one after another in one row, without padding and without a mask.
+"""Attention within records that are packed into one row, without padding or mask.
 
-What a record's tokens see is what they would see alone. All other work of a model is done token by
-token, so a row of records costs exactly what its tokens cost.
+A record's tokens see exactly what they would see alone. All other operations of a model are per token, so a packed
+row costs exactly what its tokens cost.
 """
 
 from collections.abc import Iterator
@@ -16,19 +16,19 @@ from transformers.modeling_utils import AttentionInterface
 
 _NAME = "fedsft_packed"
 
-# What the packed attention leaves out changes a model's result: such a model is not packed.
-_UNKNOWN = ("softcap", "s_aux", "position_bias", "cache")
+# Arguments that packed attention does not support; models that use them are not packed.
+_UNSUPPORTED = ("softcap", "s_aux", "position_bias", "cache")
 
 
 class CannotPackError(RuntimeError):
-    """The model's attention does something that packed attention does not do."""
+    """The model needs an attention feature that packed attention does not support."""
 
 
 @contextmanager
 def packed_attention(lm: Any) -> Iterator[None]:
-    """Within the block, the Hugging Face model `lm` takes rows of records [1, N] and `record_lengths` that add up to N.
+    """Within the block, the Hugging Face model `lm` takes packed records [1, N] and `record_lengths` with the sum N.
 
-    The lengths go as a keyword argument through the model's layers to its attention.
+    The model's layers pass the lengths on to its attention as a keyword argument.
     """
     before = lm.config._attn_implementation
     lm.set_attn_implementation(_NAME)
@@ -50,26 +50,26 @@ def _attend(
     record_lengths: list[int] | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """As `AttentionInterface` wants it: `query` [1, H, N, D], `key` and `value` [1, H or fewer, N, D] to [1, N, H, D].
+    """Attention as an `AttentionInterface`: `query` [1, H, N, D], `key`, `value` [1, H or fewer, N, D] to [1, N, H, D].
 
-    Raises CannotPackError for what it does not know.
+    Raises CannotPackError for unsupported arguments.
     """
-    unknown = [name for name in _UNKNOWN if others.get(name) is not None]
-    if record_lengths is None or attention_mask is not None or unknown or not getattr(module, "is_causal", True):
-        raise CannotPackError(f"{type(module).__name__} asks for more than packed attention within known records")
+    unsupported = [name for name in _UNSUPPORTED if others.get(name) is not None]
+    if record_lengths is None or attention_mask is not None or unsupported or not getattr(module, "is_causal", True):
+        raise CannotPackError(f"{type(module).__name__} needs more than causal attention within packed records")
     grouped = {"enable_gqa": True} if key.shape[1] != query.shape[1] else {}
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout and not sliding_window:
         return _attend_in_one_kernel(query, key, value, scaling, record_lengths), None
     options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling, **grouped}
     parts = [
-        scaled_dot_product_attention(q, k, v, **_sight(q, sliding_window), **options)
+        scaled_dot_product_attention(q, k, v, **_causal_mask(q, sliding_window), **options)
         for q, k, v in zip(*(tensor.split(record_lengths, 2) for tensor in (query, key, value)), strict=True)
     ]
     return torch.cat([part.transpose(1, 2) for part in parts], 1), None
 
 
-def _sight(query: Tensor, window: int | None) -> dict[str, Any]:
-    """What a token sees: all before it, or the last `window` tokens, itself among them."""
+def _causal_mask(query: Tensor, window: int | None) -> dict[str, Any]:
+    """Arguments for causal attention to all earlier tokens, or to the last `window` tokens including the own one."""
     length = query.shape[2]
     if window is None or length <= window:
         return {"is_causal": True}
@@ -81,13 +81,13 @@ def _sight(query: Tensor, window: int | None) -> dict[str, Any]:
 def _attend_in_one_kernel(
     query: Tensor, key: Tensor, value: Tensor, scaling: float | None, lengths: list[int]
 ) -> Tensor:
-    """All records at once, by the flash attention for sequences of various lengths that PyTorch brings for GPUs."""
+    """Attention within all records at once, with PyTorch's variable-length flash attention for GPUs."""
     from torch.nn.attention.varlen import varlen_attn
 
     ends = torch.tensor([0, *lengths], device=query.device, dtype=torch.int32).cumsum(0, dtype=torch.int32)
     q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
     longest, grouped = max(lengths), key.shape[1] != query.shape[1]
-    causal = (-1, 0)  # any token before, none after
+    causal = (-1, 0)  # all earlier tokens, no later ones
     out = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=causal, scale=scaling, enable_gqa=grouped)
     assert isinstance(out, Tensor)
     return out[None]

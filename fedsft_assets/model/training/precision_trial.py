@@ -1,4 +1,4 @@
-"""What a model computes faster in on this machine: tried with real batches, without changing the model."""
+"""Trial of which precision is faster on this machine, with real batches and without changing the model."""
 
 import statistics
 import time
@@ -13,50 +13,50 @@ from fedsft_assets.model.training.local_training import add_gradients, round_bat
 from fedsft_assets.specs.job import Precision
 from fedsft_assets.specs.plan import SitePlan
 
-_MOST_PASSES = 6  # in each precision, the first of which warms up
-_SECONDS = 10.0  # no more passes are begun after them, once there are two
-# By how much another precision must be faster than the first: results in fp32 are the same on every machine.
-_WORTH_IT = 1.05
+_MAX_PASSES = 6  # per precision, of which the first is a warm-up
+_SECONDS = 10.0  # after which no more passes are started, once there are two
+# The minimum speedup for another precision than the first, whose fp32 results are the same on every machine.
+_MIN_SPEEDUP = 1.05
 
 
 class Trial(NamedTuple):
-    """The precision to compute in, and why, as words that come after it."""
+    """The chosen precision, and the reason, as words to print after it."""
 
     precision: Precision
     why: str
 
 
 def faster_precision(model: LanguageModel, tokens: Sequence[Tokens], plan: SitePlan) -> Trial:
-    """What `auto` is for a model on the CPU and the records that it is trained on, by the seconds of real passes.
+    """Resolve `auto` for a model on the CPU and its training records, by timing real passes.
 
-    A pass is a micro-batch's forward and backward; the optimizer does the same work in every precision. The model, its
-    gradients (none) and random states are afterwards what they were. Nothing is tried where there is no choice, or no
+    A pass is the forward and backward pass of a micro-batch; the optimizer does the same work in every precision. The
+    model, its gradients (none) and random states are left unchanged. Nothing is tried if there is no choice, or no
     record.
     """
     choices = precisions()
     if len(choices) == 1 or not tokens:
-        return Trial(choices[0], "all that auto can be here")
+        return Trial(choices[0], "the only choice for auto here")
     first, other = choices
     ratios = _ratios(model, tokens, plan, first, other)
     speed = statistics.median(ratios)
-    told = f"tried on {len(ratios)} batches, {other} has {speed:.2f} times the speed of {first} with this model"
-    return Trial(other if speed > _WORTH_IT else first, told)
+    reason = f"tried on {len(ratios)} batches, {other} has {speed:.2f} times the speed of {first} with this model"
+    return Trial(other if speed > _MIN_SPEEDUP else first, reason)
 
 
 def _ratios(
     model: LanguageModel, tokens: Sequence[Tokens], plan: SitePlan, first: Precision, other: Precision
 ) -> list[float]:
-    """How many times as fast the other precision is, batch by batch. Each takes turns: other processes come and go."""
+    """The speedup of the other precision, batch by batch; they alternate, since the machine's load may vary."""
     devices = {precision: OneDevice(model, precision) for precision in (first, other)}
     seconds: dict[Precision, list[float]] = {first: [], other: []}
     started = time.perf_counter()
     with training_mode(devices[first], plan.training, seed=0):
-        for part in islice(cycle(_passes(model, tokens, plan)), _MOST_PASSES):
+        for part in islice(cycle(_passes(model, tokens, plan)), _MAX_PASSES):
             targets = sum(tokens[index].targets(plan.training.answer_only_loss) for index in part)
             for precision in (first, other):
-                begun = time.perf_counter()
+                pass_started = time.perf_counter()
                 add_gradients(devices[precision], tokens, part, plan.training, targets)
-                seconds[precision].append(time.perf_counter() - begun)
+                seconds[precision].append(time.perf_counter() - pass_started)
                 model.zero_grad(set_to_none=True)
             if len(seconds[other]) > 1 and time.perf_counter() - started > _SECONDS:
                 break
@@ -64,8 +64,8 @@ def _ratios(
 
 
 def _passes(model: LanguageModel, tokens: Sequence[Tokens], plan: SitePlan) -> list[list[int]]:
-    """Of each of the first batches, the micro-batch of middling length: records of each, by number."""
+    """The median-length micro-batch of each of the first batches, as indices of records."""
     training, packed = plan.training, model.answer_loss.packs
     limits = (training.micro_batch_size, training.micro_batch_tokens, packed)
-    cut = [micro_batches(tokens, batch, *limits) for batch in round_batches(tokens, plan, 0, packed)[:_MOST_PASSES]]
-    return [parts[len(parts) // 2] for parts in cut]
+    split = [micro_batches(tokens, batch, *limits) for batch in round_batches(tokens, plan, 0, packed)[:_MAX_PASSES]]
+    return [parts[len(parts) // 2] for parts in split]

@@ -1,6 +1,6 @@
-"""The loss that keeps the experts of a mixture in even use, by the model's own forward pass.
+"""The load balancing loss of a mixture of experts, from the model's own forward pass.
 
-It is trained where the model's configuration says `output_router_logits`, as transformers does when it is given labels.
+It is trained if the model's configuration sets `output_router_logits`, as transformers does when called with labels.
 """
 
 import inspect
@@ -15,28 +15,28 @@ _COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
 
 
 def router_coefficient(lm: Any) -> float:
-    """What the router's loss is multiplied with beside the mean loss of targets; 0 if it is not trained.
+    """The coefficient of the router loss relative to the mean loss of targets; 0 if it is not trained.
 
-    Raises ModelError if the configuration asks for a router's loss and does not say how much it counts.
+    Raises ModelError if the configuration enables the router loss without a coefficient.
     """
     config = lm.config.get_text_config()
     if not getattr(config, "output_router_logits", False):
         return 0.0
     if "output_router_logits" not in inspect.signature(lm.forward).parameters:
-        return 0.0  # no mixture: its configuration has a field that its code does not know
+        return 0.0  # not a mixture: its code does not use this field of the configuration
     for name in _COEFFICIENTS:
-        for said in (getattr(lm, name, None), getattr(config, name, None)):
-            if isinstance(said, int | float):
-                return float(said)
+        for value in (getattr(lm, name, None), getattr(config, name, None)):
+            if isinstance(value, int | float):
+                return float(value)
     raise ModelError(
-        f"{type(lm).__name__}: output_router_logits is true, but none of {', '.join(_COEFFICIENTS)} says how much the"
-        " router's loss counts; set one in the model's config.json, or output_router_logits to false"
+        f"{type(lm).__name__}: output_router_logits is true, but the router loss has no coefficient"
+        f" ({' or '.join(_COEFFICIENTS)}); set one in the model's config.json, or set output_router_logits to false"
     )
 
 
 def gradient_of(output: Any, factor: float) -> Tensor:
-    """Zero in value; its gradient is that of `factor` times the router's loss of a model's output."""
+    """A scalar zero with the gradient of `factor` times the router loss in a model's output."""
     loss = output.aux_loss
-    if not isinstance(loss, Tensor):  # a mixture without experts in any layer
+    if not isinstance(loss, Tensor):  # no layer has experts
         return torch.zeros(())
     return factor * (loss.float() - loss.float().detach()).to(output.logits.device)

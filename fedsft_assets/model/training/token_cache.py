@@ -1,6 +1,6 @@
-"""The tokens of a JSONL split: made once for each content and tokenizer, and kept beside it for all who need them.
+"""A cache of the tokens of a JSONL split, beside the split, by content and tokenizer.
 
-The data assets fill the cache, sites' trainers read it. Where it cannot be kept, tokens are made anew, never wrong.
+The data assets fill the cache, and trainers read it. If it cannot be written, tokens are computed on each use.
 """
 
 from __future__ import annotations
@@ -36,21 +36,20 @@ if TYPE_CHECKING:
 
 _FORMAT = 2
 _BATCH = 512  # records
-_BATCHES = 8  # in memory at once
-_KEPT = 3  # tokenizers, for one content of a split
-_HEX = 32  # digits of a digest in a file's name
+_BATCHES = 8  # in memory at a time
+_KEPT = 3  # tokenizers per content of a split
+_HEX = 32  # hex digits of a digest in a file name
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
 class Tokenized:
-    """The N records of one JSONL split as tokens, uncut, without BOS and EOS.
+    """The N records of one JSONL split as tokens, not truncated, without BOS and EOS.
 
-    `ids` int32 [T] are the prompt and then the answer of each record, one record after another, as `TextEncoder` has
-    them;
-    `starts` int64 [N + 1] say where each begins and the last one ends; `prompts` int32 [N] how many
-    of a record's ids are its prompt's.
+    `ids` int32 [T] are the concatenated ids of all records, each prompt followed by its answer, from `TextEncoder`;
+    `starts` int64 [N + 1] are the records' start indices and the total T; `prompts` int32 [N] are the numbers of ids
+    in the prompts.
     """
 
     ids: npt.NDArray[np.int32]
@@ -58,9 +57,9 @@ class Tokenized:
     prompts: npt.NDArray[np.int32]
 
     def records(self, max_length: int, front: Sequence[int], eos: int, most: int | None = None) -> list[Tokens]:
-        """The first `most` records as a trainer takes them, in the split's order, none longer than `max_length`.
+        """The first `most` records for training, in split order, truncated to `max_length` tokens by `batches.cut`.
 
-        `front` stands before each, `eos` at the end; what does not fit is cut by `batches.cut`.
+        `front` is prepended and `eos` appended to each.
         """
         from fedsft_assets.model.training.batches import cut
 
@@ -78,27 +77,27 @@ class Tokenized:
 
 
 def tokenized(records_file: Path, tokenizer: bytes | Tokenizer, prompt_template: str) -> Tokenized:
-    """The tokens of a JSONL split: from the file beside it, else made by all cores and kept there.
+    """The tokens of a JSONL split: from the cache beside it, or computed on all cores and cached.
 
-    `tokenizer` is a tokenizer.json or what was read from one; special tokens spelled out in a record
-    are plain text. Of several processes that want the same tokens, one makes them while the others wait.
-    Raises DataError for records and ModelError for a tokenizer or template that cannot be used.
+    `tokenizer` is a tokenizer.json or a tokenizer loaded from one; special tokens spelled out in a record are plain
+    text. If several processes need the same tokens, one computes them while the others wait. Raises DataError for
+    unusable records, and ModelError for an unusable tokenizer or template.
     """
     description = tokenizer if isinstance(tokenizer, bytes) else tokenizer.to_str().encode()
     style, way = template(prompt_template), _way(description, prompt_template)
     content = _digest(records_file)
-    start = f".tokens-{records_file.stem}-{content[:_HEX]}"
-    kept = records_file.with_name(f"{start}-{way[:_HEX]}.npz")
-    tokens = _read(kept)
+    prefix = f".tokens-{records_file.stem}-{content[:_HEX]}"
+    cached = records_file.with_name(f"{prefix}-{way[:_HEX]}.npz")
+    tokens = _read(cached)
     if tokens is not None:
         return tokens
-    with _turn(records_file):
-        tokens = _read(kept)
+    with _locked(records_file):
+        tokens = _read(cached)
         if tokens is None:
-            tokens = _make(records_file, TextEncoder(description), style)
-            if _digest(records_file) == content:  # else it was replaced, and these are the new one's tokens
-                _keep(tokens, kept)
-                _tidy(records_file, start)
+            tokens = _encode(records_file, TextEncoder(description), style)
+            if _digest(records_file) == content:  # otherwise the file was replaced, and these are the new one's tokens
+                _write(tokens, cached)
+                _evict(records_file, prefix)
     return tokens
 
 
@@ -106,45 +105,45 @@ def _digest(records_file: Path) -> str:
     try:
         return file_digest(records_file)
     except OSError as error:
-        raise DataError(f"{records_file}: cannot be read: {error.strerror}; make it before what needs it") from error
+        raise DataError(f"{records_file}: cannot be read: {error.strerror}; regenerate the splits") from error
 
 
-@lru_cache(maxsize=2)  # a large vocabulary takes a good part of a second, and every split asks for it
+@lru_cache(maxsize=2)  # takes a good part of a second with a large vocabulary, and is needed for each split
 def _way(description: bytes, prompt_template: str) -> str:
-    """SHA-256 in hex over all that decides the ids of a record, and nothing else.
+    """SHA-256 in hex of everything that determines the ids of a record, and nothing else.
 
-    So a preset's tokenizer and the one in an archive made from it share their tokens, though
-    transformers adds special tokens, padding and a post-processor to the latter.
+    A preset's tokenizer and that of an archive made from it so share their tokens, although transformers adds special
+    tokens, padding and a post-processor to the latter.
     """
     way = [_FORMAT, tokenizers.__version__, template(prompt_template).text, TextEncoder(description).way]
     return hashlib.sha256(orjson.dumps(way, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
 @contextmanager
-def _turn(records_file: Path) -> Iterator[None]:
-    """Hold the lock of the split, which ends with this process at the latest."""
+def _locked(records_file: Path) -> Iterator[None]:
+    """Hold the split's lock, which is released with this process at the latest."""
     with records_file.open("rb") as file:
-        if os.access(records_file.parent, os.W_OK):  # else nothing is kept, and nobody need wait for it
-            with suppress(OSError):  # a file system without locks: several may do the same work
+        if os.access(records_file.parent, os.W_OK):  # otherwise nothing is cached, so waiting is useless
+            with suppress(OSError):  # without file locks, several processes may do the same work
                 fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def _read(kept: Path) -> Tokenized | None:
-    """What is kept there, if it is whole: the checksums of its parts are in the file."""
-    if not kept.is_file():
+def _read(cached: Path) -> Tokenized | None:
+    """The cached tokens; None if missing or damaged, as detected by checksums in the file."""
+    if not cached.is_file():
         return None
     try:
-        with np.load(kept) as parts:
+        with np.load(cached) as parts:
             return Tokenized(parts["ids"], parts["starts"], parts["prompts"])
-    except Exception as error:  # a damaged file can raise anything; it is no more than a copy
-        _log.warning("%s: is damaged (%s: %s) and is made anew", kept, type(error).__name__, error)
+    except Exception as error:  # a damaged file can raise anything
+        _log.warning("%s: damaged (%s: %s); tokenizing again", cached, type(error).__name__, error)
         return None
 
 
-def _make(records_file: Path, encoder: TextEncoder, style: PromptTemplate) -> Tokenized:
+def _encode(records_file: Path, encoder: TextEncoder, style: PromptTemplate) -> Tokenized:
     def encode(records: list[Record]) -> tuple[array[int], list[int]]:
-        """The ids of some records, and how many each record and its prompt have, in turns."""
+        """The ids of some records, and alternately the numbers of ids of each record and its prompt."""
         prompts = [style.prompt(record["input"]) for record in records]
         answers = [style.answer(record["output"]) for record in records]
         ids, counts = array("i"), list[int]()
@@ -171,20 +170,20 @@ def _batches(records_file: Path) -> Iterator[list[Record]]:
         yield batch
 
 
-def _keep(tokens: Tokenized, kept: Path) -> None:
+def _write(tokens: Tokenized, cached: Path) -> None:
     try:
-        with publish_file(kept) as path, path.open("wb") as file:
+        with publish_file(cached) as path, path.open("wb") as file:
             np.savez(file, ids=tokens.ids, starts=tokens.starts, prompts=tokens.prompts)
     except OSError as error:
-        _log.info("%s: the tokens are not kept: %s", kept.parent, error)
+        _log.info("%s: cannot cache tokens: %s", cached.parent, error)
 
 
-def _tidy(records_file: Path, start: str) -> None:
-    """Remove the tokens of other contents of this split, and for its present one those of all but a few tokenizers."""
+def _evict(records_file: Path, prefix: str) -> None:
+    """Remove cached tokens of the split's earlier contents, and of all but the most recent tokenizers."""
     digest = "?" * _HEX
     found = records_file.parent.glob(f".tokens-{glob.escape(records_file.stem)}-{digest}-{digest}.npz")
     with suppress(OSError):
         newest_first = sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
-        present = [path for path in newest_first if path.name.startswith(start)]
-        for path in set(newest_first) - set(present[:_KEPT]):
+        current = [path for path in newest_first if path.name.startswith(prefix)]
+        for path in set(newest_first) - set(current[:_KEPT]):
             path.unlink()

@@ -58,7 +58,7 @@ both_kinds_of_json = pytest.mark.parametrize("format", ["jsonl", "json"])
         ('{"q": "same", "q": "same", "a": "x"}', "q: occurs 2 times", "['same', 'same']"),
         ('{"q": "1", "a": "x", "a": null, "a": 7}', "a: occurs 3 times", "['x', None, 7]"),
         ('{"q": "1", "c": "", "a": "x", "c": "late"}', "c: occurs 2 times", "['', 'late']"),
-        ('{"q": {"role": "user", "role": "system"}, "a": "x"}', "q: expected a text, found dict", "{'role': 'sys"),
+        ('{"q": {"role": "user", "role": "system"}, "a": "x"}', "q: expected a string, found dict", "{'role': 'sys"),
     ],
 )
 def test_a_row_that_says_a_field_twice_is_rejected(
@@ -93,9 +93,7 @@ def test_too_many_rows_that_say_a_field_twice_refuse_the_dataset_with_what_was_f
     path = tmp_path / "rows.jsonl"
     rows = [f'{{"q": "What is {n}?", "c": "", "a": "It is {n}."' for n in range(200)]
     path.write_text("\n".join(f'{row}, "a": "No."}}' if n % 20 == 3 else f"{row}}}" for n, row in enumerate(rows)))
-    message = (
-        r"mine: 10 of 200 rows .* rows\.jsonl row 4: a: occurs 2 times \(\['It is 3\.', 'No\.'\]\); .* repair them"
-    )
+    message = r"mine: 10 of 200 rows .* rows\.jsonl row 4: a: occurs 2 times \(\['It is 3\.', 'No\.'\]\); .* fix them"
     with pytest.raises(DataError, match=message):
         split_dataset(_spec(path, "jsonl"), tmp_path, tmp_path / "splits")
 
@@ -114,7 +112,7 @@ def test_half_of_a_surrogate_pair_rejects_its_row(
     assert _pairs(batches) == [("1", "yes")] * 2
     assert [text for batch in batches for text in batch.context.to_pylist()] == ["😀"] * 2
     assert _rejected(batches) == [
-        Rejected("rows", row, "a: has half of a UTF-16 surrogate pair", f"an end{half}")
+        Rejected("rows", row, "a: has an unpaired UTF-16 surrogate", f"an end{half}")
         for row, half in enumerate(halves, start=2)
     ]
 
@@ -144,8 +142,8 @@ def test_numbers_that_only_python_writes_matter_only_where_a_text_belongs(tmp_pa
     batches = _read(path, format)
     assert _pairs(batches) == [("1", "2")]
     assert [(row.row, row.reason, row.found) for row in _rejected(batches)] == [
-        (2, "c: expected a text, found float", "nan"),
-        (3, "q: expected a text, found float", "-inf"),
+        (2, "c: expected a string, found float", "nan"),
+        (3, "q: expected a string, found float", "-inf"),
     ]
 
 
@@ -165,7 +163,7 @@ def test_a_csv_column_that_is_there_twice_is_refused_if_it_is_read(tmp_path: Pat
     path = tmp_path / "rows.csv"
     path.write_text("q,c,a,more,a\n1,,2,,3\n")
     with pytest.raises(
-        DataError, match=r"rows\.csv: row 1: column a: is the name of columns 3 and 5; give each a name"
+        DataError, match=r"rows\.csv: row 1: column a: is the name of columns 3 and 5; give each a unique name"
     ):
         _read(path, "csv")
     path.write_text("q,,c,a,more,,more\n1,,,2,,,\n")
@@ -181,7 +179,7 @@ def test_a_parquet_column_that_is_there_twice_is_refused_if_it_is_read(tmp_path:
 
     write("q", "c", "a", "a")
     with pytest.raises(
-        DataError, match=r"rows\.parquet: column a: is the name of 2 columns, found q, c, a, a; take the"
+        DataError, match=r"rows\.parquet: column a: is the name of 2 columns, found q, c, a, a; use the"
     ):
         _read(path, "parquet")
     write("q", "more", "c", "a", "more")
@@ -233,7 +231,7 @@ def test_two_columns_with_the_same_texts_in_every_row_are_refused(
 ) -> None:
     path = tmp_path / "rows"
     _write_columns(path, format, *columns)
-    message = rf"rows: columns {names}: hold the same text in each of 5000 rows, found '.*0'; .* have the {texts}"
+    message = rf"rows: columns {names}: hold the same text in each of 5000 rows, found '.*0'; .* with the {texts}"
     with pytest.raises(DataError, match=message):
         _read(path, format)
 
@@ -260,7 +258,7 @@ def test_a_second_file_whose_answers_are_its_prompts_is_refused(tmp_path: Path) 
     [
         (
             '{"input": "a", "output": "b", "input": "c"}',
-            r"line 2: input: occurs 2 times, found \['a', 'c'\]; write the",
+            r"line 2: input: occurs 2 times, found \['a', 'c'\]; regenerate the",
         ),
         ('{"input": "a", "output": "b", "output" : "b"}', r"line 2: output: occurs 2 times, found \['b', 'b'\]"),
     ],

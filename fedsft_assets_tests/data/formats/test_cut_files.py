@@ -90,7 +90,7 @@ def test_a_csv_file_that_ends_within_a_row_is_refused(tmp_path: Path, quoting: A
     answer = content.rindex(b"drei") - (quoting == csv.QUOTE_ALL)
     for end in range(last + 1, answer + 1):
         path.write_bytes(content[:end])
-        with pytest.raises(DataError, match=r"rows\.csv: row 4: .*cut off.* download it again"):
+        with pytest.raises(DataError, match=r"rows\.csv: row 4: .*truncated.* download it again"):
             _questions(path, "csv")
 
 
@@ -151,7 +151,7 @@ def test_a_file_that_ends_in_zeros_is_refused(tmp_path: Path, format: DataFormat
     path = tmp_path / "rows"
     content = {"jsonl": _jsonl(_MANY) + b"\n", "csv": _csv(_MANY), "json": json.dumps(_MANY).encode()}[format]
     path.write_bytes(content[:-2000] + bytes(2000))
-    with pytest.raises(DataError, match=rf"rows: ends in zeros where {format} has none: .*; download it again"):
+    with pytest.raises(DataError, match=rf"rows: ends in zero bytes, {format} never does: .*; download it again"):
         _questions(path, format)
 
 
@@ -219,7 +219,7 @@ def test_cut_files_of_conversation_trees_are_refused(source: Path) -> None:
         content = (folder / name).read_bytes()
         for end in (1, 4, 1000, len(content) // 2, len(content) - 1):
             (folder / name).write_bytes(content[:end])
-            with pytest.raises(DataError, match=rf"{name}: is not a (whole )?Parquet file"):
+            with pytest.raises(DataError, match=rf"{name}: is not a (complete )?Parquet file"):
                 list(read_examples(dataset, folder))
         (folder / name).write_bytes(content)
     assert list(read_examples(dataset, folder))

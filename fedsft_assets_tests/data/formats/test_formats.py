@@ -131,11 +131,11 @@ def test_bad_lines_are_rejected_by_their_numbers_and_the_others_kept(tmp_path: P
     assert [row for row, _ in rejected] == [3, 7, 4, 5, 6, 8, 9]
     reasons = dict(rejected)
     assert reasons[4] == "a: is missing"
-    assert reasons[5] == "q: expected a text, found int"
-    assert reasons[6] == "c: expected a text, found list"
+    assert reasons[5] == "q: expected a string, found int"
+    assert reasons[6] == "c: expected a string, found list"
     assert reasons[7] == "expected a JSON object, found list"
     assert reasons[8] == "q: is not UTF-8"
-    assert reasons[9] == "q: has half of a UTF-16 surrogate pair"
+    assert reasons[9] == "q: has an unpaired UTF-16 surrogate"
     assert reasons[3].startswith("is not JSON: ")
 
 
@@ -195,21 +195,25 @@ def _json_text(content: str) -> Callable[[Path], None]:
     ("format", "write", "message"),
     [
         ("parquet", Path.touch, r"rows: is empty; download it again"),
-        ("parquet", _jsonl, r"rows: is not a Parquet file, found '\{\"q\": \"one\".*'; take the file as published"),
-        ("parquet", _truncated, r"rows: is not a whole Parquet file .*; download it again"),
-        ("parquet", _damaged_inside, r"rows: is not a whole Parquet file .*; download it again"),
+        (
+            "parquet",
+            _jsonl,
+            r"rows: is not a (complete )?Parquet file, found '\{\"q\": \"one\".*'; use the file as published",
+        ),
+        ("parquet", _truncated, r"rows: is not a complete Parquet file .*; download it again"),
+        ("parquet", _damaged_inside, r"rows: is not a complete Parquet file .*; download it again"),
         (
             "parquet",
             lambda path: pq.write_table(pa.table({"title": ["a"], "c": ["b"]}), path),
-            r"rows: column q: is missing, found title, c; take the file as published, or name its own columns",
+            r"rows: column q: is missing, found title, c; use the file as published, or set columns to match it",
         ),
         (
             "parquet",
             lambda path: pq.write_table(pa.table({"q": [1], "c": ["b"], "a": ["b"]}), path),
-            r"rows: column q: expected texts, found int64; take the file as published",
+            r"rows: column q: expected strings, found int64; use the file as published",
         ),
         ("jsonl", Path.touch, r"rows: is empty; download it again"),
-        ("jsonl", _parquet, r"rows: is a Parquet file, expected jsonl; say 'format: parquet'"),
+        ("jsonl", _parquet, r"rows: is a Parquet file, expected jsonl; set 'format: parquet'"),
         ("jsonl", _json_text("q\n"), r"rows: field q: is missing in every row, found no JSON object \(row 1: is not"),
         (
             "jsonl",
@@ -217,7 +221,7 @@ def _json_text(content: str) -> Callable[[Path], None]:
             r"rows: field q: is missing in every row, found question, a",
         ),
         ("jsonl", _json_text('{"q": "a", "a": "b"}\n'), r"rows: field c: is missing in every row, found q, a"),
-        ("json", _jsonl, r"rows: after row 0: is not a JSON array of objects .*say 'format: jsonl'"),
+        ("json", _jsonl, r"rows: after row 0: is not a JSON array of objects .*set 'format: jsonl'"),
         (
             "json",
             _json_text('[{"q": "a", "c": "", "a": "b"}, {"q"'),
@@ -230,10 +234,10 @@ def _json_text(content: str) -> Callable[[Path], None]:
             _json_text("[1, 2]"),
             r"rows: field q: is missing in every row, found no JSON object \(row 1: expected",
         ),
-        ("csv", _json_text("title,c\na,b\n"), r"rows: column q, a: is missing, found title, c; name the file's own"),
+        ("csv", _json_text("title,c\na,b\n"), r"rows: column q, a: is missing, found title, c; set columns to match"),
         ("csv", _json_text('q,c,a\na,,x\n"b,,x\n'), r"rows: row 3: a quote is opened and never closed, .* line 3; "),
-        ("csv", _json_text('q,c,a\na,,x\n"b"c,,x\n'), r"rows: row 3, line 3: is no CSV .*; repair the quotes"),
-        ("csv", _parquet, r"rows: is a Parquet file, expected csv; say 'format: parquet'"),
+        ("csv", _json_text('q,c,a\na,,x\n"b"c,,x\n'), r"rows: row 3, line 3: is not valid CSV .*; fix the quotes"),
+        ("csv", _parquet, r"rows: is a Parquet file, expected csv; set 'format: parquet'"),
         ("csv", Path.touch, r"rows: is empty"),
     ],
 )

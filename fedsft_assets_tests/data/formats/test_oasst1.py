@@ -183,13 +183,13 @@ def test_replies_without_a_prompt_are_rejected_rows_with_their_reasons(tmp_path:
     reasons = {row.row: row.reason for row in rejected}
     expected = {
         1: "parent_id: no message has this id",
-        2: "parent_id: is null, a reply needs a prompt",
-        5: "parent_id: is no prompt",
+        2: "parent_id: is null, but a reply needs a prompt",
+        5: "parent_id: is not a prompt",
         6: "parent_id: is part of a cycle",
         8: "parent_id: is part of a cycle",
     }
     if context == "path":
-        expected[10] = "parent_id: a message further up has a parent that is missing"
+        expected[10] = "parent_id: the parent of a message further up is missing"
     assert reasons == expected
     assert {row.file for row in rejected} == {"train"}
 
@@ -262,5 +262,5 @@ def test_texts_that_are_no_text_reject_what_is_built_on_them(tmp_path: Path) -> 
     pq.write_table(table.set_column(table.schema.get_field_index("text"), "text", texts), tmp_path / "train")
     pairs, rejected = _read([tmp_path / "train"])
     assert pairs == [("ask p2", "say r2"), (None, "say r3")]
-    assert [(row.row, row.reason) for row in rejected] == [(2, "text: of it or its prompt is not UTF-8")]
+    assert [(row.row, row.reason) for row in rejected] == [(2, "text: of the reply or its input is not UTF-8")]
     assert [row.row for row in _read([tmp_path / "train"], context="path")[1]] == [2, 4]

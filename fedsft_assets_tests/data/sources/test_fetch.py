@@ -104,7 +104,7 @@ def test_an_unusable_source_leaves_what_was_fetched_before(
     digest = bring(alpaca, real_samples).digest
     path = source / alpaca.folder / alpaca.file_names[0]
     path.write_bytes(path.read_bytes()[:-500])
-    with pytest.raises(DataError, match=rf"{path}: is not a whole Parquet file"):
+    with pytest.raises(DataError, match=rf"{path}: is not a complete Parquet file"):
         bring(alpaca, source)
     assert folder_digest(tmp_path / "raw") == digest
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".raw")] == []

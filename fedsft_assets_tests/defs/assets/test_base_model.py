@@ -40,8 +40,8 @@ def test_a_megatron_archive_becomes_the_base_model_of_a_study(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("model", "path", "said"),
     [
-        ("gpt.nemo", None, r"gpt.nemo: model_config.yaml: activation: 'swiglu' is not what GPT-2 has"),
-        ("gpt-1.3b", "gpt.nemo", "num_layers: 3 is not the 24 of the preset's model"),
+        ("gpt.nemo", None, r"gpt.nemo: model_config.yaml: activation: 'swiglu' is not supported by GPT-2"),
+        ("gpt-1.3b", "gpt.nemo", "num_layers: 3 is not the 24 of the preset"),
         ("gpt-1.3b", "nowhere", "FEDSFT_MODEL_PATH: "),
         ("nowhere", None, "FEDSFT_MODEL: "),
     ],

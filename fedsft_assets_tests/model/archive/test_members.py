@@ -71,7 +71,7 @@ def _entry(name: str, kind: bytes = tarfile.REGTYPE, link: str = "", size: int =
         (_entry("device", tarfile.CHRTYPE), "is neither a plain file nor a folder"),
         (_entry("device", tarfile.BLKTYPE), "is neither a plain file nor a folder"),
         (_entry("pipe", tarfile.FIFOTYPE), "is neither a plain file nor a folder"),
-        (_entry("model_config.yaml", size=4), "is there twice"),
+        (_entry("model_config.yaml", size=4), "occurs twice"),
         (_entry("/".join("abcdefghi")), "is 9 levels deep, more than 8"),
         (_entry("/".join("abcdefgh"), tarfile.DIRTYPE), "is 9 levels deep, more than 8"),
         (_entry("back\\slash", size=4), "is outside of the archive"),
@@ -115,7 +115,7 @@ def test_sizes_that_lie_are_refused(files, tmp_path, size):
     entry.size = size
     content[at : at + 512] = entry.tobuf(tarfile.GNU_FORMAT)
     source.write_bytes(content)
-    with pytest.raises(ModelError, match=r"truncated: './model_weights\.ckpt' ends after the file does"):
+    with pytest.raises(ModelError, match=r"truncated: './model_weights\.ckpt' extends beyond the end"):
         _contents(source, tmp_path)
 
 

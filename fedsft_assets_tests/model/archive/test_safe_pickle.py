@@ -57,5 +57,5 @@ def test_what_is_stored_elsewhere_is_the_callers():
     Pickler(file, 2).dump(["elsewhere"])
     data = file.getvalue()
     assert read_pickle(data, "file", _described, persistent_load=lambda pid: pid) == [("there", 7)]
-    with pytest.raises(ModelError, match=r"^file: refers to data outside of it"):
+    with pytest.raises(ModelError, match=r"^file: refers to external data"):
         read_pickle(data, "file", _described)

@@ -185,7 +185,7 @@ def test_a_folder_that_is_there_is_left_alone(tmp_path, make):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/mine.txt").write_text("mine")
     for taken in (tmp_path / "folder", archive):
-        with pytest.raises(ModelError, match="is there already"):
+        with pytest.raises(ModelError, match="already exists"):
             export_huggingface(archive, taken)
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["mine.txt"]
 

@@ -115,21 +115,21 @@ def _chunk(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> ChunkStorageMeta
         (_place(offset=-1), r"is outside of model_weights/__0_0\.distcp"),
         (_place(offset=1 << 40), r"is outside of model_weights/__0_0\.distcp"),
         (_place(length=1 << 40), r"is outside of model_weights/__0_0\.distcp"),
-        (_place(length=7), "are more than its 7 bytes"),
+        (_place(length=7), "need more than its 7 bytes"),
         (_place(offset=0.5), "is outside of"),
         (_place(transform_descriptors=["zstd"]), r"is transformed by \['zstd'\]"),
-        (lambda m: m.storage_data.pop(MetadataIndex("a", torch.Size((0, 0)))), "is outside of the tensor, or nowhere"),
-        (lambda m: setattr(m, "storage_data", None), "storage_data: is no description of places"),
-        (_tensor(chunks=[]), "its pieces are not the whole tensor"),
-        (_tensor(chunks=[_chunk((0, 0), (4, 3))] * 2), "its pieces are not the whole tensor"),
-        (_tensor(chunks=[_chunk((0, 0), (3, 3))]), "its pieces are not the whole tensor"),
+        (lambda m: m.storage_data.pop(MetadataIndex("a", torch.Size((0, 0)))), "is outside of the tensor, or missing"),
+        (lambda m: setattr(m, "storage_data", None), "storage_data: is not a mapping of locations"),
+        (_tensor(chunks=[]), "its pieces do not cover the tensor"),
+        (_tensor(chunks=[_chunk((0, 0), (4, 3))] * 2), "its pieces do not cover the tensor"),
+        (_tensor(chunks=[_chunk((0, 0), (3, 3))]), "its pieces do not cover the tensor"),
         (_tensor(chunks=[_chunk((0, 0), (5, 3))]), "is outside of the tensor"),
         (_tensor(chunks=[_chunk((0,), (4,))]), "is outside of the tensor"),
         (_tensor(chunks=None), "has no pieces"),
-        (_tensor(size=torch.Size((1 << 50, 3))), "its pieces are not the whole tensor"),
+        (_tensor(size=torch.Size((1 << 50, 3))), "its pieces do not cover the tensor"),
         (_tensor(size="4x3"), "has no sizes"),
-        (_tensor(properties=None), "its type is not one of"),
-        (lambda m: m.state_dict_metadata.update(a=3), "a: is no description of a tensor"),
+        (_tensor(properties=None), "its dtype is not one of"),
+        (lambda m: m.state_dict_metadata.update(a=3), "a: is not a tensor's metadata"),
     ],
 )
 def test_metadata_that_leads_elsewhere_or_does_not_add_up_is_refused(change, how, message):
@@ -145,7 +145,7 @@ def test_pieces_that_overlap_are_refused(change):
         index = MetadataIndex("joined", torch.Size((0, 2)))
         metadata.storage_data[MetadataIndex("joined", torch.Size((0, 1)))] = metadata.storage_data.pop(index)
 
-    with pytest.raises(ModelError, match="joined: its pieces are not the whole tensor, each value once"):
+    with pytest.raises(ModelError, match="joined: its pieces do not cover the tensor exactly once"):
         _read(change(overlapping), "joined")
 
 
@@ -174,7 +174,7 @@ def test_pieces_are_read_as_suspiciously_as_whole_checkpoints(folder, change, tm
 def test_metadata_cut_anywhere_is_refused(folder, share):
     content = (folder / METADATA).read_bytes()
     (folder / METADATA).write_bytes(content[: int(share * len(content))])
-    with pytest.raises(ModelError, match=r"model_weights/\.metadata: is no pickle"):
+    with pytest.raises(ModelError, match=r"model_weights/\.metadata: is not a pickle"):
         _read(folder, "a")
 
 

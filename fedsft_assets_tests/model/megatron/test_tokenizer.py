@@ -51,7 +51,7 @@ def test_the_tokenizer_is_gpt2s_with_the_archives_own_files(read, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"library": "sentencepiece"}, r"tokenizer\.library: 'sentencepiece' is not read"),
+        ({"library": "sentencepiece"}, r"tokenizer\.library: 'sentencepiece' is not supported"),
         ({"library": "huggingface", "type": "gpt2"}, r"tokenizer\.library: 'huggingface'"),
         ({"type": "BertWordPieceCase"}, r"tokenizer\.type: 'BertWordPieceCase'"),
         ({"vocab_file": None}, r"tokenizer\.vocab_file: None is not a file of the archive"),
@@ -68,11 +68,11 @@ def test_other_tokenizers_are_refused_by_name(read, changes, message):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        (VOCAB_FILE, b"{", "is no JSON"),
-        (VOCAB_FILE, b"[" * 100_000, "is no JSON"),
+        (VOCAB_FILE, b"{", "is not JSON"),
+        (VOCAB_FILE, b"[" * 100_000, "is not JSON"),
         (VOCAB_FILE, b'{"a": 0}', "expected 256 to"),
-        (VOCAB_FILE, json.dumps({**VOCABULARY, "x!": 999}).encode(), "its ids are not the numbers from 0 to 261"),
-        (VOCAB_FILE, json.dumps({**VOCABULARY, "x!": "7"}).encode(), "its ids are not the numbers"),
+        (VOCAB_FILE, json.dumps({**VOCABULARY, "x!": 999}).encode(), "expected each id from 0 to 261 exactly once"),
+        (VOCAB_FILE, json.dumps({**VOCABULARY, "x!": "7"}).encode(), "expected each id from 0 to"),
         (VOCAB_FILE, b"\xff\xfe", "is not text"),
         (MERGES_FILE, b"i n g\n", "line 1: expected two tokens"),
         (MERGES_FILE, b"q qq\n", "does not fit the vocabulary"),

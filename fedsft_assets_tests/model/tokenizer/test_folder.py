@@ -197,7 +197,7 @@ def test_a_sentencepiece_file_that_transformers_reads_as_another_tokenizer_is_re
     sentencepiece_folder: Callable[..., Path], tmp_path: Path, config: Any, name: str, kind: str
 ) -> None:
     folder = sentencepiece_folder(name, config)
-    with pytest.raises(ModelError, match=rf"{name}: transformers makes .*, with a {kind} of .* where the file itself"):
+    with pytest.raises(ModelError, match=rf"{name}: transformers encodes .*, with a {kind} of .* but the file itself"):
         preset_tokenizer(model_preset(str(folder)), tmp_path / "cache")
 
 
@@ -205,9 +205,11 @@ def test_a_sentencepiece_file_that_transformers_reads_as_another_tokenizer_is_re
 def test_a_tokenizer_without_a_fast_form_is_refused(sentencepiece_folder: Callable[..., Path], tmp_path: Path) -> None:
     folder = sentencepiece_folder("spiece.model")
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPTSw3Tokenizer"}))
-    with pytest.raises(ModelError, match=r"sp: its tokenizer, a GPTSw3Tokenizer, has no fast form.*tokenizer\.json"):
+    with pytest.raises(
+        ModelError, match=r"sp: its tokenizer, a GPTSw3Tokenizer, is not a fast tokenizer.*tokenizer\.json"
+    ):
         create_base_model(model_preset(str(folder)), tmp_path / "base.nemo", 1)
-    with pytest.raises(ModelError, match="GPTSw3Tokenizer: has no fast form"):
+    with pytest.raises(ModelError, match="GPTSw3Tokenizer: is not a fast tokenizer"):
         LanguageModel.wrap(LlamaForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), 64)
 
 
@@ -217,7 +219,7 @@ def test_a_sentencepiece_file_without_the_package_that_reads_it_says_which(
     folder = sentencepiece_folder()
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(
-        ModelError, match=r"sp/tokenizer\.model: to read it, the package sentencepiece is missing .*pip install"
+        ModelError, match=r"sp/tokenizer\.model: the package sentencepiece, needed to read it, is missing .*pip install"
     ):
         create_base_model(model_preset(str(folder)), tmp_path / "base.nemo", 1)
 
@@ -230,6 +232,6 @@ def test_a_sentencepiece_that_does_not_go_with_protobuf_says_so(
     monkeypatch.setitem(sys.modules, "sentencepiece.sentencepiece_model_pb2", None)
     with pytest.raises(
         ModelError,
-        match=r"tokenizer\.model: the package sentencepiece [\d.]+ does not work beside protobuf [\d.]+ .*pip",
+        match=r"tokenizer\.model: the package sentencepiece [\d.]+ does not work with protobuf [\d.]+ .*pip",
     ):
         create_base_model(model_preset(str(folder)), tmp_path / "base.nemo", 1)

@@ -94,9 +94,9 @@ def test_what_is_trained_is_said(archive):
     trained = 2 * 2 * (2 * (32 + 32) + 2 * (32 + 16) + 4 * (32 + 96) + 4 * (48 + 32))
     whole = weights + trained
     assert adapters.description() == (
-        f"adapters of rank 2 · {trained:,} of {whole:,} parameters ({trained / whole:.1%}) are trained, beside"
-        f" experts.down_proj, experts.gate_up_proj, k_proj, o_proj, q_proj, v_proj, which are {beside / weights:.1%}"
-        " of the model"
+        f"adapters of rank 2 · {trained:,} of {whole:,} parameters ({trained / whole:.1%}) trained · adapters for"
+        f" experts.down_proj, experts.gate_up_proj, k_proj, o_proj, q_proj, v_proj ({beside / weights:.1%} of the"
+        " model)"
     )
 
 
@@ -105,15 +105,15 @@ def test_mamba_has_adapters_where_they_are_trained(archive):
     """Weights of the others go into a kernel, past the layers and what lies beside them."""
     adapters = add_adapters(LanguageModel.load(archive), PEFT, seed=1)
     assert adapters.targets.names == ["in_proj"]
-    assert adapters.description().endswith(" · dt_proj, out_proj, x_proj cannot have one")
-    with pytest.raises(ModelError, match=r"out_proj: no linear layer that can have an adapter .* there are in_proj"):
+    assert adapters.description().endswith(" · dt_proj, out_proj, x_proj cannot have adapters")
+    with pytest.raises(ModelError, match=r"out_proj: no linear layer that can have an adapter .* available: in_proj"):
         add_adapters(LanguageModel.load(archive), PeftSpec(target_modules=["in_proj", "out_proj"]), seed=1)
 
 
 @of_kinds("deepseek_v3")
 def test_layers_that_peft_takes_for_experts_have_no_adapters_of_their_own(archive):
     adapters = add_adapters(LanguageModel.load(archive), PEFT, seed=1)
-    assert adapters.description().endswith(" · down_proj, gate_proj, up_proj cannot have one")
+    assert adapters.description().endswith(" · down_proj, gate_proj, up_proj cannot have adapters")
 
 
 @of_kinds("phimoe")
@@ -123,7 +123,7 @@ def test_layer_that_does_more_than_a_linear_one_has_no_adapter(archive):
 
 @of_kinds("mixtral")
 def test_dropout_beside_experts_is_refused_with_what_to_do(archive):
-    with pytest.raises(ModelError, match=r"training\.peft\.dropout: 0\.1: .* has no dropout for experts, .* say 0"):
+    with pytest.raises(ModelError, match=r"training\.peft\.dropout: 0\.1: .* has no dropout for experts, .* set 0"):
         add_adapters(LanguageModel.load(archive), PeftSpec(rank=2, dropout=0.1), seed=1)
     add_adapters(LanguageModel.load(archive), PeftSpec(rank=2, dropout=0.1, target_modules=["q_proj"]), seed=1)
 

@@ -137,7 +137,7 @@ def test_adapters_are_trained_with_the_routers_loss(base, tokens):
 def test_a_router_loss_without_a_share_is_refused_with_what_to_do(base, monkeypatch):
     model = mixture(base, "mixtral")
     monkeypatch.setattr(router_loss, "_COEFFICIENTS", ("router_aux_loss_weight",))  # as if Mixtral had another name
-    with pytest.raises(ModelError, match=r"none of router_aux_loss_weight says .*; set one in .* config\.json"):
+    with pytest.raises(ModelError, match=r"no coefficient \(router_aux_loss_weight\); set one in .* config\.json"):
         _ = model.answer_loss
 
 

@@ -49,13 +49,13 @@ _REPORT = """
 import hashlib, sys, time
 from pathlib import Path
 from fedsft_assets.model.training import token_cache
-make = token_cache._make
+make = token_cache._encode
 def announced(*arguments):
     print("making", flush=True)
     if sys.argv[2] == "stop":
         time.sleep(600)
     return make(*arguments)
-token_cache._make = announced
+token_cache._encode = announced
 tokens = token_cache.tokenized(Path(sys.argv[1]), sys.stdin.read().encode(), "answer")
 print(hashlib.sha256(b"".join(part.tobytes() for part in (tokens.ids, tokens.starts, tokens.prompts))).hexdigest())
 """
@@ -130,8 +130,8 @@ def make_counts(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         made.append(records_file)
         return make(records_file, *rest)
 
-    make = token_cache._make
-    monkeypatch.setattr(token_cache, "_make", counted)
+    make = token_cache._encode
+    monkeypatch.setattr(token_cache, "_encode", counted)
     return made
 
 
@@ -294,8 +294,8 @@ def test_tokens_of_a_split_that_is_replaced_meanwhile_are_not_kept_as_the_old_on
         dolly.with_name("new").rename(dolly)
         return make(*arguments)
 
-    make = token_cache._make
-    monkeypatch.setattr(token_cache, "_make", replaced_first)
+    make = token_cache._encode
+    monkeypatch.setattr(token_cache, "_encode", replaced_first)
     assert len(tokenized(dolly, description, _TEMPLATE).prompts) == len(_ODD)
     monkeypatch.undo()
     dolly.write_bytes(old)
@@ -305,7 +305,7 @@ def test_tokens_of_a_split_that_is_replaced_meanwhile_are_not_kept_as_the_old_on
 def test_records_and_tokenizers_that_cannot_be_used_are_refused_by_name(description: bytes, tmp_path: Path) -> None:
     broken = _split(tmp_path / "broken", _ODD)
     broken.write_bytes(broken.read_bytes() + b'{"input": "a"}\n')
-    with pytest.raises(DataError, match=rf"broken/training.jsonl: line {len(_ODD) + 1}: output: expected a text"):
+    with pytest.raises(DataError, match=rf"broken/training.jsonl: line {len(_ODD) + 1}: output: expected a string"):
         tokenized(broken, description, _TEMPLATE)
     assert _kept(broken) == []
     with pytest.raises(DataError, match=r"none/training\.jsonl: cannot be read: No such file"):

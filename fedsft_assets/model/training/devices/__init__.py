@@ -1,1 +1,1 @@
-"""What a round is trained on: one device in plain PyTorch, or several of a site through Lightning."""
+"""The devices of a site: one in plain PyTorch, or several through Lightning."""

@@ -1,4 +1,4 @@
-"""Which devices a site trains on: one, or several through Lightning."""
+"""Choice of a site's devices: one, or several through Lightning."""
 
 from fedsft_assets.model.language_model import LanguageModel
 from fedsft_assets.model.training.devices.interface import Devices, OneDevice
@@ -6,7 +6,7 @@ from fedsft_assets.specs.plan import ResolvedTraining
 
 
 def devices_for(model: LanguageModel, training: ResolvedTraining) -> Devices:
-    """The devices that the plan asks for. Raises ModelError if there are not as many, or torchrun started others."""
+    """The devices in the plan. Raises ModelError if torchrun started another number of processes."""
     if training.devices == 1:
         return OneDevice(model, training.precision)
     from fedsft_assets.model.training.devices.multi_device import ManyDevices

@@ -1,7 +1,7 @@
-"""Who the devices of a site are connected with: processes of their own account, or they must not go on.
+"""Check that a site's devices are connected only to processes of the same user account.
 
-PyTorch's gloo listens on a port of the loopback interface, and takes whoever comes first for the process that it waits
-for: there is no key. Before anything is sent, the kernel is asked who came. Linux only; elsewhere nobody can say.
+PyTorch's gloo listens on a loopback port, and accepts the first connection as its peer, without authentication. Before
+anything is sent, the peers' user ids are looked up in the kernel's tables. Linux only; there is no check elsewhere.
 """
 
 import os
@@ -11,12 +11,12 @@ from pathlib import Path
 from fedsft_assets.model.errors import ModelError
 
 _TABLES = ("/proc/self/net/tcp", "/proc/self/net/tcp6")
-_OPEN = {"01", "08"}  # established, and those of which the other end has said its last
+_OPEN = {"01", "08"}  # ESTABLISHED, CLOSE_WAIT
 
 
 @dataclass(frozen=True)
 class _Row:
-    """One end of a connection; `inode` is 0 of one that nobody has any more."""
+    """One end of a connection; `inode` is 0 if no process holds it any more."""
 
     local: str
     remote: str
@@ -26,7 +26,7 @@ class _Row:
 
 
 def require_own_connections() -> None:
-    """Raises ModelError if another account of this machine is at the other end of one of this process's connections."""
+    """Raise ModelError if a local process of another user is the peer of one of this process's connections."""
     rows = _rows()
     own = _own_inodes()
     ends = {(row.local, row.remote): row for row in rows}
@@ -36,8 +36,8 @@ def require_own_connections() -> None:
             continue
         if other.user != os.geteuid():
             raise ModelError(
-                f"user {other.user} of this machine has connected in place of one of this site's devices, which are"
-                f" processes of user {os.geteuid()}; find out what that user runs, and start the job again"
+                f"user {other.user} of this machine has connected in place of one of this site's devices, which run"
+                f" as user {os.geteuid()}; find out what that user runs, and start the job again"
             )
 
 
@@ -52,13 +52,13 @@ def _rows() -> list[_Row]:
 
 
 def _own_inodes() -> set[int]:
-    """Of the sockets that this process has."""
+    """The inodes of this process's sockets."""
     found = set()
     descriptors = Path("/proc/self/fd")
     for descriptor in descriptors.iterdir() if descriptors.is_dir() else ():
         try:
-            target = os.readlink(descriptor)  # noqa: PTH115 it is no path
-        except OSError:  # the one by which the folder is read
+            target = os.readlink(descriptor)  # noqa: PTH115 the target is not a path
+        except OSError:  # the descriptor of this listing, closed by now
             continue
         if target.startswith("socket:["):
             found.add(int(target[8:-1]))

@@ -1,7 +1,7 @@
-"""What a round is trained on: one device in plain PyTorch, or several of them through Lightning.
+"""The interface of a site's devices, and its implementation for one device in plain PyTorch.
 
-Both offer the same few operations, so the training loop does not know which it has. On several devices
-each is a process that torchrun started; all of them make the same calls.
+The training loop is the same for one device and several. Of several, each is a process started by torchrun, and all
+processes make the same calls.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,15 +17,15 @@ from fedsft_assets.model.language_model import LanguageModel, compute_device
 from fedsft_assets.model.training.batches import Batch
 from fedsft_assets.specs.job import Precision
 
-# Names a file in which the processes of one machine find each other. Without it they use torchrun's TCP store,
-# which listens on every network interface.
+# The environment variable of a file through which the processes of one machine find each other. Without it they use
+# torchrun's TCP store, which listens on every network interface.
 MEETING_FILE = "FEDSFT_MEETING_FILE"
 
 _DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 class Devices(Protocol):
-    """A model on the devices of one site; `rank` 0 of `count` processes speaks for all."""
+    """A model on the devices of one site: `count` processes, of which `rank` 0 sends and receives weights."""
 
     model: LanguageModel
     device: torch.device
@@ -36,37 +36,37 @@ class Devices(Protocol):
         """The summed loss of this process's batch."""
 
     def add_gradients(self, batch: Batch, scale: float, last: bool) -> Tensor:
-        """Add the gradients of `scale` times the summed loss, and return that product, without its graph.
+        """Add the gradients of `scale` times the summed loss, and return that product, a detached scalar.
 
-        After the `last` micro-batch of a step, the gradients are the mean of all processes'.
+        After the `last` micro-batch of a step, the gradients are the mean over all processes.
         """
 
     @property
     def scale(self) -> float:
-        """By how much gradients are too large until `step`: what keeps small ones from vanishing in fp16."""
+        """The factor of gradients until `step`, for loss scaling in fp16."""
 
     def prepared(self, optimizer: Optimizer) -> Any:
-        """The optimizer as `step` takes it."""
+        """The optimizer in the form that `step` takes."""
 
     def step(self, optimizer: Any, clip: float) -> None:
-        """Clip the gradients to that norm (0 clips nothing), step, and clear them."""
+        """Clip the gradients to the norm `clip` (0: no clipping), step, and clear them."""
 
     def total(self, value: Tensor) -> Tensor:
         """The sum over all processes."""
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """As LanguageModel.weights, one after the other, at rank 0; nothing elsewhere. All processes must take all."""
+        """Yield LanguageModel.weights at rank 0, nothing at others. All processes must exhaust the iterator."""
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """As LanguageModel.load_weights; those of rank 0 count."""
+        """Load weights as LanguageModel.load_weights does; those passed at rank 0 are used."""
 
 
 def precisions() -> list[Precision]:
-    """What `auto` may become on this machine, first of all what it is where nothing is tried.
+    """The candidates for `auto` on this machine; the first is the default without a trial.
 
-    A GPU that computes in bf16 does so: its matrix units are several times as fast as in fp32, attention in one kernel
-    takes 16 bits only, and a pass in fp32 may not fit into its memory. On a CPU that has the instructions, only a trial
-    can tell; without them bf16 is emulated, slower than fp32 by orders of magnitude.
+    A GPU with bf16 support uses it: its matrix units are several times as fast as in fp32, attention in one kernel
+    requires 16 bits, and a pass in fp32 may not fit into memory. On a CPU with bf16 instructions, only a trial can
+    tell; without them, bf16 is emulated, orders of magnitude slower than fp32.
     """
     if torch.cuda.is_available():
         return ["bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32"]
@@ -76,7 +76,7 @@ def precisions() -> list[Precision]:
 
 
 def untried(precision: Precision) -> Precision:
-    """The precision, or what `auto` means without a trial: on all CPUs the same, so that scores are too."""
+    """The precision, or for `auto` the default without a trial: the same on all CPUs, so that scores are comparable."""
     return precisions()[0] if precision == "auto" else precision
 
 
@@ -102,7 +102,7 @@ class OneDevice:
         with self._autocast():
             return self.model.answer_loss.of_each(batch)
 
-    def add_gradients(self, batch: Batch, scale: float, last: bool) -> Tensor:  # noqa: ARG002 there is nobody to wait for
+    def add_gradients(self, batch: Batch, scale: float, last: bool) -> Tensor:  # noqa: ARG002 no other processes
         loss = self.loss(batch) * scale
         (self._scaler.scale(loss) if self._scaler else loss).backward()
         return loss.detach()
@@ -140,16 +140,17 @@ class OneDevice:
 
 
 def autocast(kind: str, dtype: torch.dtype) -> torch.autocast:
-    """Computing in 16 bits, without PyTorch's cache of all weights' copies.
+    """Autocast to 16 bits, without PyTorch's cache of cast weights.
 
-    A pass uses a weight once. Kept copies would be a model in 16 bits on each device, be its share ever so small.
+    A pass uses each weight once, and the cache would hold a whole 16-bit model on each device, even with sharding.
     """
     return torch.autocast(kind, dtype, cache_enabled=False)
 
 
-def require_devices(wanted: int, started: int) -> None:
-    """Raises ModelError if torchrun started another number of processes than the plan has devices."""
-    if wanted != started:
+def require_devices(planned: int, started: int) -> None:
+    """Raise ModelError if the number of processes differs from the plan's number of devices."""
+    if planned != started:
         raise ModelError(
-            f"devices: {wanted}, but {started} processes run; start the trainer with torchrun --nproc-per-node {wanted}"
+            f"devices: {planned}, but {started} processes run; start the trainer with torchrun --nproc-per-node"
+            f" {planned}"
         )

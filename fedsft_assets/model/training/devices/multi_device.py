@@ -1,6 +1,6 @@
-"""Several devices of one site, through Lightning Fabric: a whole copy of the model on each (DDP), or a share (FSDP).
+"""Several devices of one site, through Lightning Fabric: with a replica of the model on each (DDP), or a shard (FSDP).
 
-Imported only where there are several: Lightning takes longer to import than all else that a trainer needs.
+Imported only if needed: Lightning takes longer to import than everything else in a trainer.
 """
 
 import os
@@ -33,7 +33,7 @@ class ManyDevices:
         kind = compute_device().type
         self._sharded = training.strategy == "fsdp"
         strategy = (
-            # Said, because its default is tensor parallelism within a machine: then nothing would be shared.
+            # Explicit, because the default is tensor parallelism within a machine, without sharding.
             ModelParallelStrategy(_shard, data_parallel_size=training.devices, tensor_parallel_size=1)
             if self._sharded
             else DDPStrategy(gradient_as_bucket_view=True)
@@ -48,15 +48,15 @@ class ManyDevices:
         self.device = self._fabric.device
         self.rank, self.count = self._fabric.global_rank, self._fabric.world_size
         self._module: Any = self._fabric.setup_module(model.answer_loss)
-        require_own_connections()  # of groups that were made meanwhile too
+        require_own_connections()  # again, for process groups created since
 
     def loss(self, batch: Batch) -> Tensor:
         loss: Tensor = self._module(batch)
         return loss
 
     def add_gradients(self, batch: Batch, scale: float, last: bool) -> Tensor:
-        # Copies exchange gradients once a step. Shares do so after every micro-batch: to wait would take a
-        # gradient of the whole model on each device.
+        # Replicas synchronize gradients once per step, shards after every micro-batch: deferring would need the
+        # whole model's gradients on each device.
         with self._fabric.no_backward_sync(self._module, enabled=not last and not self._sharded):
             loss = self.loss(batch) * scale
             self._fabric.backward(loss)
@@ -101,13 +101,13 @@ class ManyDevices:
             )
             full = full.contiguous()
             dist.broadcast(full, src=0)
-            if isinstance(tensor, DTensor):  # without a source, each process takes its share of what it has
+            if isinstance(tensor, DTensor):  # without a source rank, each process takes its shard of its own tensor
                 full = distribute_tensor(full, tensor.device_mesh, tensor.placements, src_data_rank=None)
             tensor.copy_(full)
 
 
 def _meet(kind: str) -> None:
-    """Join the other processes through the meeting file, if there is one; else Lightning does as torchrun says."""
+    """Join the other processes through the meeting file, if set; otherwise Lightning uses torchrun's store."""
     if (file := os.environ.get(MEETING_FILE)) and not dist.is_initialized():
         rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         store = dist.FileStore(file, count)
@@ -115,14 +115,14 @@ def _meet(kind: str) -> None:
 
 
 class _Mixed(MixedPrecision):
-    """Lightning's, as OneDevice computes."""
+    """Lightning's mixed precision, with the autocast of OneDevice."""
 
     def forward_context(self) -> torch.autocast:
         return autocast(self.device, self._desired_input_dtype)
 
 
 def _precision(training: ResolvedTraining, kind: str) -> _Mixed | None:
-    """Said as a plugin: Lightning turns the name `16-mixed` into bf16 on a CPU."""
+    """The precision plugin; by name, Lightning would turn `16-mixed` into bf16 on a CPU."""
     precision = untried(training.precision)
     if precision == "32":
         return None
@@ -131,10 +131,10 @@ def _precision(training: ResolvedTraining, kind: str) -> _Mixed | None:
 
 
 def _shard(module: AnswerLoss, device_mesh: Any) -> nn.Module:
-    """Each transformer layer is gathered when it is needed; the rest, embeddings and head, with the whole.
+    """Shard each transformer layer as a unit, and the rest, embeddings and head, with the whole module.
 
-    All are given back after every forward pass: what stays gathered after an evaluation would be taken for the
-    parameters, by an optimizer that is built and by weights that are loaded.
+    All are resharded after every forward pass: otherwise an optimizer or weights loaded after an evaluation would
+    use the gathered tensors as parameters.
     """
     mesh = device_mesh["data_parallel"]
     layers = set(getattr(module.lm, "_no_split_modules", None) or ())
