@@ -1,1 +1,1 @@
-"""The tensor stream: how models travel between a server and its sites."""
+"""The tensor stream: transport of models between a server and its sites."""

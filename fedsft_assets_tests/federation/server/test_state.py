@@ -106,7 +106,7 @@ def test_progress_that_is_not_committed_is_lost(folder: Path) -> None:
 def test_state_that_cannot_be_read_is_an_error_that_says_what_to_do(folder: Path, content: str) -> None:
     folder.mkdir(parents=True)
     (folder / "state.json").write_text(content)
-    with pytest.raises(ValueError, match=rf"^{folder}/state.json: is not the state of a job: .*; remove {folder} to"):
+    with pytest.raises(ValueError, match=rf"^{folder}/state.json: not a valid job state: .*; remove {folder} to"):
         ServerState(folder)
 
 

@@ -303,7 +303,7 @@ def test_running_job_of_another_job_folder_is_ended_first(attempt: Attempt, jobs
     events, error = _events(attempt())
     assert error is None
     assert events == [
-        Progress("ends FLARE job job-9, which is of another execution"),
+        Progress("ending FLARE job job-9 of another execution"),
         Progress("FLARE job job-1 in the poc"),
         VAL,
     ]
@@ -326,7 +326,7 @@ def test_job_whose_result_is_lost_is_submitted_once_more_for_its_server_to_hand_
     events, error = _events(one)
     assert error is None
     assert events[-3:] == [
-        Progress("no result of job-1; the job is submitted once more to hand it over"),
+        Progress("no result of job-1; resubmitting the job to recover the result"),
         Progress("resuming after round 3 of 3"),
         Progress("FLARE job job-2 in the poc"),
     ]
@@ -372,7 +372,7 @@ def test_finished_job_that_does_not_end_is_ended_and_fetched(
     jobs.steps += [(JobState(True, False, "FINISHED:ABORTED"), [])]
     events, error = _events(attempt())
     assert error is None
-    assert events[-1] == Progress("FLARE job job-1 has finished, but does not end by itself; it is ended")
+    assert events[-1] == Progress("FLARE job job-1 has finished but does not exit; aborting it")
     assert jobs.done[-3:] == ["abort job-1", "poll job-1", "fetch job-1"]
 
 
@@ -395,8 +395,8 @@ def test_server_that_begins_from_zero_begins_another_history_and_none_of_it_is_t
     assert begun is not None
     assert begun.id != first.id
     assert (begun.submissions, begun.rounds, begun.seconds, begun.superseded) == (0, 0, 0.0, ["job-2"])
-    assert str(error).startswith(f"history {first.id} cannot go on: its server ")
-    assert str(error).endswith(f"; another attempt begins history {begun.id} from zero")
+    assert str(error).startswith(f"history {first.id} cannot continue: its server ")
+    assert str(error).endswith(f"; the next attempt starts history {begun.id} from round zero")
     assert [event for event in events if isinstance(event, Point)] == []
     assert "abort job-2" in jobs.done
 
@@ -690,7 +690,7 @@ def test_job_that_a_policy_does_not_let_run_is_not_started_again(attempt: Attemp
     jobs.steps = [(JobState(ended=True, succeeded=False, status=said, forbidden=True), [])]
     error = _failure(attempt())
     assert not error.retryable
-    assert str(error).startswith(f"FLARE job job-1 may not run: {said}; see local/authorization.json")
+    assert str(error).startswith(f"FLARE job job-1 is not authorized: {said}; see local/authorization.json")
 
 
 def test_job_that_stopped_did_not_succeed_whatever_the_runtime_says(attempt: Attempt, jobs: Jobs) -> None:
@@ -757,7 +757,7 @@ def test_job_that_ends_for_sites_that_have_come_is_submitted_again_as_often_as_i
     events, error = _events(attempt())
     assert error is None
     texts = [event.text for event in events if isinstance(event, Progress)]
-    assert "FLARE job job-1 is submitted again, with site-2 too" in texts
+    assert "resubmitting FLARE job job-1 to include site-2" in texts
     assert jobs.done.count("submit") == 6
     assert jobs.done.count("abort job-1") >= 1
     execution = workspace.execution()
@@ -789,7 +789,7 @@ def test_trainers_own_traceback_is_shown_and_another_attempt_would_not_help(atte
 
 
 def test_trainers_traceback_is_found_in_its_sites_log_too(attempt: Attempt, jobs: Jobs) -> None:
-    jobs.steps = [(FAILED, [Started(0), Missed("site-1", 2, "its trainer is gone (EXECUTION_EXCEPTION)"), STOPPED])]
+    jobs.steps = [(FAILED, [Started(0), Missed("site-1", 2, "its trainer exited (EXECUTION_EXCEPTION)"), STOPPED])]
     jobs.logs["site-1"] = f"loading\n{FAILURE_MARK}{json.dumps('Traceback: é')}\n{DIED}\n"
     error = _failure(attempt())
     assert not error.retryable
@@ -799,7 +799,7 @@ def test_trainers_traceback_is_found_in_its_sites_log_too(attempt: Attempt, jobs
 def test_trainer_that_was_killed_is_shown_with_its_sites_log_and_may_be_tried_again(
     attempt: Attempt, jobs: Jobs
 ) -> None:
-    jobs.steps = [(FAILED, [Started(0), Missed("site-1", 2, "its trainer is gone (EXECUTION_EXCEPTION)"), STOPPED])]
+    jobs.steps = [(FAILED, [Started(0), Missed("site-1", 2, "its trainer exited (EXECUTION_EXCEPTION)"), STOPPED])]
     jobs.logs["site-1"] = f"loading\n{DIED}\n"
     error = _failure(attempt())
     assert error.retryable
@@ -810,7 +810,7 @@ def test_trainer_that_was_killed_is_shown_with_its_sites_log_and_may_be_tried_ag
 def test_job_that_is_taken_over_with_a_trainer_that_was_killed_before_is_started_again(
     attempt: Attempt, jobs: Jobs
 ) -> None:
-    killed = Missed("site-1", 2, "its trainer is gone (EXECUTION_EXCEPTION)")
+    killed = Missed("site-1", 2, "its trainer exited (EXECUTION_EXCEPTION)")
     jobs.logs["site-1"] = f"loading\n{DIED}\n"
     jobs.steps = [(RUNNING, [Started(0), VAL, RoundDone(1)])]
     list(_until(attempt().run(), 2))
@@ -873,7 +873,7 @@ def test_only_silence_is_silence(attempt: Attempt, jobs: Jobs, monkeypatch: pyte
     jobs.refuses, jobs.steps = quiet == "refused", [(state, [])] * 20
     events = attempt().run()
     told = list(_until(events, 2))
-    refusal = "user not authorized for the action 'app_command'; what the job does is known only when it has ended"
+    refusal = "user not authorized for the action 'app_command'; no progress is available until the job has ended"
     assert told[-1] == Progress(refusal if quiet == "refused" else f"FLARE job job-1 waits: {state.status}")
     jobs.steps = [*jobs.steps, (DONE, [Started(0), VAL])]
     assert list(events) == [VAL]  # it is said once
@@ -897,7 +897,7 @@ def test_job_in_which_nothing_happens_any_more_is_ended(
     jobs.steps = [(RUNNING, [Started(0)]), (RUNNING, []), (RUNNING, [Progress("busy")])]
     error = _failure(one)  # site_timeout is 1800 s; the server has twice as long
     assert error.retryable
-    assert str(error) == "FLARE job job-1: neither server nor sites said anything for 4000 s"
+    assert str(error) == "FLARE job job-1: no message from server or sites for 4000 s"
     assert jobs.done[-1] == "abort job-1"
 
 
