@@ -1,4 +1,4 @@
-"""One table and one plot over all jobs of a study."""
+"""A table and a plot comparing all jobs of a study."""
 
 import math
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ _FEDERATED_COLORS = ("#c2410c", "#7c3aed", "#0f766e")
 
 
 class NotComparableError(ValueError):
-    """The jobs do not answer the same question."""
+    """The jobs cannot be compared: different base models or validation data."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Comparison:
     reports: list[JobReport]
 
     def markdown(self) -> str:
-        """For a page, and readable in a terminal."""
+        """The table in Markdown, readable in a terminal too."""
         align = ("left", "left", *["right"] * (len(_HEADERS) - 2))
         return tabulate(self._rows(), headers=_HEADERS, tablefmt="pipe", disable_numparse=True, colalign=align)
 
@@ -56,15 +56,15 @@ def compare(reports: Sequence[JobReport], base_test_loss: float) -> Comparison:
     for field, meaning in (("base_model_digest", "base model"), ("validation_digest", "validation split")):
         values = {report.job: getattr(report, field) for report in reports}
         if len(set(values.values())) > 1:
-            said = ", ".join(f"{job}: {value[:12]}" for job, value in values.items())
+            digests = ", ".join(f"{job}: {value[:12]}" for job, value in values.items())
             raise NotComparableError(
-                f"the jobs have more than one {meaning} ({said}); materialize their checkpoints again"
+                f"the jobs have more than one {meaning} ({digests}); materialize their checkpoints again"
             )
     return Comparison(base_test_loss, sorted(reports, key=lambda report: sort_key(report.kind, report.job)))
 
 
 def sort_key(kind: str, job: str) -> tuple[int, str]:
-    """What jobs are sorted by wherever they stand side by side: local, centralized, federated, then their names."""
+    """Sort key of jobs in tables and plots: local, centralized, federated, then by name."""
     return get_args(JobKind).index(kind), job
 
 
@@ -75,7 +75,7 @@ def write_table(comparison: Comparison, path: Path) -> None:
 
 
 def plot(reports: Sequence[JobReport], path: Path) -> None:
-    """Draw the validation loss of all jobs over the records that they trained on, as a PNG."""
+    """Plot the validation loss of all jobs over the records trained on, as a PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5), dpi=140, layout="constrained")
