@@ -1,5 +1,5 @@
-"""What happens without a person: a weekly schedule and a sensor on the source data, both off at first, re-run the
-study; another sensor brings MLflow what it did not take when a job ended.
+"""Automation: a weekly schedule and a sensor on the source data, both off by default, re-run the study; another sensor
+delivers pending records to MLflow.
 """
 
 import json
@@ -14,7 +14,7 @@ from fedsft_assets.defs.resources import MLflowResource, SourceResource, StoreRe
 from fedsft_assets.specs.dataset import DatasetSpec
 from fedsft_assets.tracking import Outbox
 
-_DELIVERY_SECONDS = 25  # after which a tick begins no further delivery; Dagster gives it 60
+_DELIVERY_SECONDS = 25  # after this, a tick starts no further delivery; Dagster's limit is 60
 
 full_study = dg.define_asset_job(
     "full_study",
@@ -31,19 +31,19 @@ weekly_study = dg.ScheduleDefinition(
 
 
 def new_data_sensor(datasets: Sequence[DatasetSpec]) -> dg.SensorDefinition:
-    """Compares each dataset's source with what was last materialized or asked for, by digest."""
+    """Compares each dataset's source with the last materialized or requested version, by digest."""
 
     @dg.sensor(
         name="new_data",
         target=dg.AssetSelection.all(),
         minimum_interval_seconds=60,
-        description="Rebuilds what is downstream of a dataset whose source is new or has changed, and only that.",
+        description="Rebuilds only what is downstream of a dataset whose source is new or has changed.",
     )
     def new_data(context: dg.SensorEvaluationContext, source: SourceResource) -> dg.SensorResult | dg.SkipReason:
-        asked_for: dict[str, str] = json.loads(context.cursor or "{}")
+        requested: dict[str, str] = json.loads(context.cursor or "{}")
         now = {dataset.name: source_version(dataset, source.place) for dataset in datasets}
         changed = [
-            name for name, version in now.items() if version not in (asked_for.get(name), _materialized(context, name))
+            name for name, version in now.items() if version not in (requested.get(name), _materialized(context, name))
         ]
         if not changed:
             return dg.SkipReason("no source has changed since it was last read")
@@ -59,18 +59,20 @@ def new_data_sensor(datasets: Sequence[DatasetSpec]) -> dg.SensorDefinition:
     name="undelivered_tracking",
     minimum_interval_seconds=60,
     default_status=dg.DefaultSensorStatus.RUNNING,
-    description="Brings MLflow what it did not take when a job ended. Looks at one folder when there is nothing.",
+    description="Delivers pending records to MLflow. Only checks a folder if there are none.",
 )
 def undelivered_tracking(store: StoreResource, mlflow: MLflowResource) -> dg.SkipReason:
     outbox, begun = Outbox(store.files.outbox), time.monotonic()
     if not outbox.entries():
         return dg.SkipReason("no pending MLflow records")
-    left = outbox.deliver(mlflow.tracking, stop=lambda: time.monotonic() - begun > _DELIVERY_SECONDS)
-    return dg.SkipReason("\n".join(f"{entry.job}: not delivered: {entry.reason}" for entry in left) or "all delivered")
+    remaining = outbox.deliver(mlflow.tracking, stop=lambda: time.monotonic() - begun > _DELIVERY_SECONDS)
+    return dg.SkipReason(
+        "\n".join(f"{entry.job}: not delivered: {entry.reason}" for entry in remaining) or "all delivered"
+    )
 
 
 def _stale_and_missing(context: dg.SensorEvaluationContext, changed: Sequence[str]) -> list[dg.AssetKey]:
-    """All that is downstream of the changed datasets, and what that needs and was never made."""
+    """Everything downstream of the changed datasets, and its inputs that were never materialized."""
     assert context.repository_def is not None
     graph = context.repository_def.asset_graph
     downstream = dg.AssetSelection.assets(*(["raw", name] for name in changed)).downstream()
@@ -80,7 +82,7 @@ def _stale_and_missing(context: dg.SensorEvaluationContext, changed: Sequence[st
 
 
 def _materialized(context: dg.SensorEvaluationContext, dataset: str) -> str | None:
-    """What `source_version` was when the dataset was last fetched."""
+    """The `source_version` of the last materialization."""
     event = context.instance.get_latest_materialization_event(dg.AssetKey(["raw", dataset]))
     version = (
         event.asset_materialization.metadata.get(SOURCE_VERSION) if event and event.asset_materialization else None

@@ -23,7 +23,7 @@ def comparison_asset(jobs: Sequence[JobSpec]) -> dg.AssetsDefinition:
         group_name="comparison",
         kinds={"markdown", "matplotlib"},
         ins={f"checkpoint_{job.name}": dg.AssetIn(["checkpoint", job.name]) for job in jobs},
-        description="All jobs side by side on the combined splits, beside the base model.",
+        description="All jobs and the base model side by side, on the combined splits.",
     )
     def comparison(store: StoreResource, **checkpoints: Path) -> dg.MaterializeResult[Path]:
         files = store.files
