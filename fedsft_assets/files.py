@@ -76,6 +76,15 @@ def locked(folder: Path, wait: bool = True) -> Iterator[None]:
 
 
 @contextmanager
+def locked_file(path: Path, wait: bool = True) -> Iterator[None]:
+    """Hold the lock of a lock file, which is created if necessary. Raises BlockingIOError as `locked` does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    with locked(path, wait):
+        yield
+
+
+@contextmanager
 def publish_file(target: Path) -> Iterator[Path]:
     """Yield a path beside `target`; if the block succeeds, the file there atomically replaces `target`.
 

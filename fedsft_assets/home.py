@@ -7,16 +7,14 @@ the home. Paths inside the home or project are stored relative to it, so both ca
 import fcntl
 import json
 import logging
-import os
 import shlex
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO
 
 from fedsft_assets.access import close_to_others, is_open
 from fedsft_assets.disk import explain
-from fedsft_assets.files import publish_file
+from fedsft_assets.files import locked, publish_file
 from fedsft_assets.home_file import FIXED, HOME_FILE, HomeError, HomeFile, read_home
 from fedsft_assets.settings import Settings
 from fedsft_assets.store import HOME_FOLDERS
@@ -75,7 +73,7 @@ def claim_home(settings: Settings, move: Callable[[Path], object]) -> None:
             f"{settings.home}: cannot create this folder: {error}; set FEDSFT_HOME to another one"
         ) from error
     _close(settings.home)
-    with _one_at_a_time(settings.home):
+    with locked(settings.home):
         alone = _use(settings.home)
         found = read_home(settings.home, settings.project)
         if found and not (alone and _is_empty(settings.home)):
@@ -168,13 +166,3 @@ def _use(home: Path) -> bool:
         alone = False
     fcntl.flock(lock, fcntl.LOCK_SH)
     return alone
-
-
-@contextmanager
-def _one_at_a_time(home: Path) -> Iterator[None]:
-    handle = os.open(home, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)

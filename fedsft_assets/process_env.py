@@ -1,8 +1,8 @@
-"""Environments of child processes: the variables of a home, and the subset for processes that may not have secrets
-(sites and their trainers, a POC, third-party web interfaces).
+"""Environments of child processes: the variables of a home, and the subset without secrets.
 
-The latter get only the variables listed here or named by the user. All other exported variables stay with the processes
-that the user started: the study, its steps, and Dagster.
+Processes that may not have secrets (sites and their trainers, a POC, third-party web interfaces) get only the variables
+listed here or named by the user. All other exported variables stay with the processes that the user started: the study,
+its steps, and Dagster.
 """
 
 import getpass

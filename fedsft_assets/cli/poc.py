@@ -33,9 +33,7 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(args: argparse.Namespace, settings: Settings) -> None:
-    """Run the action and print the status. Exits with a message on failure; `status` exits with 3 if nothing is
-    running.
-    """
+    """Run the action and print the status. Exits with a message on failure, or 3 from `status` if nothing runs."""
     begun = time.monotonic()
     try:
         system = poc_system(

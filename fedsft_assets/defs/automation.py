@@ -1,5 +1,7 @@
-"""Automation: a weekly schedule and a sensor on the source data, both off by default, re-run the study; another sensor
-delivers pending records to MLflow.
+"""Schedule and sensors of the study.
+
+A weekly schedule and a sensor on the source data, both off by default, re-run the study; another sensor delivers
+pending records to MLflow.
 """
 
 import json

@@ -23,9 +23,7 @@ class Answers:
     settings: GenerationSettings
 
     def markdown(self) -> str:
-        """A table with a row per model and a column per prompt, with all markup escaped; prompt contexts in the last
-        row.
-        """
+        """A table with a row per model and a column per prompt, markup escaped; contexts in the last row."""
         rows = [["", *(_cell(prompt.question) for prompt in self.prompts)], [":---"] * (len(self.prompts) + 1)]
         rows += [[_cell(name), *map(_cell, answers)] for name, answers in self.models.items()]
         if any(prompt.context for prompt in self.prompts):

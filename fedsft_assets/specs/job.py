@@ -132,8 +132,9 @@ class PrivacySpec(Spec):
         return self.clip * self.noise_multiplier
 
     def remedy(self, numbers: int, without: str) -> str:
-        """Cause and remedy for a diverged model of `numbers` elements; `without` is the text about causes other than
-        noise.
+        """Cause and remedy for a diverged model of `numbers` elements.
+
+        `without` is the text about causes other than noise.
 
         If the noise is many times `clip`, only the noise is mentioned.
         """

@@ -131,8 +131,9 @@ PRESETS = {
 
 
 def model_preset(name: str, archive: Path | None = None) -> ModelPreset:
-    """The preset named `name`, or one for the model at that path: a Hugging Face causal LM folder, a `.nemo` archive,
-    or the folder of an archive's files.
+    """The preset named `name`, or one for the model at that path.
+
+    A path is a Hugging Face causal LM folder, a `.nemo` archive, or the folder of an archive's files.
 
     `archive` is the path of a published model's archive. Raises SpecError if the name is none of these, or the archive
     is missing or does not apply.

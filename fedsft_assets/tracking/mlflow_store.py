@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from fedsft_assets.credentials import as_given, redacted, take_credentials
-from fedsft_assets.files import locked, publish_file
+from fedsft_assets.files import locked_file, publish_file
 from fedsft_assets.settings import Settings
 
 if TYPE_CHECKING:
@@ -96,10 +96,7 @@ def _make_store(database: Path, artifacts: Path | None) -> None:
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     artifacts = artifacts or database.parent / "mlruns"
-    database.parent.mkdir(parents=True, exist_ok=True)
-    lock = database.with_name(f".{database.name}.lock")
-    lock.touch()
-    with locked(lock):
+    with locked_file(database.with_name(f".{database.name}.lock")):
         if not database.exists():
             with publish_file(database) as fresh:
                 SqlAlchemyStore(f"{_SQLITE}{fresh}", artifacts.as_uri())

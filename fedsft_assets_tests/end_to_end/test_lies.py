@@ -145,7 +145,7 @@ def test_result_that_nvflare_cannot_read_ends_the_job_as_any_other_lie(
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", _lying(tmp_path / "liar", _SITE, _SITE_LIES, lie), prepend=":")
     first = _first_line_of_what_ends_it(store, build)
-    assert first.startswith(f"round 2: {LIAR}: NVFlare cannot decode its result: {cause}"), first
+    assert first.startswith(f"round 2: {LIAR}: its result is unreadable: {cause}"), first
 
 
 def _first_line_of_what_ends_it(store: Store, build: Callable[..., str]) -> str:

@@ -62,9 +62,7 @@ class Stopped:
 
 @dataclass(frozen=True)
 class Regroup:
-    """The server ended the job to have it resubmitted: these sites have connected, and NVFlare never deploys a running
-    job to latecomers.
-    """
+    """The server ended the job to be resubmitted, so that `sites`, which connected later, can join."""
 
     sites: list[str]
 

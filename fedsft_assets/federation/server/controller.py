@@ -348,7 +348,7 @@ class FederatedSFT(ModelController):
 
     def _refuse_unreadable(self, message: Any, why: str) -> None:
         if site := self._sender(message):
-            self._watch.refuse(site, f"NVFlare cannot decode its result: {quoted(why)}")
+            self._watch.refuse(site, f"its result is unreadable: {quoted(why)}")
 
     def _note_lost(self, message: Any, why: str) -> None:
         if site := self._sender(message):

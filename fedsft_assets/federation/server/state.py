@@ -77,11 +77,6 @@ class ServerState:
         """File of the global model after `round` rounds; only the last and the best are kept."""
         return self.folder / f"model-{round:06d}.pt"
 
-    def commit(self, weights: Mapping[str, torch.Tensor], algorithm: Mapping[str, Any]) -> None:
-        """Save the current progress with these weights, to resume from."""
-        self.write_weights(self.progress.finished, weights, weights.__getitem__)
-        self.commit_round(algorithm)
-
     def write_weights(
         self, round: int, like: Mapping[str, torch.Tensor], made: Callable[[str], torch.Tensor]
     ) -> ContiguousTensors:

@@ -1,14 +1,12 @@
 """Differential privacy accounting over everything that ever left the sites with noise."""
 
-import fcntl
 import json
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedsft_assets.files import publish_file
+from fedsft_assets.files import locked_file, publish_file
 from fedsft_assets.specs.job import PrivacySpec
 
 RELEASES_FILE = "privacy.json"
@@ -37,7 +35,7 @@ class Releases:
 
         Unless `settled`, a count is never lowered. `datasets` maps each site to its dataset. Raises ReleasesError.
         """
-        with self._locked():
+        with locked_file(self._path.with_suffix(".lock")):
             known = self._read()
             for site, dataset in datasets.items():
                 of_dataset = known.setdefault(site, {}).setdefault(dataset, {})
@@ -71,14 +69,6 @@ class Releases:
                 " privacy that the sites have spent is unknown"
             ) from error
         return known
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Lock the file: two jobs may run at once."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
 
 
 def epsilon(spent: list[tuple[float, int]], delta: float) -> float:

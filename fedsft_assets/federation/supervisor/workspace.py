@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from fedsft_assets.files import locked, publish_file
+from fedsft_assets.files import locked_file, publish_file
 
 _FILE = "execution.json"
 _NAME_LENGTH = 16  # hexadecimal digits of a subject's digest in the name of its workspace
@@ -97,16 +97,14 @@ class Workspace:
         Raises BlockingIOError if it is locked and `wait` is false. The lock of a dead process is released.
         """
         lock = self.folder.with_suffix(".lock")
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        lock.touch()
         with ExitStack() as held:
             try:
-                held.enter_context(locked(lock, wait=False))
+                held.enter_context(locked_file(lock, wait=False))
             except BlockingIOError:
                 if not wait:
                     raise
                 waiting()
-                held.enter_context(locked(lock))
+                held.enter_context(locked_file(lock))
             yield
 
     @property

@@ -192,7 +192,7 @@ def test_job_is_submitted_followed_and_fetched(attempt: Attempt, jobs: Jobs, wor
     one = attempt()
     events, error = _events(one)
     assert error is None
-    assert events == [Progress("FLARE job job-1 in the poc"), VAL, Progress("busy"), missed, LATER]
+    assert events == [Progress("submitted FLARE job job-1 (poc)"), VAL, Progress("busy"), missed, LATER]
     assert jobs.done == ["gather 1 of site-1 site-2", "submit", *["poll job-1"] * 3, "fetch job-1"]
     assert (workspace.result / "best_global_model.pt").read_text() == "a model"
     execution = workspace.execution()
@@ -247,7 +247,7 @@ def test_job_whose_id_never_arrived_and_that_died_is_submitted_again(
     _failure(attempt())
     jobs.unavailable_at = ""
     jobs.steps = [(FAILED, []), (DONE, [Started(0), VAL])]
-    assert _events(attempt()) == ([Progress("FLARE job job-2 in the poc"), VAL], None)
+    assert _events(attempt()) == ([Progress("submitted FLARE job job-2 (poc)"), VAL], None)
     execution = workspace.execution()
     assert execution is not None
     assert (execution.submissions, execution.job_id) == (2, "job-2")
@@ -258,7 +258,7 @@ def test_job_that_dies_with_its_supervisor_is_not_asked_for(attempt: Attempt, jo
     jobs.survives_submitter, jobs.unavailable_at = False, "submit"
     _failure(attempt())
     jobs.unavailable_at, jobs.steps = "", [(DONE, [Started(0)])]
-    assert _events(attempt()) == ([Progress("FLARE job job-2 in the poc")], None)
+    assert _events(attempt()) == ([Progress("submitted FLARE job job-2 (poc)")], None)
 
 
 def test_running_job_of_an_earlier_attempt_is_taken_over_and_nothing_is_told_twice(
@@ -267,7 +267,7 @@ def test_running_job_of_an_earlier_attempt_is_taken_over_and_nothing_is_told_twi
     first_part: list[Entry] = [Started(0), VAL, Progress("busy"), Missed("site-2", 1, "it is not connected")]
     jobs.steps = [(RUNNING, first_part)]
     events = attempt().run()
-    assert list(_until(events, 4)) == [Progress("FLARE job job-1 in the poc"), *first_part[1:]]
+    assert list(_until(events, 4)) == [Progress("submitted FLARE job job-1 (poc)"), *first_part[1:]]
     events.close()  # type: ignore[attr-defined]
 
     jobs.done.clear()
@@ -304,7 +304,7 @@ def test_running_job_of_another_job_folder_is_ended_first(attempt: Attempt, jobs
     assert error is None
     assert events == [
         Progress("ending FLARE job job-9 of another execution"),
-        Progress("FLARE job job-1 in the poc"),
+        Progress("submitted FLARE job job-1 (poc)"),
         VAL,
     ]
     assert jobs.done[1:4] == ["poll job-9", "abort job-9", "submit"]
@@ -328,7 +328,7 @@ def test_job_whose_result_is_lost_is_submitted_once_more_for_its_server_to_hand_
     assert events[-3:] == [
         Progress("no result of job-1; resubmitting the job to recover the result"),
         Progress("resuming after round 3 of 3"),
-        Progress("FLARE job job-2 in the poc"),
+        Progress("submitted FLARE job job-2 (poc)"),
     ]
     assert jobs.done[-1] == "fetch job-2"
     assert list(one.history.points.values()) == [VAL, LATER]
@@ -454,7 +454,7 @@ def test_job_that_is_gone_is_submitted_again_and_goes_on(
     jobs.steps += [(DONE, [Started(2), RoundDone(3), LATER])]
     events, error = _events(attempt())
     assert error is None
-    assert events == [Progress("resuming after round 2 of 3"), Progress("FLARE job job-1 in the poc"), LATER]
+    assert events == [Progress("resuming after round 2 of 3"), Progress("submitted FLARE job job-1 (poc)"), LATER]
     assert ("poll job-9" in jobs.done) == outlives
 
 
@@ -732,11 +732,11 @@ def test_server_that_dies_is_started_again_and_nothing_is_told_twice(
     events, error = _events(one)
     assert error is None
     assert events == [
-        Progress("FLARE job job-1 in the poc"),
+        Progress("submitted FLARE job job-1 (poc)"),
         *(VAL, Progress("busy"), missed),
         Progress("FLARE job job-1 failed: its server died (FINISHED:EXECUTION_EXCEPTION); restarting"),
         Progress("resuming after round 1 of 3"),
-        Progress("FLARE job job-2 in the poc"),
+        Progress("submitted FLARE job job-2 (poc)"),
         LATER,
     ]
     assert one.history.missed == [missed]
@@ -821,7 +821,7 @@ def test_job_that_is_taken_over_with_a_trainer_that_was_killed_before_is_started
             killed,
             Progress(f"FLARE job job-1 failed: {STOPPED.reason}; restarting"),
             Progress("resuming after round 1 of 3"),
-            Progress("FLARE job job-2 in the poc"),
+            Progress("submitted FLARE job job-2 (poc)"),
             LATER,
         ],
         None,
@@ -841,7 +841,7 @@ def test_job_that_its_server_stopped_is_not_taken_over(attempt: Attempt, jobs: J
     jobs.steps = [(FAILED, [Started(0), VAL, STOPPED])]
     assert _failure(attempt()).retryable
     jobs.steps = [(state, []), (DONE, [Started(0), LATER])]
-    assert _events(attempt()) == ([Progress("FLARE job job-2 in the poc"), LATER], None)
+    assert _events(attempt()) == ([Progress("submitted FLARE job job-2 (poc)"), LATER], None)
     assert jobs.done.index("abort job-1") < jobs.done.index("fetch job-2")
 
 
@@ -874,7 +874,7 @@ def test_only_silence_is_silence(attempt: Attempt, jobs: Jobs, monkeypatch: pyte
     events = attempt().run()
     told = list(_until(events, 2))
     refusal = "user not authorized for the action 'app_command'; no progress is available until the job has ended"
-    assert told[-1] == Progress(refusal if quiet == "refused" else f"FLARE job job-1 waits: {state.status}")
+    assert told[-1] == Progress(refusal if quiet == "refused" else f"FLARE job job-1 is waiting: {state.status}")
     jobs.steps = [*jobs.steps, (DONE, [Started(0), VAL])]
     assert list(events) == [VAL]  # it is said once
 

@@ -4,11 +4,10 @@ It writes into one folder only and listens on loopback only; several POCs on one
 """
 
 import contextlib
-import fcntl
 import importlib.metadata
 import socket
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import psutil
@@ -20,6 +19,7 @@ from fedsft_assets.federation.runtimes.interface import UnavailableError
 from fedsft_assets.federation.runtimes.poc.kits import ADMIN, SERVER, PocKits
 from fedsft_assets.federation.runtimes.poc.services import CONSOLE, PocServices
 from fedsft_assets.federation.runtimes.poc.state import RECORD, PocRecord, PocStatus
+from fedsft_assets.files import locked_file
 from fedsft_assets.specs.runtime import PocSettings
 
 HOST = "127.0.0.1"
@@ -201,13 +201,9 @@ class PocSystem:
             record.write()
         return count
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _locked(self) -> contextlib.AbstractContextManager[None]:
         """Only one process at a time changes the POC; others wait."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / _LOCK).open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+        return locked_file(self.folder / _LOCK)
 
 
 def _is_free(port: int) -> bool:
