@@ -1,7 +1,7 @@
-"""Who may read what is written: the account that owns it, and no other.
+"""File permissions: everything written is private to the account that owns it.
 
-What this package writes is so from the beginning, by the umask that its import sets. This closes what others have made,
-or an earlier version: it never follows links, and leaves alone what belongs to somebody else.
+New files are private because importing this package sets the umask. This module closes files made by other programs or
+earlier versions. It never follows links, and does not touch files of other accounts.
 """
 
 import errno
@@ -15,14 +15,14 @@ OTHERS = stat.S_IRWXG | stat.S_IRWXO
 _MAY_READ = stat.S_IRGRP | stat.S_IROTH
 _MAY_ENTER = stat.S_IXGRP | stat.S_IXOTH
 _KEYS = (".key", ".p12", ".pfx")
-_AUTHORITY = "cert.json"  # in which NVFlare's provisioning keeps the authority's private key, and everybody else's
+_AUTHORITY = "cert.json"  # where NVFlare's provisioning keeps all private keys, including the authority's
 
 
 @dataclass
 class Closed:
-    """What was open: so many files and folders, and which private keys among them others could have read.
+    """The result of closing: number of open files and folders, and private keys that others could have read.
 
-    `refused` is why the first one could not be closed that was not, with its path.
+    `refused` is the path of the first one that could not be closed, and the reason.
     """
 
     count: int = 0
@@ -31,7 +31,7 @@ class Closed:
 
 
 def is_open(path: Path) -> bool:
-    """Whether others may do anything with a file or folder of this account's, as far as its own mode says."""
+    """Whether the mode of a file or folder of this account gives others any access."""
     try:
         found = path.lstat()
     except OSError:
@@ -40,9 +40,9 @@ def is_open(path: Path) -> bool:
 
 
 def close_to_others(path: Path, parts: Collection[str] | None = None) -> Closed:
-    """Close a file, or a folder with all that is in it. What disappears meanwhile is of no interest.
+    """Close a file, or a folder with all its content. Files that disappear meanwhile are ignored.
 
-    `parts` are the only folders in it that are looked into, for a folder that its user may have for other things too.
+    `parts` limits the subfolders to close, for a folder that may also have other content.
     """
     closed = Closed()
     for one, found, in_reach in _walk(path, True, parts):
@@ -53,7 +53,7 @@ def close_to_others(path: Path, parts: Collection[str] | None = None) -> Closed:
         except FileNotFoundError:
             continue
         except OSError as error:
-            if error.errno == errno.EROFS:  # nothing can be done there at all, which its user is told elsewhere
+            if error.errno == errno.EROFS:  # read-only file system: reported elsewhere
                 continue
             closed.refused = closed.refused or f"{one}: {error.strerror}"
             continue
@@ -64,22 +64,22 @@ def close_to_others(path: Path, parts: Collection[str] | None = None) -> Closed:
 
 
 def close_kit(kit: Path) -> str | None:
-    """Close a startup kit; one line for whoever is responsible for it if it was open."""
+    """Close a startup kit; returns a one-line warning if it was open."""
     closed = close_to_others(kit.resolve())
     return said_of_kit(kit, closed) if closed.count else None
 
 
 def said_of_kit(kit: Path, closed: Closed) -> str:
-    """One line for whoever is responsible for a startup kit that was open."""
-    said = f"{kit}: this startup kit was open to other accounts of this computer; no longer"
+    """One-line warning about a startup kit that was open."""
+    warning = f"{kit}: this startup kit was open to other accounts of this computer; access removed"
     names = ", ".join(path.name for path in closed.keys)
-    return f"{said}. Whoever has read {names} can act in its name: have it provisioned anew" if names else said
+    return f"{warning}. Anyone who has read {names} can impersonate it: have it provisioned again" if names else warning
 
 
 def _walk(
     path: Path, in_reach: bool, parts: Collection[str] | None = None
 ) -> Iterator[tuple[Path, os.stat_result, bool]]:
-    """What is there and this account's, a folder before what is in it; and whether others could come so far."""
+    """Files of this account, folders before their content, and whether others could reach them."""
     try:
         found = path.lstat()
     except OSError:
@@ -91,7 +91,7 @@ def _walk(
         in_reach = in_reach and bool(found.st_mode & _MAY_ENTER)
         try:
             inside = list(path.iterdir())
-        except OSError:  # gone, or closed to its owner too
+        except OSError:  # gone, or unreadable for its owner too
             return
         for one in inside:
             if parts is None or one.name in parts or not one.is_dir():

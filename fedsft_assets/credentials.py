@@ -1,4 +1,4 @@
-"""What is a secret, and how it is kept out of texts that somebody may read: URLs, errors, lines of progress."""
+"""Recognizes secrets, and keeps them out of URLs, errors and progress messages."""
 
 import base64
 import os
@@ -13,11 +13,11 @@ _SECRET_NAME = re.compile(
     re.IGNORECASE,
 )
 PASS = "FEDSFT_PASS_ENVIRONMENT"
-"""Holds names of variables, with commas between them, that processes get too which may know no secrets."""
+"""Comma-separated names of variables that are also passed to processes that may not have secrets."""
 
-_NO_SECRETS = (PASS, "PWD", "FEDSFT_UI_TOKEN_FILE")  # whatever their names look like
-# In a URL, what comes before the host: up to its last @ if the rest is as it should be, and what SQLAlchemy makes of a
-# password with characters that should have been encoded. A port is none.
+_NO_SECRETS = (PASS, "PWD", "FEDSFT_UI_TOKEN_FILE")  # despite their names
+# User info of a URL: up to the last @ of a valid URL, or as SQLAlchemy parses a password with characters that should
+# have been encoded. A port does not count.
 _USER = r"[^/?#\s'\"<>]*|[^:/@\s'\"<>]*:(?!\d+(?:[/?#]|$))[^@\s'\"<>]*"
 _URL_USER = re.compile(rf"(?P<scheme>\b[A-Za-z][A-Za-z0-9+.-]*://)(?P<user>{_USER})@")
 _QUERY = re.compile(
@@ -25,17 +25,17 @@ _QUERY = re.compile(
     r"[^=&;#\s'\"]*=)(?P<value>[^&;#\s'\"<>]+)",
     re.IGNORECASE,
 )
-_SHORTEST = 4  # a value that is shorter would be found everywhere
+_SHORTEST = 4  # shorter values would match everywhere
 _HIDDEN = "***"
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether a variable of this name holds a secret, as far as names say: `HF_TOKEN`, `AWS_SECRET_ACCESS_KEY`."""
+    """Whether a variable's name suggests a secret: `HF_TOKEN`, `AWS_SECRET_ACCESS_KEY`."""
     return name not in _NO_SECRETS and bool(_SECRET_NAME.search(name))
 
 
 def is_secret(name: str, value: str) -> bool:
-    """Whether a variable of this name and value holds one."""
+    """Whether a variable holds a secret, judging by its name and value."""
     return name not in _NO_SECRETS and (is_secret_name(name) or has_credentials(_as_url(name, value)))
 
 
@@ -49,12 +49,12 @@ def credentials_in(url: str) -> tuple[str, str] | None:
 
 
 def has_credentials(text: str) -> bool:
-    """Whether there is a URL in it that opens something by itself."""
+    """Whether the text contains a URL with credentials."""
     return "://" in text and bool(_URL_USER.search(text) or _QUERY.search(text))
 
 
 def without_credentials(url: str) -> str:
-    """The URL without user and password, and without values of its query that are secrets by their names."""
+    """The URL without user, password, and query parameters whose names suggest secrets."""
     public = _URL_USER.sub(lambda found: found["scheme"], url)
     head, mark, query = public.partition("?")
     if not mark:
@@ -64,7 +64,7 @@ def without_credentials(url: str) -> str:
 
 
 def redact(text: str) -> str:
-    """The text without the secrets that this process has in its environment, and without what URLs say of others."""
+    """Replace secrets in the text: those in this process's environment, and credentials in URLs."""
     for secret in sorted(set(_secrets()), key=len, reverse=True):
         text = text.replace(secret, _HIDDEN)
     text = _URL_USER.sub(lambda found: f"{found['scheme']}{_HIDDEN}@", text)
@@ -72,7 +72,7 @@ def redact(text: str) -> str:
 
 
 def redact_error(error: BaseException) -> None:
-    """Redact the words of an error, and of those that it came from, whatever its kind."""
+    """Redact the messages of an error and of its causes, in place."""
     seen: set[int] = set()
     waiting: list[BaseException | None] = [error]
     while waiting:
@@ -80,18 +80,18 @@ def redact_error(error: BaseException) -> None:
         if one is None or id(one) in seen:
             continue
         seen.add(id(one))
-        with suppress(Exception):  # some are made so that nobody can change them
+        with suppress(Exception):  # some errors are immutable
             one.args = tuple(redact(arg) if isinstance(arg, str) else arg for arg in one.args)
         for name, value in [*vars(one).items(), ("filename", getattr(one, "filename", None))]:
-            if isinstance(value, str) and (said := redact(value)) != value:
+            if isinstance(value, str) and (redacted_value := redact(value)) != value:
                 with suppress(Exception):
-                    setattr(one, name, said)
+                    setattr(one, name, redacted_value)
         waiting += [one.__cause__, one.__context__, *getattr(one, "exceptions", ())]
 
 
 @contextmanager
 def redacted() -> Iterator[None]:
-    """No error that leaves this block, or a function that it decorates, says a secret."""
+    """Redact secrets from errors that leave the block or decorated function."""
     try:
         yield
     except Exception as error:
@@ -100,7 +100,7 @@ def redacted() -> Iterator[None]:
 
 
 def _secrets() -> Iterator[str]:
-    """Every secret of this process's environment, in all ways in which a message may write it."""
+    """Every secret in this process's environment, in all encodings in which a message may contain it."""
     for name, value in os.environ.items():
         if is_secret_name(name):
             yield from _written(value)
@@ -111,7 +111,7 @@ def _secrets() -> Iterator[str]:
 
 
 def _as_url(name: str, value: str) -> str:
-    """The value as a URL, if it is one: of a proxy, `me:password@host:3128` is one too."""
+    """The value as a URL; for a proxy, `me:password@host:3128` counts too."""
     return f"http://{value}" if name.lower().endswith("_proxy") and "://" not in value else value
 
 
@@ -127,10 +127,10 @@ _as_given: dict[str, str] = {}
 
 
 def take_credentials(uri: str) -> str:
-    """The URI without what opens it, which this process keeps for MLflow.
+    """The URI without its credentials, which this process keeps for MLflow.
 
-    Those of a server go where MLflow looks for them, into MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD of this
-    process's environment, and out of its MLFLOW_TRACKING_URI. A database is opened by nothing but its whole URI.
+    Credentials of a server are moved from MLFLOW_TRACKING_URI to MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD
+    in this process's environment, where MLflow reads them. The full URI of a database is kept for `as_given`.
     """
     public = without_credentials(uri)
     if public == uri:
@@ -147,5 +147,5 @@ def take_credentials(uri: str) -> str:
 
 
 def as_given(uri: str) -> str:
-    """The URI that `take_credentials` was given, in this process, where MLflow needs it."""
+    """The original URI given to `take_credentials` in this process, for MLflow."""
     return _as_given.get(uri, uri)

@@ -43,7 +43,7 @@ defs = dg.Definitions(
     schedules=[weekly_study],
     sensors=[new_data_sensor(datasets, jobs), undelivered_tracking],
     resources=resources(settings, sites_of(jobs)),
-    # Steps are forked from one process that has this module loaded: half a second each instead of several.
+    # Steps are forked from a process with this module preloaded: half a second each instead of several.
     executor=dg.multiprocess_executor.configured(
         {"start_method": {"forkserver": {"preload_modules": ["fedsft_assets.definitions"]}}}
     ),

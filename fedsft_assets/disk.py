@@ -1,4 +1,4 @@
-"""What is to be said, in one line, of a home that cannot be written or whose disk is full, whoever noticed it."""
+"""One-line explanations of errors caused by a full disk or an unwritable home."""
 
 import errno
 import logging
@@ -17,23 +17,23 @@ from pathlib import Path
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
-_FULL_SAID = re.compile(r"No space left on device|Disk quota exceeded|database or disk is full")
-_FORBIDDEN_SAID = re.compile(r"attempt to write a readonly database|unable to open database file")
-# SQLite says this of many things; where there is no room left, of that.
-_PERHAPS_FULL_SAID = re.compile(r"disk I/O error")
+_FULL_TEXT = re.compile(r"No space left on device|Disk quota exceeded|database or disk is full")
+_FORBIDDEN_TEXT = re.compile(r"attempt to write a readonly database|unable to open database file")
+# SQLite uses this for many errors; it counts only if the disk is nearly full.
+_PERHAPS_FULL_TEXT = re.compile(r"disk I/O error")
 _NO_ROOM = 1 << 20  # bytes
 _MB = 1_000_000
 _STDERR = 2
 _PIECE = 1 << 16
 _SECONDS_BETWEEN_LOOKS = 0.2
-_SECONDS_HELD = 1.0  # a stack trace comes before the error that it is of
+_SECONDS_HELD = 1.0  # a stack trace precedes its error message
 _SECONDS_DROPPED = 10.0
 
 _log = logging.getLogger(__name__)
 
 
 def explain(error: BaseException, home: Path) -> str | None:
-    """One line if the error, or what it came from, is that the home has no room or may not be written; else None."""
+    """A one-line explanation if the error or a cause of it is a full disk or an unwritable home; otherwise None."""
     for cause in _chain(error):
         if isinstance(cause, OSError):
             path = Path(os.fsdecode(cause.filename)) if isinstance(cause.filename, str | bytes) else home
@@ -41,27 +41,27 @@ def explain(error: BaseException, home: Path) -> str | None:
                 return _full(path, home)
             if cause.errno in _FORBIDDEN and (path.is_relative_to(home) or home.is_relative_to(path)):
                 return _forbidden(path, home, os.strerror(cause.errno))
-        # Only of what stores things: others say more than these words.
-        if isinstance(cause, sqlite3.Error) and (said := explain_text(str(cause), home)):
-            return said
+        # Only database errors: other errors are more specific than this text.
+        if isinstance(cause, sqlite3.Error) and (text := explain_text(str(cause), home)):
+            return text
     return None
 
 
 def explain_text(text: str, home: Path) -> str | None:
-    """The same for what somebody else has written down about an error."""
+    """Like `explain`, for the text of an error."""
     if _says_full(text, home):
         return _full(home, home)
-    if said := _FORBIDDEN_SAID.search(text):
-        return _forbidden(home, home, said.group())
+    if match := _FORBIDDEN_TEXT.search(text):
+        return _forbidden(home, home, match.group())
     return None
 
 
 @contextmanager
 def one_line_when_full(home: Path) -> Iterator[None]:
-    """In this block, what this process and those that it starts write to standard error comes a second later.
+    """Filter standard error of this process and its children in the block, with a delay of one second.
 
-    When there is no room on the disk, everything that stores something writes pages of that, each on its own: none of
-    them comes. If the block ends well all the same, one line says so.
+    On a full disk, every component writes pages of errors; these are dropped. If the block succeeds all the same, one
+    line is logged.
     """
     own = os.dup(_STDERR)
     reading, writing = os.pipe()
@@ -85,7 +85,7 @@ def one_line_when_full(home: Path) -> Iterator[None]:
 
 
 class _FilteredStream:
-    """Standard error on its way to where it goes."""
+    """Delays and filters standard error."""
 
     def __init__(self, home: Path, into: int) -> None:
         self._home, self._into = home, into
@@ -115,13 +115,13 @@ class _FilteredStream:
 
 
 def _says_full(text: str, home: Path) -> bool:
-    return bool(_FULL_SAID.search(text) or (_PERHAPS_FULL_SAID.search(text) and _free(home) < _NO_ROOM))
+    return bool(_FULL_TEXT.search(text) or (_PERHAPS_FULL_TEXT.search(text) and _free(home) < _NO_ROOM))
 
 
 def _full(path: Path, home: Path) -> str:
     return (
-        f"{path}: no space left on its disk ({_free(home) / _MB:,.1f} MB free in {home}); make room and run it again:"
-        " what was made is kept, and it goes on from there"
+        f"{path}: no space left on its disk ({_free(home) / _MB:,.1f} MB free in {home}); free some space and run it"
+        " again: finished work is kept, and it resumes from there"
     )
 
 
@@ -133,7 +133,7 @@ def _forbidden(path: Path, home: Path, why: str) -> str:
 
 
 def _free(home: Path) -> int:
-    """Bytes that this user could still write at the place of a home that may not be there yet."""
+    """Free bytes for this user at the path of a home, which need not exist yet."""
     for folder in (home, *home.parents):
         try:
             return shutil.disk_usage(folder).free

@@ -1,4 +1,4 @@
-"""Running one job with tracking, from its job folder to a registered checkpoint: all that a checkpoint asset does.
+"""Runs one job with tracking, from its job folder to a registered checkpoint: the work of a checkpoint asset.
 
 Plain Python: a notebook or a test calls it directly.
 """
@@ -32,14 +32,14 @@ from fedsft_assets.versions import adding, make_current
 
 CHART_FILE = "val_loss.png"
 _INPUTS_FILE = "inputs.json"
-_PRIVACY, _DATASET = "filters.privacy.", "site."  # with a field, and a site's name, behind it: parameters in MLflow
+_PRIVACY, _DATASET = "filters.privacy.", "site."  # prefixes of MLflow parameters, followed by a field or a site's name
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class CheckpointInputs:
-    """What a checkpoint was made of, beside it: versions in the store, as paths relative to the home."""
+    """The inputs of a checkpoint, stored beside it: versions in the store, as paths relative to the home."""
 
     job_folder: str
     base_model: str
@@ -52,7 +52,7 @@ class CheckpointInputs:
 
     @classmethod
     def read(cls, checkpoint: Path) -> Self:
-        """Of a version of a checkpoint."""
+        """Read the inputs of a version of a checkpoint."""
         return cls(**json.loads((checkpoint / _INPUTS_FILE).read_text(encoding="utf-8")))
 
     def write(self, checkpoint: Path) -> None:
@@ -65,7 +65,7 @@ class CheckpointInputs:
 
 @dataclass(frozen=True)
 class ExecutedJob:
-    """A finished job: its report, the version of its checkpoint, and where MLflow has it."""
+    """A finished job: its report, checkpoint version, chart, and MLflow registration."""
 
     report: JobReport
     folder: Path
@@ -81,11 +81,11 @@ def execute_job(
     tags: dict[str, str],
     runtime: RuntimeSettings = SIMULATOR,
 ) -> ExecutedJob:
-    """Run a version of a job folder in the store, track it, make its checkpoint the current version and register it.
+    """Run a version of a job folder, track it, register its checkpoint and make it current.
 
-    `tags` go to the MLflow runs beside the data versions. Progress is logged, a line at a time.
-    A tracking server that does not answer changes nothing but that it gets everything later (see `Outbox`).
-    Raises JobError if the job fails; its MLflow runs are then FAILED, or KILLED if it was interrupted.
+    `tags` are added to the MLflow runs, besides the data versions. Progress is logged. If the tracking server does not
+    answer, everything is delivered later (see `Outbox`). Raises JobError if the job fails; its MLflow runs are then
+    FAILED, or KILLED if it was interrupted.
     """
     job = read_job_folder(job_folder)
     spec = job.spec
@@ -139,7 +139,7 @@ def execute_job(
 
 
 def close_abandoned(store: Store, job: str) -> None:
-    """End the MLflow runs of executions whose process died before it could, and that nobody has taken up since."""
+    """End the MLflow runs of abandoned executions, whose process died without ending them."""
     for workspace in Workspaces(store.flare(job)).abandoned():
         close_as_killed(
             workspace.tracking_record,
@@ -150,10 +150,10 @@ def close_abandoned(store: Store, job: str) -> None:
 
 
 def privacy_spent(store: Store, execution: TrackedExecution) -> dict[str, float]:
-    """What MLflow is to know of the privacy that the sites of an execution have spent by now; nothing without noise.
+    """MLflow metrics of the privacy that an execution's sites have spent so far; empty without noise.
 
-    That of the site that has spent most: its epsilon, and the releases that it is for. Never raises: what ended the
-    execution is what its user must see.
+    Values of the site that has spent most: epsilon and number of releases. Never raises: the user must see the error
+    that ended the execution.
     """
     params = execution.params
     privacy = {
@@ -166,25 +166,23 @@ def privacy_spent(store: Store, execution: TrackedExecution) -> dict[str, float]
         spec = PrivacySpec.model_validate(privacy)
         epsilon, releases = Releases(store.home / RELEASES_FILE).most_spent(datasets, spec)
     except (ReleasesError, OSError) as error:
-        _log.warning("%s · the privacy that was spent is not in MLflow: %s", execution.job, error)
+        _log.warning("%s · the privacy spent is missing in MLflow: %s", execution.job, error)
         return {}
-    _log.info(
-        "%s · a site has spent epsilon %.4g of its privacy by now, in %d releases", execution.job, epsilon, releases
-    )
+    _log.info("%s · privacy spent so far: epsilon %.4g in %d releases", execution.job, epsilon, releases)
     return {"epsilon": epsilon, "releases": float(releases)}
 
 
 def _params(spec: JobSpec, plan: SitePlan, runtime: str) -> dict[str, Any]:
-    """What decides the result, and the runtime, each value under a name of its own."""
+    """MLflow parameters: everything that determines the result, and the runtime, flattened."""
     own = spec.model_dump(exclude={"name", "description", "sites", "training"})
-    said = {**own, **plan.training.model_dump(), "site": {name: site.dataset for name, site in spec.sites.items()}}
-    said["peft"] = said["peft"] or {"method": None}
-    algorithm = said.pop("algorithm")
+    values = {**own, **plan.training.model_dump(), "site": {name: site.dataset for name, site in spec.sites.items()}}
+    values["peft"] = values["peft"] or {"method": None}
+    algorithm = values.pop("algorithm")
     return {
         "kind": spec.kind,
         "runtime": runtime,
         "algorithm": algorithm.pop("name"),
-        **_flat({**said, "algorithm": algorithm}),
+        **_flat({**values, "algorithm": algorithm}),
     }
 
 

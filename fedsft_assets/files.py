@@ -1,4 +1,4 @@
-"""How files and folders get to their place whole, and digests of their content."""
+"""Atomic publication of files and folders, and content digests."""
 
 import fcntl
 import glob
@@ -19,12 +19,11 @@ _CHUNK = 1 << 20
 
 @contextmanager
 def publish_folder(target: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `target`; when the block ends well, it becomes `target` whole.
+    """Yield an empty folder beside `target`; if the block succeeds, it atomically becomes `target`.
 
-    Until then, and for ever if the block raises, what was at `target` stays as it was. Of several
-    processes that publish at the same time, each has a folder of its own, and the last one to end
-    wins. A process that dies leaves its folder as `.<name>.new-…`, or between the two renames the old
-    one as `.<name>.old`: the next call removes the one and puts back the other.
+    Until then, or if the block raises, `target` is unchanged. Concurrent publishers each have their own folder, and the
+    last one to finish wins. A killed process leaves its folder as `.<name>.new-…`, or between the two renames the old
+    one as `.<name>.old`: the next call removes the former and restores the latter.
     """
     parent = target.parent
     parent.mkdir(parents=True, exist_ok=True)
@@ -48,7 +47,7 @@ def publish_folder(target: Path) -> Iterator[Path]:
 
 
 def _recover(target: Path, old: Path) -> None:
-    """Put right what a process left that died while it published."""
+    """Clean up after a process that was killed while publishing."""
     if old.exists() and not target.exists():
         old.rename(target)
     shutil.rmtree(old, ignore_errors=True)
@@ -56,18 +55,18 @@ def _recover(target: Path, old: Path) -> None:
 
 
 def remove_left(target: Path) -> None:
-    """Remove what processes left that died while they published."""
+    """Remove leftovers of processes that were killed while publishing."""
     for left in target.parent.glob(f".{glob.escape(target.name)}.new-*"):
         try:
             with locked(left, wait=False):
                 shutil.rmtree(left, ignore_errors=True)
         except (BlockingIOError, FileNotFoundError, PermissionError):
-            continue  # somebody is still writing into it, or has just ended, or is another user
+            continue  # in use, just removed, or another user's
 
 
 @contextmanager
 def locked(folder: Path, wait: bool = True) -> Iterator[None]:
-    """Hold the folder's lock, which ends with this process at the latest. BlockingIOError if it is taken."""
+    """Hold the folder's lock, at most until this process ends. Raises BlockingIOError if it is held and not `wait`."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -77,11 +76,20 @@ def locked(folder: Path, wait: bool = True) -> Iterator[None]:
 
 
 @contextmanager
-def publish_file(target: Path) -> Iterator[Path]:
-    """Yield a path beside `target`; when the block ends well, what is there replaces `target` at once.
+def locked_file(path: Path, wait: bool = True) -> Iterator[None]:
+    """Hold the lock of a lock file, which is created if necessary. Raises BlockingIOError as `locked` does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    with locked(path, wait):
+        yield
 
-    Of several processes that publish at the same time, each has a path of its own, and the last one to
-    end wins. What a process leaves that dies, the next call removes.
+
+@contextmanager
+def publish_file(target: Path) -> Iterator[Path]:
+    """Yield a path beside `target`; if the block succeeds, the file there atomically replaces `target`.
+
+    Concurrent publishers each have their own path, and the last one to finish wins. Leftovers of a killed process are
+    removed by the next call.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_left(target)
@@ -96,9 +104,9 @@ def publish_file(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def own_folder(target: Path) -> Iterator[Path]:
-    """A new folder beside `target`, locked and removed at the end: the file in it may be replaced, the lock stays.
+    """A new folder beside `target`, locked, and removed at the end.
 
-    The lock of the folder around it is not asked for: its holder may be publishing that one as a whole.
+    Does not lock the parent folder, whose lock holder may be publishing it as a whole.
     """
     while True:
         folder = target.parent / f".{target.name}.new-{uuid.uuid4().hex}"
@@ -108,7 +116,7 @@ def own_folder(target: Path) -> Iterator[Path]:
                 alive.enter_context(locked(folder))
                 folder.stat()
             except FileNotFoundError:
-                continue  # another call took it for left behind before it was locked
+                continue  # another call removed it as a leftover before it was locked
             try:
                 yield folder
             finally:
@@ -117,9 +125,9 @@ def own_folder(target: Path) -> Iterator[Path]:
 
 
 class HashedFile:
-    """A new file whose blocks are written and hashed by a thread, while the caller makes the next one.
+    """A new file whose blocks are written and hashed by a thread while the caller produces the next one.
 
-    When the block ends, everything is on the disk and `digest` is the file's SHA-256, in hex.
+    After the `with` block, the file is on disk and `digest` is its SHA-256 in hex.
     """
 
     def __init__(self, path: Path) -> None:
@@ -141,7 +149,7 @@ class HashedFile:
                 self.digest = self._hash.hexdigest()
 
     def write(self, block: bytes) -> None:
-        """Have the block written; waits for the one before, and raises what went wrong with it."""
+        """Queue a block; waits for the previous one and raises its error, if any."""
         self._wait()
         self._last = self._thread.submit(self._write, block)
 
@@ -164,7 +172,7 @@ def file_digest(path: Path) -> str:
 
 
 def folder_digest(folder: Path, names: Iterable[str] | None = None) -> str:
-    """SHA-256 over the relative names and contents of a folder's files, or of those with these names, in hex."""
+    """SHA-256 over relative names and contents of a folder's files, or only those in `names`, in hex."""
     paths = (p for p in folder.rglob("*") if p.is_file()) if names is None else (folder / name for name in names)
     return digest_of({path.relative_to(folder).as_posix(): file_digest(path) for path in paths})
 
@@ -176,7 +184,7 @@ def digest_of(files: Mapping[str, str]) -> str:
 
 
 def link_or_copy(source: str, target: str) -> None:
-    """Give a file that is never changed in place a second name, or a copy where that cannot be."""
+    """Hard-link a file that is never changed in place, or copy it if that is not possible."""
     try:
         os.link(source, target)
     except OSError:
@@ -192,7 +200,7 @@ def fsync(path: Path) -> None:
 
 
 def fsync_tree(folder: Path) -> None:
-    """Have all of a folder on the disk, and closed to others, whatever modes came along with what was copied."""
+    """Sync a folder to disk, and make it private, whatever the modes of copied files."""
     close_to_others(folder)
     for path in [*folder.rglob("*"), folder]:
         fsync(path)

@@ -1,23 +1,20 @@
-"""What a home is for, written down in the home itself: `home.json` names its data, its model, and the folders of its
-datasets and jobs.
+"""Binds a home to its purpose: `home.json` records its data, model, and the folders of its datasets and jobs.
 
-Whatever is said neither by an argument nor by the environment comes from there. What a home is for does not change
-once something was made in it. Paths in the home or in the project are written as such, so both can be moved.
+Settings given neither as arguments nor in the environment are read from there. They are fixed once anything was made in
+the home. Paths inside the home or project are stored relative to it, so both can be moved.
 """
 
 import fcntl
 import json
 import logging
-import os
 import shlex
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO
 
 from fedsft_assets.access import close_to_others, is_open
 from fedsft_assets.disk import explain
-from fedsft_assets.files import publish_file
+from fedsft_assets.files import locked, publish_file
 from fedsft_assets.home_file import FIXED, HOME_FILE, HomeError, HomeFile, read_home
 from fedsft_assets.settings import Settings
 from fedsft_assets.store import HOME_FOLDERS
@@ -26,35 +23,35 @@ _LOCK = ".home.lock"
 _OPTIONS = ("data", "model")  # of `fedsft study`; the others are environment variables
 _MADE = ("raw", "processed", "combined", "base_models", "job_folders", "checkpoints")
 
-_in_use: list[IO[str]] = []  # locks that this process holds to its end
+_in_use: list[IO[str]] = []  # locks held until this process ends
 
 _log = logging.getLogger(__name__)
 
 
 def close_home(home: Path) -> None:
-    """Have the home for its owner alone, and warn its user if it was not, as homes of earlier versions are."""
+    """Make the home private, and warn if it was not, as with homes of earlier versions."""
     known = (home / HOME_FILE).exists() or (home / "poc").exists() or not _is_empty(home)
     closed = close_to_others(home, HOME_FOLDERS)
     if closed.refused:
         _log.warning(
-            f"{home}: other accounts of this computer can read it, and it cannot be closed to them ({closed.refused});"
-            " set FEDSFT_HOME to a folder on a disk that knows permissions"
+            f"{home}: other accounts of this computer can read it, and its permissions cannot be changed"
+            f" ({closed.refused}); set FEDSFT_HOME to a folder on a file system with permissions"
         )
     elif known and closed.count:
         renew = (
-            ". Whoever has read the POC's private keys can still become its administrator; renew its certificates:"
+            ". Anyone who has read the POC's private keys can still act as its administrator; renew its certificates:"
             f" FEDSFT_HOME={shlex.quote(str(home))} fedsft poc renew"
         )
         _log.warning(
-            f"{home}: was open to other accounts of this computer, with {closed.count:,} files and folders; no longer"
+            f"{home}: {closed.count:,} files and folders were open to other accounts of this computer; access removed"
             f"{renew if closed.keys else ''}"
         )
 
 
 def check_home(settings: Settings) -> None:
-    """Raises HomeError if these settings say something else than what their home is for, or if that is gone.
+    """Raise HomeError if these settings contradict what their home is for, or if its data or model is gone.
 
-    A home that others may enter is closed, with a warning.
+    A home open to others is made private, with a warning.
     """
     _close(settings.home)
     if found := read_home(settings.home, settings.project):
@@ -62,19 +59,21 @@ def check_home(settings: Settings) -> None:
 
 
 def claim_home(settings: Settings, move: Callable[[Path], object]) -> None:
-    """Write down what this home is for, and keep it so as long as this process lives.
+    """Bind this home to the settings' purpose while this process lives.
 
-    A home in which nothing was made yet, and that nobody uses, may become another one. `move` is called with the old
-    place of a home that was moved. Raises HomeError as `check_home` does, and for data that is not there.
+    An empty home that no other process uses can be rebound. `move` is called with the old path of a moved home. Raises
+    HomeError as `check_home` does, and if the data does not exist.
     """
     try:
         settings.home.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         if explain(error, settings.home):
             raise
-        raise HomeError(f"{settings.home}: no folder can be made there: {error}; set FEDSFT_HOME to one") from error
+        raise HomeError(
+            f"{settings.home}: cannot create this folder: {error}; set FEDSFT_HOME to another one"
+        ) from error
     _close(settings.home)
-    with _one_at_a_time(settings.home):
+    with locked(settings.home):
         alone = _use(settings.home)
         found = read_home(settings.home, settings.project)
         if found and not (alone and _is_empty(settings.home)):
@@ -103,17 +102,17 @@ def _check(settings: Settings, found: HomeFile) -> None:
         gone = there.startswith("/") and not Path(there).exists()
         if gone and here == there:
             raise HomeError(
-                f"{file}: {there}, the {_title(name)} of this home, is not there any more; say once where it is now:"
+                f"{file}: {there}, the {_title(name)} of this home, does not exist any more; give its new path once:"
                 f" {_command({name: f'<{_title(name)}>'})}"
             )
         if here != there and not (gone and here.startswith("/") and Path(here).exists()):
             other[name] = here
     if other:
-        said = ", ".join(f"{_title(name)} {value}" for name, value in other.items())
+        asked = ", ".join(f"{_title(name)} {value}" for name, value in other.items())
         kept = ", ".join(f"{_title(name)} {found.values.get(name)}" for name in {**dict.fromkeys(_OPTIONS), **other})
         new = {name: value for name, value in wanted.items() if name in other or value != settings.usual.get(name)}
         raise HomeError(
-            f"{file}: this home is for {kept}, not for {said}; for that, start another home:"
+            f"{file}: this home is for {kept}, not for {asked}; use another home for that:"
             f" FEDSFT_HOME={shlex.quote(str(_unused(settings.home)))} {_command(new)}"
         )
 
@@ -157,7 +156,7 @@ def _portable(value: str, folders: Mapping[str, Path]) -> str:
 
 
 def _use(home: Path) -> bool:
-    """Hold the home for this process; whether no other one does."""
+    """Register this process as a user of the home; returns whether it is the only one."""
     lock = (home / _LOCK).open("a")
     _in_use.append(lock)
     try:
@@ -167,13 +166,3 @@ def _use(home: Path) -> bool:
         alone = False
     fcntl.flock(lock, fcntl.LOCK_SH)
     return alone
-
-
-@contextmanager
-def _one_at_a_time(home: Path) -> Iterator[None]:
-    handle = os.open(home, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)

@@ -1,8 +1,8 @@
-"""What becomes of memory that a process has freed, with glibc's allocator; with another C library, nothing happens.
+"""Tunes how glibc's allocator handles freed memory; no effect with other C libraries.
 
-Left alone, glibc gives large blocks back to the system at once, which must clear them page by page when they are asked
-for again: for trainers that costs up to a tenth of a small model's step, for processes that send and receive models
-more than all copying. And each of its many arenas keeps some for itself.
+By default, glibc returns large blocks to the system at once, which must zero their pages when they are allocated again:
+this costs trainers up to a tenth of a small model's step, and processes that send and receive models more than all
+copying. Each of its many arenas also keeps some free memory.
 """
 
 import ctypes
@@ -16,21 +16,21 @@ from typing import Any
 # Parameters of mallopt(3), from malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8
 _NEVER_TRIM, _NO_MAPPINGS = -1, 0
-_ARENAS, _OWN_PAGES, _KEPT = 1, 32 << 20, 64 << 20  # larger blocks have pages of their own; the heap keeps so much
+_ARENAS, _OWN_PAGES, _KEPT = 1, 32 << 20, 64 << 20  # bytes: larger blocks are mapped separately; free heap to keep
 
 MESSAGE_ENVIRONMENT = {
     "MALLOC_ARENA_MAX": str(_ARENAS),
     "MALLOC_MMAP_THRESHOLD_": str(_OWN_PAGES),
     "MALLOC_TRIM_THRESHOLD_": str(_KEPT),
 }
-"""As `keep_message_memory`, for processes that are still to be started, which only then have no arenas yet."""
+"""Like `keep_message_memory`, but for child processes, before they create any arenas."""
 
 
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
-    """Within the block, freed memory stays with the process; at its end, all of it goes back to the system.
+    """Within the block, freed memory stays with the process; afterwards it is returned to the system.
 
-    For trainers, whose steps free what the next one asks for again.
+    For trainers, whose steps free what the next step allocates again.
     """
     library = _glibc()
     if library is None:
@@ -45,13 +45,13 @@ def freed_memory_kept() -> Iterator[None]:
 
 
 def give_back_freed_memory() -> None:
-    """Let the system have what lies free, also between things that are in use."""
+    """Return free memory to the system, including gaps between blocks in use."""
     if library := _glibc():
         library.malloc_trim(0)
 
 
 def keep_message_memory() -> None:
-    """From now on, the memory that a message was in is used again by the next one."""
+    """Reuse the memory of a message for the next one, from now on."""
     if library := _glibc():
         library.mallopt(_ARENA_MAX, _ARENAS)
         library.mallopt(_MMAP_THRESHOLD, _OWN_PAGES)
@@ -59,7 +59,7 @@ def keep_message_memory() -> None:
 
 
 def collect_messages() -> None:
-    """Let go of messages that are over: NVFlare's are in reference cycles, which only the garbage collector ends."""
+    """Free finished messages: NVFlare's are in reference cycles, which only the garbage collector breaks."""
     gc.collect()
 
 

@@ -1,8 +1,8 @@
-"""The environment of processes: what a home's processes get, and what those get that may know no secrets, which are
-sites and their trainers, a POC, and user interfaces of others.
+"""Environments of child processes: the variables of a home, and the subset without secrets.
 
-They get what is named here, and what the user names. Whatever else a user has exported, whatever it is called, stays
-with the processes that the user started: the study, its steps, and Dagster.
+Processes that may not have secrets (sites and their trainers, a POC, third-party web interfaces) get only the variables
+listed here or named by the user. All other exported variables stay with the processes that the user started: the study,
+its steps, and Dagster.
 """
 
 import getpass
@@ -33,10 +33,10 @@ _BEGINNINGS = (
 
 
 def child_environment(parent: Mapping[str, str] | None = None) -> dict[str, str]:
-    """What of an environment, this process's unless said, goes to a process that may know no secrets.
+    """The variables of `parent` (default: this process's) for a process that may not have secrets.
 
-    Of what is named here, nothing passes that is a secret by its name, or a URL with a password in it. What
-    FEDSFT_PASS_ENVIRONMENT names always does.
+    Listed variables are dropped if their names suggest a secret or their values are URLs with a password. Variables
+    named in FEDSFT_PASS_ENVIRONMENT are always passed.
     """
     parent = os.environ if parent is None else parent
     named = {name.strip() for name in parent.get(PASS, "").split(",")}
@@ -44,7 +44,7 @@ def child_environment(parent: Mapping[str, str] | None = None) -> dict[str, str]
 
 
 def forget_secrets() -> None:
-    """Take out of this process's environment what those that it starts may not know."""
+    """Remove from this process's environment what `child_environment` would not pass on."""
     for name in os.environ.keys() - child_environment().keys():
         del os.environ[name]
 
@@ -54,7 +54,7 @@ def _passes(name: str, value: str) -> bool:
 
 
 def home_environment(home: Path) -> dict[str, str]:
-    """Variables that keep libraries from writing anywhere but under `home`, and from the network."""
+    """Variables that make libraries write only under `home`, and disable their telemetry."""
     cache = home / "cache"
     return {
         **_account(cache),
@@ -72,7 +72,7 @@ def home_environment(home: Path) -> dict[str, str]:
 
 
 def _account(folder: Path) -> dict[str, str]:
-    """What libraries ask of an account, for one that the password file does not know, as in a container."""
+    """Defaults for an account without an entry in the password file, as in a container."""
     missing = {}
     try:
         Path.home()

@@ -1,6 +1,6 @@
-"""What of a home nobody needs any more: versions that are behind none of what is current, latest or registered.
+"""Finds and removes what a home no longer needs: versions behind nothing that is current, latest or registered.
 
-Plain Python: it is told which versions Dagster's runs are working on and which checkpoints are registered.
+Plain Python: the caller provides the versions in use by Dagster runs and the registered checkpoints.
 """
 
 import shutil
@@ -21,7 +21,7 @@ _GROUPS = ("raw", "processed", "base_models", "job_folders", "checkpoints", "eva
 
 @dataclass(frozen=True)
 class Unneeded:
-    """A version, or the workspace of an execution, with its bytes on the disk."""
+    """A version, or the workspace of an execution, with its size on disk in bytes."""
 
     path: Path
     bytes: int
@@ -29,11 +29,11 @@ class Unneeded:
 
 
 def unneeded(store: Store, registered: Iterable[Path], in_use: Iterable[Path]) -> list[Unneeded]:
-    """Versions and workspaces that can go, by their paths.
+    """Versions and workspaces that can be removed, by path.
 
-    Kept are current versions, what the latest execution of each job is of, checkpoints that are `registered`, versions
-    `in_use` by runs that go on, and all that these were made of. Workspaces go whose execution is not the job's latest
-    and in which nobody works.
+    Kept are current versions, those of each job's latest execution, `registered` checkpoints, versions `in_use` by
+    running Dagster runs, and everything that these were made from. Idle workspaces are removed if their execution is
+    not the job's latest.
     """
     families = list(_families(store))
     roots = [current(folder) for folder in families if (folder / CURRENT).is_symlink()]
@@ -50,7 +50,7 @@ def unneeded(store: Store, registered: Iterable[Path], in_use: Iterable[Path]) -
 
 
 def remove(found: Iterable[Unneeded]) -> list[Unneeded]:
-    """Remove them, but for those that somebody has used again since they were found; returns what is gone."""
+    """Remove them, except those used again since they were found; returns what was removed."""
     gone = []
     for one in found:
         if one.path.parent.parent.name == "flare":
@@ -72,14 +72,14 @@ def remove(found: Iterable[Unneeded]) -> list[Unneeded]:
 
 
 def _families(store: Store) -> Iterator[Path]:
-    """The folders that hold versions."""
+    """The folders that contain versions."""
     yield store.combined
     for group in _GROUPS:
         yield from sorted((store.home / group).glob("*/"))
 
 
 def _with_origins(store: Store, versions: Iterable[Path]) -> set[Path]:
-    """These versions and all that they were made of, as far as they are there."""
+    """These versions and everything that they were made from, as far as it exists."""
     needed: set[Path] = set()
     waiting = list(versions)
     while waiting:
@@ -105,7 +105,7 @@ def _origins(store: Store, version: Path) -> list[Path]:
 
 
 def _idle(workspaces: Workspaces, latest: list[Workspace]) -> Iterator[Workspace]:
-    """Workspaces of executions that are over, or that nobody has gone on with since another one began."""
+    """Unused workspaces other than the latest."""
     kept = {workspace.folder for workspace in latest}
     return (other for other in workspaces.abandoned() if other.folder not in kept)
 

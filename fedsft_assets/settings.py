@@ -1,6 +1,6 @@
-"""All settings that do not change a result, from environment variables FEDSFT_*, typed and with defaults that work.
+"""All settings that do not change a result: environment variables FEDSFT_*, typed, with working defaults.
 
-What the environment does not say and a home remembers (its data, its model, its folders) comes from `home.json`.
+Values that are not set in the environment but remembered by the home (data, model, folders) come from `home.json`.
 """
 
 import re
@@ -21,26 +21,26 @@ from fedsft_assets.specs.runtime import PocSettings, ProductionSettings, Runtime
 from fedsft_assets.store import Store
 
 PROJECT = Path(__file__).resolve().parent.parent
-# What the URLs of SQLite's databases cannot say, MLflow's and Dagster's: `?` begins their options, `%41` is an A.
+# Not representable in the SQLite URLs of MLflow and Dagster: `?` starts their options, `%41` means A.
 _NOT_IN_URLS = re.compile(r"\?|%[0-9A-Fa-f]{2}")
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 class _HomeSource(PydanticBaseSettingsSource):
-    """What the home remembers, for whatever was not said."""
+    """Values remembered by the home, for settings that were not given."""
 
     def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
         raise NotImplementedError("all values come at once")
 
     def __call__(self) -> dict[str, Any]:
-        said = self.current_state.get("home")
-        home = _absolute(Path(said)) if said else Settings.model_fields["home"].default
+        given = self.current_state.get("home")
+        home = _absolute(Path(given)) if given else Settings.model_fields["home"].default
         found = read_home(home, PROJECT)
         return dict(found.values) if found else {}
 
 
 class Settings(BaseSettings):
-    """Read anew wherever it is made, from the process environment and, below it, from what the home remembers."""
+    """Read on every instantiation, from the process environment, then from what the home remembers."""
 
     model_config = SettingsConfigDict(
         env_prefix="FEDSFT_", env_nested_delimiter="__", env_ignore_empty=True, populate_by_name=True
@@ -69,18 +69,18 @@ class Settings(BaseSettings):
     mlflow_uri: str | None = Field(
         default=None,
         validation_alias=URI,
-        description="None is the store under `home`; without the password that may be in it, which MLflow is told",
+        description="None means the store under `home`; never contains a password",
     )
     tracking_patience: float = Field(
         default=60.0, ge=0, description="seconds that a finished job waits for a tracking server that does not answer"
     )
     ui_token_file: Path | None = Field(
-        default=None, description="holds the token of the user interfaces; None is a new one at every start"
+        default=None, description="file with the token of the web interfaces; None generates one at every start"
     )
     pass_environment: str = Field(
         default="",
         pattern=r"^\s*([A-Za-z_]\w*\s*(,\s*[A-Za-z_]\w*\s*)*)?$",
-        description="names of variables that the processes of sites get too, as A,B; `child_environment` reads it",
+        description="variables also passed to the processes of sites, as A,B; read by `child_environment`",
     )
 
     @classmethod
@@ -109,7 +109,7 @@ class Settings(BaseSettings):
     def _usable(cls, home: Path) -> Path:
         if wrong := _NOT_IN_URLS.search(str(home)) or _UNPRINTABLE.search(str(home)):
             raise ValueError(
-                f"{ascii(str(home))[1:-1]} has {wrong.group()!a} in it, which SQLite's URLs cannot say, so neither"
+                f"{ascii(str(home))[1:-1]} contains {wrong.group()!a}, which SQLite URLs cannot represent, so neither"
                 " MLflow nor Dagster can work there; set FEDSFT_HOME to a folder whose path has no '?', no '%' before"
                 " two hexadecimal digits, and no control characters"
             )
@@ -120,7 +120,7 @@ class Settings(BaseSettings):
         return Store(self.home)
 
     def where_jobs_run(self, sites: Iterable[str] = ()) -> RuntimeSettings:
-        """`sites` are those that a POC is started for."""
+        """The runtime settings; `sites` are those that a POC is started for."""
         return RuntimeSettings(name=self.runtime, sites=list(sites), poc=self.poc, production=self.production)
 
     @property
@@ -130,7 +130,7 @@ class Settings(BaseSettings):
 
     @property
     def purpose(self) -> dict[str, str]:
-        """What a home remembers, with whole paths."""
+        """What a home remembers, with absolute paths."""
         data = self.data if self.data in (SAMPLE, HUB) else str(_absolute(Path(self.data)))
         model = self.model if self.model in PRESETS else str(_absolute(Path(self.model)))
         fixed = {"data": data, "model": model, "datasets": str(self.datasets), "jobs": str(self.jobs)}
@@ -138,12 +138,12 @@ class Settings(BaseSettings):
 
     @property
     def usual(self) -> dict[str, str]:
-        """`purpose` of a home for which nothing was said."""
+        """The default `purpose`."""
         return {name: str(type(self).model_fields[name].default) for name in ("data", "model", "datasets", "jobs")}
 
     @property
     def source(self) -> str:
-        """Where raw data comes from: `sample`, `hub`, or a folder's whole path. Raises ValueError for anything else."""
+        """Source of raw data: `sample`, `hub`, or a folder's absolute path. Raises ValueError for anything else."""
         if self.data in (SAMPLE, HUB):
             return self.data
         folder = Path(self.data).expanduser().resolve()

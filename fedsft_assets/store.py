@@ -1,6 +1,6 @@
-"""Where every file lives under FEDSFT_HOME, how it gets there whole, and how its content is named.
+"""The layout of FEDSFT_HOME: the path of every file.
 
-Nothing here knows what is inside the files: only paths, atomic publication and digests.
+Independent of the files' contents.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ HOME_FOLDERS = (
     *("made", "reports"),
     *("flare", "tracking", "tensorboard", "mlartifacts", "cache", "dagster", "poc"),
 )
-"""All folders that are made at the top of a home; a user may have others there."""
+"""All folders created at the top of a home; users may have others there."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Store:
 
     @property
     def downloads(self) -> Path:
-        """What came from the hub, whole or so far."""
+        """Complete and partial downloads from the hub."""
         return self.home / "downloads"
 
     def processed(self, dataset: str) -> Path:
@@ -59,7 +59,7 @@ class Store:
 
     @property
     def made(self) -> Path:
-        """Which version of each asset a Dagster run made."""
+        """Records of the version of each asset that a Dagster run made."""
         return self.home / "made"
 
     @property
@@ -72,16 +72,16 @@ class Store:
 
     @property
     def tokenizers(self) -> Path:
-        """Tokenizers of presets that are slow to load."""
+        """Cached tokenizers of presets that are slow to load."""
         return self.home / "cache" / "tokenizers"
 
     def flare(self, job: str) -> Path:
-        """The folder of a job's workspaces, one for each subject that is executed."""
+        """The folder of a job's workspaces, one per subject."""
         return self.home / "flare" / job
 
     @property
     def outbox(self) -> Path:
-        """What the tracking server has not taken yet."""
+        """Pending records for the tracking server."""
         return self.home / "tracking"
 
     @property
@@ -90,7 +90,7 @@ class Store:
         return self.home / "tensorboard"
 
     def tensorboard(self, job: str) -> Path:
-        """Those of the job's last execution, and of others that go on."""
+        """Event files of the job's last execution, and of others still running."""
         return self.tensorboards / job
 
     @property
@@ -113,6 +113,6 @@ def split_file(folder: Path, split: str) -> Path:
 
 
 def count_records(split: Path) -> int:
-    """Of a JSONL split, by its lines."""
+    """Number of records in a JSONL split."""
     with split.open("rb") as file:
         return sum(1 for line in file if line.strip())

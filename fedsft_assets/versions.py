@@ -1,9 +1,8 @@
-"""Versions of what a study is made of: each content in a folder of its own, named by its digest, that never changes.
+"""Immutable versions of a study's data and models: each in its own folder, named by its content digest.
 
-`processed/dolly/` has one folder for each version of that dataset's splits, and the link `current`, which names the one
-that is used where nothing else is said. Whoever works on a version holds its own path, never that of the link, so
-what others make current meanwhile changes nothing for it. Paths inside a home are named relative to it: a home can be
-moved.
+`processed/dolly/` has one folder per version of that dataset's splits, and the link `current`, which points to the one
+used by default. Code that works on a version holds its own path, never the link, so it is not affected if another
+version becomes current. Paths inside a home are stored relative to it, so a home can be moved.
 """
 
 import json
@@ -42,7 +41,7 @@ class NoVersionError(FileNotFoundError):
 
 @dataclass
 class Addition:
-    """A new version: what is written into `folder` is found at `version` when all of it is there."""
+    """A new version: the content written to `folder` is published at `version`."""
 
     folder: Path
     version: Path = field(default_factory=Path)
@@ -50,15 +49,15 @@ class Addition:
 
 @contextmanager
 def adding(versions: Path) -> Iterator[Addition]:
-    """Yield an empty folder to be filled; when the block ends well, it is a version of `versions`, whole.
+    """Yield an empty folder to fill; if the block succeeds, it is atomically published as a version in `versions`.
 
-    A content that is there already stays as it is. If the block raises, nothing is left of the new one.
+    An existing version with the same content is kept. If the block raises, the folder is removed.
     """
     place = versions / "version"
     versions.mkdir(parents=True, exist_ok=True)
     remove_left(place)
     with _without_empty(versions), own_folder(place) as fresh:
-        folder = fresh / "new" / "content"  # what is published into it locks the folder around it, and this one is ours
+        folder = fresh / "new" / "content"  # publishing into it locks its parent, which is private here
         folder.mkdir(parents=True)
         addition = Addition(folder)
         yield addition
@@ -66,7 +65,7 @@ def adding(versions: Path) -> Iterator[Addition]:
         fsync_tree(folder)
         with locked(versions):
             if version.exists():
-                os.utime(version)  # nobody removes what has been made again just now
+                os.utime(version)  # protects a version that was just recreated from `remove`
             else:
                 folder.rename(version)
                 fsync(versions)
@@ -75,7 +74,7 @@ def adding(versions: Path) -> Iterator[Addition]:
 
 @contextmanager
 def _without_empty(versions: Path) -> Iterator[None]:
-    """A folder of versions that never got one is of no use."""
+    """Remove a folder of versions that is still empty after an error."""
     try:
         yield
     except BaseException:
@@ -85,14 +84,14 @@ def _without_empty(versions: Path) -> Iterator[None]:
 
 
 def add_version(versions: Path, source: Path) -> Path:
-    """Make the files of a folder a version, without a copy where both are on one disk; returns it."""
+    """Add a folder's files as a version, hard-linked if possible; returns it."""
     with adding(versions) as addition:
         shutil.copytree(source, addition.folder, copy_function=link_or_copy, dirs_exist_ok=True)
     return addition.version
 
 
 def current(versions: Path) -> Path:
-    """The version that is used where nothing else is said. Raises NoVersionError."""
+    """The current version, used by default. Raises NoVersionError."""
     link = versions / CURRENT
     try:
         return existing(versions / link.readlink())
@@ -100,32 +99,32 @@ def current(versions: Path) -> Path:
         raise NoVersionError(f"{versions}: has no current version; materialize its asset first") from None
     except OSError:
         raise NoVersionError(
-            f"{link}: is no link to a version; was the home copied without links? Remove it, and materialize the asset"
+            f"{link}: not a link to a version; was the home copied without links? Remove it, and materialize the asset"
         ) from None
 
 
 def existing(version: Path) -> Path:
-    """The version itself. Raises NoVersionError if it is not there, or no longer."""
+    """The version itself. Raises NoVersionError if it does not exist."""
     if not version.is_dir():
         raise NoVersionError(
-            f"{version}: is not there; it may have been removed by `fedsft prune`: materialize its asset again"
+            f"{version}: does not exist; it may have been removed by `fedsft prune`: materialize its asset again"
         )
     return version
 
 
 def short(version: Path) -> Path:
-    """A path of the version that a person can read: by `current`, as long as that names it."""
+    """A readable path of the version: the link `current` if it points to it."""
     link = version.parent / CURRENT
     return link if link.is_symlink() and link.readlink() == Path(version.name) else version
 
 
 def title(folder: Path) -> str:
-    """The name of what a folder is a version of; of any other folder, its own."""
+    """The name of the versioned item if the folder is a version, otherwise the folder's own name."""
     return folder.parent.name if _DIGEST.fullmatch(folder.name) else folder.name
 
 
 def make_current(version: Path) -> None:
-    """Use this version where nothing else is said, from now on."""
+    """Make this version the default."""
     existing(version)
     link = version.parent / CURRENT
     fresh = link.with_name(f".{CURRENT}.{uuid.uuid4().hex}")
@@ -135,25 +134,25 @@ def make_current(version: Path) -> None:
 
 
 def remove_version(version: Path) -> None:
-    """Remove a version with its verdict; whoever calls this holds the lock of the folder around it."""
+    """Remove a version with its verdict; the caller must hold the lock of its parent folder."""
     doomed = version.with_name(f".{version.name}.old")
-    version.rename(doomed)  # at once: a version is there whole, or not at all
+    version.rename(doomed)  # atomically: a version is complete or absent
     shutil.rmtree(doomed)
     _verdict_file(version).unlink(missing_ok=True)
 
 
 def versions_of(folder: Path) -> list[Path]:
-    """All versions in a folder of versions, the latest first."""
+    """All versions in a folder of versions, newest first."""
     found = [path for path in folder.iterdir() if _DIGEST.fullmatch(path.name)] if folder.is_dir() else []
     return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the checks of a version found, by the name of each that failed as an error.
+    """The result of a version's checks: the findings of those that failed as an error, by name.
 
-    `accepted` are those that a person has accepted nevertheless, `by` whom, and `at` when the verdict was given, in
-    seconds since the epoch.
+    `accepted` are failed checks accepted by a user, `by` says by whom, and `at` is the time of the verdict in seconds
+    since the epoch.
     """
 
     failed: dict[str, str] = field(default_factory=dict)
@@ -163,12 +162,12 @@ class Verdict:
 
     @property
     def refused(self) -> list[str]:
-        """The checks for which it may not be used."""
+        """Failed checks that were not accepted."""
         return sorted(set(self.failed) - set(self.accepted))
 
 
 def read_verdict(version: Path) -> Verdict | None:
-    """What its checks found the last time; None if they never ran to their end."""
+    """The latest verdict; None if the checks never completed."""
     try:
         return Verdict(**json.loads(_verdict_file(version).read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -176,7 +175,7 @@ def read_verdict(version: Path) -> Verdict | None:
 
 
 def judge(version: Path, verdict: Verdict) -> None:
-    """Write down what the checks found, and make the version current if nothing stands against it."""
+    """Record the checks' verdict, and make the version current unless it is refused."""
     with publish_file(_verdict_file(version)) as path:
         path.write_text(json.dumps(asdict(verdict), indent=2) + "\n", encoding="utf-8")
     if not verdict.refused:
@@ -184,34 +183,34 @@ def judge(version: Path, verdict: Verdict) -> None:
 
 
 def accepted(version: Path) -> Path:
-    """The version, if it may be trained on. Raises NoVersionError that names the checks that say no."""
+    """The version, if it may be trained on. Raises NoVersionError naming the failed checks."""
     verdict = read_verdict(existing(version))
     if verdict is None:
         raise NoVersionError(f"{version}: its checks have not run; run them, or materialize the asset with its checks")
     if verdict.refused:
         found = "; ".join(f"{name}: {verdict.failed[name]}" for name in verdict.refused)
         raise NoVersionError(
-            f"{version}: is refused by its checks ({found}); repair the data, or accept it:"
+            f"{version}: failed its checks ({found}); fix the data, or accept it:"
             f" fedsft accept {version.parent.name} {' '.join(verdict.refused)}"
         )
     return version
 
 
 def accept(versions: Path, checks: Sequence[str], by: str) -> Path:
-    """Accept the version that was refused last in spite of these checks, and make it current; returns it.
+    """Accept the most recently refused version despite these failed checks, and make it current; returns it.
 
-    Raises NoVersionError if there is none, or it is refused by other checks too.
+    Raises NoVersionError if there is none, or if it failed other checks too.
     """
     judged = [(verdict, version) for version in versions_of(versions) if (verdict := read_verdict(version))]
     refused = [one for one in judged if one[0].refused]
     if not refused:
-        raise NoVersionError(f"{versions}: no version is refused by its checks")
+        raise NoVersionError(f"{versions}: no version has failed its checks")
     verdict, version = max(refused, key=lambda one: one[0].at)
     unknown = sorted(set(checks) - set(verdict.failed))
     left = sorted(set(verdict.refused) - set(checks))
     if unknown or left:
         raise NoVersionError(
-            f"{version}: is refused by {', '.join(verdict.refused)}, not by {', '.join(checks)}; name all of them"
+            f"{version}: failed {', '.join(verdict.refused)}, not {', '.join(checks)}; name all failed checks"
         )
     judge(version, Verdict(verdict.failed, sorted({*verdict.accepted, *checks}), by))
     return version

@@ -95,8 +95,8 @@ def test_keys_are_named_if_others_could_have_come_to_them(tmp_path: Path) -> Non
     assert closed.keys == [kit / "client.key"]
     assert open_to_others(kit) == []
     assert said_of_kit(kit, closed) == (
-        f"{kit}: this startup kit was open to other accounts of this computer; no longer. Whoever has read client.key"
-        " can act in its name: have it provisioned anew"
+        f"{kit}: this startup kit was open to other accounts of this computer; access removed. Anyone who has read"
+        " client.key can impersonate it: have it provisioned again"
     )
 
 

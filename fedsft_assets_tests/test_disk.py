@@ -27,7 +27,7 @@ def test_full_disk_is_said_with_the_file_and_what_is_free(tmp_path: Path, number
     said = explain(OSError(number, os.strerror(number), str(file)), tmp_path / "home")
     assert said
     assert said.startswith(f"{file}: no space left on its disk (")
-    assert f" MB free in {tmp_path}/home); make room and run it again: what was made is kept" in said
+    assert f" MB free in {tmp_path}/home); free some space and run it again: finished work is kept" in said
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])

@@ -53,5 +53,7 @@ def test_job_folder_of_another_version_is_not_run(tmp_path: Path) -> None:
     digests = json.loads(manifest.read_text()) | {str(plan.relative_to(folder)): file_digest(plan)}
     manifest.write_text(json.dumps(digests), encoding="utf-8")
     folder = folder.rename(folder.with_name(folder_digest(folder)))
-    with pytest.raises(JobFolderError, match=r"was built with fedsft-assets 0\.1\.0, and this is .*; build it again"):
+    with pytest.raises(
+        JobFolderError, match=r"was built with fedsft-assets 0\.1\.0, but .* is installed; build it again"
+    ):
         verify_job_folder(folder)

@@ -103,7 +103,7 @@ def test_another_value_gets_the_command_for_another_home(
         option = f"fedsft study --{field} '{other}'"
         variable = f"FEDSFT_{field.upper()}='{other}' fedsft study"
         command = option if field in ("data", "model") else variable
-        assert said.endswith(f"start another home: FEDSFT_HOME={path}-2 {command}")
+        assert said.endswith(f"use another home for that: FEDSFT_HOME={path}-2 {command}")
     assert (path / HOME_FILE).read_bytes() == before
 
 
@@ -152,7 +152,7 @@ def test_home_that_another_process_uses_stays_what_it_is(tmp_path: Path, folder:
 @pytest.mark.parametrize("place", ["file", "file/home"])
 def test_home_that_cannot_be_a_folder_is_named(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(HomeError, match=r": no folder can be made there: .*; set FEDSFT_HOME to one"):
+    with pytest.raises(HomeError, match=r": cannot create this folder: .*; set FEDSFT_HOME to another one"):
         claim_home(Settings(home=tmp_path / place), print)
 
 
@@ -170,7 +170,7 @@ def test_folder_that_is_gone_is_asked_for_and_its_new_place_accepted(
     (tmp_path / "data").rename(tmp_path / "moved")
     said = _refusal(lambda: _claim(Settings(home=path)))
     assert said == (
-        f"{path / HOME_FILE}: {tmp_path}/data, the data of this home, is not there any more; say once where it is now:"
+        f"{path / HOME_FILE}: {tmp_path}/data, the data of this home, does not exist any more; give its new path once:"
         " fedsft study --data <data>"
     )
     assert said == _refusal(lambda: check_home(Settings(home=path)))
@@ -226,7 +226,9 @@ def test_where_the_models_archive_lies_may_change(tmp_path: Path, folder: Callab
 @pytest.mark.parametrize("content", ["", "[]", '{"place": 7}', '{"place": "/x", "data": ["sample"]}', "\x00"])
 def test_file_that_is_something_else_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / HOME_FILE).write_text(content)
-    assert _refusal(lambda: Settings(home=tmp_path)).startswith(f"{tmp_path / HOME_FILE}: does not say what this home")
+    assert _refusal(lambda: Settings(home=tmp_path)).startswith(
+        f"{tmp_path / HOME_FILE}: not a valid record of what this"
+    )
 
 
 def _open(home: Path) -> None:
@@ -267,7 +269,7 @@ def test_home_of_an_earlier_version_is_closed_when_it_is_used_and_its_user_is_to
     own.mkdir(mode=0o755)
     own.chmod(0o755)
     _claim(Settings(home=path))
-    said = f"{path}: was open to other accounts of this computer, with 5 files and folders; no longer"
+    said = f"{path}: 5 files and folders were open to other accounts of this computer; access removed"
     assert caplog.messages == [said]
     assert open_to_others(path) == [own]
     _claim(Settings(home=path))
@@ -288,7 +290,7 @@ def test_who_could_have_read_the_keys_of_a_poc_is_told_how_they_are_renewed(
     close_home(path)
     (said,) = caplog.messages
     assert said.endswith(
-        " no longer. Whoever has read the POC's private keys can still become its administrator; renew its"
+        " access removed. Anyone who has read the POC's private keys can still act as its administrator; renew its"
         f" certificates: FEDSFT_HOME='{path}' fedsft poc renew"
     )
     assert "\n" not in said
@@ -322,8 +324,8 @@ def test_home_that_cannot_be_closed_is_told_with_what_to_do(
     monkeypatch.setattr(Path, "chmod", refused)
     close_home(path)
     assert caplog.messages == [
-        f"{path}: other accounts of this computer can read it, and it cannot be closed to them ({path}: Operation not"
-        " permitted); set FEDSFT_HOME to a folder on a disk that knows permissions"
+        f"{path}: other accounts of this computer can read it, and its permissions cannot be changed ({path}: Operation"
+        " not permitted); set FEDSFT_HOME to a folder on a file system with permissions"
     ]
 
 

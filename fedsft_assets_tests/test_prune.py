@@ -149,7 +149,7 @@ def test_the_command_lists_first_and_removes_only_when_told(home: Home, tmp_path
 
     asked = prune()
     assert asked.returncode != 0
-    assert "nothing is removed; say --yes to remove them" in asked.stderr
+    assert "nothing removed; use --yes to remove them" in asked.stderr
     for path in old.values():
         assert str(path.relative_to(home.store.home)) in asked.stdout
     assert prune("--dry-run").returncode == 0

@@ -148,7 +148,7 @@ def test_wrong_value_for_a_runtime_is_refused(monkeypatch: pytest.MonkeyPatch, n
     "name", ["a?b", "what?", "100%41", "%c3%a4", "x%3Fy/z", "two\nlines", "bell\x07", "latin \udce4"]
 )
 def test_home_that_sqlite_cannot_open_is_refused_before_anything_is_written(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ValidationError, match=r"home\n.*SQLite's URLs cannot say.*set FEDSFT_HOME to a folder"):
+    with pytest.raises(ValidationError, match=r"home\n.*SQLite URLs cannot represent.*set FEDSFT_HOME to a folder"):
         Settings(home=tmp_path / name)
     assert list(tmp_path.iterdir()) == []
 

@@ -117,15 +117,15 @@ def test_a_link_that_was_copied_as_a_folder_is_named(versions: Path) -> None:
     make_current(_add(versions, "1"))
     (versions / CURRENT).unlink()
     (versions / CURRENT).mkdir()
-    with pytest.raises(NoVersionError, match=f"^{versions / CURRENT}: is no link to a version"):
+    with pytest.raises(NoVersionError, match=f"^{versions / CURRENT}: not a link to a version"):
         current(versions)
 
 
 def test_a_version_that_is_gone_is_named(versions: Path) -> None:
     gone = versions / ("0" * 64)
-    with pytest.raises(NoVersionError, match=f"^{gone}: is not there"):
+    with pytest.raises(NoVersionError, match=f"^{gone}: does not exist"):
         existing(gone)
-    with pytest.raises(NoVersionError, match=f"^{gone}: is not there"):
+    with pytest.raises(NoVersionError, match=f"^{gone}: does not exist"):
         make_current(gone)
 
 
@@ -146,11 +146,10 @@ def test_only_a_version_that_no_check_refuses_becomes_current_and_may_be_trained
     with pytest.raises(NoVersionError) as refused:
         accepted(bad)
     assert str(refused.value) == (
-        f"{bad}: is refused by its checks (row_count: 60 records); repair the data, or accept it:"
-        " fedsft accept dolly row_count"
+        f"{bad}: failed its checks (row_count: 60 records); fix the data, or accept it: fedsft accept dolly row_count"
     )
     judge(good, Verdict({"row_count": "9 records"}))
-    with pytest.raises(NoVersionError, match="is refused by its checks"):
+    with pytest.raises(NoVersionError, match="failed its checks"):
         accepted(current(versions))
 
 
@@ -182,10 +181,10 @@ def test_refused_data_is_accepted_from_the_command_line(versions: Path, tmp_path
 
     refused = accept("dolly", "languages")
     assert refused.returncode == 1
-    assert refused.stderr == f"{bad}: is refused by row_count, not by languages; name all of them\n"
+    assert refused.stderr == f"{bad}: failed row_count, not languages; name all failed checks\n"
     assert current(versions) == good
     done = accept("dolly", "row_count")
-    assert done.stdout == f"{bad}: is current now, accepted in spite of row_count\n"
+    assert done.stdout == f"{bad}: is now current; accepted despite row_count\n"
     assert current(versions) == bad
     verdict = read_verdict(bad)
     assert verdict is not None

@@ -1,6 +1,6 @@
-"""The command `fedsft-generate`: answers of a checkpoint in a terminal, as they come.
+"""The command `fedsft-generate`: stream a checkpoint's answers to the terminal.
 
-Standard output gets the answers and nothing else; all that is said about them goes to standard error.
+Only answers go to standard output; everything else goes to standard error.
 """
 
 import argparse
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from fedsft_assets.model.text_generation import ChatTurn
 
 _BASE_MODEL = "base_model"
-_INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
+_INTERRUPTED = 130  # a shell's exit code for Ctrl-C
 _CONTROL = re.compile(r"[^\n\t\x20-\x7e\xa0-\U0010ffff]")
 
 
 @dataclass
 class Conversation:
-    """A model, how it answers, and, if it chats, what was said so far."""
+    """A model with its generation settings and, in chat mode, the turns so far."""
 
     model: "LanguageModel"
     settings: GenerationSettings
@@ -42,9 +42,9 @@ class Conversation:
     turns: "list[ChatTurn]" = field(default_factory=list)
 
     def answer(self, text: str, write: Callable[[str], None]) -> str:
-        """Hand the model's answer to `write` in pieces, then return it; how far it came is part of the conversation.
+        """Stream the model's answer to `write` and return it; a partial answer stays in the conversation.
 
-        Raises ModelError, and what `write` raises.
+        Raises ModelError, and any error of `write`.
         """
         from fedsft_assets.model.text_generation import ChatTurn, chat_tokens, plain_tokens, prompt_room, stream
 
@@ -81,7 +81,7 @@ def main() -> None:
     if not settings.temperature and (settings.top_k or settings.top_p < 1):
         parser.error("--top-k and --top-p are for sampling; give a --temperature above 0")
     if not all(prompt.strip() for prompt in prompts):
-        parser.error("--prompt: is blank; give it some text")
+        parser.error("--prompt: is blank; expected some text")
     try:
         here = Settings()
         os.environ.update(home_environment(here.home))
@@ -93,51 +93,58 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(_INTERRUPTED)
     except BrokenPipeError:
-        # Whoever read the answers has enough of them; the interpreter would complain when it flushes.
+        # The reader closed the pipe; avoid a second error when the interpreter flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def find_archive(checkpoint: str, store: Store, preset: str) -> Path:
-    """The archive that `checkpoint` means: a file, a checkpoint's folder, the name of a job, or `base_model`.
+    """Resolve `checkpoint` to an archive: a file, a checkpoint's folder, the name of a job, or `base_model`.
 
-    Raises ModelError that names what there is.
+    Raises ModelError listing what is available.
     """
     path = Path(checkpoint).expanduser()
     for file in (path, path / MODEL_FILE):
         if file.is_file():
             return file
-    there_are = {
+    available = {
         found.parent.name: found.resolve() / MODEL_FILE for found in store.home.glob(f"checkpoints/*/{CURRENT}")
     }
     base_models = store.base_model(model_preset(preset).name)
     if (base_models / CURRENT).exists():
-        there_are[_BASE_MODEL] = archive_file(current(base_models))
-    if checkpoint in there_are:
-        return there_are[checkpoint]
-    base = [_BASE_MODEL] if _BASE_MODEL in there_are else []
-    jobs = sorted(there_are.keys() - {_BASE_MODEL})
-    there = f"there are {', '.join(base + jobs)}" if base + jobs else "there is none yet; run 'fedsft study' first"
-    raise ModelError(f"--checkpoint: {checkpoint!r} is no file and no checkpoint in {store.home}; {there}")
+        available[_BASE_MODEL] = archive_file(current(base_models))
+    if checkpoint in available:
+        return available[checkpoint]
+    base = [_BASE_MODEL] if _BASE_MODEL in available else []
+    jobs = sorted(available.keys() - {_BASE_MODEL})
+    hint = f"available: {', '.join(base + jobs)}" if base + jobs else "none exists yet; run 'fedsft study' first"
+    raise ModelError(f"--checkpoint: {checkpoint!r} is neither a file nor a checkpoint in {store.home}; {hint}")
 
 
 def _parser() -> argparse.ArgumentParser:
     defaults = GenerationSettings()
-    parser = argparse.ArgumentParser(prog="fedsft-generate", description="Ask a checkpoint, and read as it answers.")
+    parser = argparse.ArgumentParser(prog="fedsft-generate", description="Ask a checkpoint and stream its answers.")
     parser.add_argument("--checkpoint", required=True, help="a .nemo archive, the name of a job, or 'base_model'")
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("--prompt", action="append", help="what to ask; may be repeated; '-' reads standard input")
-    asked.add_argument("--interactive", action="store_true", help="ask again and again")
+    asked.add_argument("--interactive", action="store_true", help="ask repeatedly")
     parser.add_argument(
         "--chat",
         action="store_true",
-        help="with the tokenizer's chat template instead of the prompt template of training",
+        help="use the tokenizer's chat template instead of the prompt template of training",
     )
-    how = parser.add_argument_group("how it answers")
-    how.add_argument("--max-new-tokens", type=int, default=256, help="an answer is cut there (%(default)s)")
+    how = parser.add_argument_group("generation")
+    how.add_argument("--max-new-tokens", type=int, default=256, help="maximum length of an answer (%(default)s)")
     how.add_argument("--temperature", type=float, default=defaults.temperature, help="0, the default, is greedy")
-    how.add_argument("--top-k", type=int, default=defaults.top_k, help="sample from so many tokens; 0 is all")
-    how.add_argument("--top-p", type=float, default=defaults.top_p, help="sample from this share of probability")
-    how.add_argument("--seed", type=int, help="makes sampled answers repeat")
+    how.add_argument(
+        "--top-k", type=int, default=defaults.top_k, help="sample from the K most likely tokens; 0 means all"
+    )
+    how.add_argument(
+        "--top-p",
+        type=float,
+        default=defaults.top_p,
+        help="sample from the most likely tokens with this total probability",
+    )
+    how.add_argument("--seed", type=int, help="makes sampled answers reproducible")
     return parser
 
 
@@ -151,12 +158,12 @@ def _talk(archive: Path, settings: GenerationSettings, chat: bool, prompts: list
         _write_answer(Conversation(model, settings, chat), prompt)
         _write("\n")
     if interactive:
-        _say(f"{archive}: Ctrl-C stops an answer, an empty line or Ctrl-D ends.")
+        _say(f"{archive}: Ctrl-C stops an answer; an empty line or Ctrl-D exits.")
         _interact(Conversation(model, settings, chat))
 
 
 def _interact(conversation: Conversation) -> None:
-    """Ask and answer until the person has no more questions; arrow keys bring back earlier ones."""
+    """Answer questions until an empty line; arrow keys recall earlier ones."""
     import readline  # noqa: F401 input() then has a history
 
     while True:
@@ -182,11 +189,11 @@ def _interact(conversation: Conversation) -> None:
 
 def _write_answer(conversation: Conversation, text: str) -> None:
     if not conversation.answer(text, _write):
-        _say("(the model ended its answer before any text)")
+        _say("(the answer is empty)")
 
 
 def _ask() -> str:
-    """One line of a person. The line editor needs to know the prompt, unless what it writes is not for a terminal."""
+    """Read a line from the user. The line editor must know the prompt, unless standard output is not a terminal."""
     if sys.stdout.isatty():
         return input("> ")
     if sys.stdin.isatty():
@@ -195,7 +202,7 @@ def _ask() -> str:
 
 
 def _write(text: str) -> None:
-    """On a terminal, a model's control characters are shown as such: they could do anything to it."""
+    """Write text, replacing control characters on a terminal, where they could be harmful."""
     print(_CONTROL.sub("\ufffd", text) if sys.stdout.isatty() else text, end="", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""What a command shows of the package's log."""
+"""Shows the package's log in the terminal."""
 
 import logging
 import sys
@@ -11,7 +11,7 @@ _PACKAGE = logging.getLogger("fedsft_assets")
 
 
 class _TerminalHandler(logging.Handler):
-    """Prints messages: progress to standard output, warnings and errors, named as such, to standard error."""
+    """Prints progress to standard output, and warnings and errors, with their level, to standard error."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -26,7 +26,7 @@ class _TerminalHandler(logging.Handler):
 
 @contextmanager
 def shown_log() -> Iterator[None]:
-    """In this block, what the package logs from INFO on is shown, without secrets."""
+    """Show the package's log from level INFO on within the block, with secrets redacted."""
     handler, level = _TerminalHandler(), _PACKAGE.level
     _PACKAGE.addHandler(handler)
     _PACKAGE.setLevel(logging.INFO)

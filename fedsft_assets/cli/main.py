@@ -1,4 +1,4 @@
-"""The command `fedsft`: run the study, open the user interfaces, take models in and out."""
+"""The command `fedsft`: run the study, open the user interfaces, import and export models."""
 
 import argparse
 import os
@@ -37,17 +37,17 @@ _OVERRIDES = {
     name.replace("_", "-"): next(kind for kind in get_args(field.annotation) if kind is not type(None))
     for name, field in JobOverrides.model_fields.items()
 }
-# What `export` writes, and Megatron's layouts among it.
+# Export formats, with the Megatron layout of those that have one.
 _FORMATS: "dict[str, Layout | None]" = {
     "megatron": "legacy",
     "megatron-core": "megatron-core",
     "huggingface": None,
 }
-_PATIENT_SECONDS = 60  # for one answer of the tracking server, where somebody waits for it
+_PATIENT_SECONDS = 60  # timeout per request to the tracking server when a user is waiting
 
 
 def main() -> None:
-    """Whatever the command ends with, no secret is in it."""
+    """Run the command, redacting secrets from its errors."""
     try:
         with shown_log():
             _main()
@@ -61,24 +61,26 @@ def main() -> None:
 
 
 def _main() -> None:
-    parser = argparse.ArgumentParser(prog="fedsft", description="Federated supervised fine-tuning, compared.")
+    parser = argparse.ArgumentParser(
+        prog="fedsft", description="Compare federated, centralized and local supervised fine-tuning."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     study = commands.add_parser("study", help="materialize everything, from raw data to the comparison")
     _add_purpose(study)
-    overrides = study.add_argument_group("in place of the values in the job files")
+    overrides = study.add_argument_group("overrides of the values in the job files")
     for name, kind in _OVERRIDES.items():
         overrides.add_argument(f"--{name}", type=kind)
     _add_purpose(commands.add_parser("ui", help="Dagster and MLflow in the browser, on this machine only"))
     commands.add_parser("tensorboard", help="the curves of all jobs in TensorBoard, on this machine only")
-    commands.add_parser("track", help="deliver what a tracking server did not take when jobs ended")
+    commands.add_parser("track", help="deliver pending records to the MLflow tracking server")
     export = commands.add_parser("export", help="write a checkpoint for NeMo 2.4.1's Megatron-GPT, or for Hugging Face")
     export.add_argument("--checkpoint", required=True, help="a .nemo archive, the name of a job, or 'base_model'")
     export.add_argument("--format", required=True, choices=_FORMATS)
     export.add_argument("--into", required=True, type=Path, help="the .nemo archive, or the new folder")
-    take = commands.add_parser("import", help="make an archive of this project's of a Megatron-GPT archive of NeMo's")
+    take = commands.add_parser("import", help="convert NeMo's Megatron-GPT archive to an archive of this project")
     take.add_argument("archive", type=Path, metavar="ARCHIVE", help="a .nemo archive, or the folder of its files")
     take.add_argument("--into", required=True, type=Path, help="the .nemo archive to write")
-    take.add_argument("--max-length", type=int, default=1024, help="tokens of the longest record (default: 1024)")
+    take.add_argument("--max-length", type=int, default=1024, help="maximum tokens of a record (default: 1024)")
     poc.add_commands(commands)
     versions.add_commands(commands)
     args = parser.parse_args()
@@ -102,22 +104,22 @@ def _main() -> None:
     except (HomeError, TokenFileError) as error:
         sys.exit(str(error))
     except Exception as error:
-        if said := explain(error, settings.home):
-            sys.exit(said)
+        if text := explain(error, settings.home):
+            sys.exit(text)
         raise
 
 
 def _add_purpose(parser: argparse.ArgumentParser) -> None:
-    """What else a home remembers: without these, what it is for already."""
+    """Options that a home remembers; by default, the remembered values apply."""
     parser.add_argument("--data", help="'sample', 'hub', or a folder laid out as the published repositories are")
     parser.add_argument("--model", help="a model preset or a Hugging Face causal LM folder")
 
 
 def _settings(args: argparse.Namespace) -> Settings:
-    """All processes that are started read the same settings, from the environment. Exits with what is wrong."""
+    """Read the settings and export them to child processes. Exits with an error for invalid ones."""
     for name in ("data", "model"):
-        if said := getattr(args, name, None):
-            os.environ[f"FEDSFT_{name.upper()}"] = said
+        if value := getattr(args, name, None):
+            os.environ[f"FEDSFT_{name.upper()}"] = value
     try:
         settings = Settings()
     except ValidationError as error:
@@ -130,8 +132,8 @@ def _settings(args: argparse.Namespace) -> Settings:
 def _wrong_setting(error: "ErrorDetails") -> str:
     name = "__".join(str(part) for part in error["loc"])
     variable = name if name.isupper() else f"FEDSFT_{name.upper()}"
-    said = error["msg"].removeprefix("Value error, ")
-    return f"{variable}: {said}" if error["type"] == "value_error" else f"{variable}: {error['input']!r}: {said}"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{variable}: {message}" if error["type"] == "value_error" else f"{variable}: {error['input']!r}: {message}"
 
 
 def _study(args: argparse.Namespace, settings: Settings) -> None:
@@ -155,7 +157,7 @@ def _study(args: argparse.Namespace, settings: Settings) -> None:
         ("MLflow store", settings.mlflow_uri or store.home / "mlflow.db"),
     ):
         print(f"{title + ':':13} {_short(path)}")
-    print(f"{'look at it:':13} make ui")
+    print(f"{'view:':13} make ui")
 
 
 def _export(args: argparse.Namespace, settings: Settings) -> None:
@@ -179,7 +181,7 @@ def _import(args: argparse.Namespace, _: Settings) -> None:
     from fedsft_assets.model.megatron.import_ import import_megatron
 
     if args.max_length < 2:
-        sys.exit(f"--max-length: {args.max_length} tokens are too few for a prompt and an answer")
+        sys.exit(f"--max-length: {args.max_length} is too short for a prompt and an answer")
     if args.into.resolve() == args.archive.resolve():
         sys.exit(f"--into: {args.into} is the archive itself; name another file")
     try:
@@ -217,6 +219,8 @@ def _track(_: argparse.Namespace, settings: Settings) -> None:
     if not outbox.entries():
         print("no pending MLflow records")
         return
-    left = outbox.deliver(Tracking.of(settings), answer_seconds=_PATIENT_SECONDS)
-    if left:
-        sys.exit("\n".join(f"{entry.job}: not delivered: {entry.reason}; {entry.folder} stays" for entry in left))
+    remaining = outbox.deliver(Tracking.of(settings), answer_seconds=_PATIENT_SECONDS)
+    if remaining:
+        sys.exit(
+            "\n".join(f"{entry.job}: not delivered: {entry.reason}; kept in {entry.folder}" for entry in remaining)
+        )

@@ -1,4 +1,4 @@
-"""The commands `fedsft poc prepare|start|status|stop|renew`: the POC by hand, for all sites of the job files."""
+"""The commands `fedsft poc prepare|start|status|stop|renew`: manage the POC for all sites of the job files."""
 
 import argparse
 import sys
@@ -13,27 +13,27 @@ from fedsft_assets.specs.job import load_jobs, sites_of
 from fedsft_assets.specs.yaml_file import SpecError
 
 _HELP = {
-    "prepare": "make the startup kits of a server, an admin and all sites of the job files; starts nothing",
-    "start": "start what does not run, and wait until all sites are connected; jobs do this by themselves",
-    "status": "which processes run, and which jobs",
-    "stop": "end all processes of the POC, with the jobs that run in it",
-    "renew": "stop it and make all startup kits anew, with other keys and certificates",
+    "prepare": "create the startup kits of a server, an admin and all sites of the job files; starts nothing",
+    "start": "start missing processes and wait until all sites are connected; jobs do this automatically",
+    "status": "show the running processes and jobs",
+    "stop": "end all processes of the POC, including running jobs",
+    "renew": "stop it and recreate all startup kits with new keys and certificates",
 }
 _FOR_ALL_SITES = ("prepare", "start", "renew")
 
 
 def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add `poc` and what it can be told to the command line."""
+    """Add `poc` and its actions to the command line."""
     poc = commands.add_parser(
         "poc", help="an NVFlare system of processes on this machine: prepare, start, status, stop, renew"
     )
     actions = poc.add_subparsers(dest="action", required=True)
-    for action, said in _HELP.items():
-        actions.add_parser(action, help=said)
+    for action, text in _HELP.items():
+        actions.add_parser(action, help=text)
 
 
 def run(args: argparse.Namespace, settings: Settings) -> None:
-    """Do it and say how it is then; exits with a message if it cannot be done, and `status` with 3 if nothing runs."""
+    """Run the action and print the status. Exits with a message on failure, or 3 from `status` if nothing runs."""
     begun = time.monotonic()
     try:
         system = poc_system(
@@ -58,5 +58,5 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
 
 
 def _sites(settings: Settings) -> list[str]:
-    """Those of all job files. Raises SpecError for a file that is wrong."""
+    """Sites of all job files. Raises SpecError for an invalid file."""
     return sites_of(load_jobs(settings.jobs, list(load_datasets(settings.datasets))))

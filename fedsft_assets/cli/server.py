@@ -1,4 +1,4 @@
-"""The command `fedsft-server`: what the federation's server allows, written into its startup kit."""
+"""The command `fedsft-server`: configure the startup kit of the federation's server."""
 
 import argparse
 import sys
@@ -9,12 +9,12 @@ from fedsft_assets.federation.kit_policy import keep_server_files, read_resource
 
 
 def configure_server(kit: Path) -> list[Path]:
-    """Let the study's jobs run with the server's part that is installed here, and keep their files in the kit.
+    """Allow the study's jobs to run the installed controller, and store their files in the kit.
 
-    Returns the files that were written. Raises ValueError if the folder is no kit of a server.
+    Returns the written files. Raises ValueError if the folder is not the startup kit of a server.
     """
     if not (kit / "startup" / "fed_server.json").is_file():
-        raise ValueError(f"{kit}: has no startup/fed_server.json; expected the startup kit of a server")
+        raise ValueError(f"{kit}: startup/fed_server.json is missing; expected the startup kit of a server")
     resources = read_resources(kit)
     keep_server_files(resources, kit.resolve() / "storage")
     return write_server_policy(kit, resources)
@@ -23,14 +23,14 @@ def configure_server(kit: Path) -> list[Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="fedsft-server", description="The startup kit of the federation's server.")
     commands = parser.add_subparsers(dest="command", required=True)
-    configure = commands.add_parser("configure", help="write what this server allows into its startup kit")
-    configure.add_argument("kit", type=Path, help="the folder that has startup/fed_server.json")
+    configure = commands.add_parser("configure", help="write this server's policy into its startup kit")
+    configure.add_argument("kit", type=Path, help="the folder that contains startup/fed_server.json")
     try:
         kit = parser.parse_args().kit
         for path in configure_server(kit):
             print(f"wrote {path}")
-        if said := close_kit(kit):
-            print(said)
+        if warning := close_kit(kit):
+            print(warning)
     except (ValueError, OSError) as error:
         sys.exit(str(error))
 

@@ -1,4 +1,4 @@
-"""The command `fedsft-site`: what a site trains on, and whether its startup kit reaches the server."""
+"""The command `fedsft-site`: manage a site's data, policy and connection."""
 
 import argparse
 import json
@@ -20,32 +20,34 @@ from fedsft_assets.specs.yaml_file import SpecError
 from fedsft_assets.store import SPLITS, count_records
 
 _RAW, _DOWNLOADS = "raw", "downloads"
-_SECONDS_TO_REACH = 30.0  # a server that has just been started takes some of them
+_SECONDS_TO_REACH = 30.0  # a server that has just started needs some of it
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="fedsft-site", description=f"The files of a site, in the folder that {SITE_HOME} names."
+        prog="fedsft-site", description=f"Manage the files of a site, in the folder named by {SITE_HOME}."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    split = commands.add_parser("split", help="make the splits of a dataset of this site, from its dataset file")
+    split = commands.add_parser("split", help="split a dataset of this site, described by its dataset file")
     split.add_argument("dataset", type=Path, help="<dataset>.yaml, as in the study's folder `datasets`")
     split.add_argument(
-        "--source", default="hub", help="where a dataset with 'hub:' comes from: 'hub', 'sample', or a folder of copies"
+        "--source", default="hub", help="source of a dataset with 'hub:': 'hub', 'sample', or a folder of copies"
     )
-    split.add_argument("--seed", type=int, help="the study's, if it has another one than the default")
+    split.add_argument("--seed", type=int, help="the study's seed, if not the default")
     split.add_argument(
-        "--proportions", type=float, nargs=3, metavar=SPLITS, help="the study's, if it has other ones than the default"
+        "--proportions", type=float, nargs=3, metavar=SPLITS, help="the study's proportions, if not the default"
     )
-    configure = commands.add_parser("configure", help="write what this site allows into its startup kit")
-    configure.add_argument("kit", type=Path, help="the folder that has startup/fed_client.json")
-    configure.add_argument("--gpus", type=int, default=0, help="that jobs may use (default: none)")
-    configure.add_argument("--gpu-memory", type=int, default=0, help="of each, in GiB, for jobs that ask for some")
-    configure.add_argument("--keep-logs", action="store_true", help="send no log of a job to the server")
-    reach = commands.add_parser("reach", help="say whether a startup kit and its server accept each other")
-    reach.add_argument("kit", type=Path, help="the folder that has startup/fed_client.json")
-    commands.add_parser("show", help="list what jobs can use here, with records and SHA-256")
-    check = commands.add_parser("check", help="say which files a job would use here, and whether they are right")
+    configure = commands.add_parser("configure", help="write this site's policy into its startup kit")
+    configure.add_argument("kit", type=Path, help="the folder that contains startup/fed_client.json")
+    configure.add_argument("--gpus", type=int, default=0, help="number of GPUs that jobs may use (default: 0)")
+    configure.add_argument(
+        "--gpu-memory", type=int, default=0, help="memory of each GPU in GiB, for jobs that request it"
+    )
+    configure.add_argument("--keep-logs", action="store_true", help="do not stream job logs to the server")
+    reach = commands.add_parser("reach", help="test the connection between a startup kit and its server")
+    reach.add_argument("kit", type=Path, help="the folder that contains startup/fed_client.json")
+    commands.add_parser("show", help="list the files that jobs can use here, with records and SHA-256")
+    check = commands.add_parser("check", help="show and verify the files that a job would use here")
     check.add_argument("plan", type=Path, help="the job folder's app_<site>/config/plan.json")
     args = parser.parse_args()
     run = {"split": _split, "configure": _configure, "reach": _reach, "show": _show, "check": _check}[args.command]
@@ -57,25 +59,25 @@ def main() -> None:
 
 
 def _home() -> Path:
-    said = os.environ.get(SITE_HOME)
-    if not said:
+    value = os.environ.get(SITE_HOME)
+    if not value:
         raise SpecError(f"{SITE_HOME} is not set; set it to the folder that jobs may use at this site")
-    home = Path(said).expanduser().resolve()
+    home = Path(value).expanduser().resolve()
     if close_to_others(home, (DATASETS, BASE_MODELS, _RAW, _DOWNLOADS)).count:
-        print(f"{home}: was open to other accounts of this computer; no longer", file=sys.stderr)
+        print(f"{home}: was open to other accounts of this computer; access removed", file=sys.stderr)
     return home
 
 
 def _split(args: argparse.Namespace) -> None:
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # huggingface_hub reads it when it is imported
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read by huggingface_hub on import
     try:
         from fedsft_assets.data.sources.fetch import fetch
         from fedsft_assets.data.splits import split_dataset
     except ModuleNotFoundError as error:
         raise SpecError(f"{error.name} is not installed; splitting needs pip install '.[site,data]'") from error
     home, dataset = _home(), DatasetSpec.load(args.dataset)
-    said = {"seed": args.seed, "proportions": args.proportions}
-    settings = SplitSettings(**{key: value for key, value in said.items() if value is not None})
+    options = {"seed": args.seed, "proportions": args.proportions}
+    settings = SplitSettings(**{key: value for key, value in options.items() if value is not None})
     fetch(dataset, args.source, into=home / _RAW / dataset.name, downloads=home / _DOWNLOADS)
     report = split_dataset(dataset, home / _RAW / dataset.name, home / DATASETS / dataset.name, settings)
     counts = ", ".join(f"{count:,} for {split}" for split, count in report.counts.items())
@@ -86,14 +88,14 @@ def _split(args: argparse.Namespace) -> None:
 
 def _configure(args: argparse.Namespace) -> None:
     if not (args.kit / "startup" / "fed_client.json").is_file():
-        raise SpecError(f"{args.kit}: has no startup/fed_client.json; expected the startup kit of a site")
+        raise SpecError(f"{args.kit}: startup/fed_client.json is missing; expected the startup kit of a site")
     resources = read_resources(args.kit)
     if manager := components(resources).get("resource_manager"):
         manager["args"] |= {"num_of_gpus": args.gpus, "mem_per_gpu_in_GiB": args.gpu_memory}
     for path in write_site_policy(args.kit, resources, keep_logs=args.keep_logs):
         print(f"wrote {path}")
-    if said := close_kit(args.kit):
-        print(said)
+    if warning := close_kit(args.kit):
+        print(warning)
     if os.environ.get(SITE_HOME):
         _home()
 
@@ -101,7 +103,7 @@ def _configure(args: argparse.Namespace) -> None:
 def _reach(args: argparse.Namespace) -> None:
     if problem := diagnose_connection(args.kit.resolve(), _SECONDS_TO_REACH):
         sys.exit(problem)
-    print(f"{args.kit}: the server is reached, and each accepts the other's certificate")
+    print(f"{args.kit}: connected to the server; both sides accept each other's certificate")
 
 
 def _show(_: argparse.Namespace) -> None:

@@ -20,15 +20,14 @@ from fedsft_assets.tracking.relocation import relocate
 
 
 def prepare_instance(settings: Settings) -> None:
-    """Make the Dagster instance of FEDSFT_HOME, with the project's settings, and point this process to it.
+    """Create the Dagster instance of FEDSFT_HOME with the project's settings, and use it in this process.
 
-    The home is from now on for what these settings say. Raises HomeError if it is for something else, or where this
-    installation cannot work.
+    Binds the home to these settings. Raises HomeError if it is bound to others, or if this installation cannot work.
     """
     if "%" in (packages := sysconfig.get_path("purelib")):
         raise HomeError(
-            f"{packages}: has '%' in it, and MLflow makes no database where it is installed in such a folder; move the"
-            " clone to one without, and set it up again there"
+            f"{packages}: MLflow cannot create a database if it is installed in a folder with '%' in its path; move the"
+            " clone to a path without '%' and set it up again there"
         )
     claim_home(settings, lambda old: _move(settings, old))
     folder = settings.home / "dagster"
@@ -39,24 +38,24 @@ def prepare_instance(settings: Settings) -> None:
 
 
 def _move(settings: Settings, old: Path) -> None:
-    if not old.exists():  # it was moved, not copied: what still runs there has lost its files
+    if not old.exists():  # moved, not copied: processes still running there have lost their files
         stop_marked(PocSystem(old / "poc", settings.poc, {}).mark)
     changed = relocate(settings.store, old)
-    print(f"this home was moved from {old} to {settings.home}; {changed} places in what MLflow has were changed")
+    print(f"this home was moved from {old} to {settings.home}; updated {changed} paths in MLflow's records")
 
 
 def study_job() -> Any:
-    """The Dagster job `full_study`, as the step processes find it."""
+    """The Dagster job `full_study`; step processes call this to reconstruct it."""
     from fedsft_assets.definitions import defs
 
     return defs.resolve_job_def("full_study")
 
 
 def study_run_config(overrides: dict[str, Any], jobs: Sequence[JobSpec], sites: int) -> dict[str, Any]:
-    """The Dagster run config that gives every job folder these overrides; those that are None say nothing.
+    """The Dagster run config that applies these overrides to every job folder; None values are ignored.
 
-    A centralized job gets `max_local_steps` times the number of sites, so that it trains on as many
-    records as all sites together.
+    A centralized job gets `max_local_steps` times the number of sites, so that it trains on as many records as all
+    sites together.
     """
     given = {key: value for key, value in overrides.items() if value is not None}
     ops: dict[str, Any] = {}

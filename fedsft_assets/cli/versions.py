@@ -1,4 +1,4 @@
-"""The commands `fedsft accept` and `fedsft prune`: what becomes current, and what need not be kept."""
+"""The commands `fedsft accept` and `fedsft prune`: accept rejected data, and remove unneeded versions."""
 
 import argparse
 import getpass
@@ -17,11 +17,13 @@ from fedsft_assets.versions import NoVersionError, accept
 
 
 def add_commands(commands: Any) -> None:
-    """Add them to the subcommands of `fedsft`."""
-    take = commands.add_parser("accept", help="use data that its checks have refused")
+    """Add both to the subcommands of `fedsft`."""
+    take = commands.add_parser("accept", help="use data that failed its checks")
     take.add_argument("dataset", help="a dataset, or 'combined'")
-    take.add_argument("checks", nargs="+", choices=get_args(CheckName), metavar="check", help="that refused it; all")
-    prune = commands.add_parser("prune", help="list, then remove, versions that nothing needs any more")
+    take.add_argument(
+        "checks", nargs="+", choices=get_args(CheckName), metavar="check", help="every check that it failed"
+    )
+    prune = commands.add_parser("prune", help="list, then remove, versions that are no longer needed")
     prune.add_argument("--yes", action="store_true", help="do not ask")
     prune.add_argument("--dry-run", action="store_true", help="list only")
 
@@ -32,7 +34,7 @@ def run_accept(args: argparse.Namespace, settings: Settings) -> None:
         version = accept(store.splits(args.dataset), args.checks, f"{_user()}, by fedsft accept")
     except NoVersionError as error:
         sys.exit(str(error))
-    print(f"{version}: is current now, accepted in spite of {', '.join(args.checks)}")
+    print(f"{version}: is now current; accepted despite {', '.join(args.checks)}")
 
 
 def run_prune(args: argparse.Namespace, settings: Settings) -> None:
@@ -43,26 +45,26 @@ def run_prune(args: argparse.Namespace, settings: Settings) -> None:
     prepare_instance(settings)
     try:
         registered = list(_registered(settings.store, Tracking.of(settings)))
-    except Exception as error:  # whatever MLflow says
-        sys.exit(f"MLflow does not say which versions are registered, so nothing is removed: {redact(str(error))}")
+    except Exception as error:  # MLflow may raise anything
+        sys.exit(f"nothing removed, since MLflow did not return the registered versions: {redact(str(error))}")
     found = unneeded(settings.store, registered, versions_in_use(settings.store))
     for one in found:
         print(f"{_size(one.bytes):>10}  {one.path.relative_to(settings.home)}")
     total = _size(sum(one.bytes for one in found))
-    print(f"{total:>10}  in {len(found)} versions and workspaces that nothing needs")
+    print(f"{total:>10}  in {len(found)} unneeded versions and workspaces")
     if not found or args.dry_run:
         return
     if not args.yes:
         if not sys.stdin.isatty():
-            sys.exit("nothing is removed; say --yes to remove them")
+            sys.exit("nothing removed; use --yes to remove them")
         if input("remove them? [y/N] ").strip().lower() not in ("y", "yes"):
             return
-    gone = remove(found)
-    print(f"removed {len(gone)}, {_size(sum(one.bytes for one in gone))}")
+    removed = remove(found)
+    print(f"removed {len(removed)}, {_size(sum(one.bytes for one in removed))}")
 
 
 def _registered(store: Store, tracking: Tracking) -> Iterator[Path]:
-    """The checkpoints that are versions of registered models, or are to become some."""
+    """Checkpoints that are registered as model versions, or are pending registration."""
     client, token = tracking.client(), None
     while True:
         page = client.search_model_versions(page_token=token)
@@ -79,7 +81,7 @@ def _registered(store: Store, tracking: Tracking) -> Iterator[Path]:
 
 
 def _here(store: Store, archive: Path) -> Path:
-    """The version of the checkpoint in this home, wherever the home was when it was registered."""
+    """The checkpoint's version in this home, even if the home was moved since it was registered."""
     digest, job = archive.parent.name, archive.parent.parent.name
     return store.checkpoint(job) / digest
 

@@ -1,1 +1,1 @@
-"""All that imports Dagster: assets, checks, automation and resources."""
+"""Everything that imports Dagster: assets, checks, automation and resources."""

@@ -1,5 +1,7 @@
-"""What happens without a person: a weekly schedule and a sensor on the source data, both off at first, re-run the
-study; another sensor brings MLflow what it did not take when a job ended.
+"""Schedule and sensors of the study.
+
+A weekly schedule and a sensor on the source data, both off by default, re-run the study; another sensor delivers
+pending records to MLflow.
 """
 
 import json
@@ -15,7 +17,7 @@ from fedsft_assets.specs.dataset import COMBINED, DatasetSpec
 from fedsft_assets.specs.job import JobSpec
 from fedsft_assets.tracking import Outbox
 
-_DELIVERY_SECONDS = 25  # after which a tick begins no further delivery; Dagster gives it 60
+_DELIVERY_SECONDS = 25  # after this, a tick starts no further delivery; Dagster's limit is 60
 
 full_study = dg.define_asset_job(
     "full_study",
@@ -32,20 +34,20 @@ weekly_study = dg.ScheduleDefinition(
 
 
 def new_data_sensor(datasets: Sequence[DatasetSpec], jobs: Sequence[JobSpec]) -> dg.SensorDefinition:
-    """Compares each dataset's source with what was last materialized or asked for, by digest."""
+    """Compares each dataset's source with the last materialized or requested version, by digest."""
 
     @dg.sensor(
         name="new_data",
         target=dg.AssetSelection.all(),
         minimum_interval_seconds=60,
-        description="Rebuilds what is downstream of a dataset whose source is new or has changed, and only that. Jobs"
-        " that do not train on it are evaluated again, not trained again.",
+        description="Rebuilds only what is downstream of a dataset whose source is new or has changed. Jobs that"
+        " do not train on it are evaluated again, not trained again.",
     )
     def new_data(context: dg.SensorEvaluationContext, source: SourceResource) -> dg.SensorResult | dg.SkipReason:
-        asked_for: dict[str, str] = json.loads(context.cursor or "{}")
+        requested: dict[str, str] = json.loads(context.cursor or "{}")
         now = {dataset.name: source_version(dataset, source.place) for dataset in datasets}
         changed = [
-            name for name, version in now.items() if version not in (asked_for.get(name), _materialized(context, name))
+            name for name, version in now.items() if version not in (requested.get(name), _materialized(context, name))
         ]
         if not changed:
             return dg.SkipReason("no source has changed since it was last read")
@@ -61,22 +63,24 @@ def new_data_sensor(datasets: Sequence[DatasetSpec], jobs: Sequence[JobSpec]) ->
     name="undelivered_tracking",
     minimum_interval_seconds=60,
     default_status=dg.DefaultSensorStatus.RUNNING,
-    description="Brings MLflow what it did not take when a job ended. Looks at one folder when there is nothing.",
+    description="Delivers pending records to MLflow. Only checks a folder if there are none.",
 )
 def undelivered_tracking(store: StoreResource, mlflow: MLflowResource) -> dg.SkipReason:
     outbox, begun = Outbox(store.files.outbox), time.monotonic()
     if not outbox.entries():
         return dg.SkipReason("no pending MLflow records")
-    left = outbox.deliver(mlflow.tracking, stop=lambda: time.monotonic() - begun > _DELIVERY_SECONDS)
-    return dg.SkipReason("\n".join(f"{entry.job}: not delivered: {entry.reason}" for entry in left) or "all delivered")
+    remaining = outbox.deliver(mlflow.tracking, stop=lambda: time.monotonic() - begun > _DELIVERY_SECONDS)
+    return dg.SkipReason(
+        "\n".join(f"{entry.job}: not delivered: {entry.reason}" for entry in remaining) or "all delivered"
+    )
 
 
 def _stale_and_missing(
     context: dg.SensorEvaluationContext, changed: Sequence[str], jobs: Sequence[JobSpec]
 ) -> list[dg.AssetKey]:
-    """All that is downstream of the changed datasets, and what that needs and was never made.
+    """Everything downstream of the changed datasets, and its inputs that were never materialized.
 
-    Checkpoints of jobs that train on none of them depend on them by the validation split alone: they stay.
+    Left out are checkpoints of jobs that train on none of them: only their validation split has changed.
     """
     assert context.repository_def is not None
     graph = context.repository_def.asset_graph
@@ -89,7 +93,7 @@ def _stale_and_missing(
 
 
 def _materialized(context: dg.SensorEvaluationContext, dataset: str) -> str | None:
-    """What `source_version` was when the dataset was last fetched."""
+    """The `source_version` of the last materialization."""
     event = context.instance.get_latest_materialization_event(dg.AssetKey(["raw", dataset]))
     version = (
         event.asset_materialization.metadata.get(SOURCE_VERSION) if event and event.asset_materialization else None

@@ -1,8 +1,8 @@
-"""Asset checks on `processed/<dataset>` and `combined`: what must hold before a model is trained on them.
+"""Asset checks on `processed/<dataset>` and `combined`: data quality required for training.
 
-All of them block: one that fails as an error stops what is downstream, one that fails as a warning does not. A version
-becomes the current one when none has failed as an error, or a person has accepted each that has; until then, what was
-current before stays so for everybody.
+All checks are blocking: a failure with severity error stops downstream assets, a warning does not. A version becomes
+current when no check has failed as an error, or each failure has been accepted; until then, the previous version stays
+current.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +29,7 @@ from fedsft_assets.versions import CURRENT, Verdict, current, judge
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found, in one sentence and in numbers."""
+    """The result of a check: a sentence and metadata."""
 
     passed: bool
     description: str
@@ -38,7 +38,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Check:
-    """What a check promises, and how bad it is when that does not hold."""
+    """What a check guarantees, and the severity of its failure."""
 
     description: str
     severity: Severity
@@ -46,28 +46,28 @@ class Check:
 
 CHECKS: Mapping[CheckName, Check] = {
     "row_count": Check("About as many records as the current version has.", "error"),
-    "no_empty_outputs": Check("Every record has an output to learn.", "error"),
-    "no_prompt_overlap": Check("No prompt is in two splits, so that no loss is measured on what was trained.", "error"),
+    "no_empty_outputs": Check("Every record has a non-empty output.", "error"),
+    "no_prompt_overlap": Check("No prompt is in two splits, so that no loss is measured on training data.", "error"),
     "token_lengths": Check("Records fit into the model's window.", "warn"),
-    "languages": Check("Records are in the languages that are wanted.", "warn"),
-    "duplicates": Check("Rows do not repeat each other.", "warn"),
+    "languages": Check("Records are in the configured languages.", "warn"),
+    "duplicates": Check("Rows are not duplicated.", "warn"),
 }
 
 
 class AcceptConfig(dg.Config):
-    """Checks whose failure is accepted for the data that is checked now; who did that is recorded with the data."""
+    """Checks whose failure is accepted for the data checked in this run; recorded with the data."""
 
     accept: list[str] = Field([])
 
 
 def data_checks(datasets: Sequence[DatasetSpec]) -> list[dg.AssetChecksDefinition]:
-    """One step of checks for each dataset, and one for `combined`."""
+    """One check step per dataset, and one for `combined`."""
     names = [dataset.name for dataset in datasets]
     return [*map(_dataset_checks, names), _dataset_checks(COMBINED, names)]
 
 
 def _dataset_checks(dataset: str, parts: Sequence[str] = ()) -> dg.AssetChecksDefinition:
-    """The checks of a dataset; `parts` are those that it is made of, whose splits may share no prompt with its own."""
+    """The checks of a dataset; `parts` are the datasets it combines, whose splits must not share prompts with it."""
     key = _asset_key(dataset)
 
     @dg.multi_asset_check(
@@ -94,7 +94,7 @@ def _dataset_checks(dataset: str, parts: Sequence[str] = ()) -> dg.AssetChecksDe
     ) -> Iterator[dg.AssetCheckResult]:
         settings = checks.settings
         if unknown := sorted(set(config.accept) - set(CHECKS)):
-            raise dg.Failure(f"accept: {', '.join(unknown)} is no check; one of {', '.join(CHECKS)}")
+            raise dg.Failure(f"accept: {', '.join(unknown)} is not a check; expected one of {', '.join(CHECKS)}")
         failed: dict[str, str] = {}
         with as_dagster_failure(DataError, ModelError):
             for name, finding in _findings(version, store.files, model.load(), settings):
@@ -103,7 +103,7 @@ def _dataset_checks(dataset: str, parts: Sequence[str] = ()) -> dg.AssetChecksDe
                 if not finding.passed and severity == "error":
                     failed[name] = finding.description
                     if name in config.accept:
-                        severity, description = "warn", f"Accepted on purpose: {description}"
+                        severity, description = "warn", f"Accepted: {description}"
                         metadata["accepted by run"] = context.run.run_id
                 yield dg.AssetCheckResult(
                     check_name=name,
@@ -125,7 +125,7 @@ def _asset_key(dataset: str) -> dg.AssetKey:
 def _findings(
     folder: Path, files: Store, preset: ModelPreset, settings: CheckSettings
 ) -> Iterator[tuple[CheckName, Finding]]:
-    """Each check's finding about a version of splits, as soon as there is one."""
+    """Yield each check's finding for a version of splits as soon as it is available."""
     report = SplitReport.read(folder)
     parts = [files.processed(name) / digest for name, digest in report.parts.items()]
     yield "row_count", _row_count(report.records, folder, settings)
@@ -137,7 +137,7 @@ def _findings(
 
 
 def _records_before(folder: Path) -> int | None:
-    """Records of the current version, which a new one is compared with; None if there is none."""
+    """Number of records in the current version, to compare with; None if there is none."""
     versions = folder.parent
     return SplitReport.read(current(versions)).records if (versions / CURRENT).exists() else None
 
@@ -145,13 +145,13 @@ def _records_before(folder: Path) -> int | None:
 def _row_count(records: int, folder: Path, settings: CheckSettings) -> Finding:
     before = _records_before(folder)
     if before is None:
-        found = f"{records:,} records; there is no earlier version to compare them with."
+        found = f"{records:,} records; no earlier version to compare with."
         return Finding(True, found, {"records": records})
     ratio = records / before
     low, high = settings.min_rows, settings.max_rows
     found = f"{records:,} records, {ratio:.3g} times the {before:,} of the current version"
     advice = (
-        f"allowed is {low:g} to {high:g} times; look at the raw data, or accept this version if it is meant: "
+        f"expected {low:g} to {high:g} times; check the raw data, or accept this version if it is intended: "
         f"fedsft accept {folder.parent.name} row_count, or `accept` in the launchpad"
     )
     return _finding(low <= ratio <= high, found, advice, {"records": records, "records before": before, "ratio": ratio})
@@ -187,7 +187,7 @@ def _token_lengths(folder: Path, preset: ModelPreset, files: Store, allowed: flo
         f"{count:,} of {len(lengths):,} records ({share:.2%}) are longer than {preset.max_length} tokens, "
         f"the window of {preset.name}"
     )
-    advice = f"at most {allowed:.2%} may be cut to it; take a model with a longer window, or set max_truncated"
+    advice = f"expected at most {allowed:.2%}; use a model with a longer window, or raise max_truncated"
     tokens = {f"tokens, {name}": value for name, value in percentiles(lengths).items() if name != "max"}
     return _finding(
         share <= allowed, found, advice, {"cut": count, "share": share, "window": preset.max_length, **tokens}
@@ -198,13 +198,13 @@ def _languages(folder: Path, settings: CheckSettings) -> Finding:
     sample = language_sample(folder)
     share = sample.share(settings.languages)
     wanted = ", ".join(settings.languages)
-    found = f"{share:.2%} of the {sample.worded:,} sampled records that have words are in {wanted}"
+    found = f"{share:.2%} of the {sample.worded:,} sampled records with words are in {wanted}"
     table = [
         dg.TableRecord({"language": code, "records": count, "share": count / sample.sampled})
         for code, count in sorted(sample.counts.items(), key=lambda item: (-item[1], item[0]))
     ]
     advice = (
-        f"at least {settings.min_language_share:.2%} should be; leave the other records out, or set languages or "
+        f"expected at least {settings.min_language_share:.2%}; remove the other records, or change languages or "
         "min_language_share"
     )
     metadata = {"share": share, "sampled": sample.sampled, "languages": dg.MetadataValue.table(table)}
@@ -213,15 +213,15 @@ def _languages(folder: Path, settings: CheckSettings) -> Finding:
 
 def _duplicates(report: SplitReport, allowed: float) -> Finding:
     share = report.duplicates / report.rows
-    found = f"{report.duplicates:,} of {report.rows:,} rows ({share:.2%}) repeat another and were left out"
-    advice = f"at most {allowed:.2%} may; look for rows that the source has twice, or set max_duplicates"
+    found = f"{report.duplicates:,} of {report.rows:,} rows ({share:.2%}) are duplicates and were removed"
+    advice = f"expected at most {allowed:.2%}; check the source for duplicated rows, or raise max_duplicates"
     return _finding(
         share <= allowed, found, advice, {"duplicates": report.duplicates, "rows": report.rows, "share": share}
     )
 
 
 def _finding(passed: bool, found: str, advice: str, metadata: Mapping[str, Any]) -> Finding:
-    """A finding whose advice is given only if it is needed."""
+    """A finding, with the advice appended if the check failed."""
     return Finding(passed, f"{found}." if passed else f"{found}; {advice}.", metadata)
 
 

@@ -1,4 +1,4 @@
-"""What a user did wrong, said by Dagster without a traceback."""
+"""Reports user errors in Dagster without a traceback."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +10,10 @@ from fedsft_assets.credentials import redacted
 
 @contextmanager
 def as_dagster_failure(*errors: type[Exception]) -> Iterator[None]:
-    """Turn these errors, whose messages say all there is to know, into failures of the asset.
+    """Convert these errors, whose messages are self-explanatory, to failures of the step.
 
-    Only what is `retryable` may be tried again: anything else would fail in the same way. No error of any kind that
-    leaves this block has a secret in its words: Dagster keeps them.
+    Retries are allowed only if the error is `retryable`: anything else would fail again. Secrets are redacted from
+    every error that leaves the block, since Dagster stores them.
     """
     with redacted():
         try:

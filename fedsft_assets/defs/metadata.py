@@ -8,13 +8,13 @@ import dagster as dg
 
 
 def image(path: Path) -> dg.MarkdownMetadataValue:
-    """A PNG that shows inside Dagster's UI."""
+    """A PNG shown inline in Dagster's UI."""
     content = base64.b64encode(path.read_bytes()).decode()
     return dg.MetadataValue.md(f"![{path.stem}](data:image/png;base64,{content})")
 
 
 def code(text: str, language: str = "") -> dg.MarkdownMetadataValue:
-    """A block of text as it is."""
+    """A block of preformatted text."""
     return dg.MetadataValue.md(f"```{language}\n{text}\n```")
 
 

@@ -1,4 +1,4 @@
-"""The life of the POC as Dagster ops: prepare, start, status, stop; in a job that brings it up and one that ends it."""
+"""The POC as Dagster ops (prepare, start, status, stop), in a job that starts it and one that stops it."""
 
 import dagster as dg
 
@@ -9,7 +9,7 @@ from fedsft_assets.federation.runtimes.poc.state import PocStatus
 from fedsft_assets.federation.runtimes.poc.system import PocSystem
 
 
-@dg.op(out=dg.Out(dg.Nothing), description="Make the startup kits of the POC, for all sites of the job files.")
+@dg.op(out=dg.Out(dg.Nothing), description="Create the startup kits of the POC, for all sites of the job files.")
 def prepare_poc(store: StoreResource, runtime: RuntimeResource) -> None:
     _system(store, runtime).prepare()
 
@@ -17,30 +17,30 @@ def prepare_poc(store: StoreResource, runtime: RuntimeResource) -> None:
 @dg.op(
     ins={"prepared": dg.In(dg.Nothing)},
     out=dg.Out(dg.Nothing),
-    description="Start what does not run of the POC, and wait until all its sites are connected.",
+    description="Start missing processes of the POC, and wait until all its sites are connected.",
 )
 def start_poc(store: StoreResource, runtime: RuntimeResource) -> None:
     start(_system(store, runtime))
 
 
-@dg.op(ins={"changed": dg.In(dg.Nothing)}, description="Say which processes of the POC run, and which jobs.")
+@dg.op(ins={"changed": dg.In(dg.Nothing)}, description="Report the running processes and jobs of the POC.")
 def poc_status(context: dg.OpExecutionContext, store: StoreResource, runtime: RuntimeResource) -> None:
     status = _system(store, runtime).status()
     context.log.info(status.describe())
     context.add_output_metadata(_metadata(status))
 
 
-@dg.op(out=dg.Out(dg.Nothing), description="End all processes of the POC, with the jobs that run in it.")
+@dg.op(out=dg.Out(dg.Nothing), description="End all processes of the POC, including running jobs.")
 def stop_poc(context: dg.OpExecutionContext, store: StoreResource, runtime: RuntimeResource) -> None:
     context.log.info(f"ended {_system(store, runtime).stop()} processes")
 
 
-@dg.job(name="poc_start", description="Bring up the POC of this machine, as every job with the runtime `poc` does.")
+@dg.job(name="poc_start", description="Start the POC of this machine, as every job with the runtime `poc` does.")
 def poc_start_job() -> None:
     poc_status(start_poc(prepare_poc()))
 
 
-@dg.job(name="poc_stop", description="End the POC of this machine.")
+@dg.job(name="poc_stop", description="Stop the POC of this machine.")
 def poc_stop_job() -> None:
     poc_status(stop_poc())
 

@@ -1,4 +1,4 @@
-"""Dagster resources: thin, typed doors to the store, the source of raw data, the model preset and MLflow."""
+"""Dagster resources: thin, typed access to the store, the source of raw data, the model preset and MLflow."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -18,11 +18,11 @@ from fedsft_assets.tracking import Tracking
 from fedsft_assets.versions import NoVersionError, accepted, current, existing, make_current
 
 CANDIDATES = "candidates"
-"""The key of the IO manager that hands on what is still to be checked."""
+"""Key of the IO manager for versions that are still to be checked."""
 
 
 class StoreResource(dg.ConfigurableResource):
-    """Where every file of the study lives."""
+    """The store with all files of the study."""
 
     home: str
 
@@ -42,7 +42,7 @@ class SourceResource(dg.ConfigurableResource):
 
 
 class SplitsResource(SplitSettings, dg.ConfigurableResource):
-    """How records are split, for all datasets alike: a prompt then is in the same split everywhere."""
+    """How records are split, equally for all datasets, so that a prompt is in the same split everywhere."""
 
     @property
     def settings(self) -> SplitSettings:
@@ -50,7 +50,7 @@ class SplitsResource(SplitSettings, dg.ConfigurableResource):
 
 
 class ChecksResource(CheckSettings, dg.ConfigurableResource):
-    """What the asset checks allow, and how bad it is when they do not."""
+    """Thresholds and severities of the asset checks."""
 
     @property
     def settings(self) -> CheckSettings:
@@ -58,7 +58,7 @@ class ChecksResource(CheckSettings, dg.ConfigurableResource):
 
 
 class ModelResource(dg.ConfigurableResource):
-    """The model preset, archive or folder that all jobs start from; `path` is where a preset's archive is."""
+    """The model preset, archive or folder that all jobs start from; `path` is that of a preset's archive."""
 
     preset: str
     path: str | None = None
@@ -76,7 +76,7 @@ class RuntimeResource(dg.ConfigurableResource):
     production: dict[str, Any]
 
     def settings(self, name: str | None = None, threads_per_trainer: int = 0) -> RuntimeSettings:
-        """Those of the launchpad's, where it says something else."""
+        """The runtime settings, with the launchpad's overrides."""
         own = {**self.model_dump(), "threads_per_trainer": threads_per_trainer}
         return RuntimeSettings.model_validate({**own, "name": name or self.name})
 
@@ -94,13 +94,13 @@ class MLflowResource(dg.ConfigurableResource):
 
 
 class VersionIOManager(dg.ConfigurableIOManager):
-    """How a version of one asset reaches the next: as its path in the store of `home`, never that of a link.
+    """Passes a version of an asset to downstream assets as its path in the store of `home`, never as a link.
 
-    A step gets what its own run made; in a re-execution from failure, what the run before it made, whatever others have
-    made since. What its run did not make, it gets as it is current.
+    A step gets the version that its own run made; in a re-execution from failure, the one that the failed run made,
+    even if newer ones exist. If its run made none, it gets the current version.
 
-    A version of an asset with blocking checks is handed on when they have passed, and becomes current by their step.
-    All others become current as they are made. `candidates` is for that step: it takes what is not checked yet.
+    A version of an asset with blocking checks is passed on once they have passed; their step makes it current. All
+    other versions become current when made. `candidates` is for the check step: it loads unchecked versions.
     """
 
     home: str
@@ -116,7 +116,7 @@ class VersionIOManager(dg.ConfigurableIOManager):
 
     def load_input(self, context: dg.InputContext) -> Path:
         upstream, key = context.upstream_output, context.asset_key
-        assert upstream is not None, "Dagster gives it for every asset"
+        assert upstream is not None, "Dagster sets it for every asset"
         version = self._made(upstream.run_id, key)
         if version is None and self.candidates:
             version = self._last_made(context, key)
@@ -127,14 +127,14 @@ class VersionIOManager(dg.ConfigurableIOManager):
             raise dg.Failure(str(error), allow_retries=False) from None
 
     def _made(self, run_id: str, key: dg.AssetKey) -> Path | None:
-        """The version that a Dagster run made of an asset, if it made one."""
+        """The version of an asset that a Dagster run made, or None."""
         try:
             return made_by(Store(Path(self.home)), run_id, key.path)
         except FileNotFoundError:
             return None
 
     def _last_made(self, context: dg.InputContext, key: dg.AssetKey) -> Path | None:
-        """What a step of checks looks at that is executed by itself: what was materialized last."""
+        """The last materialized version, for a check step that is executed alone."""
         event = context.instance.get_latest_materialization_event(key)
         return self._made(event.run_id, key) if event else None
 
@@ -156,7 +156,7 @@ class VersionIOManager(dg.ConfigurableIOManager):
 
 
 def made_by(store: Store, run_id: str, asset: Sequence[str]) -> Path:
-    """The version that a Dagster run made of an asset. Raises FileNotFoundError if it made none."""
+    """The version of an asset that a Dagster run made. Raises FileNotFoundError if it made none."""
     return store.home / json.loads(_record(store, run_id, asset).read_text(encoding="utf-8"))["version"]
 
 
@@ -171,14 +171,14 @@ def _record(store: Store, run_id: str, asset: Sequence[str]) -> Path:
 
 
 def _is_checked(key: dg.AssetKey) -> bool:
-    """Whether `checks.py` has blocking checks of the asset."""
+    """Whether `checks.py` defines blocking checks for the asset."""
     return key.path[0] in ("processed", COMBINED)
 
 
 def resources(
     settings: Settings, sites: Iterable[str] = ()
 ) -> dict[str, dg.ConfigurableResource | dg.ConfigurableIOManager]:
-    """All resources, by the names that assets ask for; `sites` are those of all jobs."""
+    """All resources by name; `sites` are the sites of all jobs."""
     tracking = Tracking.of(settings)
     model = ModelResource(preset=settings.model, path=str(settings.model_path) if settings.model_path else None)
     home, runtime = str(settings.home), settings.where_jobs_run(sites)

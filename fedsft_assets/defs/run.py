@@ -1,4 +1,4 @@
-"""Materializing assets from a terminal, with progress that a person can follow."""
+"""Materializes assets from a terminal, with readable progress."""
 
 import logging
 import os
@@ -20,28 +20,28 @@ from fedsft_assets.settings import Settings
 from fedsft_assets.store import Store
 
 _TAG = "fedsft/study"
-_PROCESSES = "fedsft/processes"  # what the study's processes carry
+_PROCESSES = "fedsft/processes"  # process mark of the study
 _POLL_SECONDS = 0.5
 _SECONDS_TO_END = 30.0
-# What a person wants to know is printed here; Dagster's own log, with the rest, is in its UI.
+# Progress is printed here; Dagster's full log is in its UI.
 _QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 
 
 class StudyFailedError(RuntimeError):
-    """The Dagster run of the study did not succeed; what failed was said while it ran."""
+    """The Dagster run of the study failed; the failures were printed while it ran."""
 
 
 def execute(job: Callable[[], dg.JobDefinition], run_config: Mapping[str, Any], settings: Settings) -> str:
-    """Execute a Dagster job in this process, each step in one of its own, and print what happens.
+    """Execute a Dagster job in this process, with one process per step, and print its progress.
 
-    `job` is a function of a module, which step processes call to find the job. Returns the id of the Dagster run.
+    `job` is a module-level function that step processes call to reconstruct the job. Returns the id of the Dagster run.
     Raises StudyFailedError.
     """
     me = psutil.Process()
     mark = f"{me.pid} {me.create_time()}"
     with one_line_when_full(settings.home), dg.DagsterInstance.get() as instance:
         _end_dead_studies(instance)
-        os.environ[MARK] = f"{os.environ.get(MARK, '')}/study {mark}"  # so that they are found if this one is killed
+        os.environ[MARK] = f"{os.environ.get(MARK, '')}/study {mark}"  # to find child processes if this one is killed
         try:
             with _progress(instance, mark, settings):
                 result = dg.execute_job(
@@ -57,22 +57,22 @@ def execute(job: Callable[[], dg.JobDefinition], run_config: Mapping[str, Any], 
             for run in instance.get_runs(filters=dg.RunsFilter(tags={_TAG: mark})):
                 instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
     if not result.success:
-        full = next(filter(None, (_disk_said(event, settings) for event in result.filter_events(_is_failure))), None)
-        raise StudyFailedError(full or f"the study did not succeed; see Dagster run {result.run_id}")
+        full = next(filter(None, (_disk_full(event, settings) for event in result.filter_events(_is_failure))), None)
+        raise StudyFailedError(full or f"the study failed; see Dagster run {result.run_id}")
     return result.run_id
 
 
 def versions_in_use(store: Store) -> list[Path]:
-    """What Dagster runs that have not finished have made so far."""
-    over = (dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED)
-    unfinished = [status for status in dg.DagsterRunStatus if status not in over]
+    """Versions made so far by unfinished Dagster runs."""
+    finished = (dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED)
+    unfinished = [status for status in dg.DagsterRunStatus if status not in finished]
     with dg.DagsterInstance.get() as instance:
         runs = instance.get_runs(filters=dg.RunsFilter(statuses=unfinished))
     return [version for run in runs for version in all_made_by(store, run.run_id)]
 
 
 def _end_steps() -> None:
-    """End the processes of steps, which Dagster leaves running when it fails itself; what they started, they end."""
+    """End step processes, which Dagster leaves running when it fails itself; they end their own children."""
     steps = [step for server in psutil.Process().children() for step in server.children()]
     for step in steps:
         with suppress(psutil.NoSuchProcess):
@@ -81,10 +81,10 @@ def _end_steps() -> None:
 
 
 def _end_dead_studies(instance: dg.DagsterInstance) -> None:
-    """Cancel Dagster runs of studies whose process was killed, and free the pool slots that they still hold.
+    """Cancel Dagster runs of studies whose process was killed, and free their pool slots.
 
-    Their steps may have lived on; they are ended with what they started. Dagster's daemon does that for runs that it
-    launched; a study from a terminal needs no daemon.
+    Their steps may still be running and are ended with their children. Dagster's daemon does this for runs that it
+    launched, but a study from a terminal needs no daemon.
     """
     alive = {f"{process.pid} {process.create_time()}" for process in psutil.process_iter()}
     for run in instance.get_runs(filters=dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED])):
@@ -97,7 +97,7 @@ def _end_dead_studies(instance: dg.DagsterInstance) -> None:
 
 @contextmanager
 def _progress(instance: dg.DagsterInstance, mark: str, settings: Settings) -> Iterator[None]:
-    """Print what the tagged Dagster run says, from a thread, until the block ends and all is said."""
+    """Print the events of the tagged Dagster run, from a thread, until the block ends and all are printed."""
     done = threading.Event()
     thread = threading.Thread(target=_print_events, args=(instance, mark, settings, done), daemon=True)
     thread.start()
@@ -113,7 +113,7 @@ def _print_events(instance: dg.DagsterInstance, mark: str, settings: Settings, d
     cursor: str | None = None
     run_id: str | None = None
     while True:
-        last_look = done.is_set()
+        last_poll = done.is_set()
         try:
             if run_id is None:
                 runs = instance.get_runs(filters=dg.RunsFilter(tags={_TAG: mark}), limit=1)
@@ -124,22 +124,22 @@ def _print_events(instance: dg.DagsterInstance, mark: str, settings: Settings, d
                 for record in connection.records:
                     if text := _line(record.event_log_entry, settings):
                         print(f"{time.monotonic() - begun:5.0f} s  {redact(text)}", flush=True)
-        except Exception as error:  # where there is no room on the disk, nothing can be read either
+        except Exception as error:  # on a full disk, events cannot be read either
             if not explain(error, settings.home):
                 raise
-        if last_look:
+        if last_poll:
             return
         done.wait(_POLL_SECONDS)
 
 
 def _line(entry: dg.EventLogEntry, settings: Settings) -> str | None:
-    """What a person wants to know of one entry of Dagster's log, if anything."""
+    """The line to print for an entry of Dagster's log, or None."""
     event = entry.dagster_event
     if event is None:
         sign = "!" if int(entry.level) >= logging.WARNING else " "
         return f"{sign}  {entry.user_message}" if int(entry.level) >= logging.INFO else None
     if _is_failure(event):
-        return f"✗  {event.step_key} failed: {_disk_said(event, settings) or _said(event)}"
+        return f"✗  {event.step_key} failed: {_disk_full(event, settings) or _reason(event)}"
     if event.event_type == dg.DagsterEventType.ASSET_CHECK_EVALUATION:
         check = event.asset_check_evaluation_data
         sign = "✗" if check.severity == dg.AssetCheckSeverity.ERROR else "!"
@@ -155,17 +155,17 @@ def _is_failure(event: dg.DagsterEvent) -> bool:
     return event.event_type == dg.DagsterEventType.STEP_FAILURE
 
 
-def _said(failure: dg.DagsterEvent) -> str:
-    """Why the step failed: the words that were chosen for a person, else the error."""
+def _reason(failure: dg.DagsterEvent) -> str:
+    """Why the step failed: the description for the user, otherwise the error."""
     error = failure.step_failure_data
-    if error.user_failure_data and (said := error.user_failure_data.description):
-        return said
+    if error.user_failure_data and (description := error.user_failure_data.description):
+        return description
     if error.error is None:
         return ""
-    refused = error.error.cls_name == "DagsterAssetCheckFailedError"  # each check has had its line
-    return error.error.message.strip() if refused else error.error.to_string()
+    is_check = error.error.cls_name == "DagsterAssetCheckFailedError"  # each check has been printed
+    return error.error.message.strip() if is_check else error.error.to_string()
 
 
-def _disk_said(failure: dg.DagsterEvent, settings: Settings) -> str | None:
-    """One line if the step failed because the home's disk has no room; in a federation, it may be another's disk."""
-    return explain_text(_said(failure), settings.home) if settings.runtime != "production" else None
+def _disk_full(failure: dg.DagsterEvent, settings: Settings) -> str | None:
+    """An explanation if the step failed because the home's disk is full; in a federation, it may be another disk."""
+    return explain_text(_reason(failure), settings.home) if settings.runtime != "production" else None

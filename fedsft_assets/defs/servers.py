@@ -1,6 +1,6 @@
-"""Dagster's own servers, each in the process that calls it: the code location, the daemon, and the webserver's pages.
+"""Dagster's servers, each run in the calling process: code server, daemon and webserver.
 
-They find each other by the socket file of the code location's server, which nobody but this account can open.
+They connect through the code server's Unix socket, which only this account can open.
 """
 
 import json
@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 CODE = "fedsft_assets.definitions"
-"""The code location, as `workspace.yaml` has it."""
+"""The code location, as in `workspace.yaml`."""
 
 _SECONDS_TO_LOAD = 180
 
 
 def serve_code(socket: Path) -> None:
-    """Serve definitions and runs. Dagster starts another such server whenever definitions are reloaded."""
+    """Run the code server. Dagster starts another one whenever definitions are reloaded."""
     from dagster._cli.code_server import code_server_cli
 
     code_server_cli(
@@ -29,7 +29,7 @@ def serve_code(socket: Path) -> None:
 
 
 def run_daemon(code_socket: Path, workspace: Path) -> None:
-    """Run schedules, sensors and the queue of runs; `workspace` is the file to write the code location's place into."""
+    """Run schedules, sensors and the run queue; `workspace` is the workspace file to write."""
     from dagster._daemon.cli import create_dagster_daemon_cli
 
     code = {"grpc_server": {"socket": str(code_socket), "location_name": CODE}}

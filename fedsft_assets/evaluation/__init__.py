@@ -1,1 +1,1 @@
-"""What trained models are worth, side by side."""
+"""Evaluation and comparison of trained models."""

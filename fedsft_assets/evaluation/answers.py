@@ -16,14 +16,14 @@ _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f]")
 
 @dataclass(frozen=True)
 class Answers:
-    """What each model, by its name, answers to each of the prompts."""
+    """The answers of each model, by name, to each of the prompts."""
 
     prompts: Sequence[ExamplePrompt]
     models: Mapping[str, Sequence[str]]
     settings: GenerationSettings
 
     def markdown(self) -> str:
-        """One row for each model and one column for each prompt, any text shown as it is; contexts come last."""
+        """A table with a row per model and a column per prompt, markup escaped; contexts in the last row."""
         rows = [["", *(_cell(prompt.question) for prompt in self.prompts)], [":---"] * (len(self.prompts) + 1)]
         rows += [[_cell(name), *map(_cell, answers)] for name, answers in self.models.items()]
         if any(prompt.context for prompt in self.prompts):
@@ -45,9 +45,9 @@ class Answers:
 
 
 def answer(archives: Mapping[str, Path], prompts: Sequence[ExamplePrompt], settings: GenerationSettings) -> Answers:
-    """Load one archive after another and ask it all prompts, in its own prompt template.
+    """Load one archive at a time and generate its answers to all prompts, with its own prompt template.
 
-    Raises ModelError that names the archive if one is missing or cannot be restored.
+    Raises ModelError naming an archive that is missing or cannot be restored.
     """
     from fedsft_assets.model.language_model import LanguageModel
 
@@ -57,6 +57,6 @@ def answer(archives: Mapping[str, Path], prompts: Sequence[ExamplePrompt], setti
 
 
 def _cell(text: str) -> str:
-    """Text as one cell of a table, in which nothing is markup."""
+    """Text as a table cell, with all markup escaped."""
     shown = _CONTROL.sub("\ufffd", text)
     return "<br>".join(_MARKUP.sub(r"\\\g<0>", line) for line in shown.splitlines()) or _NO_TEXT

@@ -1,4 +1,4 @@
-"""The tables over all jobs of a study."""
+"""The comparison of all jobs of a study: verdicts and tables."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _LARGEST_EXPONENT = 700.0  # of a float64
 
 
 class NotComparableError(ValueError):
-    """The jobs do not answer the same question."""
+    """The jobs cannot be compared: different base models or validation data."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Comparison:
     verdicts: list[Verdict]
 
     def markdown(self) -> str:
-        """For a page, and readable in a terminal."""
+        """The verdicts and tables in Markdown, readable in a terminal too."""
         said = "\n".join(f"- {sentence}." for sentence in self.sentences)
         jobs = _table(_HEADERS, self._rows(), texts=2)
         return "\n\n".join([*([said] if said else []), jobs, *self._notes(), self._matrix_markdown()])
@@ -169,7 +169,7 @@ def _as_scores(losses: pd.DataFrame) -> pd.DataFrame:
 
 
 def sort_key(kind: str, job: str) -> tuple[int, str]:
-    """What jobs are sorted by wherever they stand side by side: local, centralized, federated, then their names."""
+    """Sort key of jobs in tables and plots: local, centralized, federated, then by name."""
     return get_args(JobKind).index(kind), job
 
 

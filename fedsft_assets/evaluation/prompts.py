@@ -1,4 +1,4 @@
-"""Example prompts from a YAML file: what every model of a study is asked, so that answers can be read side by side."""
+"""Example prompts from a YAML file, given to every model of a study to compare their answers."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +11,7 @@ _Text = Annotated[str, StringConstraints(strip_whitespace=True)]
 
 
 class ExamplePrompt(BaseModel):
-    """A question, and the text that it is about, if any."""
+    """A question, with an optional context."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -20,7 +20,7 @@ class ExamplePrompt(BaseModel):
 
     @property
     def text(self) -> str:
-        """What a model is given: joined by a blank line, as instruction and context of a record are."""
+        """The model's input: context and question joined by a blank line, as in a record."""
         return f"{self.context}\n\n{self.question}" if self.context else self.question
 
 
@@ -31,10 +31,10 @@ class _PromptFile(BaseModel):
 
 
 def load_prompts(path: Path) -> list[ExamplePrompt]:
-    """The prompts of a file like prompts.yaml. Raises SpecError with one line for each field that is wrong."""
+    """Read a file like prompts.yaml. Raises SpecError with one line per invalid field."""
     return parse_prompts(path, read_yaml(path, "'prompts:'"))
 
 
 def parse_prompts(source: Path, content: dict[str, Any]) -> list[ExamplePrompt]:
-    """The prompts of what such a file says, or something else that `source` names; errors as of `load_prompts`."""
+    """Validate the content of such a file; `source` names it in errors. Raises SpecError as `load_prompts` does."""
     return validated(_PromptFile, source, content).prompts

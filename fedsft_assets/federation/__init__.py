@@ -1,1 +1,1 @@
-"""NVFlare: the job folder, what runs at a site, what runs at the server, and where jobs run."""
+"""NVFlare: the job folder, the code of sites and server, and the runtimes."""

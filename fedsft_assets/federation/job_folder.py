@@ -31,12 +31,12 @@ _REQUESTS_PER_SECOND, _MAX_REQUEST_INTERVAL = 20, 2.0
 
 
 class JobFolderError(ValueError):
-    """A job folder is not as it was built, or was built by another version of this package."""
+    """A job folder was modified, or was built by another version of this package."""
 
 
 @dataclass(frozen=True)
 class JobFolder:
-    """A version of a job folder in the store of a home, parsed once and handed on.
+    """A version of a job folder in the store of a home, parsed once.
 
     The paths of `plans`, one for each site in the order of the spec, are relative to the home.
     """
@@ -47,7 +47,7 @@ class JobFolder:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Of a folder that `verify_job_folder` has taken."""
+        """Read a folder that has passed `verify_job_folder`."""
         spec = JobSpec.model_validate_json((path / SPEC_FILE).read_text(encoding="utf-8"))
         plans = [(path / f"app_{site}" / _PLAN).read_text(encoding="utf-8") for site in spec.sites]
         return cls(path, spec, tuple(map(SitePlan.model_validate_json, plans)))
@@ -58,7 +58,7 @@ class JobFolder:
 
     @property
     def digest(self) -> str:
-        """Of all that is in it."""
+        """Digest of all files in the folder."""
         return self.path.name
 
     @property
@@ -68,7 +68,7 @@ class JobFolder:
 
     @property
     def base_model(self) -> Path:
-        """The archive."""
+        """Path of the base model's archive."""
         return self.home / self.plans[0].base_model
 
     @property
@@ -121,8 +121,8 @@ def build_job_folder(
 ) -> JobFolderReport:
     """Build the job folder of `spec` as a version in the store, and make it the current one.
 
-    `inputs` default to the current versions. Raises FileNotFoundError, which names what is missing, and SpecError for
-    noise under which nothing can be learned.
+    `inputs` default to the current versions. Raises FileNotFoundError naming what is missing, and SpecError for noise
+    under which nothing can be learned.
     """
     inputs = inputs or JobInputs.current(spec, preset, store)
     plans = [_site_plan(spec, site, preset, store, inputs) for site in spec.sites]
@@ -158,19 +158,19 @@ def _data_version(spec: JobSpec, plans: Sequence[SitePlan]) -> str:
 
 
 def verify_job_folder(job_folder: Path) -> None:
-    """Raise JobFolderError if the folder is not as it was built, or was built by another version of this package."""
+    """Raise JobFolderError if the folder was modified, or was built by another version of this package."""
     if folder_digest(job_folder) != job_folder.name:
         _name_change(job_folder)
     # Unparsed: another version's plans may have other fields.
     plan = json.loads(next(job_folder.glob(f"app_*/{_PLAN}")).read_text(encoding="utf-8"))
     if (built_with := plan.get("package")) != __version__:
         raise JobFolderError(
-            f"{job_folder}: was built with fedsft-assets {built_with}, and this is {__version__}; build it again"
+            f"{job_folder}: was built with fedsft-assets {built_with}, but {__version__} is installed; build it again"
         )
 
 
 def _name_change(job_folder: Path) -> NoReturn:
-    """Raise JobFolderError that names a file that has changed."""
+    """Raise JobFolderError naming a file that has changed."""
     path = job_folder / _MANIFEST
     if not path.is_file():
         raise JobFolderError(f"{path} does not exist; build the job folder again")

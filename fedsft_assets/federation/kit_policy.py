@@ -1,4 +1,4 @@
-"""The policy of a startup kit: what jobs may do, in the files of its folder `local/`, which only its owner changes.
+"""The policy of a startup kit: what jobs may do, in the files of its folder `local/`, which belong to its owner.
 
 Jobs bring no code. They may configure this project's installed components and those that NVFlare adds to every job, and
 the study's user has the rights that its own jobs need. NVFlare refuses everything else.

@@ -1,4 +1,4 @@
-"""The ratio of a job's noise to the updates that it hides, which is known before training."""
+"""The ratio of a job's noise to the updates that it hides, known before training."""
 
 import math
 from dataclasses import dataclass
@@ -48,10 +48,10 @@ class NoiseRatio:
         multiplier = self.privacy.noise_multiplier
         rounds = f"over all {self.rounds} rounds" if self.rounds > 1 else "in the one round"
         raise SpecError(
-            f"jobs/{job}.yaml: filters.privacy.noise_multiplier: {multiplier:g}: nothing can be learned under so much"
+            f"jobs/{job}.yaml: filters.privacy.noise_multiplier: {multiplier:g}: nothing can be learned under this much"
             f" noise. On {self.parameters:,} parameters it has {_times(self.of_site)} the norm of a site's clipped"
             f" update, {_times(self.of_round)} in the mean of {self.sites} sites, and {_times(self.of_job)} {rounds} at"
-            f" best; expected {_MAX_RATIO:g} times at most. Lower it to {multiplier * _MAX_RATIO / self.of_job:.2g},"
+            f" best; expected at most {_MAX_RATIO:g} times. Lower it to {multiplier * _MAX_RATIO / self.of_job:.2g},"
             " send fewer parameters (training.peft, filters.exclude), or use more sites or rounds;"
             " 'accept_useless_noise: true' in filters.privacy runs the job anyway"
         )

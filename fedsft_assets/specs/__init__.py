@@ -1,5 +1,4 @@
-"""What a file of the user's may say: typed, validated, without behaviour.
+"""Schemas of the user's files: typed and validated.
 
-Every error names the file, the field, what was found and what was expected. Nothing here imports torch, NVFlare or
-Dagster.
+Every error names the file, the field, what was found and what was expected. Does not import torch, NVFlare or Dagster.
 """

@@ -1,4 +1,4 @@
-"""What `datasets/<name>.yaml` may say: where a dataset comes from and how its rows are read."""
+"""Schema of `datasets/<name>.yaml`: where a dataset comes from and how its rows are read."""
 
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Self
@@ -15,7 +15,7 @@ FORMATS_BY_SUFFIX = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl
 
 
 class ColumnsSpec(Spec):
-    """What a dataset calls the three texts of a row; `context` is optional, in the dataset and in each row."""
+    """Column names of the three texts of a row; `context` is optional, in the dataset and in each row."""
 
     instruction: str
     context: str | None = None
@@ -23,7 +23,7 @@ class ColumnsSpec(Spec):
 
     @property
     def names(self) -> list[str]:
-        """The columns that there are."""
+        """The columns in use."""
         return [name for name in (self.instruction, self.context, self.response) if name]
 
     @model_validator(mode="after")
@@ -32,20 +32,18 @@ class ColumnsSpec(Spec):
             if self.names.count(name) > 1:
                 texts = [text for text, column in self.model_dump().items() if column == name]
                 raise ValueError(
-                    f"{name!r} is named for {' and '.join(texts)}; expected a column for each: put prompt and "
-                    "answer into columns of their own first"
+                    f"{name!r} is used for {' and '.join(texts)}; expected a column for each: split prompt and "
+                    "answer into two columns first"
                 )
         return self
 
 
 class ConversationsSpec(Spec):
-    """Which replies of OASST1's message trees become records, and what their input is. The defaults are NVFlare's."""
+    """Which replies of OASST1's message trees become records, and their input. The defaults are NVFlare's."""
 
-    languages: Annotated[list[str], Field(description="of the reply; an empty list takes every language")] = ["en"]
-    min_review_count: Annotated[int, Field(ge=0, description="of the reply and all messages of its input")] = 0
-    leave_out: Annotated[
-        list[Literal["deleted", "synthetic"]], Field(description="messages that may be in no record")
-    ] = []
+    languages: Annotated[list[str], Field(description="language codes of replies to include; empty for all")] = ["en"]
+    min_review_count: Annotated[int, Field(ge=0, description="minimum review count of the reply and its input")] = 0
+    leave_out: Annotated[list[Literal["deleted", "synthetic"]], Field(description="kinds of messages to exclude")] = []
     context: Annotated[
         Literal["prompt", "path"], Field(description="the input: the prompt, or all messages from the first one to it")
     ] = "prompt"
@@ -72,12 +70,12 @@ class DatasetSpec(Spec):
 
     @property
     def label(self) -> str:
-        """What a person is told that it is."""
+        """Display name."""
         return self.title or self.name
 
     @property
     def folder(self) -> str:
-        """What a folder of published datasets calls this one's folder: the repository's name."""
+        """This dataset's folder name in a folder of published datasets: the repository's name."""
         return self.hub.split("/")[1] if self.hub else self.name
 
     @property
@@ -89,7 +87,7 @@ class DatasetSpec(Spec):
     def load(cls, path: Path) -> Self:
         """Read and check `datasets/<name>.yaml`; the dataset's name is the file's.
 
-        Raises SpecError with one line for each field that is wrong.
+        Raises SpecError with one line per invalid field.
         """
         content = read_yaml(path, "'path:' and 'columns:'")
         if "format" not in content and (inferred := _inferred_format(content)):
@@ -109,28 +107,28 @@ class DatasetSpec(Spec):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if (self.hub is None) == (self.path is None):
-            raise ValueError("say either 'path:', a file or folder, or 'hub:', a repository")
+            raise ValueError("expected either 'path:', a file or folder, or 'hub:', a repository")
         if self.hub and not self.files:
             raise ValueError("files: name the files of the repository that make up the dataset")
         for name in self.files or []:
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-                raise ValueError(f"files: {name!r} leads out of the dataset's folder")
+                raise ValueError(f"files: {name!r} is outside the dataset's folder")
             if [PurePosixPath(other) for other in self.files or []].count(PurePosixPath(name)) > 1:
-                raise ValueError(f"files: {name!r} is there twice; name each file once")
+                raise ValueError(f"files: {name!r} is listed twice; list each file once")
         if self.format == "oasst1":
             if self.columns:
-                raise ValueError("columns: the format oasst1 has its own; say 'conversations:' to choose among replies")
+                raise ValueError("columns: not allowed for the format oasst1; use 'conversations:' to select replies")
         elif self.conversations:
-            raise ValueError("conversations: only the format oasst1 has them")
+            raise ValueError("conversations: only allowed for the format oasst1")
         elif self.columns is None:
-            raise ValueError("columns: say which are 'instruction', 'response' and, if there is one, 'context'")
+            raise ValueError("columns: name the columns of 'instruction', 'response' and, if any, 'context'")
         return self
 
 
 def load_datasets(folder: Path) -> dict[str, DatasetSpec]:
     """All datasets of a folder, by name, in the order of their names.
 
-    Raises SpecError if there is none, or for the first file that is wrong.
+    Raises SpecError if there is none, or for the first invalid file.
     """
     paths = yaml_files(folder)
     if not paths:
@@ -139,7 +137,7 @@ def load_datasets(folder: Path) -> dict[str, DatasetSpec]:
 
 
 def _inferred_format(content: dict[str, Any]) -> str | None:
-    """What the names of a dataset's files say of their format."""
+    """The format according to the suffixes of a dataset's files, or None."""
     names = content.get("files") or [content.get("path")]
     suffixes = {PurePosixPath(str(name)).suffix.lower() for name in names} if isinstance(names, list) else set()
     return FORMATS_BY_SUFFIX.get(suffixes.pop()) if len(suffixes) == 1 else None

@@ -1,4 +1,4 @@
-"""What `jobs/<name>.yaml` may say: sites, rounds, training, algorithm and filters of one job."""
+"""Schema of `jobs/<name>.yaml`: sites, rounds, training, algorithm and filters of one job."""
 
 import math
 import re
@@ -11,8 +11,8 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from fedsft_assets.specs.dataset import COMBINED
 from fedsft_assets.specs.yaml_file import Spec, SpecError, explain_fields, read_yaml, validated, yaml_files
 
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # one that `fedsft-site` takes
-_CAUSE_ENOUGH = 100.0  # times clip
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # accepted by `fedsft-site`
+_CAUSE_ENOUGH = 100.0  # times clip: noise that alone explains divergence
 
 BASE_MODEL = "base_model"
 """The name of the base model among those of jobs."""
@@ -28,7 +28,7 @@ WireFormat = Literal["fp32", "bf16-diff"]
 class SiteSpec(Spec):
     """One federated client and the dataset that it trains on.
 
-    With `private`, the study has no copy of the dataset: it is what the site has under that name.
+    With `private`, the study has no copy of the dataset: the site uses its own data of that name.
     """
 
     dataset: str
@@ -36,7 +36,7 @@ class SiteSpec(Spec):
 
 
 class PeftSpec(Spec):
-    """Training of small adapters beside weights that stay as they are; only the adapters travel."""
+    """Training of small adapters with frozen base weights; only the adapters are exchanged."""
 
     method: Literal["lora"] = "lora"
     rank: Annotated[int, Field(ge=1)] = 16
@@ -44,12 +44,12 @@ class PeftSpec(Spec):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: Annotated[
         list[str] | None,
-        Field(min_length=1, description="names of layers and experts; unless said, all but the output's"),
+        Field(min_length=1, description="names of layers and experts; default: all except the output layer"),
     ] = None
 
 
 class TrainingSpec(Spec):
-    """How a site trains. What is None is taken from the model preset."""
+    """How a site trains. None values are taken from the model preset."""
 
     batch_size: Annotated[int, Field(ge=1, description="records of an optimizer step, all devices together")] | None = (
         None
@@ -58,23 +58,27 @@ class TrainingSpec(Spec):
     micro_batch_tokens: Annotated[int, Field(ge=1, description="most tokens in one forward pass")] | None = None
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     max_length: Annotated[int, Field(ge=8, description="tokens of one record, prompt and answer")] | None = None
-    answer_only_loss: Annotated[bool, Field(description="as NeMo's; False learns prompts too")] = True
+    answer_only_loss: Annotated[bool, Field(description="as in NeMo; False trains on prompts too")] = True
     warmup_ratio: Annotated[float, Field(ge=0, lt=1, description="share of all steps")] = 0.05
-    learning_rate_schedule: Annotated[ScheduleSpan, Field(description="one over all rounds, or one in each")] = "job"
+    learning_rate_schedule: Annotated[
+        ScheduleSpan, Field(description="one schedule over all rounds, or one per round")
+    ] = "job"
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     gradient_clip: Annotated[float, Field(ge=0, description="norm; 0 clips nothing")] = 1.0
-    precision: Annotated[Precision | None, Field(description="auto is the preset's; its auto, what is faster")] = None
+    precision: Annotated[Precision | None, Field(description="auto: the preset's; if that is auto, the faster one")] = (
+        None
+    )
     activation_checkpointing: bool | None = None
-    optimizer_state: Annotated[OptimizerState, Field(description="what a site does with it between rounds")] = "keep"
+    optimizer_state: Annotated[OptimizerState, Field(description="optimizer state at a site between rounds")] = "keep"
     devices: Annotated[int, Field(ge=1, description="of one site's trainer")] | None = None
     strategy: Annotated[Strategy, Field(description="how several devices share the work")] | None = None
     peft: PeftSpec | None = None
 
     @field_validator("precision", mode="before")
     @classmethod
-    def _as_text(cls, said: Any) -> Any:
-        """`precision: 32` is a number in YAML."""
-        return "32" if type(said) is int and said == 32 else said
+    def _as_text(cls, value: Any) -> Any:
+        """Accept `precision: 32`, which is a number in YAML."""
+        return "32" if type(value) is int and value == 32 else value
 
 
 class FedAvg(Spec):
@@ -84,7 +88,7 @@ class FedAvg(Spec):
 
 
 class FedProx(Spec):
-    """FedAvg whose sites are held back: their loss has a term of mu / 2 times the squared distance that they went."""
+    """FedAvg with a proximal term in the sites' loss: mu / 2 times the squared distance from the global model."""
 
     name: Literal["fedprox"]
     mu: Annotated[float, Field(gt=0)] = 0.01
@@ -105,7 +109,7 @@ class FedOpt(Spec):
 
 
 class Scaffold(Spec):
-    """Sites correct each step by how their direction differs from that of all, which travels beside the weights."""
+    """Sites correct each step with control variates, which are exchanged with the weights."""
 
     name: Literal["scaffold"]
 
@@ -114,22 +118,28 @@ Algorithm = Annotated[FedAvg | FedProx | FedOpt | Scaffold, Field(discriminator=
 
 
 class PrivacySpec(Spec):
-    """Gaussian differential privacy of a site's whole data: its change is clipped, and noise is added to it."""
+    """Gaussian differential privacy of a site's whole dataset: its change is clipped, and noise is added."""
 
-    clip: Annotated[float, Field(gt=0, description="highest L2 norm of a site's change in a round")]
-    noise_multiplier: Annotated[float, Field(ge=1e-9, description="standard deviation of the noise, in clips")]
+    clip: Annotated[float, Field(gt=0, description="maximum L2 norm of a site's change in a round")]
+    noise_multiplier: Annotated[
+        float, Field(ge=1e-9, description="standard deviation of the noise as a multiple of clip")
+    ]
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
-    accept_useless_noise: Annotated[bool, Field(description="run also if nothing can be learned under it")] = False
+    accept_useless_noise: Annotated[bool, Field(description="run even if nothing can be learned under this noise")] = (
+        False
+    )
 
     @property
     def deviation(self) -> float:
-        """Standard deviation of the noise on each number."""
+        """Standard deviation of the noise on each element."""
         return self.clip * self.noise_multiplier
 
     def remedy(self, numbers: int, without: str) -> str:
-        """Under what a model of so many numbers went astray, and what to try; `without` noise, what is said instead.
+        """Cause and remedy for a diverged model of `numbers` elements.
 
-        Noise of many times `clip` is cause enough, and nothing else is said.
+        `without` is the text about causes other than noise.
+
+        If the noise is many times `clip`, only the noise is mentioned.
         """
         ratio = self.noise_multiplier * math.sqrt(numbers)
         noise = f"noise of {ratio:,.3g} times clip from each site in each round"
@@ -141,13 +151,13 @@ class PrivacySpec(Spec):
     def _fits_float32(self) -> Self:
         if not 1e-30 <= self.deviation <= 1e30:
             raise ValueError(
-                f"clip times noise_multiplier is {self.deviation:g}; expected 1e-30 to 1e30, as numbers that travel are"
+                f"clip times noise_multiplier is {self.deviation:g}; expected 1e-30 to 1e30, to fit float32"
             )
         return self
 
 
 class FiltersSpec(Spec):
-    """What is done to a site's change before it leaves the site."""
+    """Filters applied to a site's change before it leaves the site."""
 
     exclude: Annotated[list[str], Field(description="regular expressions: tensors that never leave a site")] = []
     privacy: PrivacySpec | None = None
@@ -163,39 +173,37 @@ class FiltersSpec(Spec):
 
 
 def require_noise_on_all(algorithm: FedAvg | FedProx | FedOpt | Scaffold, filters: FiltersSpec) -> None:
-    """Raises ValueError where something would travel beside the noisy change that tells the change itself."""
+    """Raise ValueError if the algorithm would also send values that reveal the change under the noise."""
     if filters.privacy and isinstance(algorithm, Scaffold):
         raise ValueError(
-            "filters.privacy: scaffold sends a site's direction beside its change, neither clipped nor with noise, and"
-            " the change can be told from it; expected fedavg, fedprox or fedopt as the algorithm"
+            "filters.privacy: scaffold also sends a site's control variate, neither clipped nor with noise, which"
+            " reveals the change; expected fedavg, fedprox or fedopt as the algorithm"
         )
 
 
 class JobSpec(Spec):
-    """One NVFlare job: who trains on what, for how long, and how results are averaged."""
+    """One NVFlare job: its sites and their data, the length of training, and the aggregation."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
     description: str
     algorithm: Algorithm = FedAvg()
     sites: Annotated[dict[str, SiteSpec], Field(min_length=1)]
-    min_sites: Annotated[int, Field(ge=1, description="a round goes on with so many; all unless said")] | None = None
+    min_sites: Annotated[int, Field(ge=1, description="a round continues with this many; default: all")] | None = None
     site_timeout: Annotated[
-        float, Field(gt=0, description="seconds without a word after which a round no longer waits for a site")
+        float, Field(gt=0, description="seconds of silence after which a round no longer waits for a site")
     ] = 1800.0
     max_update_ratio: (
-        Annotated[
-            float, Field(ge=1, description="norm of a site's update by the others' median, beyond which it is refused")
-        ]
+        Annotated[float, Field(ge=1, description="maximum norm of a site's update, relative to the others' median")]
         | None
     ) = 10.0
-    wire: Annotated[WireFormat, Field(description="in which numbers weights travel")] = "fp32"
+    wire: Annotated[WireFormat, Field(description="wire precision")] = "fp32"
     filters: FiltersSpec = FiltersSpec()
     rounds: Annotated[int, Field(ge=1)]
     local_epochs: Annotated[
-        float, Field(gt=0, description="passes over the local data in a round; 0.5 is half, drawn anew each round")
+        float, Field(gt=0, description="passes over the local data per round; 0.5 is half, drawn again each round")
     ] = 1
-    max_local_steps: Annotated[int, Field(ge=1, description="cuts a round short")] | None = None
-    max_evaluation_records: Annotated[int, Field(ge=1, description="cuts validation and testing")] | None = None
+    max_local_steps: Annotated[int, Field(ge=1, description="limit per round")] | None = None
+    max_evaluation_records: Annotated[int, Field(ge=1, description="limit for validation and testing")] | None = None
     seed: int = 1234
     training: TrainingSpec = TrainingSpec()
 
@@ -207,7 +215,7 @@ class JobSpec(Spec):
 
     @property
     def datasets(self) -> list[str]:
-        """What sites train on, as far as the study has it."""
+        """Datasets that sites train on, except private ones."""
         return [site.dataset for site in self.sites.values() if not site.private]
 
     @property
@@ -218,8 +226,8 @@ class JobSpec(Spec):
     def load(cls, path: Path, datasets: list[str]) -> Self:
         """Read and check `jobs/<job>.yaml`; the job's name is the file's.
 
-        `datasets` are the names that a site may train on, beside `combined`.
-        Raises SpecError with one line for each field that is wrong.
+        `datasets` are the names of datasets that a site may train on, besides `combined`. Raises SpecError with one
+        line per invalid field.
         """
         content = read_yaml(path, "'sites:' and 'rounds:'")
         spec = validated(cls, path, {**content, "name": content.get("name", path.stem)})
@@ -232,19 +240,20 @@ class JobSpec(Spec):
             if site_spec.private:
                 if not _PLAIN_NAME.fullmatch(site_spec.dataset) or site_spec.dataset == COMBINED:
                     raise SpecError(
-                        f"{path}: sites.{site}.dataset: {site_spec.dataset!r} is no name of a private dataset;"
+                        f"{path}: sites.{site}.dataset: {site_spec.dataset!r} is not a valid name of a private dataset;"
                         " expected letters, digits, '_' and '-'"
                     )
             elif site_spec.dataset not in known:
                 raise SpecError(
-                    f"{path}: sites.{site}.dataset: {site_spec.dataset!r} is not a dataset; one of {', '.join(known)}"
+                    f"{path}: sites.{site}.dataset: {site_spec.dataset!r} is not a dataset; expected one of"
+                    f" {', '.join(known)}"
                 )
         return spec
 
     def override(self, **changes: Any) -> Self:
-        """A copy with other values; those that are None stay as they are.
+        """A copy with changed values; None values are ignored.
 
-        Keys are fields of the job or of its training. Raises SpecError for values that do not fit.
+        Keys are fields of the job or of its training. Raises SpecError for invalid values.
         """
         given = {key: value for key, value in changes.items() if value is not None}
         training = {key: given.pop(key) for key in list(given) if key in TrainingSpec.model_fields}
@@ -256,9 +265,9 @@ class JobSpec(Spec):
 
     @field_validator("algorithm", mode="before")
     @classmethod
-    def _by_name(cls, said: Any) -> Any:
-        """`algorithm: fedprox` is the algorithm with its defaults."""
-        return {"name": said} if isinstance(said, str) else said
+    def _by_name(cls, value: Any) -> Any:
+        """Accept `algorithm: fedprox` for the algorithm with its defaults."""
+        return {"name": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _enough_sites(self) -> Self:
@@ -285,7 +294,7 @@ def sites_of(jobs: Iterable[JobSpec]) -> list[str]:
 
 
 def load_jobs(folder: Path, datasets: list[str]) -> list[JobSpec]:
-    """All jobs of a folder, by name. Raises SpecError if there is none, or for the first file that is wrong."""
+    """All jobs of a folder, by name. Raises SpecError if there is none, or for the first invalid file."""
     paths = yaml_files(folder)
     if not paths:
         raise SpecError(f"{folder}: has no job files; write one as <job>.yaml")

@@ -1,4 +1,4 @@
-"""How records are split, and what the asset checks allow."""
+"""Settings of splits, and thresholds of the asset checks."""
 
 import math
 from typing import Annotated, Literal, Self
@@ -13,7 +13,7 @@ _SEVERITIES = TypeAdapter(dict[CheckName, Severity])
 
 
 class SplitSettings(Spec):
-    """How records are split; one for all datasets of a study, so that a prompt is in one split everywhere."""
+    """How records are split, equally for all datasets of a study, so that a prompt is in the same split everywhere."""
 
     seed: int = 1234
     proportions: Annotated[list[float], Field(min_length=3, max_length=3)] = [0.8, 0.1, 0.1]
@@ -31,7 +31,7 @@ class SplitSettings(Spec):
 
 
 class CheckSettings(Spec):
-    """What the asset checks allow, and how bad it is when they do not: an error stops what is downstream."""
+    """Thresholds and severities of the asset checks; an error stops downstream assets."""
 
     min_rows: Annotated[float, Field(ge=0, description="records, as a share of the last materialization's")] = 0.5
     max_rows: Annotated[float, Field(gt=0, description="records, as a multiple of the last materialization's")] = 10.0
@@ -39,11 +39,11 @@ class CheckSettings(Spec):
     max_duplicates: Annotated[float, Field(ge=0, le=1, description="share of rows")] = 0.05
     languages: Annotated[list[str], Field(min_length=1, description="ISO 639-1 codes")] = ["en"]
     min_language_share: Annotated[float, Field(ge=0, le=1, description="share of records in these languages")] = 0.8
-    severity: Annotated[dict[str, str], Field(description="in place of a check's own")] = {}
+    severity: Annotated[dict[str, str], Field(description="overrides of the checks' severities")] = {}
 
     @field_validator("severity")
     @classmethod
-    def _known(cls, said: dict[str, str]) -> dict[str, str]:
-        """Dagster's configuration has no choices of texts."""
-        _SEVERITIES.validate_python(said)
-        return said
+    def _known(cls, severities: dict[str, str]) -> dict[str, str]:
+        """Validated here, since Dagster's configuration has no literal types."""
+        _SEVERITIES.validate_python(severities)
+        return severities

@@ -1,4 +1,4 @@
-"""Named models, and the training values that suit each."""
+"""Named models, with suitable training values for each."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +28,7 @@ class PublishedArchive:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The sizes by the names that Megatron's settings have for them."""
+        """The sizes by their names in Megatron's settings."""
         names = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings")
         return {name: getattr(self, name) for name in names}
 
@@ -37,9 +37,9 @@ class PublishedArchive:
 class ModelPreset:
     """A named model source, with the training values that suit it.
 
-    `folder` is set for a Hugging Face folder of the user's, `archive` for a `.nemo` archive or the folder of
-    its files; `published` says which archive it is or, without `archive`, where to download it. `extra` names
-    the optional dependency group that brings the weights.
+    `folder` is set for the user's Hugging Face folder, `archive` for a `.nemo` archive or the folder of its files;
+    `published` says which archive it is or, without `archive`, where to download it. `extra` names the optional
+    dependency group that provides the weights.
     """
 
     name: str
@@ -58,10 +58,10 @@ class ModelPreset:
     extra: str | None = None
 
     def resolve(self, training: TrainingSpec) -> ResolvedTraining:
-        """The job's training values, with the preset's where the job says nothing, or `auto`."""
+        """The job's training values, with the preset's where the job has none or `auto`."""
         own = {key: getattr(self, key) for key in _OF_THE_PRESET}
-        said = {key: value for key, value in training.model_dump(exclude_none=True).items() if value != "auto"}
-        return ResolvedTraining(**{**own, **said})
+        given = {key: value for key, value in training.model_dump(exclude_none=True).items() if value != "auto"}
+        return ResolvedTraining(**{**own, **given})
 
 
 PRESETS = {
@@ -131,16 +131,17 @@ PRESETS = {
 
 
 def model_preset(name: str, archive: Path | None = None) -> ModelPreset:
-    """The preset of that name, or one made for the model at that path: a Hugging Face causal LM folder, a
-    `.nemo` archive, or the folder of an archive's files.
+    """The preset named `name`, or one for the model at that path.
 
-    `archive` is where the archive of a published model is already. Raises SpecError if the name is none of
-    these, or the archive is not there or no use to it.
+    A path is a Hugging Face causal LM folder, a `.nemo` archive, or the folder of an archive's files.
+
+    `archive` is the path of a published model's archive. Raises SpecError if the name is none of these, or the archive
+    is missing or does not apply.
     """
     if archive is not None:
         if name not in PRESETS or PRESETS[name].published is None:
             known = ", ".join(preset.name for preset in PRESETS.values() if preset.published)
-            raise SpecError(f"FEDSFT_MODEL_PATH: {archive} is no use to FEDSFT_MODEL={name}; it is for {known}")
+            raise SpecError(f"FEDSFT_MODEL_PATH: {archive} does not apply to FEDSFT_MODEL={name}; only to {known}")
         if not archive.is_file() and not (archive / "model_config.yaml").is_file():
             raise SpecError(f"FEDSFT_MODEL_PATH: {archive} is neither a .nemo archive nor a folder with its files")
         return replace(PRESETS[name], archive=archive.resolve())

@@ -1,4 +1,4 @@
-"""What one site's trainer is told, with nothing left open: the plan in its part of a job folder."""
+"""The plan of one site's trainer, fully resolved, in its part of a job folder."""
 
 import math
 from pathlib import Path
@@ -24,7 +24,7 @@ from fedsft_assets.specs.yaml_file import Spec, SpecError
 
 
 class LocalWork(Spec):
-    """How much a site trains in each round: how many steps and records follow from how many records it has."""
+    """How much a site trains in each round: steps and records, given its number of records."""
 
     local_epochs: float
     max_local_steps: int | None
@@ -42,7 +42,7 @@ class LocalWork(Spec):
 
 
 class ResolvedTraining(Spec):
-    """A TrainingSpec with nothing left open but limits that are not wanted."""
+    """A TrainingSpec with all values resolved; limits may be None."""
 
     batch_size: int
     micro_batch_size: int | None = None
@@ -63,12 +63,12 @@ class ResolvedTraining(Spec):
 
 
 class SitePlan(Spec):
-    """All that a site's trainer is told, as one JSON file in its part of the job folder.
+    """All instructions for a site's trainer, as one JSON file in its part of the job folder.
 
     Paths are relative to the study's home: `base_model` is `base_models/<preset>/<digest>/<preset>.nemo`, the files of
     records are `processed/<dataset>/<digest>/<split>.jsonl` and `combined/<digest>/<split>.jsonl`; see `located`.
-    `digests` holds the SHA-256 of the latter, of what the study has a copy of; `package` is the version of this package
-    that built the job folder.
+    `digests` holds the SHA-256 of the record files of which the study has a copy; `package` is the version of this
+    package that built the job folder.
     """
 
     package: str = __version__
@@ -102,15 +102,15 @@ class SitePlan(Spec):
         )
 
     def located(self, home: Path) -> Self:
-        """The plan with the paths that hold on the machine of that home."""
+        """The plan with paths under `home`."""
         fields = ("base_model", "training_file", "validation_file")
         return self.model_copy(update={field: home / getattr(self, field) for field in fields})
 
     def verify_files(self) -> None:
-        """Raises SpecError if a file is missing or is not the one that the job folder was built for."""
+        """Raise SpecError if a file is missing or differs from the one that the job folder was built for."""
         for field in ("training_file", "validation_file"):
             path: Path = getattr(self, field)
             if not path.is_file():
                 raise SpecError(f"{self.site}: {field}: {path} is missing; build the data and the job folder again")
             if field in self.digests and file_digest(path) != self.digests[field]:
-                raise SpecError(f"{self.site}: {field}: {path} has changed since; build the job folder again")
+                raise SpecError(f"{self.site}: {field}: {path} has changed; build the job folder again")

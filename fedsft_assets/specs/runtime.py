@@ -1,4 +1,4 @@
-"""Where jobs run: how a POC is started, which production federation, and how long its server may take."""
+"""Settings of the runtimes: the POC, the production federation, and timeouts."""
 
 from pathlib import Path
 from typing import Literal
@@ -14,7 +14,7 @@ class PocSettings(Spec):
     gpus: str = Field(
         default="",
         pattern=r"^\s*(\d+\s*(,\s*\d+\s*)*)?$",
-        description="for the sites in turn, as 0,1; none: all see all",
+        description="GPU ids for the sites in turn, as 0,1; empty: all sites see all GPUs",
     )
     gpu_memory: float = Field(default=0, ge=0, description="GiB of each GPU that jobs may ask for")
     threads: int = Field(default=0, ge=0, description="of each trainer; 0 shares the cores among the sites")
@@ -25,7 +25,7 @@ class PocSettings(Spec):
         return [int(gpu) for gpu in self.gpus.split(",") if gpu.strip()]
 
     def gpus_of(self, site: str, sites: list[str]) -> list[int]:
-        """As NVFlare's POC does: the GPUs go round the sites, or the sites round the GPUs."""
+        """GPUs of a site, distributed round-robin as in NVFlare's POC."""
         gpus, count, at = self.gpu_ids, len(sites), sites.index(site)
         if not gpus:
             return []
@@ -36,17 +36,19 @@ class Timeouts(Spec):
     """All in seconds, all above zero."""
 
     connect: float = Field(default=30, gt=0, description="to reach the server the first time")
-    reconnect: float = Field(default=300, gt=0, description="of trying again when a running job's server is away")
+    reconnect: float = Field(default=300, gt=0, description="of retrying while a running job's server is unreachable")
     sites: float = Field(default=60, gt=0, description="for the sites of a job to be connected")
     command: float = Field(default=30, gt=0, description="for the server's answer to one command")
-    download: float = Field(default=60, gt=0, description="for each next piece of a job's result")
+    download: float = Field(default=60, gt=0, description="for each piece of a job's result")
     abort: float = Field(default=60, gt=0, description="for an aborted job to have ended")
 
 
 class ProductionSettings(Spec):
-    """Which federation, and as whom."""
+    """The federation and the identity to use."""
 
-    startup_kit: Path | None = Field(default=None, description="the admin's folder that has startup/fed_admin.json")
+    startup_kit: Path | None = Field(
+        default=None, description="the admin's folder that contains startup/fed_admin.json"
+    )
     study: str = Field(default="default", description="the study that jobs are submitted to")
     timeouts: Timeouts = Field(default=Timeouts(), description="in seconds")
 
@@ -57,7 +59,7 @@ class ProductionSettings(Spec):
 
 
 class RuntimeSettings(Spec):
-    """Where and how jobs run. `sites` are those of all jobs, for which a POC is started whichever job asks first."""
+    """Where and how jobs run. `sites` are the sites of all jobs, for which a POC is started."""
 
     name: Literal["simulator", "poc", "production"] = "simulator"
     threads_per_trainer: int = Field(default=0, ge=0, description="of the simulator; 0 shares the cores")

@@ -1,4 +1,4 @@
-"""Files of a user's in YAML: read strictly, checked against a model, wrong fields named."""
+"""Reads the user's YAML files strictly and validates them against a model."""
 
 from pathlib import Path
 from typing import Any, TypeVar
@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 
 class SpecError(ValueError):
-    """A job file, model or dataset that says something that cannot be done."""
+    """A job file, model or dataset file is invalid."""
 
 
 class Spec(BaseModel):
@@ -19,15 +19,15 @@ S = TypeVar("S", bound=BaseModel)
 
 
 def yaml_files(folder: Path) -> list[Path]:
-    """The YAML files of a folder, by name. Raises SpecError for one with another ending: nobody would miss it."""
+    """The YAML files of a folder, by name. Raises SpecError for `.yml` files, which would silently be ignored."""
     for path in sorted(folder.glob("[!.]*.*")):
         if path.suffix != ".yaml" and path.suffix.lower() in (".yml", ".yaml"):
-            raise SpecError(f"{path}: is not read, only files that end in .yaml are; name it {path.stem}.yaml")
+            raise SpecError(f"{path}: only files that end in .yaml are read; rename it to {path.stem}.yaml")
     return sorted(folder.glob("*.yaml"))
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's plain values, and an error for a field that occurs twice, of which PyYAML takes the last."""
+    """Loads plain YAML values; a duplicate field is an error, where PyYAML would take the last one."""
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
@@ -36,13 +36,15 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, yaml.ScalarNode):
                 name, line = (key.tag, key.value), key.start_mark.line + 1
                 if name in lines:
-                    raise SpecError(f"line {line}: {key.value}: occurs twice, first in line {lines[name]}; remove one")
+                    raise SpecError(
+                        f"line {line}: {key.value}: duplicate field, first in line {lines[name]}; remove one"
+                    )
                 lines[name] = line
         return node
 
 
 def read_yaml(path: Path, fields: str) -> dict[str, Any]:
-    """The fields of a YAML file, which has some like those. Raises SpecError that names the file."""
+    """The fields of a YAML file; `fields` are examples for the error. Raises SpecError naming the file."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
@@ -57,7 +59,7 @@ def read_yaml(path: Path, fields: str) -> dict[str, Any]:
 
 
 def validated(cls: type[S], path: Path, content: dict[str, Any]) -> S:
-    """What the file says, checked. Raises SpecError with one line for each field that is wrong."""
+    """Validate the file's content. Raises SpecError with one line per invalid field."""
     try:
         return cls.model_validate(content)
     except ValidationError as error:

@@ -1,8 +1,7 @@
-"""Where the curves of jobs go: MLflow and TensorBoard. Training never waits for either of them.
+"""Delivers the curves of jobs to MLflow and TensorBoard. Training never waits for either.
 
-A point is first of all a line of the job's journal, which others write. From there it goes to MLflow by a
-thread of `TrackedJob`, each one once, whatever happens to the tracking server or to this process meanwhile;
-what the server has not taken when a job ends waits in the `Outbox`.
+Points are read from the job's journal. A thread of `TrackedJob` sends each one to MLflow exactly once, even if the
+tracking server or this process fails; what is undelivered when a job ends is kept in the `Outbox`.
 """
 
 from fedsft_assets.tracking.mlflow_store import CHAMPION, EXPERIMENT, Tracking

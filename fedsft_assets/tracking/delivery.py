@@ -1,8 +1,7 @@
-"""Bringing one execution of a job to MLflow, in steps that may be done again after any failure.
+"""Delivers one execution of a job to MLflow, in steps that can be repeated after any failure.
 
-When the outcome of a call is not known (no answer in time, a connection that broke), MLflow is asked what it has
-before anything is sent again. A request that is still on its way then and is served late does no harm: for
-MLflow's database, values with the same name, step, time and value are one.
+If the outcome of a call is unknown (timeout, broken connection), MLflow is read back before anything is sent again. A
+request that is processed late does no harm: MLflow's database merges values with the same name, step, time and value.
 """
 
 from __future__ import annotations
@@ -24,22 +23,22 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 EXECUTION_TAG = "fedsft.execution"
-_METRICS = 500  # in one call; MLflow takes 1,000, and 1 MB
-_PARAMS = 100  # in one call, as many as MLflow takes
+_METRICS = 500  # per call; MLflow's limits are 1,000 and 1 MB
+_PARAMS = 100  # per call: MLflow's limit
 _READINGS = 5
 
 _Item = TypeVar("_Item")
 
 
 class NotKeptError(RuntimeError):
-    """MLflow takes values and does not have them afterwards."""
+    """MLflow accepts values but does not store them."""
 
 
 class Delivery:
-    """What MLflow is to have of an execution, and what of it is known to be there.
+    """Tracks what MLflow should have of an execution, and what it is known to have.
 
-    `save` is called when the execution's record has changed. Every method may raise what MLflow raises; then `open`
-    comes first again.
+    `save` is called when the execution's record changes. Any method may raise MLflow's errors; call `open` again
+    afterwards.
     """
 
     def __init__(
@@ -54,11 +53,11 @@ class Delivery:
         self._unsent: defaultdict[str, dict[Hashable, Value]] = defaultdict(dict)
         self._uncertain: set[str] = set()
         self._done: set[str] = set()
-        self.progress = 0  # grows whenever something has been brought over that will not be again
+        self.progress = 0  # grows with every step that need not be repeated
         self.version: str | None = None
 
     def add(self, points: Iterable[Point]) -> None:
-        """Have these delivered; a point whose identity was there before is left out."""
+        """Queue points for delivery, skipping known identities."""
         for point in points:
             if point.identity in self._known_points:
                 continue
@@ -68,9 +67,9 @@ class Delivery:
                     self._wanted[role][value.identity] = self._unsent[role][value.identity] = value
 
     def open(self, running: bool) -> None:
-        """Find the MLflow runs, or make them with parameters and tags: at first, and after every failure.
+        """Find or create the MLflow runs with their parameters and tags. Call first, and after every failure.
 
-        `running` says that the job goes on.
+        `running`: the job is still running.
         """
         client = self._tracking.client()
         self._experiment = self._tracking.experiment_id()
@@ -91,7 +90,7 @@ class Delivery:
         self._once("parameters", partial(self._log_params, client))
 
     def send(self) -> None:
-        """Send what is not known to be there."""
+        """Send everything that MLflow is not known to have."""
         client = self._tracking.client()
         for role in (JOB, *self._execution.sites):
             unsent = self._unsent[role]
@@ -106,7 +105,7 @@ class Delivery:
                     del unsent[value.identity]
 
     def reconcile(self) -> None:
-        """Read everything back, and send what is missing until nothing is. Raises NotKeptError if that has no end."""
+        """Read everything back and resend what is missing. Raises NotKeptError if values keep missing."""
         self._once("points", self._reconcile)
 
     def _reconcile(self) -> None:
@@ -120,13 +119,13 @@ class Delivery:
                 return
         missing = sum(map(len, self._unsent.values()))
         raise NotKeptError(
-            f"MLflow has taken {missing} values of job {self._execution.job} {_READINGS} times and does not have them"
+            f"MLflow accepted {missing} values of job {self._execution.job} {_READINGS} times but does not store them"
         )
 
     def end(self, ending: Ending, artifacts: Iterable[Path]) -> str | None:
-        """Log the results, register the checkpoint and end the MLflow runs; returns the version, if one is due.
+        """Log the results, register the checkpoint and end the MLflow runs; returns the model version, if any.
 
-        Of an execution, once: when this is done again after a failure, it goes on where it was.
+        Each step is done once per execution: a repeated call continues where the last one failed.
         """
         client = self._tracking.client()
         run_id = self._execution.runs[JOB]
@@ -151,17 +150,19 @@ class Delivery:
         from mlflow.entities import Metric, RunTag
 
         run_id, at = self._execution.runs[JOB], round(ending.at * 1000)
-        there = {
+        existing = {
             Value(name, metric.value, at, 0).identity
             for name in ending.results
             for metric in client.get_metric_history(run_id, name)
         }
-        results = [Value(name, number, at, 0) for name, number in ending.results.items()]  # at 0 MLflow draws bars
-        metrics: list[Metric] = [value.metric for value in results if value.identity not in there]
+        results = [
+            Value(name, number, at, 0) for name, number in ending.results.items()
+        ]  # MLflow shows values at step 0 as bars
+        metrics: list[Metric] = [value.metric for value in results if value.identity not in existing]
         client.log_batch(run_id, metrics=metrics, tags=[RunTag(k, v) for k, v in ending.tags.items()])
 
     def _find(self, client: MlflowClient) -> dict[str, dict[str, Run]]:
-        """The MLflow runs that carry this execution's tag, by role and id, the earliest first."""
+        """The MLflow runs with this execution's tag, by role and run id, oldest first."""
         found: defaultdict[str, dict[str, Run]] = defaultdict(dict)
         query = f"tags.`{EXECUTION_TAG}` = '{self._execution.id}'"
         for run in client.search_runs([self._experiment], query, order_by=["attributes.start_time ASC"]):
@@ -171,16 +172,17 @@ class Delivery:
     def _create(self, client: MlflowClient, role: str) -> Run:
         from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
 
-        of = self._execution
-        tags = {**of.tags, EXECUTION_TAG: of.id}
+        execution = self._execution
+        tags = {**execution.tags, EXECUTION_TAG: execution.id}
         if role == JOB:
-            name, own = of.job, {MLFLOW_RUN_NOTE: of.note}
+            name, own = execution.job, {MLFLOW_RUN_NOTE: execution.note}
         else:
-            name, own = f"{of.job} {role}", {"site": role, MLFLOW_PARENT_RUN_ID: of.runs[JOB]}
-        return client.create_run(self._experiment, round(of.begun * 1000), {**tags, **own}, name)
+            name = f"{execution.job} {role}"
+            own = {"site": role, MLFLOW_PARENT_RUN_ID: execution.runs[JOB]}
+        return client.create_run(self._experiment, round(execution.begun * 1000), {**tags, **own}, name)
 
     def _renew(self, client: MlflowClient, run: Run, running: bool) -> None:
-        """Give a run that was there the tags of this attempt, and its life back if it had ended."""
+        """Update an existing run's tags for this attempt, and set it to RUNNING if it had ended."""
         from mlflow.entities import RunTag
 
         changed = {k: v for k, v in self._execution.tags.items() if run.data.tags.get(k) != v}
@@ -197,7 +199,7 @@ class Delivery:
             client.log_batch(self._execution.runs[JOB], params=batch)
 
     def _read_back(self, client: MlflowClient, role: str, values: dict[Hashable, Value]) -> None:
-        """Take out of what is not sent what MLflow has under the names of these values."""
+        """Remove from the unsent values those that MLflow already has under the same names."""
         run_id = self._execution.runs[role]
         for key in {value.key for value in values.values()}:
             for metric in client.get_metric_history(run_id, key):
@@ -205,9 +207,9 @@ class Delivery:
         self._uncertain.discard(role)
 
     def _register(self, client: MlflowClient, what: Registration) -> None:
-        """Make the checkpoint a version if it is none yet; the best one becomes champion.
+        """Register the checkpoint as a model version, unless it is one, and update the alias of the best version.
 
-        That is the one with the lowest test loss among those scored on the same data.
+        The champion has the lowest test loss among versions scored on the same data.
         """
         from mlflow.exceptions import MlflowException
 
@@ -230,13 +232,13 @@ class Delivery:
                 "archive": what.archive,
                 EXECUTION_TAG: self._execution.id,
             }
-            # A tracking server takes only what is among a run's artifacts; `archive` says where the checkpoint is.
+            # A tracking server only accepts sources among a run's artifacts; `archive` has the checkpoint's path.
             source = f"runs:/{run_id}/checkpoint.json" if self._tracking.over_http else Path(what.archive).as_uri()
             own = [
                 client.create_model_version(what.model, source=source, run_id=run_id, tags=tags, await_creation_for=0)
             ]
             versions = list(_versions(client, what.model))
-        for extra in own[1:]:  # made by a request whose answer came too late
+        for extra in own[1:]:  # created by a request that timed out
             client.delete_model_version(what.model, extra.version)
             versions.remove(extra)
         rivals = [v for v in versions if v.tags.get("data") == what.data and v.tags.get("test_loss")]
@@ -248,7 +250,7 @@ class Delivery:
         return version.tags.get(EXECUTION_TAG) == self._execution.id and version.tags.get("digest") == what.digest
 
     def _remove_strays(self, client: MlflowClient) -> None:
-        """Delete runs of this execution that were made by a request whose answer came too late; nothing is in them."""
+        """Delete empty runs of this execution that were created by requests that timed out."""
         kept = set(self._execution.runs.values())
         for runs in self._find(client).values():
             for run_id in runs.keys() - kept:

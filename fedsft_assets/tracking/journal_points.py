@@ -1,4 +1,4 @@
-"""The points of a job's curves, as this side's copy of the server's journal has them."""
+"""Reads metric points from the local copy of a job's journal."""
 
 import threading
 from pathlib import Path
@@ -9,9 +9,9 @@ from fedsft_assets.federation.protocol.tail import Tail
 
 
 class JournalPoints:
-    """The points in the file `journal`, which another process may be writing, each identity once.
+    """The points in the file `journal`, which another process may be appending to, without duplicates.
 
-    What was read stays known when the file goes. Several threads may read, each with an offset of its own.
+    Points stay available after the file is removed. Thread-safe; each thread keeps its own offset.
     """
 
     def __init__(self, journal: Path) -> None:
@@ -21,7 +21,7 @@ class JournalPoints:
         self._known: set[tuple[object, ...]] = set()
 
     def read(self, offset: int = 0) -> list[Point]:
-        """All points but the first `offset` ones, in the journal's order; none of a file that is not there.
+        """All points from index `offset` on, in the journal's order; none if the file does not exist.
 
         Raises OSError.
         """
@@ -30,7 +30,7 @@ class JournalPoints:
                 try:
                     entry = from_line(line)
                 except EntryError:
-                    continue  # of another version of this package
+                    continue  # from another version of this package
                 if isinstance(entry, Point) and entry.identity not in self._known:
                     self._known.add(entry.identity)
                     self._points.append(entry)

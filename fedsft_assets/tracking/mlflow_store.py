@@ -1,7 +1,7 @@
-"""The tracking server or store, and how long it may take to answer.
+"""Connects to the MLflow tracking server or store, with request limits.
 
-MLflow itself waits two minutes for an answer and repeats a request seven times. Both are wrong here: whoever delivers
-has all of it on the disk and tries again when it suits, and a request that is repeated may make things twice.
+By default MLflow waits two minutes for an answer and retries seven times. Neither fits here: delivery has everything on
+disk and retries by itself, and an automatic retry may create duplicates.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from fedsft_assets.credentials import as_given, redacted, take_credentials
-from fedsft_assets.files import locked, publish_file
+from fedsft_assets.files import locked_file, publish_file
 from fedsft_assets.settings import Settings
 
 if TYPE_CHECKING:
@@ -24,17 +24,17 @@ CHAMPION = "champion"
 ANSWER_SECONDS = 10
 _SQLITE = "sqlite:///"
 _TIMEOUT, _RETRIES = "MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
-# Names those of them that a process of ours has set: its children inherit them, and no user has said them.
+# Lists which of them a fedsft process has set: child processes inherit them, but they are not the user's.
 _SET_BY_US = "FEDSFT_MLFLOW_LIMITS"
 _SET_BY_USER = (frozenset(os.environ) & {_TIMEOUT, _RETRIES}) - {*os.environ.get(_SET_BY_US, "").split(",")}
 
 
 @dataclass(frozen=True)
 class Tracking:
-    """A tracking server or store, and where its artifacts go if it is a new local store.
+    """A tracking server or store, and the artifact folder of a new local store.
 
-    `uri` has no password in it, whatever it was made with: what opens a server or database stays with this process.
-    `patience` is how many seconds a job that has ended waits for what is still to be delivered.
+    `uri` never contains a password: credentials are kept separately in this process. `patience` is how many seconds a
+    finished job waits for delivery.
     """
 
     uri: str
@@ -46,7 +46,7 @@ class Tracking:
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
-        """The tracking server that the settings name, else the store in their home."""
+        """The tracking server named in the settings, otherwise the store in their home."""
         if settings.mlflow_uri:
             return cls(settings.mlflow_uri, patience=settings.tracking_patience)
         return cls(settings.store.mlflow_uri, settings.store.mlflow_artifacts, settings.tracking_patience)
@@ -56,7 +56,7 @@ class Tracking:
         return self.uri.startswith(("http://", "https://"))
 
     def client(self) -> MlflowClient:
-        """A client whose requests `limit_requests` limits."""
+        """An MLflow client, with requests limited by `limit_requests`."""
         from mlflow import MlflowClient
 
         limit_requests()
@@ -66,9 +66,9 @@ class Tracking:
             return MlflowClient(tracking_uri=as_given(self.uri))
 
     def experiment_id(self) -> str:
-        """Of the one experiment that all jobs share; made when it is not there.
+        """Id of the experiment that all jobs share; created if it does not exist.
 
-        Raises MlflowException if there is no answer in time.
+        Raises MlflowException on a timeout.
         """
         from mlflow.exceptions import MlflowException
 
@@ -86,30 +86,27 @@ class Tracking:
 
 
 def _make_store(database: Path, artifacts: Path | None) -> None:
-    """Have a SQLite store there, whole: MLflow takes seconds to make one, and cannot go on with half of one.
+    """Create a SQLite store atomically: MLflow takes seconds for it, and cannot continue from a partial one.
 
-    Of several processes that need it at the same time, one makes it and the others wait. Artifacts without another
-    place go to `artifacts`: of the current folder, MLflow would take the path into SQL as Python writes it.
+    Concurrent processes wait for the one that creates it. The default artifact folder is made explicit, because MLflow
+    would insert the current folder's path into SQL unescaped.
     """
     if database.exists():
         return
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     artifacts = artifacts or database.parent / "mlruns"
-    database.parent.mkdir(parents=True, exist_ok=True)
-    lock = database.with_name(f".{database.name}.lock")
-    lock.touch()
-    with locked(lock):
+    with locked_file(database.with_name(f".{database.name}.lock")):
         if not database.exists():
             with publish_file(database) as fresh:
                 SqlAlchemyStore(f"{_SQLITE}{fresh}", artifacts.as_uri())
 
 
 def limit_requests(seconds: int | None = None) -> None:
-    """Have MLflow, in this process, wait `seconds` for an answer and never repeat a request.
+    """Make MLflow in this process wait `seconds` for an answer and never retry.
 
-    MLflow's own variables say so; those that the user has set stay. Without `seconds`, an earlier limit stays, else it
-    is ANSWER_SECONDS.
+    Sets MLflow's environment variables, except those that the user has set. Without `seconds`, an earlier limit is
+    kept; the default is ANSWER_SECONDS.
     """
     limits = {_TIMEOUT: str(seconds or os.environ.get(_TIMEOUT, ANSWER_SECONDS)), _RETRIES: "0"}
     ours = {name: value for name, value in limits.items() if name not in _SET_BY_USER}
@@ -117,7 +114,7 @@ def limit_requests(seconds: int | None = None) -> None:
 
 
 def timed_out(error: BaseException) -> bool:
-    """Whether MLflow raised this because there was no answer in time."""
+    """Whether MLflow raised this error because of a timeout."""
     from requests.exceptions import Timeout
 
     return isinstance(error.__cause__, Timeout)

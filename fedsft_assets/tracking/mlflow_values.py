@@ -1,7 +1,7 @@
-"""Points as MLflow is to have them: which of its runs, under which name, and when two of its values are one.
+"""Maps points to MLflow values: run, metric name and identity.
 
-All curves share one axis: MLflow's `step` is the number of records trained on so far, by all sites in the
-job's run, by the site in its child.
+All curves share one x axis: MLflow's `step` is the number of records trained on so far, by all sites in the job's run
+and by the site in a site's child run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fedsft_assets.federation.protocol.points import Point
 if TYPE_CHECKING:
     from mlflow.entities import Metric
 
-JOB = ""  # the MLflow run of the job; those of its sites go by the site's name
+JOB = ""  # role of the job's own MLflow run; the role of a site's run is its name
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Value:
 
     @property
     def identity(self) -> Hashable:
-        """Equal for two values exactly if they are one to MLflow.
+        """Equal for two values if and only if MLflow treats them as the same.
 
-        SQL has no infinity: MLflow keeps the largest number there is instead.
+        SQL has no infinity: MLflow stores the largest float instead.
         """
         return self.key, self.step, self.timestamp, _kept(self.value)
 
@@ -48,16 +48,16 @@ class Value:
 def _kept(value: float) -> str:
     if math.isinf(value):
         value = math.copysign(sys.float_info.max, value)
-    return repr(value + 0.0)  # minus zero is zero
+    return repr(value + 0.0)  # turns -0.0 into 0.0
 
 
 def value_of(metric: Metric) -> Value:
-    """What MLflow says that it has."""
+    """Convert a metric read from MLflow."""
     return Value(metric.key, metric.value, metric.timestamp, metric.step)
 
 
 def values_of(point: Point) -> list[tuple[str, Value]]:
-    """The values that a point becomes, each with JOB or the site whose run it belongs to."""
+    """The values that a point maps to, each with its role: JOB or a site's name."""
     timestamp = round(point.time * 1000)
 
     def value(name: str, number: float) -> Value:

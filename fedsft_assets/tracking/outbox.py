@@ -1,7 +1,7 @@
-"""What a tracking server has not taken when a job ended, on disk until it has.
+"""Keeps on disk what could not be delivered to the tracking server when a job ended.
 
-An entry is a folder that stands for itself: the execution's record, all its points, how it ended, its artifacts.
-Whoever delivers holds the execution's lock, so that two processes never do it at once.
+An entry is a self-contained folder: the execution's record, all its points, its ending and artifacts. Delivery requires
+the execution's lock, so that only one process delivers it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _EXECUTION = "execution.json"
 _POINTS = "points.jsonl"
 _ENDING = "ending.json"
 _ARTIFACTS = "artifacts"
-_LATER = (408, 429)  # HTTP's "took too long" and "too many requests"
+_LATER = (408, 429)  # HTTP "request timeout" and "too many requests"
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class BusyError(RuntimeError):
 
 @dataclass(frozen=True)
 class Undelivered:
-    """An entry that stays, and why."""
+    """An entry that could not be delivered, and why."""
 
     job: str
     folder: Path
@@ -47,7 +47,7 @@ class Undelivered:
 
 @dataclass(frozen=True)
 class Entry:
-    """An execution that has ended and is to be delivered."""
+    """An ended execution to be delivered."""
 
     folder: Path
     execution: TrackedExecution
@@ -68,12 +68,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class Outbox:
-    """The entries in `folder`, one for each execution that is not delivered."""
+    """The entries in `folder`, one per undelivered execution."""
 
     folder: Path
 
     def entries(self) -> list[str]:
-        """The ids of the executions that wait, the oldest first. Cheap if there is none."""
+        """Ids of the pending executions, oldest first. Cheap if there are none."""
         try:
             names = [entry.name for entry in os.scandir(self.folder) if entry.is_dir() and entry.name[0] != "."]
         except FileNotFoundError:
@@ -88,9 +88,9 @@ class Outbox:
         artifacts: Iterable[Path] = (),
         texts: dict[str, str] | None = None,
     ) -> Entry:
-        """Keep all that is to be delivered, whole or not at all, in place of what there was of this execution.
+        """Atomically store everything to be delivered, replacing an earlier entry of this execution.
 
-        `artifacts` are files, which are copied, `texts` contents of others by their names.
+        `artifacts` are files to copy; `texts` are contents of further artifacts by file name.
         """
         target = self.folder / execution.id
         with publish_folder(target) as folder:
@@ -112,14 +112,14 @@ class Outbox:
         return Entry(folder, TrackedExecution.read(folder / _EXECUTION), Ending.read(folder / _ENDING))
 
     def remove(self, entry: Entry) -> None:
-        """Remove an entry that is delivered, unless a later ending of the same execution has taken its place."""
+        """Remove a delivered entry, unless a later ending of the same execution has replaced it."""
         now = self.get(entry.execution.id)
         if now and now.ending == entry.ending:
             shutil.rmtree(entry.folder)
 
     @contextmanager
     def held(self, execution_id: str) -> Iterator[None]:
-        """Nobody else delivers this execution meanwhile. Raises BusyError if somebody does already."""
+        """Hold the lock for delivering this execution. Raises BusyError if another process holds it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f".{execution_id}.lock"
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
@@ -144,17 +144,17 @@ class Outbox:
         stop: Callable[[], bool] = lambda: False,
         answer_seconds: int = ANSWER_SECONDS,
     ) -> list[Undelivered]:
-        """Deliver what waits, logging a line for each; returns what stays, and why.
+        """Deliver pending entries, logging a line for each; returns those that remain, with the reasons.
 
-        Stops at the first entry that gets no answer, since the others would get none either, and begins no
-        further one once `stop()` is true. Each request may take `answer_seconds`.
+        Stops at the first entry without an answer, and starts no further one once `stop()` is true. Each request may
+        take `answer_seconds`.
         """
-        left: list[Undelivered] = []
+        remaining: list[Undelivered] = []
         unreachable = ""
         limit_requests(answer_seconds)
         for execution_id in self.entries():
             if not unreachable and stop():
-                unreachable = "there was no time left for it"
+                unreachable = "no time left"
             job, reason = "a job", unreachable
             try:
                 with self.held(execution_id):
@@ -165,15 +165,15 @@ class Outbox:
                     if not unreachable:
                         version = deliver_entry(tracking, entry)
                         self.remove(entry)
-                        _log.info("%s: MLflow has all of it now%s", job, f", as version {version}" if version else "")
+                        _log.info("%s: delivered to MLflow%s", job, f", as version {version}" if version else "")
                         continue
             except BusyError as error:
                 reason = str(error)
-            except Exception as error:  # whatever it is, the others are tried and the entry stays
+            except Exception as error:  # keep the entry and try the others
                 reason = explained(error)
                 unreachable = "" if is_refusal(error) else reason
-            left.append(Undelivered(job, self.folder / execution_id, reason))
-        return left
+            remaining.append(Undelivered(job, self.folder / execution_id, reason))
+        return remaining
 
     @staticmethod
     def _age(folder: Path) -> float:
@@ -184,9 +184,9 @@ class Outbox:
 
 
 def deliver_entry(tracking: Tracking, entry: Entry) -> str | None:
-    """Bring an entry to MLflow and read it back; returns the version of its checkpoint, if there is one.
+    """Deliver an entry to MLflow and verify it; returns the version of its checkpoint, if any.
 
-    May be done again after any failure. Raises what MLflow raises.
+    Can be repeated after any failure. Raises MLflow's errors.
     """
     delivery = Delivery(tracking, entry.execution, entry.save)
     delivery.add(entry.points)
@@ -196,7 +196,7 @@ def deliver_entry(tracking: Tracking, entry: Entry) -> str | None:
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Whether this is about what is delivered, and not about reaching MLflow: asking again changes nothing."""
+    """Whether MLflow rejected the content, as opposed to being unreachable: retrying would not help."""
     from mlflow.exceptions import MlflowException
 
     if isinstance(error, MlflowException):
@@ -205,6 +205,6 @@ def is_refusal(error: BaseException) -> bool:
 
 
 def explained(error: BaseException) -> str:
-    """One line of what went wrong, without secrets, and without the statement that a database was asked."""
+    """The error on one line, without secrets or SQL statements."""
     text = " ".join(redact(str(error)).partition("[SQL: ")[0].split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:150]} … {text[-150:]}"

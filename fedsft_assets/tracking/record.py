@@ -1,4 +1,4 @@
-"""What MLflow is to know of one execution of a job, as files that outlive the process that runs it."""
+"""The MLflow record of one execution of a job, as files that survive its process."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
 class TrackedExecution:
     """One execution of a job, from its first attempt to its end.
 
-    `id` is a tag of its MLflow runs, so that they are found again when the answer to their creation was lost.
-    `begun` is in seconds since the epoch. `runs` are the ids of its MLflow runs as far as they are known, under JOB
-    or the site's name. `ended` says that the last attempt came to an end, well or not.
+    `id` is a tag of its MLflow runs, so that they can be found if the answer to their creation was lost. `begun` is in
+    seconds since the epoch. `runs` maps JOB and site names to the ids of known MLflow runs. `ended`: the last attempt
+    has ended, successfully or not.
     """
 
     id: str
@@ -47,7 +47,7 @@ class TrackedExecution:
 
 @dataclass(frozen=True)
 class Registration:
-    """A checkpoint that becomes a version of the registered model `model`, for `data`, a digest."""
+    """A checkpoint to register as a version of `model`; `data` is the digest of the data it was scored on."""
 
     model: str
     archive: str
@@ -58,7 +58,7 @@ class Registration:
 
 @dataclass(frozen=True)
 class Ending:
-    """How an execution ended, `at` in seconds since the epoch. `results` are single numbers."""
+    """How an execution ended; `at` is in seconds since the epoch, `results` are metrics without a curve."""
 
     status: Status
     at: float

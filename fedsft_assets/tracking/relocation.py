@@ -1,6 +1,6 @@
-"""A home that was moved: what MLflow's store in it, and what waits for a tracking server, say about the old place.
+"""Updates paths in a moved home: in its MLflow store and outbox.
 
-Everything of that kind names whole paths and `file:` URLs, which MLflow has no means to change.
+MLflow stores absolute paths and `file:` URLs, and has no command to change them.
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ from pathlib import Path
 from fedsft_assets.files import publish_file
 from fedsft_assets.store import Store
 
-_SECONDS_TO_WAIT = 60.0  # for others who write into the database
+_SECONDS_TO_WAIT = 60.0  # for the database lock
 _TEXT = re.compile(r"CHAR|TEXT|CLOB|JSON", re.IGNORECASE)  # in the declared type of a column
 _URL = "file://"
 
 
 def relocate(store: Store, old: Path) -> int:
-    """Make everything that is written about the old place about this one; how many values changed.
+    """Replace the old path with the current one everywhere; returns the number of values changed.
 
-    All of MLflow's in one transaction. What is right already stays, so this may be done again. Raises
-    sqlite3.OperationalError or OSError.
+    MLflow's values change in one transaction. Idempotent. Raises sqlite3.OperationalError or OSError.
     """
     moved = _moving(old, store.home)
     files = [
@@ -73,7 +72,7 @@ def _relocate_file(path: Path, moved: Callable[[str], str]) -> int:
 
 
 def _moving(old: Path, new: Path) -> Callable[[str], str]:
-    """What replaces the old place by the new one in a text: in URLs, in JSON, and as it is."""
+    """A function that replaces the old path with the new one in a text: in URLs, in JSON, and in plain text."""
     in_url = _Place(old.as_uri(), new.as_uri())
     as_is = _Place(str(old), str(new))
     in_json = [
@@ -91,10 +90,10 @@ def _moving(old: Path, new: Path) -> Callable[[str], str]:
 
 
 class _Place:
-    """One way to write a place."""
+    """One spelling of a path."""
 
     def __init__(self, old: str, new: str) -> None:
-        # The new one first: the old one may be the beginning of it. No name goes on after it, and none before.
+        # The new path first: the old one may be its prefix. Matches whole path components only.
         both = "|".join(map(re.escape, (new, old)))
         before = r"(?<![\w.%~/-])" if old.startswith(_URL) else r"(?:^|(?<=[\s\"'(=,\[]))"
         self._pattern = re.compile(rf"{before}(?:{both})(?=/|$|[\"'),\]])", re.MULTILINE)

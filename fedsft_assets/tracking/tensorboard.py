@@ -1,8 +1,8 @@
-"""TensorBoard's event files of a job's curves, over the same axis as in MLflow: records trained on so far.
+"""Writes a job's curves as TensorBoard event files, over the same x axis as in MLflow: records trained on so far.
 
-TensorBoard's "runs" are folders here: one with the job's global curves, named by the time when it was begun, and one
-in it for each site. Whatever is written anew gets another such folder: a TensorBoard that is open drops one that is
-gone, but never looks again at the beginning of one that it knows.
+TensorBoard's "runs" are folders: one with the job's global curves, named after its start time, with a subfolder per
+site. Rewritten curves get a new folder: an open TensorBoard drops a removed folder, but never rereads the beginning of
+a known one.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _VERSION = "brain.Event:2"
 
 
 class EventFiles:
-    """The event files of one execution in `folder`, in place of those of earlier ones, beginning with `points`.
+    """Event files of one execution in `folder`, replacing those of earlier ones; starts with `points`.
 
-    Those of executions that go on at the same time stay; they are locked by whoever writes them.
+    Files of concurrent executions are kept: their writers hold a lock.
     """
 
     def __init__(self, folder: Path, points: Iterable[Point] = ()) -> None:
@@ -44,7 +44,7 @@ class EventFiles:
         self.add(points)
 
     def add(self, points: Iterable[Point]) -> None:
-        """Write points that are not there yet, in their order: TensorBoard drops what follows one that comes late.
+        """Write new points in order: TensorBoard drops points after one that is out of order.
 
         Raises OSError.
         """

@@ -1,4 +1,4 @@
-"""Tracking a job while it runs, without it ever waiting."""
+"""Tracks a job while it runs, without ever blocking it."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from fedsft_assets.tracking.outbox import BusyError, Entry, Outbox, explained, i
 from fedsft_assets.tracking.record import Ending, Registration, Status, TrackedExecution
 from fedsft_assets.tracking.tensorboard import EventFiles
 
-_TICK_SECONDS = 1.0  # between looks at the journal; what came meanwhile is sent together
-_FIRST_PAUSE, _LONGEST_PAUSE, _LONGEST_PAUSE_AT_END = 1.0, 30.0, 5.0  # before a request is tried again
+_TICK_SECONDS = 1.0  # between reads of the journal; new points are sent in one batch
+_FIRST_PAUSE, _LONGEST_PAUSE, _LONGEST_PAUSE_AT_END = 1.0, 30.0, 5.0  # seconds before a retry
 _LONGEST_ANSWER = 120
 _ENDED_PATIENCE = 10.0  # for a job that failed or was cancelled
 _DISK_SECONDS = 30.0
@@ -36,9 +36,9 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Registered:
-    """Where a finished job is found: its registered model, the version and its MLflow run.
+    """The registered model, version and MLflow run of a finished job.
 
-    The last two are None while the tracking server has not said.
+    `version` and `run_id` are None until the tracking server has answered.
     """
 
     model: str
@@ -47,14 +47,13 @@ class Registered:
 
 
 class TrackedJob:
-    """One execution of a job in MLflow and TensorBoard, from construction to `finish` or the end of the `with` block.
+    """Tracks one execution of a job in MLflow and TensorBoard, until `finish` or the end of the `with` block.
 
-    Its points come from the file `journal`, to which another process appends. Nothing here waits for the tracking
-    server but the end, which waits `tracking.patience` seconds at most; what is not delivered by then is in the store's
-    outbox. `record` is the file with what is known of the last execution in the same place. If it has this
-    `execution_id` too, this is a further attempt, and its MLflow runs are resumed. If it has another one whose process
-    died before it could say how it ended, that one is closed as KILLED. `spent` gives what an execution that did not
-    end well has cost all the same, as single numbers by name.
+    Points come from the file `journal`, to which another process appends. Only the end waits for the tracking server,
+    for at most `tracking.patience` seconds; what is undelivered by then stays in the store's outbox. `record` is the
+    file of the last execution in the same workspace. If it has the same `execution_id`, this is another attempt and its
+    MLflow runs are resumed. If it has a different one whose process died without ending it, that one is closed as
+    KILLED. `spent` returns the cost of an unsuccessful execution as metrics by name.
     """
 
     def __init__(
@@ -78,13 +77,13 @@ class TrackedJob:
         self._record_lock = threading.Lock()
         self._points = JournalPoints(journal)
         last = _read(self._record)
-        if last and last.id == execution_id:  # parameters stay, MLflow lets nobody change them
+        if last and last.id == execution_id:  # MLflow parameters are immutable
             self._execution = replace(last, tags={**last.tags, **tags}, ended=False)
         else:
             close_as_killed(self._record, self._outbox, spent=spent)
             values = {name: str(value) for name, value in params.items()}
             self._execution = TrackedExecution(execution_id, job, sites, values, tags, note, round(time.time(), 3))
-        self._execution.write(self._record)  # before anything is made under its id
+        self._execution.write(self._record)  # before anything is created under its id
         delivery = Delivery(tracking, self._execution, self._save)
         self._events = _EventThread(store.tensorboard(job), self._points)
         self._delivery = _DeliveryThread(tracking, self._outbox, self._execution, delivery, self._points)
@@ -93,15 +92,15 @@ class TrackedJob:
 
     @property
     def run_id(self) -> str | None:
-        """Of the job's MLflow run; None until the tracking server has made it."""
+        """Id of the job's MLflow run; None until it is created."""
         return self._execution.runs.get(JOB)
 
     def finish(self, report: JobReport, checkpoint: Path, artifacts: list[Path], model: str, data: str) -> Registered:
-        """Deliver everything and end the MLflow runs well.
+        """Deliver everything and end the MLflow runs as FINISHED.
 
-        `checkpoint` is the folder of the archive and its report, which becomes a version of the registered `model`.
-        The alias `champion` goes to the version with the lowest test loss among those scored on the same `data`
-        (its digest). Raises OSError if the outbox cannot be written.
+        `checkpoint` is the folder of the archive and its report, to be registered as a version of `model`. The alias
+        `champion` is set to the version with the lowest test loss among those scored on the same `data` (a digest).
+        Raises OSError if the outbox cannot be written.
         """
         archive = checkpoint / MODEL_FILE
         results = {
@@ -133,7 +132,7 @@ class TrackedJob:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, _error: object, _traceback: object) -> None:
-        """A cancelled job is KILLED, a failed one FAILED; `finish` comes before for one that went well."""
+        """End a cancelled job as KILLED and a failed one as FAILED, unless `finish` was called."""
         if kind is None or self._delivery.ending:
             return
         status: Status = "FAILED" if issubclass(kind, Exception) else "KILLED"
@@ -142,16 +141,16 @@ class TrackedJob:
             self._execution.ended = True
             self._save(self._execution)
             self._deliver(entry, min(_ENDED_PATIENCE, self._tracking.patience))
-        except OSError as error:  # what ended the job is what its user must see
+        except OSError as error:  # the user must see the error that ended the job
             _log.error("%s · tracking: %s", self._execution.job, explained(error))
 
     def _save(self, execution: TrackedExecution) -> None:
         with self._record_lock:
-            if self._record.is_file():  # else the execution is finished, and what is left of it is in the outbox
+            if self._record.is_file():  # otherwise finished: the rest is in the outbox
                 execution.write(self._record)
 
     def _put(self, ending: Ending, artifacts: Sequence[Path] = (), texts: dict[str, str] | None = None) -> Entry:
-        """Have everything that belongs to the execution in the outbox, whatever happens from here on."""
+        """Store everything that belongs to the execution in the outbox, before trying to deliver it."""
         points = self._points.read()
         self._events.complete()
         return self._outbox.put(self._execution, points, ending, artifacts, texts)
@@ -159,7 +158,7 @@ class TrackedJob:
     def _deliver(self, entry: Entry, patience: float) -> None:
         if not self._delivery.deliver(entry, patience):
             _log.warning(
-                "%s · the tracking server has not taken everything (%s); the rest waits in %s and is delivered by"
+                "%s · not everything was delivered to the tracking server (%s); the rest is kept in %s and delivered by"
                 " `fedsft track` or with the next job",
                 self._execution.job,
                 self._delivery.trouble,
@@ -168,9 +167,9 @@ class TrackedJob:
 
 
 def close_as_killed(record: Path, outbox: Outbox, points: Sequence[Point] = (), spent: Spent = lambda _: {}) -> None:
-    """Have the MLflow runs ended of an execution whose process died before it could say how it ended.
+    """End the MLflow runs of an execution whose process died without ending them.
 
-    `points` are those that may not have been sent. `spent` is as TrackedJob has it.
+    `points` may be unsent. `spent` is that of TrackedJob.
     """
     last = _read(record)
     if last and not last.ended and not outbox.get(last.id):
@@ -182,11 +181,11 @@ def _read(path: Path) -> TrackedExecution | None:
     try:
         return TrackedExecution.read(path)
     except (FileNotFoundError, ValueError, TypeError):
-        return None  # there is none, or one of another version of this package
+        return None  # none, or from another version of this package
 
 
 class _EventThread(threading.Thread):
-    """Writes TensorBoard's event files: a disk may be slow, too."""
+    """Writes TensorBoard event files in the background: disks may be slow, too."""
 
     def __init__(self, folder: Path, points: JournalPoints) -> None:
         super().__init__(name="tensorboard", daemon=True)
@@ -194,7 +193,7 @@ class _EventThread(threading.Thread):
         self._ended = threading.Event()
 
     def complete(self) -> None:
-        """Have all points there, and end."""
+        """Write the remaining points and end the thread."""
         self._ended.set()
         self.join(_DISK_SECONDS)
 
@@ -202,18 +201,18 @@ class _EventThread(threading.Thread):
         try:
             files, written, ended = EventFiles(self._folder), 0, False
             while not ended:
-                ended = self._ended.is_set()  # what is read from here on is all
+                ended = self._ended.is_set()  # read before the points: the last read gets all
                 points = self._points.read(written)
                 files.add(points)
                 written += len(points)
                 self._ended.wait(_TICK_SECONDS)
             files.close()
-        except Exception as error:  # curves to look at are no reason to fail
-            _log.warning("TensorBoard's event files in %s are not complete: %s", self._folder, explained(error))
+        except Exception as error:  # not worth failing a job
+            _log.warning("TensorBoard event files in %s are incomplete: %s", self._folder, explained(error))
 
 
 class _DeliveryThread(threading.Thread):
-    """Everything that talks to MLflow."""
+    """All communication with MLflow, in the background."""
 
     def __init__(
         self,
@@ -226,7 +225,7 @@ class _DeliveryThread(threading.Thread):
         super().__init__(name="mlflow", daemon=True)
         self.ending: Entry | None = None
         self.version: str | None = None
-        self.trouble = "there was no time for an answer"
+        self.trouble = "no answer in time"
         self._tracking = tracking
         self._outbox = outbox
         self._execution = execution
@@ -239,7 +238,7 @@ class _DeliveryThread(threading.Thread):
         self._given_up = threading.Event()
 
     def deliver(self, entry: Entry, patience: float) -> bool:
-        """Deliver the rest, which is in the outbox, waiting so many seconds at most. Whether all of it is there."""
+        """Deliver the rest of the outbox entry, waiting up to `patience` seconds; returns whether all is delivered."""
         self.ending = entry
         self._ending_asked.set()
         self._settled.wait(patience)
@@ -259,7 +258,7 @@ class _DeliveryThread(threading.Thread):
                 self._given_up.wait(_FIRST_PAUSE)
 
     def _deliver(self) -> None:
-        """Send points as they come, try again what failed, until the ending is delivered or given up."""
+        """Send points as they arrive, retrying after errors, until the ending is delivered or given up."""
         opened, others_wait, failures = False, True, 0
         pause, answer_seconds, progress = _FIRST_PAUSE, ANSWER_SECONDS, 0
         limit_requests(answer_seconds)
@@ -278,11 +277,11 @@ class _DeliveryThread(threading.Thread):
                     others_wait = False
                     self._outbox.deliver(self._tracking, stop=self._ending_asked.is_set)
                 self._ending_asked.wait(_TICK_SECONDS)
-            except Exception as error:  # whatever MLflow says, training goes on
+            except Exception as error:  # training continues, whatever MLflow raises
                 self.trouble, opened, failures = explained(error), False, failures + 1
                 if failures == 1 and not self.ending:
                     _log.warning(
-                        "%s · MLflow: %s; training goes on, what is measured is kept and sent later",
+                        "%s · MLflow: %s; training continues, metrics are kept and sent later",
                         self._execution.job,
                         self.trouble,
                     )

@@ -135,7 +135,7 @@ def test_missing_checkpoint_is_said_with_those_that_there_are(
 ) -> None:
     done = command("--checkpoint", "fedavg", "--prompt", "a")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == (f"--checkpoint: 'fedavg' is no file and no checkpoint in {home}; there are endless\n")
+    assert done.stderr == (f"--checkpoint: 'fedavg' is neither a file nor a checkpoint in {home}; available: endless\n")
 
 
 def test_nothing_heavy_is_loaded_before_the_usage_is_right(environment: dict[str, str]) -> None:
@@ -320,7 +320,7 @@ def test_an_answer_without_text_is_explained(model: LanguageModel, capsys: pytes
     silent = LanguageModel.wrap(model.lm, model.tokenizer, max_length=256)
     silent.lm.generation_config.eos_token_id = list(range(len(model.tokenizer)))
     _write_answer(Conversation(silent, SETTINGS, chat=False), "Why?")
-    assert capsys.readouterr() == ("", "(the model ended its answer before any text)\n")
+    assert capsys.readouterr() == ("", "(the answer is empty)\n")
 
 
 def test_a_chat_remembers_what_was_said(model: LanguageModel) -> None:
@@ -360,7 +360,7 @@ def test_a_message_that_is_too_long_is_not_part_of_the_conversation(model: Langu
 
 def test_a_checkpoint_is_a_file_a_folder_a_job_or_the_base_model(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    with pytest.raises(ModelError, match="there is none yet; run 'fedsft study' first"):
+    with pytest.raises(ModelError, match="none exists yet; run 'fedsft study' first"):
         find_archive("fedavg", store, "tiny")
     with made_current(store.checkpoint("fedavg")) as folder:
         (folder / MODEL_FILE).touch()
@@ -372,5 +372,5 @@ def test_a_checkpoint_is_a_file_a_folder_a_job_or_the_base_model(tmp_path: Path)
     assert find_archive("fedavg", store, "tiny") == archive
     assert find_archive("base_model", store, "tiny") == base
     for unknown in ("dolly", "../fedavg", str(tmp_path)):
-        with pytest.raises(ModelError, match=r"is no file and no checkpoint .* there are base_model, fedavg$"):
+        with pytest.raises(ModelError, match=r"is neither a file nor a checkpoint .* available: base_model, fedavg$"):
             find_archive(unknown, store, "tiny")

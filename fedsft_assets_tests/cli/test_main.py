@@ -71,7 +71,7 @@ def test_a_checkpoint_goes_to_hugging_face(fedsft, checkpoint):
     [
         (
             "export --format megatron --checkpoint fedvag --into new.nemo",
-            "--checkpoint: 'fedvag' is no file and no check",
+            "--checkpoint: 'fedvag' is neither a file nor",
         ),
         (
             "export --format megatron --checkpoint text.nemo --into new.nemo",
@@ -80,7 +80,7 @@ def test_a_checkpoint_goes_to_hugging_face(fedsft, checkpoint):
         ("import none.nemo --into new.nemo", "none.nemo: no such file or folder"),
         ("import text.nemo --into new.nemo", "text.nemo: is not an uncompressed tar archive"),
         ("import text.nemo --into ./text.nemo", "--into: text.nemo is the archive itself; name another file"),
-        ("import text.nemo --into new.nemo --max-length 1", "--max-length: 1 tokens are too few"),
+        ("import text.nemo --into new.nemo --max-length 1", "--max-length: 1 is too short"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(fedsft, arguments, words):
@@ -113,14 +113,14 @@ def test_any_command_closes_a_home_of_an_earlier_version_and_says_so(fedsft, che
     monkeypatch.setattr("sys.argv", ["fedsft", "track"])
     cli.main()
     assert capsys.readouterr().err == (
-        f"warning: {home}: was open to other accounts of this computer, with 1 files and folders; no longer\n"
+        f"warning: {home}: 1 files and folders were open to other accounts of this computer; access removed\n"
     )
 
 
 def test_no_secret_is_in_the_last_words_of_a_command(fedsft, monkeypatch):
     monkeypatch.setenv("SOME_TOKEN", "planted-3141")
     said = fedsft("export", "--checkpoint", "planted-3141", "--format", "megatron", "--into", "new.nemo", fails=True)
-    assert said.startswith("--checkpoint: '***' is no file")
+    assert said.startswith("--checkpoint: '***' is neither a file")
     monkeypatch.setattr(cli, "_track", lambda *_: [].index("https://me:planted@host"))
     monkeypatch.setattr("sys.argv", ["fedsft", "track"])
     with pytest.raises(ValueError, match=r"^'https://\*\*\*@host' is not in list$"):
@@ -132,7 +132,7 @@ def test_no_secret_is_in_the_last_words_of_a_command(fedsft, monkeypatch):
     [
         ("FEDSFT_RUNTIME", "cloud", "FEDSFT_RUNTIME: 'cloud': Input should be 'simulator', 'poc' or 'production'"),
         ("FEDSFT_POC__THREADS", "-1", "FEDSFT_POC__THREADS: '-1': Input should be greater than or equal to 0"),
-        ("FEDSFT_HOME", "/x?y", "FEDSFT_HOME: /x?y has '?' in it, which SQLite's URLs cannot say"),
+        ("FEDSFT_HOME", "/x?y", "FEDSFT_HOME: /x?y contains '?', which SQLite URLs cannot represent"),
     ],
 )
 @pytest.mark.parametrize("command", ["study", "ui", "poc status", "track", "tensorboard"])

@@ -76,7 +76,7 @@ def test_installation_that_mlflow_cannot_work_in_is_refused_before_anything_is_w
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sysconfig.get_path", lambda _: "/50% off/.venv/lib/python3.11/site-packages")
-    with pytest.raises(HomeError, match=r"^/50% off/.*: has '%' in it, and MLflow makes no database"):
+    with pytest.raises(HomeError, match=r"^/50% off/.*: MLflow cannot create a database"):
         prepare_instance(Settings(home=tmp_path / "home"))
     assert list(tmp_path.iterdir()) == []
 

@@ -225,8 +225,8 @@ def test_a_shrunken_dataset_is_refused_and_trained_on_by_nothing(mine: Mine) -> 
     found = _found(result, "mine", "row_count")
     assert found.severity == dg.AssetCheckSeverity.ERROR
     assert found.description == (
-        "60 records, 0.3 times the 200 of the current version; allowed is 0.5 to 10 times; look at the raw data, or "
-        "accept this version if it is meant: fedsft accept mine row_count, or `accept` in the launchpad."
+        "60 records, 0.3 times the 200 of the current version; expected 0.5 to 10 times; check the raw data, or "
+        "accept this version if it is intended: fedsft accept mine row_count, or `accept` in the launchpad."
     )
     assert _numbers(found) == {"records": 60, "records before": 200, "ratio": 0.3}
 
@@ -274,7 +274,7 @@ def test_refused_data_can_be_accepted_in_the_launchpad_and_that_is_recorded(mine
     found = _found(result, "mine", "row_count")
     assert (found.passed, found.severity) == (False, dg.AssetCheckSeverity.WARN)
     assert found.description is not None
-    assert found.description.startswith("Accepted on purpose: 60 records, 0.3 times the 200 of the current version")
+    assert found.description.startswith("Accepted: 60 records, 0.3 times the 200 of the current version")
     verdict = read_verdict(mine.splits)
     assert verdict is not None
     assert verdict.accepted == ["row_count"]
@@ -288,14 +288,14 @@ def test_a_check_that_does_not_exist_cannot_be_accepted(mine: Mine) -> None:
     said = failure.step_failure_data.user_failure_data
     assert said is not None
     assert said.description is not None
-    assert said.description.startswith("accept: rows is no check; one of row_count, ")
+    assert said.description.startswith("accept: rows is not a check; expected one of row_count, ")
 
 
 def test_refused_data_can_be_accepted_by_a_command_that_names_the_check(mine: Mine) -> None:
     mine.remake(200)
     assert not mine.remake(60).success
     versions = mine.store.processed("mine")
-    with pytest.raises(NoVersionError, match=r"is refused by row_count, not by duplicates; name all of them$"):
+    with pytest.raises(NoVersionError, match=r"failed row_count, not duplicates; name all failed checks$"):
         accept(versions, ["duplicates"], "me")
     version = accept(versions, ["row_count"], "me")
     assert mine.splits == version
@@ -304,7 +304,7 @@ def test_refused_data_can_be_accepted_by_a_command_that_names_the_check(mine: Mi
     assert verdict is not None
     assert (verdict.accepted, verdict.by) == (["row_count"], "me")
     assert mine.run(dg.AssetSelection.assets("combined", _DOWNSTREAM)).success
-    with pytest.raises(NoVersionError, match="no version is refused by its checks"):
+    with pytest.raises(NoVersionError, match="no version has failed its checks"):
         accept(versions, ["row_count"], "me")
 
 
@@ -344,7 +344,7 @@ def test_checks_that_first_run_alone_compare_with_the_current_version(mine: Mine
     without_checks = dg.AssetSelection.assets(["raw", "mine"], _key("mine")).without_checks()
     mine.run(without_checks)
     assert _found(mine.check("mine"), "mine", "row_count").description == (
-        "200 records; there is no earlier version to compare them with."
+        "200 records; no earlier version to compare with."
     )
     mine.write(_questions(2100))
     mine.run(without_checks)
@@ -361,8 +361,8 @@ def test_a_warning_lets_training_go_on_and_the_same_as_an_error_stops_it(mine: M
     found = _found(warned, "mine", "duplicates")
     assert (found.passed, found.severity) == (False, dg.AssetCheckSeverity.WARN)
     assert found.description == (
-        "20 of 220 rows (9.09%) repeat another and were left out; at most 5.00% may; look for rows that the source "
-        "has twice, or set max_duplicates."
+        "20 of 220 rows (9.09%) are duplicates and were removed; expected at most 5.00%; check the source "
+        "for duplicated rows, or raise max_duplicates."
     )
     assert _numbers(found) == {"duplicates": 20, "rows": 220, "share": pytest.approx(1 / 11)}
 
@@ -391,8 +391,8 @@ def test_long_records_are_counted_against_the_models_window(mine: Mine) -> None:
     found = _found(result, "mine", "token_lengths")
     assert not found.passed
     assert found.description == (
-        "50 of 200 records (25.00%) are longer than 1024 tokens, the window of ours; at most 20.00% may be cut to it; "
-        "take a model with a longer window, or set max_truncated."
+        "50 of 200 records (25.00%) are longer than 1024 tokens, the window of ours; expected at most 20.00%; "
+        "use a model with a longer window, or raise max_truncated."
     )
     numbers = _numbers(found)
     assert (numbers["cut"], numbers["share"], numbers["window"]) == (50, 0.25, 1024)
@@ -408,8 +408,8 @@ def test_records_in_other_languages_are_shown_by_language(mine: Mine) -> None:
     found = _found(result, "mine", "languages")
     assert not found.passed
     assert found.description == (
-        "70.00% of the 200 sampled records that have words are in en; at least 80.00% should be; leave the other "
-        "records out, or set languages or min_language_share."
+        "70.00% of the 200 sampled records with words are in en; expected at least 80.00%; remove the other "
+        "records, or change languages or min_language_share."
     )
     assert _numbers(found) == {"share": 0.7, "sampled": 200}
     table = found.metadata["languages"]

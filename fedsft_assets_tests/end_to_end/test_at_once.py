@@ -70,5 +70,5 @@ def test_the_same_job_folder_twice_at_once_is_executed_one_after_the_other(
     folder = current(store.job_folder(job))
     (first, said_first), (second, said_second) = map(_result, [_start(store, folder), _start(store, folder)])
     assert first == second
-    waits = "waiting for another run that executes the same job with the same inputs"
+    waits = "waiting for another run of the same job with the same inputs"
     assert [waits in said_first, waits in said_second].count(True) == 1

@@ -99,5 +99,5 @@ def test_a_failing_device_shows_its_own_traceback(store: Store, tmp_path: Path) 
     with pytest.raises(JobError) as failure:
         list(events)
     assert "the trainer of site-1 failed:\nTraceback (most recent call last)" in str(failure.value)
-    assert f"{plan.training_file} has changed since; build the job folder again" in str(failure.value)
+    assert f"{plan.training_file} has changed; build the job folder again" in str(failure.value)
     assert marked_processes(str(store.flare("wide"))) == []

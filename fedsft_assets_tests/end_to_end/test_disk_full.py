@@ -151,7 +151,7 @@ def test_person_reads_one_line_of_a_full_disk_and_goes_on_when_there_is_room(
             assert code == 1, seen
             assert [line for line in after if not line[:5].strip().isdigit()] == after[-1:], after
             # What the job ended with is gone, and has made some room.
-            said = rf"{re.escape(str(home))}: no space left on its disk \([\d.]+ MB free in .*\); make room"
+            said = rf"{re.escape(str(home))}: no space left on its disk \([\d.]+ MB free in .*\); free some space"
             assert re.match(said, after[-1]), after
             assert marked_processes(str(Store(home).flare("one"))) == []
             ballast.unlink()

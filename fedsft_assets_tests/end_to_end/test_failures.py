@@ -91,7 +91,7 @@ def test_crashed_trainer_shows_its_own_traceback(store: Store, build: Callable[.
         execute_job(current(store.job_folder(job)), store, TINY, tracking, {})
     assert "the trainer of site-1 failed" in str(failure.value)
     assert "Traceback (most recent call last)" in str(failure.value)
-    assert f"{plan.training_file} has changed since; build the job folder again" in str(failure.value)
+    assert f"{plan.training_file} has changed; build the job folder again" in str(failure.value)
     assert marked_processes(str(store.flare(job))) == []
     client = tracking.client()
     runs = client.search_runs([e.experiment_id for e in client.search_experiments()])

@@ -70,7 +70,7 @@ def test_job_that_begins_from_zero_is_another_history_with_a_curve_and_mlflow_ru
     assert first.rounds in (2, 3)  # by the time that it was stopped
     shutil.rmtree(workspace.runtime / "states" / first.id)
 
-    with pytest.raises(JobError, match=rf"^history {first.id} cannot go on: its server has begun anew") as failed:
+    with pytest.raises(JobError, match=rf"^history {first.id} cannot continue: its server started over") as failed:
         _execute(store, job)
     assert failed.value.retryable
     second = workspace.execution()

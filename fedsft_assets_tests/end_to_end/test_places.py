@@ -141,7 +141,7 @@ def test_home_that_cannot_be_opened_is_refused_before_anything_is_written(tmp_pa
         refused = _fedsft(command, mark=mark, FEDSFT_HOME=str(tmp_path / "what?"))
         assert refused.returncode == 1
         (said,) = refused.stderr.splitlines()
-        assert said.startswith(f"FEDSFT_HOME: {tmp_path / 'what?'} has '?' in it, which SQLite's URLs cannot say")
+        assert said.startswith(f"FEDSFT_HOME: {tmp_path / 'what?'} contains '?', which SQLite URLs cannot represent")
     assert list(tmp_path.iterdir()) == []
 
 

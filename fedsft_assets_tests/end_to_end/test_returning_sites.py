@@ -84,7 +84,7 @@ def test_a_site_that_is_started_again_gets_its_task_again_when_all_are_needed(
         federation.start("site-2")
 
     events = _run(federation, store, job, _has("site-2 · val_loss ", "after 1 of"), kill_and_start)
-    said = "site-2 · was started again, and its part of the job is gone; it takes part from the next round on"
+    said = "site-2 · restarted and lost its part of the job; joins in the next round"
     assert said in _texts(events)
     report = events[-1]
     assert isinstance(report, JobReport)
@@ -120,7 +120,7 @@ def test_a_job_begins_without_a_site_and_has_it_once_it_comes(
     events = _run(federation, store, job, _has("val_loss ", "after 1 of"), lambda: federation.start("site-1"))
     texts = _texts(events)
     assert any("starting without site-1" in text for text in texts)
-    assert "site-1 · is connected now; it takes part from the next round on" in texts
+    assert "site-1 · has connected; joins in the next round" in texts
     report = events[-1]
     assert isinstance(report, JobReport)
     assert 1 in report.missed["site-1"]

@@ -151,7 +151,10 @@ def test_a_kit_of_another_federation_says_so_in_its_log_and_before_it_is_started
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
     assert why in reach(kit).stderr
-    assert "each accepts the other's certificate" in reach(federation.kits.sites[SITE]).stdout
+    assert "both sides accept each other's certificate" in reach(federation.kits.sites[SITE]).stdout
     shutil.copyfile(federation.kits.sites[SITE] / "startup/rootCA.pem", kit / "startup/rootCA.pem")
     assert f"the server at {target} does not accept the certificate of the startup kit {kit}" in reach(kit).stderr
-    assert reach(tmp_path).stderr == f"{tmp_path}: has no startup/fed_client.json; expected the startup kit of a site\n"
+    assert (
+        reach(tmp_path).stderr
+        == f"{tmp_path}: startup/fed_client.json is missing; expected the startup kit of a site\n"
+    )

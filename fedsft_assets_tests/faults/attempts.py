@@ -231,7 +231,7 @@ class Attempts:
     def _require_no_traceback(self, code: int) -> None:
         """An error of ours says what and what to do. Of what died, NVFlare's own log may be told."""
         said = self.log.read_text(encoding="utf-8", errors="replace")
-        if (code == REFUSED and _TRACEBACK in said) or "the supervisor of the job ended with exit code 1" in said:
+        if (code == REFUSED and _TRACEBACK in said) or "the job's supervisor ended with exit code 1" in said:
             raise WrongError(f"attempt {self.number} ended with a traceback:\n{self.end_of_log}")
 
 

@@ -78,7 +78,7 @@ def test_job_takes_its_name_from_its_file_and_defaults_for_the_rest(write_job: W
 def test_unknown_dataset_is_named_with_those_that_there_are(write_job: WriteJob) -> None:
     path = write_job(GOOD.replace("dolly", "doly"))
     assert _error(path) == (
-        f"{path}: sites.site-2.dataset: 'doly' is not a dataset; one of alpaca, dolly, oasst1, combined"
+        f"{path}: sites.site-2.dataset: 'doly' is not a dataset; expected one of alpaca, dolly, oasst1, combined"
     )
 
 
@@ -92,7 +92,7 @@ def test_private_dataset_is_no_dataset_of_the_study(write_job: WriteJob) -> None
 @pytest.mark.parametrize("name", ["../patients", "a b", "combined", ""])
 def test_private_dataset_has_a_name_that_a_site_can_have(write_job: WriteJob, name: str) -> None:
     path = write_job(GOOD.replace("{dataset: dolly}", f"{{dataset: {name!r}, private: true}}"))
-    assert _error(path).startswith(f"{path}: sites.site-2.dataset: {name!r} is no name of a private dataset")
+    assert _error(path).startswith(f"{path}: sites.site-2.dataset: {name!r} is not a valid name of a private dataset")
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_job_says_who_is_needed_how_long_to_wait_and_what_travels(write_job: Wri
         (
             "algorithm: scaffold\nfilters: {privacy: {clip: 1, noise_multiplier: 1}}",
             "the file",
-            "filters.privacy: scaffold sends a site's direction beside its change, neither clipped nor with noise",
+            "filters.privacy: scaffold also sends a site's control variate, neither clipped nor with noise",
         ),
     ],
 )
@@ -262,11 +262,11 @@ def test_file_that_is_no_job_is_named(write_job: WriteJob, content: str, said: s
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (f"{GOOD}rounds: 6\n", "line 7: rounds: occurs twice, first in line 6; remove one"),
-        (GOOD.replace("site-2", "site-1"), "line 5: site-1: occurs twice, first in line 4; remove one"),
+        (f"{GOOD}rounds: 6\n", "line 7: rounds: duplicate field, first in line 6; remove one"),
+        (GOOD.replace("site-2", "site-1"), "line 5: site-1: duplicate field, first in line 4; remove one"),
         (
             f"{GOOD}training:\n  batch_size: 8\n  learning_rate: 0.1\n  batch_size: 4\n",
-            "line 10: batch_size: occurs twice, first in line 8; remove one",
+            "line 10: batch_size: duplicate field, first in line 8; remove one",
         ),
     ],
 )
@@ -386,7 +386,9 @@ def test_a_published_archive_may_be_on_this_machine_already(tmp_path: Path) -> N
     preset = model_preset("gpt-1.3b", tmp_path / "gpt.nemo")
     assert preset.archive == tmp_path / "gpt.nemo"
     assert preset.published is PRESETS["gpt-1.3b"].published
-    with pytest.raises(SpecError, match=r"FEDSFT_MODEL_PATH: .*gpt\.nemo is no use to FEDSFT_MODEL=tiny; .*gpt-5b"):
+    with pytest.raises(
+        SpecError, match=r"FEDSFT_MODEL_PATH: .*gpt\.nemo does not apply to FEDSFT_MODEL=tiny; .*gpt-5b"
+    ):
         model_preset("tiny", tmp_path / "gpt.nemo")
     with pytest.raises(SpecError, match=r"FEDSFT_MODEL_PATH: .*nothing is neither a \.nemo archive nor a folder"):
         model_preset("gpt-5b", tmp_path / "nothing")
@@ -438,7 +440,7 @@ def test_plan_accepts_the_files_that_it_was_made_for(plan: SitePlan) -> None:
 
 def test_plan_refuses_a_file_that_has_changed(plan: SitePlan) -> None:
     plan.validation_file.write_text("validatioN")
-    with pytest.raises(SpecError, match=r"site-1: validation_file: .*validation.jsonl has changed since; build"):
+    with pytest.raises(SpecError, match=r"site-1: validation_file: .*validation.jsonl has changed; build"):
         plan.verify_files()
 
 
@@ -497,31 +499,34 @@ def test_a_dataset_may_come_from_the_hub(write_dataset: WriteDataset) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("path: rows.csv\n", r"mine\.yaml: the file: .*columns: say which are 'instruction', 'response'"),
+        ("path: rows.csv\n", r"mine\.yaml: the file: .*columns: name the columns of 'instruction', 'response'"),
         ("path: rows.csv\ncolumns: {instruction: q}\n", r"mine\.yaml: columns\.response: Field required"),
         ("path: rows.xlsx\ncolumns: {instruction: q, response: a}\n", r"mine\.yaml: format: Field required"),
         (
             "path: r\nformat: xml\ncolumns: {instruction: q, response: a}\n",
             r"mine\.yaml: format: .*'parquet', 'jsonl', 'csv', 'json' or 'oasst1', found 'xml'",
         ),
-        ("columns: {instruction: q, response: a}\nformat: csv\n", r"say either 'path:', a file or folder, or 'hub:'"),
+        (
+            "columns: {instruction: q, response: a}\nformat: csv\n",
+            r"expected either 'path:', a file or folder, or 'hub:'",
+        ),
         (
             "path: r.csv\nhub: a/b\ncolumns: {instruction: q, response: a}\n",
-            r"say either 'path:', a file or folder, or 'hub:'",
+            r"expected either 'path:', a file or folder, or 'hub:'",
         ),
         ("hub: a/b\nformat: csv\ncolumns: {instruction: q, response: a}\n", r"files: name the files of the repository"),
         ("hub: b\nfiles: [r.csv]\ncolumns: {instruction: q, response: a}\n", r"mine\.yaml: hub: .*found 'b'"),
         (
             "hub: a/b\nfiles: [../r.csv]\ncolumns: {instruction: q, response: a}\n",
-            r"files: '\.\./r\.csv' leads out of the dataset's folder",
+            r"files: '\.\./r\.csv' is outside the dataset's folder",
         ),
         (
             "path: r\nformat: oasst1\ncolumns: {instruction: q, response: a}\n",
-            r"columns: the format oasst1 has its own",
+            r"columns: not allowed for the format oasst1",
         ),
         (
             "path: r.csv\ncolumns: {instruction: q, response: a}\nconversations: {}\n",
-            r"conversations: only the format oasst1 has them",
+            r"conversations: only allowed for the format oasst1",
         ),
         (
             "path: r\nformat: oasst1\nconversations: {context: tree}\n",
@@ -533,27 +538,27 @@ def test_a_dataset_may_come_from_the_hub(write_dataset: WriteDataset) -> None:
         ("a: [\n", r"mine\.yaml: is not YAML"),
         (
             "path: r.csv\ncolumns: {instruction: text, response: text}\n",
-            r"mine\.yaml: columns: .*'text' is named for instruction and response; expected a column for each",
+            r"mine\.yaml: columns: .*'text' is used for instruction and response; expected a column for each",
         ),
         (
             "path: r.csv\ncolumns: {instruction: q, context: a, response: a}\n",
-            r"'a' is named for context and response;",
+            r"'a' is used for context and response;",
         ),
         (
             "path: r.csv\ncolumns: {instruction: q, context: q, response: a}\n",
-            r"'q' is named for instruction and context;",
+            r"'q' is used for instruction and context;",
         ),
         (
             "path: .\nfiles: [a.csv, b.csv, ./a.csv]\ncolumns: {instruction: q, response: a}\n",
-            r"files: 'a\.csv' is there twice; name each file once",
+            r"files: 'a\.csv' is listed twice; list each file once",
         ),
         (
             "path: r.csv\ncolumns: {instruction: q, response: a}\npath: s.csv\n",
-            r"mine\.yaml: line 3: path: occurs twice, first in line 1; remove one",
+            r"mine\.yaml: line 3: path: duplicate field, first in line 1; remove one",
         ),
         (
             "path: r.csv\ncolumns: {instruction: q, response: a, 'response': b}\n",
-            r"mine\.yaml: line 2: response: occurs twice, first in line 2; remove one",
+            r"mine\.yaml: line 2: response: duplicate field, first in line 2; remove one",
         ),
     ],
 )
@@ -571,9 +576,11 @@ def test_the_union_of_all_datasets_cannot_be_one(write_dataset: WriteDataset) ->
 @pytest.mark.parametrize("name", ["other.yml", "other.YAML"])
 def test_a_file_that_would_be_passed_over_is_named(write_dataset: WriteDataset, write_job: WriteJob, name: str) -> None:
     for path in (write_dataset("path: r.csv\ncolumns: {instruction: q, response: a}\n", name), write_job(GOOD, name)):
-        with pytest.raises(SpecError, match=rf"{path}: is not read, .*; name it other\.yaml"):
+        with pytest.raises(
+            SpecError, match=rf"{path}: only files that end in \.yaml are read; rename it to other\.yaml"
+        ):
             load_datasets(path.parent)
-        with pytest.raises(SpecError, match=rf"{path}: is not read"):
+        with pytest.raises(SpecError, match=rf"{path}: only files that end in \.yaml are read"):
             load_jobs(path.parent, NAMES)
 
 

@@ -61,7 +61,7 @@ def test_attempt_that_ends_early_has_what_its_sites_have_spent(
     # Of the site that has spent most, all that ever left it.
     assert run.data.metrics == {"epsilon": pytest.approx(epsilon([(1.0, 4), (2.0, 3)], 1e-5)), "releases": 7}
     assert caplog.messages == [
-        f"fedavg · a site has spent epsilon {run.data.metrics['epsilon']:.4g} of its privacy by now, in 7 releases"
+        f"fedavg · privacy spent so far: epsilon {run.data.metrics['epsilon']:.4g} in 7 releases"
     ]
 
 
@@ -100,9 +100,7 @@ def test_record_of_releases_that_cannot_be_read_hides_no_failure(
     _fail(tracking, store, "first", RuntimeError("trainer died"))
     assert statuses(tracking)["fedavg"] == "FAILED"
     (said,) = caplog.messages
-    assert said.startswith(
-        f"fedavg · the privacy that was spent is not in MLflow: {store.home / RELEASES_FILE}: is not"
-    )
+    assert said.startswith(f"fedavg · the privacy spent is missing in MLflow: {store.home / RELEASES_FILE}: is not")
 
 
 def test_job_without_noise_has_no_epsilon(tracking: Tracking, store: Store, checkpoint: Path) -> None:

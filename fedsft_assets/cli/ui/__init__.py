@@ -1,1 +1,1 @@
-"""The command `fedsft ui`: the web user interfaces of Dagster, MLflow and TensorBoard, and who may use them."""
+"""The command `fedsft ui`: the web interfaces of Dagster, MLflow and TensorBoard, behind access control."""

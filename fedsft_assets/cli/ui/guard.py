@@ -1,7 +1,7 @@
-"""Who may use a user interface on loopback: whoever has its token, from pages of its own, and nobody else.
+"""Access control for a web interface on loopback: requests need its token and must come from its own pages.
 
-Every account of this machine can reach a port on loopback, and so can every web page in a browser here. Nothing of what
-they ask gets to the application behind this.
+Every account of this machine can reach a port on loopback, and so can every web page in a local browser. Their requests
+never reach the application behind the guard.
 """
 
 import hmac
@@ -18,22 +18,22 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
 NO_TOKEN = (
-    "This page is for whoever has its token: open the whole link that `make ui`, `make tensorboard` or `fedsft ui`"
-    " printed when it started.\n"
+    "This page requires its token: open the full link that `make ui`, `make tensorboard` or `fedsft ui` printed"
+    " when it started.\n"
 )
-FOREIGN = "This page is only for browsers on this machine, at the address of its link, and not for other pages.\n"
-_ESTABLISHED = "01"  # of the states of a connection in /proc/net/tcp
+FOREIGN = "This page only accepts browsers on this machine, at the address of its link, and no other pages.\n"
+_ESTABLISHED = "01"  # connection state in /proc/net/tcp
 
 
 def guarded(app: ASGIApp, token: str, port: int) -> ASGIApp:
-    """The application, for whoever has the token; others get one of two constant texts, with 401 or 403.
+    """Wrap the application: requests without the token get a constant text with status 401 or 403.
 
-    The token comes as `?token=…` once, and goes on as a cookie and out of the address, or as `Authorization: Bearer …`
-    with every request. The cookie is no token: it dies with this process, and opens nothing to another account, which
-    may be shown it, because browsers send cookies to all ports of a host.
+    The token is passed once as `?token=…`, which is replaced by a cookie and removed from the address, or as
+    `Authorization: Bearer …` with every request. The cookie differs from the token: it expires with this process, and
+    is useless to other accounts, which may see it because browsers send cookies to all ports of a host.
 
-    `Host` is 127.0.0.1 or localhost with this port, which it is not where a foreign name was made to lead here. Pages
-    of other origins may lead here, but not ask for anything.
+    `Host` must be 127.0.0.1 or localhost with this port, which prevents DNS rebinding. Pages of other origins may link
+    here, but not make requests.
     """
     return _Guard(app, token, port)
 
@@ -56,15 +56,15 @@ class _Guard:
             await answer(scope, receive, send)
 
     def _answer(self, asked: HTTPConnection) -> Response | None:
-        """What to say in place of the application, if anything."""
+        """The response to a rejected or redirected request; None to pass it on to the application."""
         if not self._is_own(asked.headers) or _is_of_another_page(asked):
             return PlainTextResponse(FOREIGN, 403, headers={"Cache-Control": "no-store"})
         if self._has_token(asked):
             return None
         if asked.scope.get("method") in ("GET", "HEAD") and self._is_token(asked.query_params.get("token", "")):
-            there = _leading(_without_token(asked.scope), asked.headers)
-            there.set_cookie(self._cookie, self._session(asked.scope), httponly=True, samesite="strict")
-            return there
+            redirect = _redirect(_without_token(asked.scope), asked.headers)
+            redirect.set_cookie(self._cookie, self._session(asked.scope), httponly=True, samesite="strict")
+            return redirect
         if self._has_session(asked):
             return None
         return PlainTextResponse(NO_TOKEN, 401, headers={"Cache-Control": "no-store", "WWW-Authenticate": "Bearer"})
@@ -89,17 +89,18 @@ class _Guard:
 
 
 def _is_of_another_page(asked: HTTPConnection) -> bool:
-    """Whether a browser says that a page of another origin asks, be it one of this machine.
+    """Whether the browser reports a request from a page of another origin, including other ports of this machine.
 
-    A link to a page here is none: from other sites browsers send no cookie with it, and none shows what comes back.
+    Following a link does not count: cross-site, browsers send no cookie with it, and the other page cannot read the
+    result.
     """
-    said = asked.headers.get
-    is_link = asked.scope.get("method") == "GET" and said("sec-fetch-dest") == "document"
-    return said("sec-fetch-site", "none") not in ("same-origin", "none") and not is_link
+    header = asked.headers.get
+    is_link = asked.scope.get("method") == "GET" and header("sec-fetch-dest") == "document"
+    return header("sec-fetch-site", "none") not in ("same-origin", "none") and not is_link
 
 
-def _leading(path: str, headers: Headers) -> Response:
-    """A redirect, or where the link was on a page of another site, a page: a strict cookie is only sent from here."""
+def _redirect(path: str, headers: Headers) -> Response:
+    """A redirect; for a cross-site link a page that navigates, since strict cookies are only sent same-site."""
     if headers.get("sec-fetch-site") != "cross-site":
         return RedirectResponse(path, 303, headers={"Cache-Control": "no-store"})
     quoted = json.dumps(path).replace("<", "\\u003c")
@@ -109,15 +110,15 @@ def _leading(path: str, headers: Headers) -> Response:
 
 
 def _without_token(scope: Scope) -> str:
-    """The address on this server without the token in it."""
+    """The request's path and query without the token."""
     path = scope.get("raw_path") or scope["path"].encode()
     kept = [part for part in scope["query_string"].split(b"&") if part and not part.startswith(b"token=")]
-    # Two slashes would begin the name of another server.
+    # A leading `//` would be parsed as another host.
     return b"?".join([b"/" + path.lstrip(b"/"), *([b"&".join(kept)] if kept else [])]).decode("latin-1")
 
 
 def _account(scope: Scope) -> int | None:
-    """Whose process is at the other end of the connection, as Linux says; None where that cannot be known."""
+    """User id of the process at the other end of the connection, on Linux; None if unknown."""
     try:
         ends = [_as_listed(*scope["client"]), _as_listed(*scope["server"])]
         tables = [path.read_text() for path in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")) if path.exists()]
@@ -125,12 +126,12 @@ def _account(scope: Scope) -> int | None:
         return None
     for row in "\n".join(tables).splitlines():
         _, local, remote, state, *more = row.split()
-        # Of a socket that its process has closed already, nobody says whose it was.
+        # The owner of a socket already closed by its process is unknown.
         if state == _ESTABLISHED and local.endswith(ends[0]) and remote.endswith(ends[1]):
             return int(more[3])
     return None
 
 
 def _as_listed(host: str, port: int) -> str:
-    """As /proc/net has an address; the end of it where the old protocol is used through the new one."""
+    """The address in the format of /proc/net/tcp; a suffix of it for IPv4-mapped IPv6."""
     return f"{int.from_bytes(socket.inet_aton(host), sys.byteorder):08X}:{port:04X}"

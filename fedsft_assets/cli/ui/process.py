@@ -1,7 +1,7 @@
-"""The processes of the user interfaces, one for each command here: nobody but `start` starts them.
+"""The processes of the web interfaces, one per command here, started by `start` only.
 
-What a process has to know that nobody else may is in a pipe, its standard input: command lines are for all to read.
-What listens on loopback is behind `guard`, and sockets that are files are in a folder of this account's.
+Secrets are passed through a pipe on standard input, since command lines are public. Servers on loopback are behind
+`guard`, and Unix sockets are in a private folder.
 """
 
 import argparse
@@ -22,20 +22,20 @@ from typing import Any
 from fedsft_assets.cli.ui.guard import guarded
 from fedsft_assets.defs.servers import run_daemon, serve_code, webserver
 
-_SECONDS_TO_ANSWER = 3  # what is being answered when a server is told to stop
+_SECONDS_TO_ANSWER = 3  # for pending requests when a server stops
 _POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
 class Start:
-    """`listener` is the number of the open socket to serve on, `folder` the place for sockets that are files."""
+    """`listener` is the file descriptor of the socket to serve on, `folder` a private folder for Unix sockets."""
 
     token: str
     listener: int | None
     folder: str
 
     def pipe(self) -> int:
-        """A file descriptor from which a process may read this once."""
+        """A file descriptor from which a process can read this once."""
         reading, writing = os.pipe()
         os.write(writing, json.dumps(asdict(self)).encode())
         os.close(writing)
@@ -43,26 +43,26 @@ class Start:
 
     @classmethod
     def read(cls) -> "Start":
-        """What this process was started with. Those that it starts get none of it."""
+        """What this process was started with; its child processes inherit none of it."""
         start = cls(**json.load(sys.stdin))
         if start.listener is not None:
             os.set_inheritable(start.listener, False)
         return start
 
     def socket(self) -> socket.socket:
-        """What this process serves on."""
+        """The socket to serve on."""
         if self.listener is None:
-            raise ValueError("a server of pages is started with a socket to listen on")
+            raise ValueError("no socket to listen on was passed to this server")
         return socket.socket(fileno=os.dup(self.listener))
 
     @property
     def code(self) -> Path:
-        """Where Dagster's code server listens."""
+        """The socket of Dagster's code server."""
         return Path(self.folder, "code")
 
 
 def main() -> None:
-    """Serve until this process is told to stop."""
+    """Serve until this process is stopped."""
     parser = argparse.ArgumentParser(prog="fedsft_assets.cli.ui.process", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("code", "daemon", "dagster"):
@@ -73,33 +73,33 @@ def main() -> None:
     commands.add_parser("tensorboard").add_argument("--logdir", required=True)
     args = parser.parse_args()
     run = {"code": _code, "daemon": _daemon, "dagster": _dagster, "mlflow": _mlflow, "tensorboard": _tensorboard}
-    # MLflow imports that too; nothing that is installed takes its place.
+    # MLflow imports it too; no installed package replaces it.
     warnings.filterwarnings("ignore", message="starlette.middleware.wsgi is deprecated")
     with suppress(KeyboardInterrupt):
         run[args.command](args, Start.read())
 
 
 def _code(_: argparse.Namespace, start: Start) -> None:
-    """Dagster's server of definitions and runs."""
-    tempfile.tempdir = start.folder  # where Dagster starts another one; runs have the usual place for temporary files
+    """Dagster's code server."""
+    tempfile.tempdir = start.folder  # for Dagster's further code servers; runs use the default folder
     serve_code(start.code)
 
 
 def _daemon(_: argparse.Namespace, start: Start) -> None:
-    """Dagster's schedules, sensors and queue of runs."""
+    """Dagster's daemon: schedules, sensors and the run queue."""
     _wait_for(start.code)
     run_daemon(start.code, Path(start.folder, "workspace.yaml"))
 
 
 def _dagster(_: argparse.Namespace, start: Start) -> None:
-    """Dagster's pages."""
+    """Dagster's webserver."""
     _wait_for(start.code)
     with webserver(start.code) as app:
         _serve(app, start)
 
 
 def _mlflow(args: argparse.Namespace, start: Start) -> None:
-    """MLflow's pages, as `mlflow server` makes them: in the environment that it gives its own processes."""
+    """MLflow's web interface, with the environment that `mlflow server` sets for its own processes."""
     from mlflow.environment_variables import _MLFLOW_IN_JOB_EXECUTOR, _MLFLOW_SERVER_BOOT_ID, _MLFLOW_SGI_NAME
     from mlflow.server import constants
 
@@ -123,7 +123,7 @@ def _mlflow(args: argparse.Namespace, start: Start) -> None:
 
 
 def _tensorboard(args: argparse.Namespace, start: Start) -> None:
-    """TensorBoard's pages. Its faster reader of files would listen on a port of its own, where nothing guards it."""
+    """TensorBoard's web interface. Its fast loader is off: it would listen on a port of its own, unguarded."""
     from starlette.middleware.wsgi import WSGIMiddleware
     from tensorboard import program
 
@@ -135,19 +135,19 @@ def _tensorboard(args: argparse.Namespace, start: Start) -> None:
             _serve(self._app, start)
 
         def print_serving_message(self) -> None:
-            pass  # whoever started this process has said it
+            pass  # the parent process has printed it
 
         def get_url(self) -> str:
             return f"http://127.0.0.1:{start.socket().getsockname()[1]}/"
 
-    tempfile.tempdir = start.folder  # where it writes down that it runs
+    tempfile.tempdir = start.folder  # for TensorBoard's process record
     board = program.TensorBoard(server_class=Guarded)
     board.configure(logdir=args.logdir, window_title="fedsft", load_fast="false")
     board.main()
 
 
 def _serve(app: Any, start: Start) -> None:
-    """Until SIGINT or SIGTERM. Nothing that was asked is written down: links have the token in them."""
+    """Serve until SIGINT or SIGTERM. No access log is kept: links contain the token."""
     import uvicorn
 
     listener = start.socket()
@@ -155,14 +155,14 @@ def _serve(app: Any, start: Start) -> None:
         guarded(app, start.token, listener.getsockname()[1]),
         log_level=logging.WARNING,
         access_log=False,
-        proxy_headers=False,  # who asks is who is connected, whatever is said
+        proxy_headers=False,  # ignore client addresses claimed in headers
         timeout_graceful_shutdown=_SECONDS_TO_ANSWER,
     )
     uvicorn.Server(config).run(sockets=[listener])
 
 
 def _wait_for(server: Path) -> None:
-    """Until somebody listens there. If nobody ever does, whoever started this process ends it."""
+    """Wait until a process listens there. If none ever does, the parent ends this process."""
     while True:
         with socket.socket(socket.AF_UNIX) as asking, suppress(OSError):
             asking.connect(str(server))

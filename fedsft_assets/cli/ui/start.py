@@ -1,4 +1,4 @@
-"""The user interfaces of Dagster, MLflow and TensorBoard over one FEDSFT_HOME, on loopback only, behind a token."""
+"""Starts the web interfaces of Dagster, MLflow and TensorBoard for one FEDSFT_HOME, on loopback, behind a token."""
 
 import os
 import signal
@@ -23,10 +23,10 @@ _HOST = "127.0.0.1"
 
 @dataclass(frozen=True)
 class Server:
-    """A process of a user interface: its command, and where it is to be found if it has pages.
+    """A process of a web interface: its command, and its URL if it serves pages.
 
-    It gets `listener` to serve its pages on, which listens from the beginning, so that nobody else can in its place.
-    One that runs studies needs what its user has exported; no other is told secrets.
+    It serves its pages on `listener`, which already listens, so that no other process can take the port. Only a process
+    that runs studies gets the secrets in the user's environment.
     """
 
     title: str
@@ -37,17 +37,17 @@ class Server:
 
 
 def serve(settings: Settings, servers: Sequence[Server]) -> None:
-    """Start the servers, say where they are, and stop them when this process is told to stop or one of them ends.
+    """Start the servers, print their links, and stop them when this process is stopped or one of them ends.
 
     Raises TokenFileError.
     """
-    # SIGINT too: the background of a script ignores it, and Dagster's processes would then ignore SIGTERM as well.
+    # SIGINT too: background jobs of scripts ignore it, and Dagster's processes would then ignore SIGTERM as well.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     token = read_token(settings.ui_token_file) if settings.ui_token_file else new_token()
     mark = f"ui of {settings.home} by {os.getpid()}"
     running: list[subprocess.Popen[bytes]] = []
-    # Closed to others, unlike the place that it is in, where they could listen first.
+    # Private, unlike its parent folder, where other accounts could listen first.
     with tempfile.TemporaryDirectory(prefix="fedsft-", ignore_cleanup_errors=True) as folder:
         try:
             for server in servers:
@@ -56,7 +56,7 @@ def serve(settings: Settings, servers: Sequence[Server]) -> None:
                     print(f"{server.title + ':':12} {shown}", flush=True)
                 running.append(_start(server, token, folder, mark))
             if settings.ui_token_file:
-                print(f"add ?token=… with what is in {settings.ui_token_file}", flush=True)
+                print(f"append ?token=… with the token in {settings.ui_token_file}", flush=True)
             print("ready in half a minute; stop with Ctrl-C", flush=True)
             while all(process.poll() is None for process in running):
                 time.sleep(0.5)
@@ -67,14 +67,14 @@ def serve(settings: Settings, servers: Sequence[Server]) -> None:
 
 
 def _start(server: Server, token: str, folder: str, mark: str) -> "subprocess.Popen[bytes]":
-    # MLflow's job workers are for judging answers of agents; nobody asks them anything here.
+    # MLflow's job workers are for evaluating agents, which is not used here.
     own = {MARK: mark, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     environment = {**(os.environ if server.needs_secrets else child_environment()), **own}
     listener = server.listener.fileno() if server.listener else None
     start = Start(token, listener, folder).pipe()
     try:
-        kept = [] if listener is None else [listener]
-        return subprocess.Popen(server.command, cwd=PROJECT, env=environment, stdin=start, pass_fds=kept)
+        inherited = [] if listener is None else [listener]
+        return subprocess.Popen(server.command, cwd=PROJECT, env=environment, stdin=start, pass_fds=inherited)
     finally:
         os.close(start)
         if server.listener:
@@ -82,7 +82,7 @@ def _start(server: Server, token: str, folder: str, mark: str) -> "subprocess.Po
 
 
 def study_servers(settings: Settings) -> list[Server]:
-    """Dagster, and MLflow unless the user has a tracking server, of which the user is then told."""
+    """Dagster, and MLflow unless the user has a tracking server, whose address is printed instead."""
     found = _dagster(_listen(3000))
     if settings.mlflow_uri:
         print(f"{'MLflow:':12} {settings.mlflow_uri}", flush=True)
@@ -91,7 +91,7 @@ def study_servers(settings: Settings) -> list[Server]:
 
 
 def tensorboard_server(settings: Settings) -> Server:
-    """TensorBoard over the curves of all jobs."""
+    """TensorBoard for the curves of all jobs."""
     listener, folder = _listen(6006), settings.store.tensorboards
     folder.mkdir(parents=True, exist_ok=True)
     command = _command("tensorboard", "--logdir", str(folder))
@@ -99,7 +99,7 @@ def tensorboard_server(settings: Settings) -> Server:
 
 
 def _dagster(listener: socket.socket) -> list[Server]:
-    """Three processes, as `dagster dev` has them: the pages, the code, and what starts runs by itself."""
+    """Dagster's three processes, as in `dagster dev`: webserver, code server and daemon."""
     url = f"{_address(listener)}/asset-groups/~all"
     return [
         Server("Dagster", url, _command("dagster"), needs_secrets=True, listener=listener),
@@ -108,7 +108,7 @@ def _dagster(listener: socket.socket) -> list[Server]:
 
 
 def _mlflow(settings: Settings, listener: socket.socket) -> Server:
-    """The link opens the curves of all jobs side by side."""
+    """MLflow; the link opens the curves of all jobs side by side."""
     store = settings.store
     experiment = Tracking.of(settings).experiment_id()
     return Server(
@@ -132,7 +132,7 @@ def _address(listener: socket.socket) -> str:
 
 
 def _listen(preferred: int) -> socket.socket:
-    """A socket that listens on the preferred port if nobody does, else on any free one."""
+    """A listening socket on the preferred port if it is free, otherwise on any free port."""
     for port in (preferred, 0):
         try:
             return socket.create_server((_HOST, port), backlog=128)

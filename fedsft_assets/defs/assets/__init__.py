@@ -1,1 +1,1 @@
-"""Dagster assets, one file per column of the graph: a declaration, a call, and something to look at."""
+"""Dagster assets, one file per column of the graph: declaration, call, metadata."""

@@ -14,7 +14,7 @@ from fedsft_assets.versions import adding
 
 
 class BaseModelConfig(dg.Config):
-    """The seed of random weights, for presets that have no pretrained ones."""
+    """The seed of random weights, for presets without pretrained ones."""
 
     seed: int = 1234
 

@@ -18,7 +18,7 @@ GPU_TAGS = {
     "dagster-k8s/config": {"container_config": {"resources": {"limits": {"nvidia.com/gpu": "1"}}}},
 }
 
-NOT_YET = "(not yet: the tracking server does not answer; `fedsft track` delivers what waits)"
+NOT_YET = "(pending: the tracking server does not answer; deliver with `fedsft track`)"
 
 
 class RuntimeName(Enum):
@@ -28,10 +28,10 @@ class RuntimeName(Enum):
 
 
 class LaunchConfig(dg.Config):
-    """How a job is run; what it does is in its job folder."""
+    """How a job is run; its content is in its job folder."""
 
-    runtime: RuntimeName | None = None  # None is FEDSFT_RUNTIME's
-    threads_per_trainer: int = 0  # 0 shares the cores among the trainers; for the simulator
+    runtime: RuntimeName | None = None  # None means FEDSFT_RUNTIME
+    threads_per_trainer: int = 0  # simulator only; 0 shares the cores among the trainers
 
 
 def checkpoint_asset(spec: JobSpec) -> dg.AssetsDefinition:
@@ -43,7 +43,7 @@ def checkpoint_asset(spec: JobSpec) -> dg.AssetsDefinition:
         ins={"job_folder": dg.AssetIn(["job_folder", spec.name])},
         op_tags=GPU_TAGS,
         pool="gpu",
-        retry_policy=dg.RetryPolicy(max_retries=2, delay=5),  # for what died: `retryable` in JobError
+        retry_policy=dg.RetryPolicy(max_retries=2, delay=5),  # for dead processes: JobError.retryable
         description=f"{spec.description}: the best global model of the job, as a NeMo archive.",
     )
     def checkpoint(

@@ -28,7 +28,7 @@ def comparison_asset(jobs: Sequence[JobSpec]) -> dg.AssetsDefinition:
             for kind, names in (("checkpoint", names), ("evaluation", [BASE_MODEL, *names]))
             for name in names
         },
-        description="All jobs side by side on the combined splits, beside the base model.",
+        description="All jobs and the base model side by side: losses, intervals and verdicts.",
     )
     def comparison(store: StoreResource, **versions: Path) -> dg.MaterializeResult[Path]:
         files = store.files

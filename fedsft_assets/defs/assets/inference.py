@@ -1,4 +1,4 @@
-"""`inference`: what the base model and every checkpoint answer to the same prompts."""
+"""`inference`: the answers of the base model and every checkpoint to the same prompts."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,14 +22,14 @@ from fedsft_assets.versions import adding
 
 
 class PromptConfig(dg.Config):
-    """A question, and the text that it is about, if any."""
+    """A question, with an optional context."""
 
     question: str
     context: str = ""
 
 
 class GenerationConfig(dg.Config):
-    """How answers are generated: greedy at temperature 0, else sampled with the seed."""
+    """How answers are generated: greedy at temperature 0, otherwise sampled with the seed."""
 
     max_new_tokens: int = 48
     temperature: float = 0.0
@@ -38,9 +38,9 @@ class GenerationConfig(dg.Config):
 
 def inference_asset(jobs: Sequence[JobSpec], examples: Sequence[ExamplePrompt]) -> dg.AssetsDefinition:
     class InferenceConfig(GenerationConfig):
-        """The prompts are those of the prompts' file, unless others are given."""
+        """Generation settings and prompts; the default prompts are those of the prompts file."""
 
-        # Plain values, as Dagster wants the default of a list.
+        # Dagster requires plain values as the default of a list.
         prompts: list[PromptConfig] = Field([example.model_dump() for example in examples], validate_default=True)
 
     @dg.asset(

@@ -1,4 +1,4 @@
-"""`job_folder/<job>`: what NVFlare takes, built from `jobs/<job>.yaml`."""
+"""`job_folder/<job>`: the NVFlare job folder, built from `jobs/<job>.yaml`."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from fedsft_assets.specs.yaml_file import SpecError
 
 
 class JobOverrides(dg.Config):
-    """Values for this job folder in place of those in the job's file; what is left out stays as it is there."""
+    """Overrides of the values in the job's file; fields that are left out keep the file's value."""
 
     rounds: int | None = None
     local_epochs: float | None = None

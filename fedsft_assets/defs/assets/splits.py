@@ -27,7 +27,7 @@ def processed_asset(dataset: DatasetSpec) -> dg.AssetsDefinition:
         group_name="processed",
         kinds={"jsonl"},
         ins={"raw": dg.AssetIn(["raw", dataset.name])},
-        description=f"{dataset.label} as NeMo SFT records, split once and for all by content.",
+        description=f"{dataset.label} as NeMo SFT records, split deterministically by content.",
     )
     def processed(
         raw: Path, store: StoreResource, splits: SplitsResource, model: ModelResource

@@ -1,1 +1,1 @@
-"""Connections between the processes of a federation, closed to everyone else."""
+"""Connections between the processes of a federation, closed to other accounts."""

@@ -1,4 +1,4 @@
-"""A component of the server, which closes the connections between its processes to other accounts of the machine."""
+"""A server component that closes the connections between its processes to other accounts of the machine."""
 
 from nvflare.apis.fl_component import FLComponent
 

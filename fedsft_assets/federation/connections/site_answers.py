@@ -1,7 +1,8 @@
-"""The requests that a site's cells answer: what jobs need, from the server or from the site's own processes.
+"""Restricts the requests that a site's cells answer to those that jobs need, from the server or the site itself.
 
-NVFlare's cells answer whoever can connect, and a request itself says whether it needs authorization: a shell command
-that says no is run at once. Here every request that is not listed below is refused, whoever sends it, and logged.
+NVFlare's cells answer anyone who can connect, and the request itself says whether it needs authorization: a shell
+command that says no is run at once. Here every request that is not listed below is refused and logged, whoever sends
+it.
 """
 
 import logging
@@ -29,11 +30,11 @@ _ANSWERED: dict[str, tuple[str, ...]] = {
     CellChannel.RETURN_ONLY: (_ALL,),  # replies to the site's requests
     CellChannel.CELLNET: (_BULK, CellChannelTopic.Bye),
     CLIENT_API: (_ALL,),  # from a trainer
-    PROGRESS_CHANNEL: (PROGRESS_TOPIC,),  # the same
+    PROGRESS_CHANNEL: (PROGRESS_TOPIC,),  # likewise
     OBJ_DOWNLOADER_CHANNEL: (_ALL,),  # downloads that the site offers
     STREAM_CHANNEL: (_ALL,),
     "credential_manager": ("key_exchange",),
-    "_net_manager": ("peers",),  # whether the site runs its part of a job
+    "_net_manager": ("peers",),  # used to check whether the site runs its part of a job
 }
 # Commands of the server itself, for jobs that the site has authorized.
 _SERVER_COMMANDS = {

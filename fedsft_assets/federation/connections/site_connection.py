@@ -1,6 +1,6 @@
-"""A component of a site, which explains failed connections, resolves duplicate ones, and refuses other accounts.
+"""A site component that explains failed connections, resolves duplicate ones, and refuses other accounts.
 
-NVFlare's client retries for ever, whatever is wrong with its startup kit. When two processes connect with the same kit,
+NVFlare's client retries forever, whatever is wrong with its startup kit. When two processes connect with the same kit,
 the server accepts messages from the one that registered last and drops those of the other, which does not notice. And
 on the site's machine, NVFlare's processes accept connections from any account.
 """
@@ -28,7 +28,7 @@ _SECONDS_TO_CONNECT = 10.0  # before a missing connection is diagnosed
 _SECONDS_BETWEEN_DIAGNOSES = 20.0
 # Of two processes with one kit, the one that had this many heartbeats accepted before the other registered stays.
 _HEARTBEATS_TO_STAY = 12
-# If both had, they would lock each other out in turn; the first that has registered again this often gives up.
+# If both had, they would lock each other out in turn; the first to re-register this often gives up.
 _MAX_REREGISTRATIONS, _REREGISTRATION_SECONDS = 2, 300.0
 _ALREADY_REGISTERED = "already registered"  # in NVFlare's reply to a heartbeat
 

@@ -1,6 +1,6 @@
-"""Diagnosis of a site's connection, by a TLS handshake with its startup kit's server.
+"""Diagnoses a site's connection, by a TLS handshake with the server in its startup kit.
 
-NVFlare's client retries for ever and gives no reason. Only the standard library is needed.
+NVFlare's client retries forever and gives no reason. Requires the standard library only.
 """
 
 import json
@@ -28,7 +28,7 @@ def diagnose_connection(kit: Path, patience: float = 0.0) -> str | None:
     host, port = _address(kit, server)
     authority = startup / str(client["ssl_root_cert"])
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False  # NVFlare compares the name with the kit itself
+    context.check_hostname = False  # NVFlare itself compares the name with the kit
     try:
         context.load_verify_locations(authority)
         context.load_cert_chain(startup / str(client["ssl_cert"]), startup / str(client["ssl_private_key"]))
@@ -75,7 +75,7 @@ def _handshake(context: ssl.SSLContext, plain: socket.socket, address: str, kit:
         return None
     return (
         f"the server at {address} does not accept the certificate of {project}: {refused}; the certificate has"
-        " expired or belongs to another federation; get a new kit from whoever provisioned the server"
+        " expired or belongs to another federation; get a new kit from the person who provisioned the server"
     )
 
 
@@ -86,7 +86,7 @@ def _configuration(kit: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         content = json.loads(path.read_text(encoding="utf-8"))
         server, client = content["servers"][0], content["client"]
     except FileNotFoundError as error:
-        raise SpecError(f"{kit}: has no startup/fed_client.json; expected the startup kit of a site") from error
+        raise SpecError(f"{kit}: startup/fed_client.json is missing; expected the startup kit of a site") from error
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise SpecError(f"{path}: not a valid configuration of a site's startup kit: {error}") from error
     return server, client

@@ -1,1 +1,1 @@
-"""What two processes of a job share: messages, points, the journal, the report."""
+"""Formats shared between the processes of a job: messages, points, the journal, the report."""

@@ -1,4 +1,4 @@
-"""What the supervisor of a job tells whoever started it: one JSON object a line on its standard output."""
+"""Events that a job's supervisor writes to its standard output for its parent, one JSON object per line."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -9,9 +9,9 @@ from fedsft_assets.federation.protocol.points import Point
 
 
 class JobError(RuntimeError):
-    """The job failed; the message is for the user: it says why, with the trainer's traceback where there is one.
+    """The job failed; the message tells the user why, with the trainer's traceback if there is one.
 
-    `retryable`: something died or was cut off, and another attempt goes on after the last finished round.
+    `retryable`: a process died or was interrupted, and another attempt would resume after the last finished round.
     """
 
     def __init__(self, message: str, retryable: bool = False) -> None:
@@ -21,7 +21,7 @@ class JobError(RuntimeError):
 
 @dataclass(frozen=True)
 class Failed:
-    """A JobError as the supervisor says it."""
+    """A JobError, as an event."""
 
     reason: str
     retryable: bool = False
@@ -37,7 +37,7 @@ def encode(event: Event) -> str:
 
 
 def decode(line: str) -> Event:
-    """Raises ValueError for a line that is no event."""
+    """Raises ValueError if the line is not an event."""
     data = json.loads(line)
     if not isinstance(data, dict) or data.get("event") not in _KINDS:
         raise ValueError(f"expected an event, found {line!r}")

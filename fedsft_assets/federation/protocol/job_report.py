@@ -1,4 +1,4 @@
-"""What a finished job has to say for itself; it stands beside the checkpoint as `report.json`."""
+"""The report of a finished job, stored beside its checkpoint as `report.json`."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -15,18 +15,17 @@ MODEL_FILE = "model.nemo"
 
 @dataclass(frozen=True)
 class JobReport:
-    """Losses are nats per answer token, `perplexity` is e to the test loss.
+    """Losses are in nats per answer token; `perplexity` is exp(`test_loss`).
 
-    `val_loss[k]` belongs to the global model after k rounds, scored on the combined validation split, and
-    `samples[k]` says how many records all sites had trained on by then; k = 0 is the base model.
-    `best_round` is the k whose model became the checkpoint. `tokens` are answer tokens trained on.
-    `seconds` count from the start of the job to the finished checkpoint, over all attempts but without what lay
-    between them; `phases` say where they went: each phase's at the site where it took longest (see
-    `phases.PhaseClock`), and `save` for the checkpoint and its test.
-    Digests are of content. `missed` are the sites that a round (1-based) went on without, `runtime` and `job_id`
-    where it ran, `status` that runtime's last word for it. `history` is the execution of which all of this is: one
-    unbroken chain of states at its server. `epsilon` is what a site spent of its privacy at most, where the job has a
-    filter for that, and `releases` how many noisy changes it is for: also those of earlier executions over its data.
+    `val_loss[k]` is the loss of the global model after k rounds on the combined validation split, and `samples[k]` the
+    number of records all sites had trained on by then; k = 0 is the base model. `best_round` is the k whose model
+    became the checkpoint. `tokens` are answer tokens trained on. `seconds` is the time from the start of the job to the
+    finished checkpoint over all attempts, without the pauses between them; `phases` breaks it down: for each phase the
+    time at the slowest site (see `phases.PhaseClock`), and `save` for writing and scoring the checkpoint. Digests are
+    content digests. `missed` maps sites to the rounds (1-based) that they missed; `runtime` and `job_id` say where the
+    job ran, `status` is its final status there. `history` is the id of the execution: one unbroken chain of server
+    states. `epsilon` is the most privacy that any site has spent, if the job has a privacy filter, for `releases` noisy
+    changes, including those of earlier executions over the same data.
     """
 
     job: str
@@ -65,7 +64,7 @@ class JobReport:
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """From the folder of a checkpoint."""
+        """Read the report from a checkpoint's folder."""
         return cls(**json.loads((folder / REPORT_FILE).read_text(encoding="utf-8")))
 
     def write(self, folder: Path) -> None:
@@ -75,7 +74,7 @@ class JobReport:
 
 @dataclass(frozen=True)
 class Curve:
-    """The curve of the global model, and the tokens behind it."""
+    """The loss curve of the global model, and the number of tokens trained on."""
 
     samples: list[int]
     val_loss: list[float]
@@ -83,12 +82,12 @@ class Curve:
 
     @property
     def best_round(self) -> int:
-        """The round after which the loss was lowest; the base model does not count."""
+        """The round with the lowest loss, not counting the base model."""
         return min(range(1, len(self.val_loss)), key=self.val_loss.__getitem__)
 
 
 def global_curve(points: list[Point], spec: JobSpec) -> Curve:
-    """Raises ValueError if the points are not those of a job that went to its end."""
+    """Raises ValueError if the points are not those of a finished job."""
     losses = {p.round: p for p in points if p.name == VAL_LOSS and p.site is None}
     missing = [k for k in range(spec.rounds + 1) if k not in losses]
     if missing:

@@ -1,6 +1,6 @@
-"""What happens in a job, in the order in which it does: one JSON object a line, in a file that outlives any process.
+"""The journal of a job: its events in order, one JSON object per line, in a file that survives any process.
 
-Written by the server part of a job, read by whoever watches it.
+Written by the job's server process, read by the operator.
 """
 
 import json
@@ -15,19 +15,19 @@ from fedsft_assets.federation.protocol.points import Point
 from fedsft_assets.federation.protocol.tail import whole_lines
 
 JOURNAL_FILE = "journal.jsonl"
-_AT_MOST = 1 << 20  # bytes of one answer
+_AT_MOST = 1 << 20  # bytes per read
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Something to tell a person who watches."""
+    """A message for the user."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Missed:
-    """A site without a result in a round (1-based). `failure` is its trainer's own traceback, if it could say it."""
+    """A site without a result in a round (1-based). `failure` is its trainer's traceback, if it sent one."""
 
     site: str
     round: int
@@ -37,16 +37,16 @@ class Missed:
 
 @dataclass(frozen=True)
 class RoundDone:
-    """A round (1-based) whose global model is on the server's disk: from here on nothing before it can be lost."""
+    """A round (1-based) whose global model is saved at the server: it is final."""
 
     round: int
 
 
 @dataclass(frozen=True)
 class Started:
-    """A server begins, or goes on, after `finished` rounds.
+    """The server started, or resumed, after `finished` rounds.
 
-    The last of them has no `RoundDone` where a server died right after it had saved the round.
+    The last of them has no `RoundDone` if the server died right after saving it.
     """
 
     finished: int
@@ -54,7 +54,7 @@ class Started:
 
 @dataclass(frozen=True)
 class Stopped:
-    """The server ends the job before its end; `lost_sites` means that too few sites were left."""
+    """The server stopped the job early; `lost_sites` means that too few sites were left."""
 
     reason: str
     lost_sites: bool = False
@@ -62,20 +62,18 @@ class Stopped:
 
 @dataclass(frozen=True)
 class Regroup:
-    """The server ends the job so that it is submitted again: these sites are there, and NVFlare gives a running job to
-    nobody who comes later.
-    """
+    """The server ended the job to be resubmitted, so that `sites`, which connected later, can join."""
 
     sites: list[str]
 
 
 @dataclass(frozen=True)
 class Finished:
-    """All that the job was for is in its folder at the server."""
+    """The job's results are complete in its folder at the server."""
 
 
 class EntryError(ValueError):
-    """A line of a journal that is no entry; the message is for the user."""
+    """A journal line is not a valid entry; the message is for the user."""
 
 
 Entry = Point | Progress | Missed | RoundDone | Started | Stopped | Regroup | Finished
@@ -97,7 +95,7 @@ def to_line(entry: Entry) -> str:
 
 
 def from_line(line: str) -> Entry:
-    """Raises EntryError for a line that is no entry."""
+    """Raises EntryError if the line is not an entry."""
     try:
         data = json.loads(line)
         entry: Entry = _KINDS[data.pop("entry")](**data)
@@ -107,13 +105,13 @@ def from_line(line: str) -> Entry:
 
 
 class Journal:
-    """Appends entries; those of a point that is there already are left out, so a round may be done twice.
+    """Appends entries, skipping points that it already has, so a round may be repeated.
 
-    What a process that died left of a line is removed.
+    An incomplete last line, left by a killed process, is removed.
     """
 
     def __init__(self, path: Path) -> None:
-        """Raises EntryError that names file and line."""
+        """Raises EntryError naming file and line."""
         self.path = path
         self._lock = threading.Lock()
         self._known: set[tuple[Any, ...]] = set()
@@ -131,7 +129,7 @@ class Journal:
                 self._known.add(entry.identity)
 
     def add(self, entries: Iterable[Entry], durable: bool = True) -> None:
-        """Append what is new; with `durable`, wait until it is on the disk. All is there, or OSError and nothing."""
+        """Append new entries, all or none; with `durable`, wait until they are on disk. Raises OSError."""
         with self._lock:
             fresh: set[tuple[Any, ...]] = set()
             lines = []
@@ -145,7 +143,9 @@ class Journal:
             with self.path.open("r+b") as file:
                 before = file.seek(0, os.SEEK_END)
                 try:
-                    file.write(bytes(len(content)))  # room first: a reader must see no line that is taken back
+                    file.write(
+                        bytes(len(content))
+                    )  # reserve space first: readers must never see a line that is rolled back
                     file.flush()
                     file.seek(before)
                     file.write(content)
@@ -158,9 +158,9 @@ class Journal:
             self._known |= fresh
 
     def read(self, offset: int) -> tuple[str, int]:
-        """Whole lines from a byte on, some 1 MB at most, and the byte that the next call goes on at.
+        """Complete lines from a byte offset on, about 1 MB at most, and the offset for the next call.
 
-        One line may be longer.
+        A single line may be longer.
         """
         with self.path.open("rb") as file:
             file.seek(offset)

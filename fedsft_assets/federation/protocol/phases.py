@@ -1,4 +1,4 @@
-"""Where the seconds of a job go, by phase: measured at each site, reported with every result."""
+"""Time accounting of a job by phase: measured at each site, reported with every result."""
 
 import time
 from collections import defaultdict
@@ -7,18 +7,18 @@ from contextlib import contextmanager
 
 from fedsft_assets.federation.protocol.points import Point
 
-# Set by whoever starts a job on the same machine as its sites: the time in seconds since the epoch.
+# Start time of the job in seconds since the epoch; set if sites run on the submitter's machine.
 JOB_STARTED = "FEDSFT_JOB_STARTED"
 PHASES = ("start", "import", "load", "tokenize", "train", "validate", "transfer")
-_PREFIX, _SUFFIX = "system/", "_seconds"  # MLflow shows metrics of that prefix apart, after the losses
+_PREFIX, _SUFFIX = "system/", "_seconds"  # MLflow groups metrics with this prefix separately, after the losses
 
 
 class PhaseClock:
-    """Seconds of one trainer since its job started.
+    """Seconds spent per phase by one trainer since its job started.
 
-    `start` runs until its Python runs, `import` until its code is loaded, `load` reads the base model,
-    `tokenize` the records; `train` and `validate` are what they say; `transfer` is from a result until the
-    next model is there, so it contains the wait for other sites.
+    `start`: until the Python process runs; `import`: loading code; `load`: reading the base model; `tokenize`:
+    tokenizing records; `train` and `validate`; `transfer`: from sending a result until the next model has arrived,
+    including the wait for other sites.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class PhaseClock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the block's time to a phase."""
+        """Add the block's duration to a phase."""
         begun = time.perf_counter()
         try:
             yield
@@ -37,7 +37,7 @@ class PhaseClock:
             self.add(name, time.perf_counter() - begun)
 
     def points(self, round: int, samples: int, site: str) -> list[Point]:
-        """The seconds so far of every phase."""
+        """The seconds so far, one point per phase."""
         return [
             Point(metric_name(name), round_to_ms(seconds), round, samples, site)
             for name, seconds in self._seconds.items()
@@ -45,18 +45,18 @@ class PhaseClock:
 
 
 def metric_name(phase: str) -> str:
-    """What the seconds of a phase are called among the metrics of a job."""
+    """Name of the metric for the seconds of a phase."""
     return f"{_PREFIX}{phase}{_SUFFIX}"
 
 
 def phase_of(metric: str) -> str | None:
-    """The phase whose seconds the metric of that name has; None for any other metric."""
+    """The phase of a metric, or None if it is not a phase metric."""
     phase = metric.removeprefix(_PREFIX).removesuffix(_SUFFIX)
     return phase if metric == metric_name(phase) else None
 
 
 def longest_phases(points: Iterable[Point]) -> dict[str, float]:
-    """The seconds of each phase at the site where it took longest, from all points of a job."""
+    """Seconds of each phase at its slowest site, from all points of a job."""
     longest: dict[str, float] = {}
     for point in points:
         if name := phase_of(point.name):

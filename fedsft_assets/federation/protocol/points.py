@@ -1,10 +1,9 @@
-"""The points of a job's curves."""
+"""Points of a job's metric curves."""
 
 import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-# The names of losses.
 VAL_LOSS = "val_loss"
 VAL_LOSS_LOCAL = "val_loss_local"
 TRAIN_LOSS = "train_loss"
@@ -18,10 +17,10 @@ def _now() -> float:
 class Point:
     """One value of one curve.
 
-    `round` counts finished rounds: 0 is the base model, k the model after round k. `samples` is the
-    common axis: records trained on so far, by `site`, or by all sites together where `site` is None.
-    `step` (1-based within its round) and `tokens` (answer tokens behind the value) belong to points of
-    single steps. `time` is when it was measured, in seconds since the epoch.
+    `round` counts finished rounds: 0 is the base model, k the model after round k. `samples` is the common x axis:
+    records trained on so far by `site`, or by all sites if `site` is None. `step` (1-based within its round) is set for
+    training steps; `tokens` is the number of answer tokens behind the value. `time` is when it was measured, in seconds
+    since the epoch.
     """
 
     name: str
@@ -35,10 +34,10 @@ class Point:
 
     @property
     def identity(self) -> tuple[str, str | None, int, int | None]:
-        """What it is the value of: a job has one point of each identity, also when a round is done twice."""
+        """Key of the point: a job has one point per identity, even if a round is repeated."""
         return self.name, self.site, self.round, self.step
 
 
 def points_to_data(points: list[Point]) -> list[dict[str, Any]]:
-    """Points as plain values, to travel from the site that they are of, which they do not say."""
+    """Points as plain dicts for sending, without the site, which the receiver knows."""
     return [{name: value for name, value in asdict(point).items() if name != "site"} for point in points]

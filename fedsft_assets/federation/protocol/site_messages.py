@@ -1,7 +1,7 @@
-"""What a site may say to the server's part of its job: typed, and checked as it arrives.
+"""Typed messages from sites to a job's server, validated on arrival.
 
-Nothing here says who sent a message: that is the client for whose token NVFlare took it. What is not as it must be
-raises ValueError, whose message names the field, what was found and what was expected; the caller adds site and round.
+Messages do not name their sender: it is the client whose token NVFlare accepted. Invalid content raises ValueError
+naming the field, what was found and what was expected; the caller adds site and round.
 """
 
 import math
@@ -23,11 +23,11 @@ from fedsft_assets.federation.protocol.points import TRAIN_LOSS, VAL_LOSS, VAL_L
 from fedsft_assets.specs.job import Precision
 from fedsft_assets.specs.plan import LocalWork
 
-_MOST = 2**53  # of any count: it is exact as a float too, as which others write it down
+_MOST = 2**53  # maximum of any count: exact as a float
 _YEAR_2100 = 4_102_444_800.0  # seconds since the epoch
 _MOST_CHARACTERS, _MOST_OF_A_TRACEBACK = 500, 20_000
 _MOST_POINTS_AT_ONCE = 10_000
-_SHOWN, _QUOTED = 80, 200  # characters of what was found
+_SHOWN, _QUOTED = 80, 200  # characters of an invalid value shown
 
 
 def _metric(name: str) -> str:
@@ -38,7 +38,7 @@ def _metric(name: str) -> str:
 
 def _one_line(text: str) -> str:
     if not text.isprintable():
-        raise ValueError("expected one line that can be printed")
+        raise ValueError("expected a single line of printable characters")
     return text
 
 
@@ -47,17 +47,17 @@ Positive = Annotated[int, Field(ge=1, le=_MOST)]
 
 
 class NotFiniteError(ValueError):
-    """A loss that is no number: the model has gone astray, which is nobody's lie."""
+    """A loss is not finite: training has diverged; the site is not at fault."""
 
 
 class _Message(BaseModel):
-    """Types are exact: no text for a number, no boolean for a count, no array of numpy's for a list."""
+    """Strict types: no string for a number, no boolean for a count, no NumPy array for a list."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
 
 class PointMessage(_Message):
-    """A point of a curve of the site that sends it; see `metrics.Point`."""
+    """A point of the sending site's curve; see `points.Point`."""
 
     name: Annotated[str, AfterValidator(_metric)]
     value: float
@@ -69,14 +69,14 @@ class PointMessage(_Message):
 
     @property
     def measured(self) -> str:
-        """What stands for it in a message to people."""
+        """The measurement as text for a message."""
         return f"{self.value:.6g} over {self.tokens} tokens"
 
 
 class ReportMessage(_Message):
-    """What a site reports while it works: a line of text, and the points that it stands for.
+    """A site's progress report: a log line and its points.
 
-    A message that is sent again has the same `id`.
+    A resent message has the same `id`.
     """
 
     id: Annotated[str, Field(min_length=1, max_length=_SHOWN), AfterValidator(_one_line)]
@@ -85,7 +85,7 @@ class ReportMessage(_Message):
 
 
 class ScoreMessage(_Message):
-    """What a site has reported by the end of a task: what it measured of the model that it was given."""
+    """A site's points at the end of a task: its score of the model it received."""
 
     points: list[PointMessage]
 
@@ -94,9 +94,9 @@ class ScoreMessage(_Message):
 
 
 class UpdateMessage(ScoreMessage):
-    """A site's result of a round: what stands beside its tensors, and what it has reported.
+    """A site's result of a round: the metadata of its tensors, and its points.
 
-    `tokens` and `samples` are what the round trained on, `records` how many the site has.
+    `tokens` and `samples` count what the round trained on, `records` the site's training records.
     """
 
     kind: Annotated[str, Field(max_length=_SHOWN)]
@@ -107,10 +107,10 @@ class UpdateMessage(ScoreMessage):
 
 
 class RoundLimits(BaseModel):
-    """What the job says of every site's round; what a site says of it cannot be more.
+    """Limits that the job sets for every site's messages in a round.
 
-    `records` are those that a site trains on, None where only the site knows; all sites score models on
-    `validation_records`. `max_length` is of a record, in tokens; `precision` is what models are scored in.
+    `records` is the number of training records per site, None if only the site knows; every site scores models on
+    `validation_records` records. `max_length` is the maximum record length in tokens; `precision` is that of scoring.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -122,22 +122,22 @@ class RoundLimits(BaseModel):
     records: dict[str, int | None]
 
     def report(self, content: Any, number: int) -> ReportMessage:
-        """What a site reports while round `number` (0-based) is under way, from JSON."""
+        """Parse a site's JSON progress report during round `number` (0-based)."""
         if not isinstance(content, str):
             raise ValueError(f"found {_shown(content)}, expected JSON")
         try:
-            said = ReportMessage.model_validate_json(content)
+            message = ReportMessage.model_validate_json(content)
         except ValidationError as error:
             raise ValueError(_explained(error)) from error
-        _check_values(said.points)
-        for point in said.points:
+        _check_values(message.points)
+        for point in message.points:
             now = round_of(point.name, number)
-            # What a site that is too slow reports of a round may come when the next one has begun.
+            # Reports of a slow site may arrive after the next round has started.
             _require(now - 1 <= point.round <= now, point.name, "round", point.round, f"{now}")
-        return said
+        return message
 
     def score(self, points: list[PointMessage], number: int, records: int | None) -> ScoreMessage:
-        """The result of validating the model after `number` rounds, of a site with so many records, if known."""
+        """Check the score of the model after `number` rounds; `records` is the site's record count, if known."""
         score = ScoreMessage(points=points)
         self._check_score(score, number, None if records is None else self.work.samples(records) * number)
         _require_only(score, (VAL_LOSS,))
@@ -146,7 +146,7 @@ class RoundLimits(BaseModel):
     def update(
         self, meta: Mapping[str, Any], points: list[PointMessage], number: int, records: int | None
     ) -> UpdateMessage:
-        """The result of round `number` (0-based) of a site with so many records, if that is known."""
+        """Check the result of round `number` (0-based); `records` is the site's record count, if known."""
         try:
             update = UpdateMessage.model_validate(
                 {
@@ -161,9 +161,9 @@ class RoundLimits(BaseModel):
         except ValidationError as error:
             raise ValueError(_explained(error)) from error
         if records is not None:
-            _require(update.records == records, "records", None, update.records, f"{records}, which it has")
+            _require(update.records == records, "records", None, update.records, f"{records}")
         samples = self.work.samples(update.records)
-        of_round = f"{samples} in a round over {update.records} records"
+        of_round = f"{samples} in a round of {update.records} records"
         _require(update.samples == samples, "samples", None, update.samples, of_round)
         most = samples * self.max_length
         _require(update.tokens <= most, "tokens", None, update.tokens, f"at most {most} in {samples} records")
@@ -179,7 +179,7 @@ class RoundLimits(BaseModel):
         self._check_point(point, number, samples)
 
     def _check_point(self, point: PointMessage, round: int, samples: int | None) -> None:
-        """Of a mean over the records that all validate on."""
+        """Check a mean loss over the common validation records."""
         _require(point.round == round, point.name, "round", point.round, f"{round}")
         _require(point.step is None, point.name, "step", point.step, "none")
         if samples is not None:
@@ -195,58 +195,64 @@ class RoundLimits(BaseModel):
         steps = _exactly(update, TRAIN_LOSS, self.work.steps(update.records))
         before = samples * number
         for step, point in enumerate(steps, start=1):
-            _require(point.step == step, TRAIN_LOSS, "step", point.step, f"{step}, for they come in their order")
+            _require(point.step == step, TRAIN_LOSS, "step", point.step, f"{step} (steps are in order)")
             _require(point.round == number + 1, TRAIN_LOSS, "round", point.round, f"{number + 1}")
             more = before < point.samples <= before + self.work.batch_size
             _require(more, TRAIN_LOSS, "samples", point.samples, f"up to {self.work.batch_size} more than {before}")
             self._check_tokens(point, point.samples - before)
             before = point.samples
-        _require(before == samples * (number + 1), TRAIN_LOSS, "samples", before, f"{samples * (number + 1)} at last")
+        _require(
+            before == samples * (number + 1),
+            TRAIN_LOSS,
+            "samples",
+            before,
+            f"{samples * (number + 1)} in the last step",
+        )
         tokens = sum(point.tokens or 0 for point in steps)
-        _require(tokens == update.tokens, "tokens", None, update.tokens, f"the {tokens} of its steps")
+        _require(tokens == update.tokens, "tokens", None, update.tokens, f"{tokens}, the sum of its steps")
 
 
 def round_of(metric: str, number: int) -> int:
-    """The finished rounds that a metric is measured after while round `number` (0-based) is under way."""
+    """Number of finished rounds behind a metric measured in round `number` (0-based)."""
     return number + 1 if metric in (TRAIN_LOSS, VAL_LOSS_LOCAL) else number
 
 
 def points_of(site: str, messages: Sequence[PointMessage]) -> list[Point]:
-    """Points as the site's that has sent them."""
+    """Points of the site that sent the messages."""
     return [
         Point(one.name, one.value, one.round, one.samples, site, one.step, one.tokens, one.time) for one in messages
     ]
 
 
 def failure_of(meta: Mapping[str, Any]) -> str | None:
-    """The traceback of a trainer that gives up, if that is what it says. The end of a long one."""
-    said = meta.get(FAILURE_KEY)
-    if said is None:
+    """The (end of the) traceback of a failed trainer, or None if the result is not a failure."""
+    text = meta.get(FAILURE_KEY)
+    if text is None:
         return None
-    if not isinstance(said, str) or not said:
-        raise ValueError(f"{FAILURE_KEY}: found {_shown(said)}, expected a traceback")
-    kept = said[-_MOST_OF_A_TRACEBACK:]
+    if not isinstance(text, str) or not text:
+        raise ValueError(f"{FAILURE_KEY}: found {_shown(text)}, expected a traceback")
+    kept = text[-_MOST_OF_A_TRACEBACK:]
     return "".join(character if character.isprintable() or character in "\n\t" else "\ufffd" for character in kept)
 
 
 def _explained(error: ValidationError) -> str:
-    """The first thing that is wrong."""
+    """Format the first validation error."""
     problem = error.errors(include_url=False)[0]
     field = ".".join(str(part) for part in problem["loc"])
-    said = problem["msg"].removeprefix("Value error, ")
-    return f"{field}: found {_shown(problem['input'])}: {said[:1].lower()}{said[1:]}".removeprefix(": ")
+    text = problem["msg"].removeprefix("Value error, ")
+    return f"{field}: found {_shown(problem['input'])}: {text[:1].lower()}{text[1:]}".removeprefix(": ")
 
 
 def quoted(words: object, most: int = _QUOTED) -> str:
-    """What a site may have had a part in, such as an error's text, as the part of a line, of `most` characters."""
-    said = "".join(character if character.isprintable() else "\ufffd" for character in str(words))
-    return said if len(said) <= most else f"{said[:most]}…"
+    """Untrusted text, such as an error message, made printable and cut to `most` characters."""
+    text = "".join(character if character.isprintable() else "\ufffd" for character in str(words))
+    return text if len(text) <= most else f"{text[:most]}…"
 
 
 def _shown(found: object) -> str:
-    """What was found, in a line that says little of what is large."""
-    said = repr(found) if isinstance(found, bool | int | float | str) or found is None else f"a {type(found).__name__}"
-    return quoted(said, _SHOWN)
+    """A short one-line description of a value."""
+    text = repr(found) if isinstance(found, bool | int | float | str) or found is None else f"a {type(found).__name__}"
+    return quoted(text, _SHOWN)
 
 
 def _require(right: bool, name: str, field: str | None, found: object, expected: str) -> None:
@@ -268,7 +274,7 @@ def _exactly(score: ScoreMessage, name: str, count: int) -> list[PointMessage]:
 
 
 def _require_only(score: ScoreMessage, losses: Sequence[str]) -> None:
-    """Beside these losses, seconds of phases, each once."""
+    """Allow only these losses, and at most one point per phase."""
     names = [point.name for point in score.points if point.name not in losses]
     for name in names:
         _require(phase_of(name) is not None, name, None, "a point", "none in this task")

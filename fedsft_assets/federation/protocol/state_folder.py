@@ -1,4 +1,4 @@
-"""Where a server or a site keeps what it must find again when a job is submitted anew for the same execution."""
+"""Folders for the state that a server or site keeps across resubmissions of the same execution."""
 
 import json
 import shutil
@@ -11,9 +11,9 @@ _SECONDS_TO_KEEP = 30 * 24 * 3600.0
 
 
 def execution_folder(meta_file: Path, root: Path, job_id: str) -> Path:
-    """The folder under `root` of the execution that a job's `meta.json` names, or of the job if it names none.
+    """The folder under `root` for the execution named in a job's `meta.json`, or for the job if none is named.
 
-    Others of which nothing was heard for a month are removed.
+    Removes folders of other executions that have not changed for 30 days.
     """
     meta = json.loads(meta_file.read_text(encoding="utf-8"))
     own = root / str(meta.get(EXECUTION_KEY) or job_id)

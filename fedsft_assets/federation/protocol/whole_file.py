@@ -1,4 +1,4 @@
-"""Files that server and sites keep from round to round: all of one is there, or nothing."""
+"""Atomic writing of the state files that server and sites keep between rounds."""
 
 import os
 from collections.abc import Iterator
@@ -9,9 +9,9 @@ from typing import BinaryIO
 
 @contextmanager
 def whole_file(path: Path, lasting: bool = True) -> Iterator[BinaryIO]:
-    """A file that has its name only when all of it is on the disk.
+    """Write a file that appears under its name only once it is complete; `lasting`: also synced to disk.
 
-    Raises OSError, with the path, after which what was written is gone: others need the room to say why.
+    Raises OSError with the path; the partial file is removed first, to free space for error reports.
     """
     fresh = path.with_name(f"{path.name}.new")
     try:
@@ -23,7 +23,7 @@ def whole_file(path: Path, lasting: bool = True) -> Iterator[BinaryIO]:
         os.replace(fresh, path)
     except BaseException as error:
         fresh.unlink(missing_ok=True)
-        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch hides what the disk said
+        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch wraps the OSError
         if isinstance(cause, OSError):
             raise OSError(cause.errno, cause.strerror, str(path)) from error
         raise

@@ -1,4 +1,4 @@
-"""The choice of a runtime by its name."""
+"""Creates a runtime by name."""
 
 import os
 from pathlib import Path

@@ -53,7 +53,7 @@ class Runtime(Protocol):
         """Submit the job; returns its FLARE job id, which is valid in any process.
 
         Where jobs survive their submitter, submitting a token again returns the job of the first time, whatever its
-        state: so a process that does not know whether its submission arrived repeats it.
+        state: so a process that does not know whether its submission arrived can repeat it.
         """
 
     def poll(self, job_id: str) -> JobState:
@@ -78,4 +78,4 @@ class Runtime(Protocol):
         """The command and environment that run a module of this package here."""
 
     def close(self) -> None:
-        """Close connections. The job is left alone."""
+        """Close connections without affecting the job."""

@@ -1,1 +1,1 @@
-"""What runs at the server of a job."""
+"""Code that runs in the server process of a job."""

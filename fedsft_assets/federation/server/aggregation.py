@@ -1,6 +1,6 @@
-"""The token-weighted average of what sites send, tensor by tensor, so that the server never holds it all.
+"""Token-weighted averaging of site updates, one tensor at a time, so that the server never holds all of them in memory.
 
-It needs torch and safetensors only: weights are tensors with names.
+Requires torch and safetensors only: weights are named tensors.
 """
 
 import math
@@ -11,28 +11,28 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-_NAMED = 5  # of many tensors that are wrong
+_NAMED = 5  # mismatched tensors named in an error
 _NAME_LENGTH = 200  # characters
-_SLICE = 1 << 16  # numbers that are summed at a time: what stays in a core's cache
+_SLICE = 1 << 16  # elements summed at a time: fits in a core's cache
 
 
 @dataclass(frozen=True)
 class _Contribution:
-    """`tensors` may be NVFlare's references to tensors on the disk."""
+    """`tensors` may hold NVFlare's references to tensors on disk."""
 
     tensors: dict[str, Any]
     tokens: int
 
 
 class TokenWeightedAverage:
-    """Mean of the sites' tensors, each weighted by the answer tokens that the site trained on.
+    """Mean of the sites' tensors, weighted by the number of answer tokens each site trained on.
 
-    Sums are in float64 and in the order of the sites' names, so that the mean does not depend on the order of
-    arrival. Sums of one slice of one tensor exist at a time.
+    Sums are computed in float64, in the order of the sites' names, so the mean does not depend on the order of arrival.
+    Only one slice of one tensor is summed at a time.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]] | None = None) -> None:
-        """`shapes` are those of the global model; without them the first result says what all must have."""
+        """`shapes` are the tensor shapes of the global model; if omitted, the first result defines them."""
         self._shapes = dict(shapes) if shapes else None
         self._sites: dict[str, _Contribution] = {}
 
@@ -41,9 +41,9 @@ class TokenWeightedAverage:
         return sorted(self._sites)
 
     def add(self, site: str, tensors: Mapping[str, Any], tokens: object, whole: bool = True) -> None:
-        """Take one site's result; `whole` says whether it must have all tensors, else missing ones count as zero.
+        """Add one site's result. If `whole`, it must contain every tensor; otherwise missing tensors count as zero.
 
-        Raises ValueError for a result without a positive number of tokens, or with tensors that are not the model's.
+        Raises ValueError if `tokens` is not a positive integer or the tensors do not match the model.
         """
         if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens <= 0:
             raise ValueError(f"{site}: expected the number of answer tokens it trained on, found {tokens!r}")
@@ -55,7 +55,7 @@ class TokenWeightedAverage:
         self._sites[site] = _Contribution(dict(tensors), tokens)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Each tensor's mean in float32; afterwards nothing is left. Raises what `mean` raises."""
+        """Yield the mean of each tensor in float32, releasing its inputs. Raises ValueError as `mean` does."""
         for name in dict.fromkeys(name for one in self._sites.values() for name in one.tensors):
             mean = self.mean(name)
             assert mean is not None
@@ -63,9 +63,9 @@ class TokenWeightedAverage:
         self.clear()
 
     def mean(self, name: str) -> torch.Tensor | None:
-        """One tensor's mean in float32, which is let go of; None for a tensor that no site has sent.
+        """Mean of one tensor in float32, releasing its inputs; None if no site sent the tensor.
 
-        Raises ValueError that names the sites whose tensor has a number that is not finite.
+        Raises ValueError naming the sites whose tensor has non-finite values.
         """
         total = sum(one.tokens for one in self._sites.values())
         parts = {
@@ -78,44 +78,44 @@ class TokenWeightedAverage:
         mean = _mean(list(parts.values()), total)
         if not math.isfinite(mean.sum().item()):
             odd = [site for site, (tensor, _) in parts.items() if not torch.isfinite(tensor).all()]
-            raise ValueError(f"{', '.join(odd) or 'all sites'}: {name} has numbers that are not finite")
+            raise ValueError(f"{', '.join(odd) or 'all sites'}: {name} has non-finite values")
         return mean
 
     def clear(self) -> None:
-        """Let go of everything."""
+        """Release all results."""
         self._sites = {}
 
 
 def shapes_of(tensors: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Without reading a tensor."""
+    """Shape of each tensor, without loading any."""
     return {name: _shape(tensor) for name, tensor in tensors.items()}
 
 
 def other_tensors(
     shapes: Mapping[str, tuple[int, ...]], of_model: Mapping[str, tuple[int, ...]], whole: bool
 ) -> str | None:
-    """What is wrong with tensors that are not the model's; `whole` says whether all must be there."""
+    """Describe a mismatch with the model's tensors, or return None; `whole` requires every tensor to be present."""
     missing = of_model.keys() - shapes.keys() if whole else set()
     odd = sorted({name for name, shape in shapes.items() if of_model.get(name) != shape} | missing)
     return f"tensors differ from those of the global model: {', '.join(map(plain, odd[:_NAMED]))}" if odd else None
 
 
 def plain(name: str) -> str:
-    """A tensor's name as it may stand in a line of text, whoever gave it."""
+    """A tensor name made safe for logs and messages: it may come from an untrusted site."""
     return name if name.isprintable() and len(name) <= _NAME_LENGTH else repr(name)[:_NAME_LENGTH]
 
 
 def norm_of(tensors: Mapping[str, Any]) -> float:
-    """The Euclidean norm of all numbers together, of tensors that are read one after the other.
+    """L2 norm over all tensors together, loading one tensor at a time.
 
-    Raises ValueError that names a tensor with a number that is not finite.
+    Raises ValueError naming a tensor with non-finite values.
     """
     squares = 0.0
     for name, tensor in tensors.items():
         slices = _loaded(tensor).reshape(-1).split(_SLICE)
         of_tensor = math.fsum(piece.double().square().sum().item() for piece in slices)
         if not math.isfinite(of_tensor):
-            raise ValueError(f"{name} has numbers that are not finite")
+            raise ValueError(f"{name} has non-finite values")
         squares += of_tensor
     return math.sqrt(squares)
 
@@ -140,5 +140,5 @@ def _loaded(tensor: Any) -> torch.Tensor:
 def _shape(tensor: Any) -> tuple[int, ...]:
     if hasattr(tensor, "shape"):
         return tuple(tensor.shape)
-    with safe_open(tensor.file_path, framework="pt") as file:  # without reading the tensor
+    with safe_open(tensor.file_path, framework="pt") as file:  # reads the header only
         return tuple(file.get_slice(tensor.key).get_shape())

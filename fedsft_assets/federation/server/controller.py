@@ -1,6 +1,6 @@
-"""What runs at the server: rounds of training at the sites, and the global model that they make together.
+"""The controller that runs at the server: rounds of training at the sites, averaged into the global model.
 
-It needs torch, NVFlare and pydantic only. Nothing of the model is built here: weights are tensors with names.
+Requires torch, NVFlare and pydantic only. The model itself is never built: weights are named tensors.
 """
 
 import gc
@@ -65,33 +65,32 @@ from fedsft_assets.federation.server.unreadable_results import tell_of_unreadabl
 from fedsft_assets.federation.transport import TensorEndpoint, piece_size_for, temporary_files, tensor_streams
 from fedsft_assets.memory import keep_message_memory
 
-_NOISE_ALONE = 10.0  # times the clipped change: nothing else need be looked for where a model goes astray
+_NOISE_ALONE = 10.0  # noise-to-update ratio beyond which noise alone explains divergence
 
 T = TypeVar("T")
 
 
 class NotEnoughSitesError(RuntimeError):
-    """A round cannot have as many results as the job asks for."""
+    """Fewer than `min_sites` sites can answer a round."""
 
 
 class FederatedSFT(ModelController):
-    """Rounds from a `.nemo` base model on, whose results are averaged by tokens; every point is written down.
+    """Train for `num_rounds` from a `.nemo` base model; results are averaged by tokens, metrics go to the journal.
 
-    Without `base_model` the first model is empty: each site then begins with adapters of its own, all the same.
-    A round's `val_loss` is that of the global model that the sites received, so a model is scored one round after it
-    was made, and the last one in a validation task of its own. A round goes on without sites that fail or fall
-    silent for `site_timeout` seconds as long as `min_sites` answer. What a finished round made is on the disk: a
-    server that is started again for the same execution goes on from there.
+    Without `base_model` there is no initial model: each site starts from the same freshly initialized adapters. A
+    round's `val_loss` scores the global model that the sites received, so a model is scored in the round after it was
+    made, and the last one in a final validation task. A round continues without sites that fail or are silent for
+    `site_timeout` seconds, as long as `min_sites` answer. Finished rounds are saved to disk: a server restarted for the
+    same execution resumes from there.
 
-    What a site says is checked as it arrives, against `limits`, and against what the others say, with
-    `max_update_ratio`. What cannot be used ends the job, or leaves the site out of the round if there are
-    `min_sites` without it.
+    Site messages are checked on arrival against `limits`, and against the other sites' results with `max_update_ratio`.
+    An invalid message excludes the site from the round, or ends the job if fewer than `min_sites` remain.
 
-    `package` is the version of this package that the job was built with. In the mean of all sites, noise is expected to
-    have `noise_ratio` times the norm of a clipped change.
+    `package` is the version of this package that built the job. `noise_ratio` is the expected norm of the noise in the
+    mean of all sites, relative to the norm of a clipped change.
 
-    A site that comes, or comes again, after the job has begun gets no part of it from NVFlare. If an operator listens,
-    the job then ends after the round, to be submitted again for all sites that are there by then.
+    NVFlare does not deploy a running job to sites that connect, or restart, later. If an operator follows the job, it
+    then ends after the round to be resubmitted to all sites connected by then.
     """
 
     def __init__(
@@ -123,18 +122,18 @@ class FederatedSFT(ModelController):
         self._limits = RoundLimits.model_validate(limits)
         self._watch = SiteWatch(self.sites, site_timeout)
 
-    # What NVFlare calls.
+    # Called by NVFlare.
 
     def start_controller(self, fl_ctx: FLContext) -> None:
         super().start_controller(fl_ctx)
         keep_message_memory()
-        gc.freeze()  # what is loaded by now stays: collections need not look through it again
+        gc.freeze()  # modules loaded so far are never garbage: later collections skip them
         self.open(self._state_folder())
         self.engine.register_app_command(JOURNAL_COMMAND, self._hand_out_journal)
-        cell = getattr(self.engine.server, "job_cell", None) or self.engine.get_cell()  # the simulator has both
+        cell = getattr(self.engine.server, "job_cell", None) or self.engine.get_cell()  # in the simulator: get_cell
         cell.core_cell.register_request_cb(PROGRESS_CHANNEL, PROGRESS_TOPIC, self._take_report)
         tell_of_unreadable_results(self._refuse_unreadable, self._note_lost)
-        if not fl_ctx.get_prop(FLContextKey.SIMULATE_MODE, False):  # in the simulator nobody comes, or comes again
+        if not fl_ctx.get_prop(FLContextKey.SIMULATE_MODE, False):  # the simulator's sites never reconnect
             require_local_driver("fedsft-server configure")
             job_id = fl_ctx.get_job_id()
             self.watch_presence(lambda: look_at(cell, self.sites, job_id))
@@ -143,7 +142,7 @@ class FederatedSFT(ModelController):
         done, complete = self.state.progress.finished, False
         self.journal.add([Started(done)])
         if self.noise_ratio and self.noise_ratio > 1:
-            self.journal.add([Progress(f"{self._noise}: what sites learn shows over many rounds, if at all")])
+            self.journal.add([Progress(f"{self._noise}: training progress will show only over many rounds, if at all")])
         try:
             self._begin()
             with self._tensor_streams(), self.newcomers.watched():
@@ -157,29 +156,29 @@ class FederatedSFT(ModelController):
                 self.state.commit_progress()
                 complete = True
         except _AbortedError:
-            self.info("The job is aborted.")
+            self.info("Job aborted.")
         except RegroupError as error:
             self.state.progress.sent_for = error.sites
             self.state.commit_progress()
             self.journal.add([Regroup(error.sites)])
             self.panic(str(error))
         except (ValueError, OSError, tarfile.TarError, NotEnoughSitesError) as error:
-            with suppress(OSError):  # on a full disk, NVFlare's log must do
+            with suppress(OSError):  # on a full disk, only NVFlare's log has it
                 self.journal.add([Stopped(str(error), isinstance(error, NotEnoughSitesError))])
             self.panic(str(error))
-        except Exception as error:  # a fault of ours, which another attempt would only find again
+        except Exception as error:  # a bug: a retry would hit it again
             with suppress(OSError):
-                self.journal.add([Stopped(f"the server's part of the job failed: {error!r}\n{traceback.format_exc()}")])
+                self.journal.add([Stopped(f"the job's server process failed: {error!r}\n{traceback.format_exc()}")])
             self.panic(repr(error))
         finally:
             self.rounds.publish(Path(self.get_run_dir()), complete)
 
     @property
     def _noise(self) -> str:
-        return f"noise has {self.noise_ratio:,.3g} times the norm of a clipped change in the mean of a round"
+        return f"the noise in a round's mean has {self.noise_ratio:,.3g} times the norm of a clipped change"
 
     @property
-    def _why_infinite(self) -> str:
+    def _divergence_hint(self) -> str:
         rate = "try a lower learning rate"
         if not self.noise_ratio or self.noise_ratio < 1:
             return rate
@@ -197,35 +196,35 @@ class FederatedSFT(ModelController):
         fl_ctx: FLContext,  # noqa: ARG002
         is_unknown_task: bool = False,
     ) -> bool:
-        """Note a site that could not do its task, or says what nobody can read; NVFlare's own way ends the job."""
+        """Record a site whose task failed or whose result is unreadable; by default NVFlare would end the job."""
         if is_unknown_task:
             return False
         code = result.get_return_code()
         if code != ReturnCode.OK:
-            known = code if isinstance(code, str) and code in vars(ReturnCode).values() else "it does not say why"
-            self._watch.lost(client_name, f"its trainer is gone ({known})")
+            known = code if isinstance(code, str) and code in vars(ReturnCode).values() else "no reason given"
+            self._watch.lost(client_name, f"its trainer exited ({known})")
             return False
         try:
             FLModelUtils.from_shareable(result)
-        except Exception as error:  # which NVFlare would log, and take for an answer
-            self._watch.refuse(client_name, f"its result is no model of NVFlare's: {quoted(error)}")
+        except Exception as error:  # NVFlare would only log it and accept the result
+            self._watch.refuse(client_name, f"its result is not an NVFlare model: {quoted(error)}")
             return False
         return True
 
     def _prepare_task_data(self, client_task: ClientTask, fl_ctx: FLContext) -> None:
         self._watch.heard(client_task.client.name)
-        # NVFlare would send a copy, lest somebody changes the tensors; here nobody does before the task is over.
+        # By default NVFlare sends a deep copy; nothing modifies these tensors while the task is running.
         client_task.task._broadcast_data = client_task.task.data
         super()._prepare_task_data(client_task, fl_ctx)
 
     def watch_presence(self, look: Callable[[], Mapping[str, Part]]) -> None:
-        """Look at the sites in this way while the job runs."""
+        """Poll the sites' presence with `look` while the job runs."""
         self.newcomers.look_with({client.name for client in self.engine.get_clients()}, look)
 
-    # A round.
+    # Rounds.
 
     def open(self, folder: Path) -> None:
-        """Resume the state in the folder, or create one there."""
+        """Resume from the state in the folder, or create it."""
         self.rounds = Rounds(
             folder,
             self._limits,
@@ -240,17 +239,17 @@ class FederatedSFT(ModelController):
         self.newcomers = Newcomers(self.sites, self.state.progress, self.journal, self._watch)
 
     def run_round(self, number: int) -> None:
-        """One round (0-based), from the global model to the next one on the disk."""
+        """Run one round (0-based) and save the next global model to disk."""
         self.rounds.finish(
             number, self._broadcast_task(TRAIN_TASK, number, self.review.update, self.review.odd_updates)
         )
 
-    # What a site says.
+    # Tasks and their results.
 
     def _refuse(self, site: str, error: ValueError, what: str = "") -> None:
-        """Go on without a site that has said what cannot be used; what makes models go astray is told beside."""
-        astray = isinstance(error, NotFiniteError)
-        self._watch.refuse(site, f"{error}; {self._why_infinite}" if astray else f"{what}{error}")
+        """Exclude a site after an invalid message; if training diverged, add a hint about the cause."""
+        diverged = isinstance(error, NotFiniteError)
+        self._watch.refuse(site, f"{error}; {self._divergence_hint}" if diverged else f"{what}{error}")
 
     def _begin(self) -> None:
         if self.package and (wrong := other_version(self.package, "server")):
@@ -264,10 +263,11 @@ class FederatedSFT(ModelController):
         take: Callable[[str, FLModel], T],
         compare: Callable[[Mapping[str, T]], dict[str, str]],
     ) -> dict[str, T]:
-        """Give all sites a task of a round, and take each result as it arrives; returns them by site.
+        """Send a task to all sites and process each result as it arrives; returns results by site.
 
-        `take` and `compare` say what cannot be used: by raising ValueError, and of whom and why. Raises
-        NotEnoughSitesError, ValueError, or what `take` raises beside.
+        `take` converts one result, raising ValueError if it is invalid; `compare` returns the sites whose results
+        conflict with the others', with the reason. Raises NotEnoughSitesError, ValueError, or any other error raised by
+        `take`.
         """
         connected = {client.name for client in self.engine.get_clients()}
         self.review.begin(number)
@@ -285,13 +285,13 @@ class FederatedSFT(ModelController):
         while not results.errors and self._watch.waits(self.min_sites) and self.get_num_standing_tasks():
             self._pause()
         self.cancel_all_tasks()
-        while self.get_num_standing_tasks() and not self.abort_signal.triggered:  # aborted, nobody ends them any more
+        while self.get_num_standing_tasks() and not self.abort_signal.triggered:  # after an abort, tasks never end
             time.sleep(self._task_check_period)
         if self.abort_signal.triggered:
             raise _AbortedError
         if len(results) < self.min_sites and not results.errors and not self._watch.refused:
             self.newcomers.wait_for_return(self._pause)
-        what = "the last model's score" if task == VALIDATE_TASK else f"round {number + 1}"
+        what = "the final validation" if task == VALIDATE_TASK else f"round {number + 1}"
         taken = results.close(compare, self.min_sites, what)
         self._settle(what, number, taken)
         return taken
@@ -302,29 +302,29 @@ class FederatedSFT(ModelController):
         time.sleep(self._task_check_period)
 
     def _settle(self, what: str, number: int, results: Collection[str]) -> None:
-        """Say which sites a round goes on without; raise why it cannot."""
+        """Record which sites a round continues without; raise if it cannot continue."""
         refused = self._watch.refused
-        few = len(results) < self.min_sites
-        if few and refused:
+        too_few = len(results) < self.min_sites
+        if too_few and refused:
             raise ValueError("\n".join(f"{what}: {site}: {why}" for site, why in sorted(refused.items())))
         missed = [self._watch.missed(site, number + 1) for site in self.sites if site not in results]
-        if few:
+        if too_few:
             self.newcomers.require_none()
-        if few or number < self.num_rounds:
+        if too_few or number < self.num_rounds:
             self.journal.add(missed)
         else:
-            self.journal.add(Progress(f"{one.site} · is not in {what}: {one.reason}") for one in missed)
-        if few:
+            self.journal.add(Progress(f"{one.site} · missing from {what}: {one.reason}") for one in missed)
+        if too_few:
             raise NotEnoughSitesError(
                 f"{what} has results of {len(results)} of {len(self.sites)} sites; min_sites is {self.min_sites}"
             )
 
-    # What is written down.
+    # The journal.
 
     def _take_report(self, message: Any) -> Message:
-        """Write down what a site reports while it works, and answer that it is there: the site repeats it until then.
+        """Journal a site's progress report and acknowledge it; the site resends it until acknowledged.
 
-        It becomes durable with the round: what a machine loses of an unfinished one is measured anew.
+        Reports become durable when the round is saved: an unfinished round is measured again after a crash.
         """
         site = self._sender(message)
         if site is None:
@@ -335,7 +335,7 @@ class FederatedSFT(ModelController):
         return make_reply(CellReturnCode.OK)
 
     def note_report(self, site: str, content: Any) -> None:
-        """Check a site's report, in JSON, and write it down. Raises OSError."""
+        """Validate a site's JSON report and journal it. Raises OSError."""
         try:
             report = self.review.report(site, content)
         except ValueError as error:
@@ -346,19 +346,19 @@ class FederatedSFT(ModelController):
 
     def _refuse_unreadable(self, message: Any, why: str) -> None:
         if site := self._sender(message):
-            self._watch.refuse(site, f"its result is none that NVFlare can read: {quoted(why)}")
+            self._watch.refuse(site, f"its result is unreadable: {quoted(why)}")
 
     def _note_lost(self, message: Any, why: str) -> None:
         if site := self._sender(message):
             self._watch.lost(site, f"its result did not arrive: {quoted(why)}")
 
     def _sender(self, message: Any) -> str | None:
-        """The site whose token NVFlare has found with the message, as it does with results; the log has any other."""
+        """The site that the message's NVFlare token belongs to; None, with a warning, for an unknown token."""
         token = message.get_header(CellMessageHeaderKeys.TOKEN)
         for client in self.engine.get_clients():
             if token and client.token == token:
                 return str(client.name)
-        self.warning(f"nobody of this job has said what came from {message.get_header(MessageHeaderKey.ORIGIN)}")
+        self.warning(f"ignored a message from {message.get_header(MessageHeaderKey.ORIGIN)}: not a site of this job")
         return None
 
     def _hand_out_journal(self, _topic: str, cmd_data: Any, _fl_ctx: FLContext) -> dict[str, Any]:
@@ -366,7 +366,7 @@ class FederatedSFT(ModelController):
         text, offset = self.journal.read(int(cmd_data["offset"]))
         return {"text": text, "offset": offset}
 
-    # Where things are.
+    # Files.
 
     def _state_folder(self) -> Path:
         workspace, job_id = self.engine.get_workspace(), self.fl_ctx.get_job_id()
@@ -377,7 +377,7 @@ class FederatedSFT(ModelController):
 
     @contextmanager
     def _tensor_streams(self) -> Iterator[None]:
-        """Send and receive tensors; results wait on the disk, beside the state, until they are averaged."""
+        """Stream tensors while the block lasts; results are kept on disk, beside the state, until averaged."""
         with (
             temporary_files(self.state.folder / "results", self.global_model.largest_result) as results,
             tensor_streams(TensorEndpoint(piece_size_for(len(self.sites)), files=results)),
@@ -386,4 +386,4 @@ class FederatedSFT(ModelController):
 
 
 class _AbortedError(Exception):
-    """Whoever runs the job ended it."""
+    """NVFlare aborted the job."""

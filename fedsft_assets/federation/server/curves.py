@@ -1,4 +1,4 @@
-"""Curves of a job as a whole, of what its sites measured."""
+"""Job-level loss curves, merged from what the sites measured."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from fedsft_assets.federation.protocol.points import TRAIN_LOSS, VAL_LOSS, Point
 
 
 def merged_val_loss(points: Sequence[Point], round: int, samples: int) -> Point:
-    """The sites' `val_loss` of one model as one, by the tokens that each has measured it on."""
+    """Mean of the sites' `val_loss` for one model, weighted by validation tokens."""
     loss, _ = _mean([point for point in points if point.name == VAL_LOSS])
     return Point(VAL_LOSS, loss, round, samples)
 
@@ -16,15 +16,15 @@ def merged_val_loss(points: Sequence[Point], round: int, samples: int) -> Point:
 def merged_train_loss(
     points: Mapping[str, Sequence[Point]], trained: Mapping[str, int], before: Mapping[str, int], round: int
 ) -> list[Point]:
-    """The sites' steps of one round as one curve, over the samples that all of them saw.
+    """Merge the sites' `train_loss` steps of one round into one curve over the samples of all sites.
 
-    By site, `trained` are the records of this round and `before` those of all rounds before it.
+    Both dicts are by site: `trained` counts the samples of this round, `before` those of all earlier rounds.
     """
     by_step: defaultdict[int, list[Point]] = defaultdict(list)
     seen = dict(before)
     for site, all_points in points.items():
         steps = [point for point in all_points if point.name == TRAIN_LOSS]
-        # A site counts rounds that it missed as well.
+        # A site's own count includes rounds that it missed.
         ahead = steps[-1].samples - trained[site] - seen.get(site, 0) if steps else 0
         for point in steps:
             if point.step is not None:
@@ -38,6 +38,6 @@ def merged_train_loss(
 
 
 def _mean(points: list[Point]) -> tuple[float, int]:
-    """The mean of the points' values by the tokens behind them, and all these tokens."""
+    """Token-weighted mean of the points' values, and the total number of tokens."""
     tokens = sum(point.tokens or 0 for point in points)
     return sum(point.value * (point.tokens or 0) for point in points) / tokens, tokens

@@ -1,4 +1,4 @@
-"""The global model of a job, and how results of sites become the next one, tensor by tensor."""
+"""The global model of a job, updated from site results one tensor at a time."""
 
 import os
 from collections.abc import Mapping
@@ -20,60 +20,60 @@ _FLOAT32 = 4  # bytes
 
 
 class GlobalModel:
-    """Weights by their names, none before the first round of a job whose sites begin with adapters of their own.
+    """Named weights; empty before the first round of a job whose sites initialize their own adapters.
 
-    `change` is what the last round added, where that travels instead of the weights. `control` is SCAFFOLD's: the usual
-    direction of all sites together.
+    `change` is the update of the last round, if updates are sent instead of weights. `control` is SCAFFOLD's global
+    control variate.
     """
 
     def __init__(self, state: ServerState, wire: Wire, algorithm: Mapping[str, Any], sites: int) -> None:
-        """`sites` is how many the job has."""
+        """`sites` is the number of sites in the job."""
         self._state, self.wire, self._algorithm, self._sites = state, wire, algorithm, sites
         self.weights: Mapping[str, torch.Tensor] = {}
         self.change: dict[str, torch.Tensor] = {}
         self.control: dict[str, torch.Tensor] = {}
         self._optimizer: ServerOptimizer | None = None
-        self._holders: set[str] = set()  # sites with the model to which `change` is to be added
+        self._holders: set[str] = set()  # sites that hold the model that `change` applies to
 
     def load(self, base_model: str | None) -> None:
-        """The model after the last finished round, or else the base model."""
+        """Load the model of the last finished round, or else the base model."""
         if self._state.progress.finished:
             self.weights = self._state.weights()
         elif base_model:
             weights = read_nemo_weights(own_base_model(Path(base_model), os.environ))
-            self.weights = self._state.write_weights(0, weights, weights.pop)  # there they take no memory
+            self.weights = self._state.write_weights(0, weights, weights.pop)  # memory-mapped: takes no RAM
             give_back_freed_memory()
         if self.uses_directions:
             self.control = self._state.algorithm()
 
     @property
     def uses_directions(self) -> bool:
-        """Whether sites send control variates beside their changes."""
+        """Whether sites send control variates with their updates."""
         return bool(self._algorithm["name"] == "scaffold")
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]] | None:
-        """Of all tensors, if there is a model."""
+        """Tensor shapes by name, or None if there is no model yet."""
         return {name: tuple(tensor.shape) for name, tensor in self.weights.items()} or None
 
     @property
     def largest_result(self) -> int | None:
-        """Bytes of the tensors of a result, at most: a change and a direction. None before there is a model."""
+        """Maximum size of a result in bytes: an update and a control variate. None if there is no model yet."""
         size = sum(max(weight.element_size(), _FLOAT32) * weight.numel() for weight in self.weights.values())
         return 2 * size + 2 * MAX_GAP * len(self.weights) if self.weights else None
 
     def recipients(self, connected: set[str]) -> dict[Kind, list[str]]:
-        """Who gets what: the last change is for sites that have the model to which it is added."""
+        """Sites by what they are sent: the last change if they hold the model before it, otherwise the full model."""
         holders = self._holders & connected if self.change else set()
         groups = {Kind.CHANGE: sorted(holders), Kind.FULL: sorted(connected - holders)}
         return {kind: sites for kind, sites in groups.items() if sites}
 
     def tensors(self, kind: Kind) -> dict[str, torch.Tensor]:
-        """What a task of that kind carries."""
+        """The tensors to send with a task of this kind."""
         return {**(self.weights if kind == Kind.FULL else self.change), **self.control}
 
     def move(self, updates: Mapping[str, SiteUpdate]) -> None:
-        """Make the next global model of the sites' updates, which are let go of, and write it."""
+        """Compute the next global model from the sites' updates, releasing them, and write it to disk."""
         average, directions = TokenWeightedAverage(self.shapes), TokenWeightedAverage()
         for site, update in updates.items():
             average.add(site, update.take_tensors(), update.message.tokens, whole=update.message.kind == Kind.FULL)
@@ -84,13 +84,13 @@ class GlobalModel:
         self._holders = set(updates)
 
     def kept(self) -> dict[str, torch.Tensor]:
-        """What the algorithm carries on, to be found again by another server."""
+        """Algorithm state to save for a restarted server."""
         return self._optimizer.kept() if self._optimizer else self.control
 
     def apply(self, average: TokenWeightedAverage) -> None:
-        """Make the next global model of the averaged changes and write it, one tensor after the other."""
+        """Apply the averaged changes and write the next global model, one tensor at a time."""
         self.change = {}
-        collect_messages()  # the last task holds the change that it was sent with
+        collect_messages()  # the last task's message still references its change
         give_back_freed_memory()
         number = self._state.progress.finished + 1
         if not self.weights:
@@ -114,7 +114,7 @@ class GlobalModel:
         give_back_freed_memory()
 
     def _update_control_variate(self, directions: TokenWeightedAverage) -> None:
-        """Move the direction of all sites by what those that answered changed of theirs."""
+        """Update the global control variate with the changes of the sites that answered."""
         share = len(directions.sites) / self._sites
         for name, mean in directions.tensors():
             change = mean.mul_(share)

@@ -1,4 +1,4 @@
-"""Which sites a round waits for: those that have not answered, and have been heard of not long ago."""
+"""Tracks which sites a round still waits for: unanswered, and heard from recently."""
 
 import threading
 import time
@@ -7,14 +7,13 @@ from collections.abc import Collection
 from fedsft_assets.federation.protocol.journal import Missed
 
 _GONE = "disconnected"
-_SECONDS_TO_START = 300.0  # NVFlare's own patience with a trainer that it starts
+_SECONDS_TO_START = 300.0  # NVFlare's own timeout for a starting trainer
 
 
 class SiteWatch:
-    """A site is waited for until it answers, fails, or says nothing for `timeout` seconds.
+    """Waits for each site until it answers, fails, or is silent for `timeout` seconds.
 
-    One that has said nothing yet in this job may still be starting, which may take five minutes whatever `timeout` is.
-    Methods may be called from any thread.
+    A site not heard from yet in this job may still be starting, and gets at least five minutes. Thread-safe.
     """
 
     def __init__(self, sites: Collection[str], timeout: float) -> None:
@@ -24,12 +23,12 @@ class SiteWatch:
         self._starting = set(self._sites)
         self._answered: set[str] = set(self._sites)
         self._lost: dict[str, str] = {}
-        self._gone: dict[str, str] = {}  # and why; NVFlare may list them as connected for long
+        self._gone: dict[str, str] = {}  # site -> reason; NVFlare may list them as connected for a long time
         self._failures: dict[str, str] = {}
-        self._refused: dict[str, str] = {}  # and why, in this task
+        self._refused: dict[str, str] = {}  # site -> reason, in this task
 
     def begin(self, connected: Collection[str]) -> None:
-        """A task is given to these sites; who answered the last one was idle since, not silent."""
+        """Start a task for the connected sites. Sites that answered the previous task were idle, not silent."""
         with self._lock:
             for site in self._answered:
                 self._heard[site] = time.monotonic()
@@ -53,25 +52,25 @@ class SiteWatch:
             self._answered.add(site)
 
     def gone(self, site: str, reason: str = _GONE) -> None:
-        """It cannot do any task: no round waits for it until it is heard of again."""
+        """The site is unreachable: no round waits for it until it is heard from again."""
         with self._lock:
             self._gone.setdefault(site, reason)
         self.lost(site, reason)
 
     def lost(self, site: str, reason: str) -> None:
-        """It cannot do its task any more. The first reason is the one to tell."""
+        """The site cannot complete its current task. The first reason given is kept."""
         with self._lock:
             if site not in self._answered:
                 self._lost.setdefault(site, reason)
 
     def failed(self, site: str, traceback: str) -> None:
-        """Its trainer says why it gives up; it will not come back in this job."""
+        """The site's trainer failed, and will not return in this job."""
         with self._lock:
             self._failures[site] = traceback
         self.lost(site, "its trainer failed")
 
     def refuse(self, site: str, why: str) -> None:
-        """What it said cannot be used: this task goes on without it, whatever it has said or says then."""
+        """Exclude the site from this task because of an invalid message, whatever else it sends."""
         with self._lock:
             self._answered.discard(site)
             if self._refused.setdefault(site, why) == why:
@@ -79,7 +78,7 @@ class SiteWatch:
 
     @property
     def refused(self) -> dict[str, str]:
-        """Sites whose word was refused in this task, and why."""
+        """Sites excluded from this task, with the reasons."""
         with self._lock:
             return dict(self._refused)
 
@@ -88,14 +87,14 @@ class SiteWatch:
             return site in self._failures
 
     def waits(self, at_least: int) -> bool:
-        """Whether there is a site to wait for, and so many may still answer in all."""
+        """Whether to keep waiting: a site is pending, and `at_least` answers are still possible."""
         with self._lock:
             open_sites = [site for site in self._sites if site not in self._answered and site not in self._lost]
-            hopeful = [site for site in open_sites if not self._is_silent(site)]
-            return bool(hopeful) and len(self._answered) + len(hopeful) >= at_least
+            pending = [site for site in open_sites if not self._is_silent(site)]
+            return bool(pending) and len(self._answered) + len(pending) >= at_least
 
     def missed(self, site: str, round: int) -> Missed:
-        """Why a site did not answer."""
+        """The record of a site that did not answer, with the reason."""
         with self._lock:
             reason = self._lost.get(site, "the round ended before it answered")
             if site not in self._lost and self._is_silent(site):

@@ -1,6 +1,6 @@
-"""Sites that come, or come again, after a job has begun: NVFlare gives them no part of it.
+"""Sites that connect or restart after a job has started: NVFlare does not deploy the job to them.
 
-If an operator follows the job, it ends after the round, to be submitted again for all sites that are there by then.
+If an operator follows the job, it ends after the round to be resubmitted to all sites connected by then.
 """
 
 import math
@@ -13,21 +13,21 @@ from fedsft_assets.federation.server.liveness import SiteWatch
 from fedsft_assets.federation.server.presence import Part, Presence, PresenceWatch
 from fedsft_assets.federation.server.state import RoundsDone
 
-_SECONDS_TO_ASK_AGAIN = 30.0  # an operator that follows the job asks for its journal all the time
-# For a site to be back, after which NVFlare would end the job; and for it to be seen that it is away.
+_SECONDS_TO_ASK_AGAIN = 30.0  # a following operator polls the journal continuously
+# Time for a lost site to reconnect before NVFlare ends the job, and for a disconnect to be noticed.
 _SECONDS_TO_RETURN, _SECONDS_TO_SEE = 45.0, 12.0
 
 
 class RegroupError(Exception):
-    """The job is to be submitted again, for these sites too."""
+    """The job must be resubmitted to include these sites."""
 
     def __init__(self, sites: list[str]) -> None:
-        super().__init__(f"{', '.join(sites)}: not in this job; it ends to be submitted again")
+        super().__init__(f"{', '.join(sites)}: not in this job yet; ending it to be resubmitted")
         self.sites = sites
 
 
 class Newcomers:
-    """Which sites a job would be submitted again for. Until `look_with` there are none, as in the simulator."""
+    """Tracks sites for which the job should be resubmitted. None before `look_with` is called, as in the simulator."""
 
     def __init__(self, sites: Collection[str], progress: RoundsDone, journal: Journal, watch: SiteWatch) -> None:
         self._sites, self._progress, self._journal, self._watch = sites, progress, journal, watch
@@ -37,7 +37,7 @@ class Newcomers:
         self._asked_for_journal = -math.inf
 
     def look_with(self, participants: set[str], look: Callable[[], Mapping[str, Part]]) -> None:
-        """Look at the sites in this way while `watched`; the participants were given the job."""
+        """Poll presence with `look` while `watched`; `participants` are the sites that the job was deployed to."""
         self._progress.sent_for = sorted(set(self._progress.sent_for) - participants)
         self._missing = sorted(set(self._sites) - participants)
         self._presence = Presence(self._sites, participants, self._progress.sent_for)
@@ -45,7 +45,7 @@ class Newcomers:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Look at the sites from time to time, and tell what is found."""
+        """Poll the sites in the background and journal changes."""
         if self._presence is None or self._look is None:
             yield
             return
@@ -57,24 +57,24 @@ class Newcomers:
             watch.stop()
 
     def note(self, look: Mapping[str, Part]) -> None:
-        """Take in one look at all sites."""
+        """Process one poll of all sites."""
         assert self._presence is not None
-        told, lost = self._presence.take(look)
+        messages, lost = self._presence.take(look)
         for site in lost:
-            self._watch.gone(site, "it was started again, and its part of the job is gone")
-        self._tell(told)
+            self._watch.gone(site, "the site restarted and lost its part of the job")
+        self._tell(messages)
 
     def note_follower(self) -> None:
-        """An operator asks for the journal."""
+        """Record that an operator polled the journal."""
         self._asked_for_journal = time.monotonic()
 
     def require_none(self) -> None:
-        """Raise RegroupError for sites that would get the job if it was submitted again, and somebody would do that."""
+        """Raise RegroupError if sites could join by resubmission and an operator follows the job."""
         if sites := self._have_come():
             raise RegroupError(sites)
 
     def wait_for_return(self, pause: Callable[[], None]) -> None:
-        """Sites were lost without which a round cannot be: they may be about to start again."""
+        """Wait for lost sites that a round needs: they may be restarting."""
         begun = time.monotonic()
         while self._presence and self._is_followed and not self._have_come():
             waited = time.monotonic() - begun

@@ -1,6 +1,6 @@
-"""The mean of the sites' changes as a gradient to an optimizer of PyTorch's at the server (Reddi et al., 2021).
+"""Server-side optimizer (FedOpt): the mean change is the gradient of a PyTorch optimizer (Reddi et al., 2021).
 
-Tensor by tensor: beside the weights only the optimizer's own state is in memory.
+Works one tensor at a time: besides the weights, only the optimizer state is in memory.
 """
 
 from collections.abc import Mapping
@@ -10,10 +10,10 @@ import torch
 
 
 class ServerOptimizer:
-    """Steps along the mean change, wherever the weights are; `settings` are the fields of `specs.FedOpt`."""
+    """Computes the optimizer step for a mean change; `settings` are the fields of `specs.FedOpt`."""
 
     def __init__(self, settings: dict[str, Any], weights: Mapping[str, torch.Tensor], state: dict[str, Any]) -> None:
-        """`state` is what `kept` gave after the last finished round, or empty."""
+        """`state` is the result of `kept` after the last finished round, or empty."""
         self._steps = {
             name: torch.empty(0, dtype=tensor.dtype) for name, tensor in weights.items() if tensor.is_floating_point()
         }
@@ -30,7 +30,7 @@ class ServerOptimizer:
             self._optimizer.load_state_dict({"state": state, "param_groups": groups})
 
     def change(self, name: str, mean: torch.Tensor) -> torch.Tensor:
-        """The change of one tensor of the global model that follows from the mean change."""
+        """The change to apply to one tensor of the global model, given the mean change of the sites."""
         step = self._steps.get(name)
         if step is None:
             return mean
@@ -40,6 +40,6 @@ class ServerOptimizer:
         return change
 
     def kept(self) -> dict[str, Any]:
-        """What the next round needs of this one."""
+        """The optimizer state that the next round needs."""
         state: dict[str, Any] = self._optimizer.state_dict()["state"]
         return state

@@ -1,4 +1,4 @@
-"""What a site says in a round: checked as it arrives, against the job's limits, its own words, and the other sites'."""
+"""Validates site messages on arrival: against the job's limits, earlier messages, and other sites' results."""
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping
@@ -27,10 +27,10 @@ from fedsft_assets.federation.server.state import ServerState
 
 
 class Review:
-    """The review of one round after another.
+    """Reviews the messages of one round at a time.
 
-    `all_needed`: a round needs all sites, so who is right need not be found out by waiting for the others. Sites whose
-    changes have more than `max_update_ratio` times the others' norm are odd ones.
+    `all_needed`: every site is required, so the first conflict ends the round without waiting for a majority. Sites
+    whose update norm exceeds `max_update_ratio` times that of the others are rejected.
     """
 
     def __init__(
@@ -47,16 +47,16 @@ class Review:
         self.begin(0)
 
     def begin(self, number: int) -> None:
-        """The round (0-based) that is under way from now on."""
+        """Start a round (0-based)."""
         self._number = number
-        self._reports: set[tuple[str, str]] = set()  # sites and ids of their messages
+        self._reports: set[tuple[str, str]] = set()  # (site, message id)
         self._points: defaultdict[str, dict[tuple[object, ...], PointMessage]] = defaultdict(dict)  # by site
-        self._starts: dict[str, Hashable] = {}  # of sites in it that begin with a model of their own
+        self._starts: dict[str, Hashable] = {}  # initial models of sites that make their own
 
-    # Each raises ValueError for what cannot be used.
+    # Each raises ValueError for an invalid message.
 
     def report(self, site: str, payload: Any) -> ReportMessage | None:
-        """What a site reports while it works; None if it is the same message once more."""
+        """A progress report; None if it is a duplicate."""
         message = self._limits.report(payload, self._number)
         if (site, message.id) in self._reports:
             return None
@@ -65,34 +65,35 @@ class Review:
             before = known.setdefault((point.name, point.round, point.step), point)
             if before.model_copy(update={"time": point.time}) != point:
                 raise ValueError(
-                    f"{point.name}: found {point.measured}, which the site had said to be {before.measured}"
+                    f"{point.name}: found {point.measured}, but the site reported {before.measured} before"
                 )
         self._reports.add((site, message.id))
         return message
 
     def score(self, site: str, _result: FLModel) -> ScoreMessage:
-        """What a site has measured of the model that it was given."""
+        """A site's score of the model it was sent."""
         return self._limits.score(self._points_of_round(site), self._number, self.records(site))
 
     def update(self, site: str, result: FLModel) -> SiteUpdate:
-        """What a site has made of it."""
+        """A site's update of the model it was sent."""
         points = self._points_of_round(site)
         message = self._limits.update(result.meta, points, self._number, self.records(site))
         expected = Kind.CHANGE if self._model.weights else Kind.FULL
         if message.kind != expected:
-            raise ValueError(f"sent {message.kind!r} where {str(expected)!r} was to come; are the versions the same?")
+            raise ValueError(
+                f"kind: found {message.kind!r}, expected {str(expected)!r}; all sites need the same version"
+            )
         update = SiteUpdate(message, result.params, self._model.shapes, self._model.wire, self._model.uses_directions)
         if self._state.progress.finished and message.first != self._state.progress.first:
-            raise ValueError(other_start("the sites before"))
+            raise ValueError(other_start("earlier sites"))
         others = [other for other, start in self._starts.items() if start != update.start]
-        if others and self._all_needed:  # else it is seen who is right when all have answered
+        if others and self._all_needed:  # otherwise the majority decides once all have answered
             raise ValueError(other_start(", ".join(others)))
         if not self._model.weights:
             self._starts[site] = update.start
         return update
 
-    # Each returns sites whose word is not that of the others, and why; raises ValueError where nobody can say who is
-    # right.
+    # Each returns sites that disagree with the majority, with the reason; raises ValueError if there is no majority.
 
     def odd_scores(self, scores: Mapping[str, ScoreMessage]) -> dict[str, str]:
         losses = {site: score.named(VAL_LOSS)[0] for site, score in scores.items()}
@@ -113,15 +114,15 @@ class Review:
         return outsized_updates(directions, steps, self._max_update_ratio) | odd
 
     def records(self, site: str) -> int | None:
-        """That the site trains on: as the job says, or as the site itself said first."""
+        """Number of training records of the site: from the job, or as the site first reported it."""
         return self._limits.records.get(site) or self._state.progress.records.get(site)
 
     def note_records(self, site: str, records: int) -> None:
-        """Hold a site with data of its own to how many records it says first."""
+        """Remember the first record count that a site with private data reports; later ones must match."""
         if self.records(site) is None:
             self._state.progress.records[site] = records
-            self._say(f"{site} · says that it trains on {records:,} records of its own")
+            self._say(f"{site} · reports {records:,} training records of its own")
 
     def _points_of_round(self, site: str) -> list[PointMessage]:
-        """What the site has reported of the round that is under way, in its order."""
+        """Points that the site has reported in the current round, in order."""
         return [point for point in self._points[site].values() if point.round == round_of(point.name, self._number)]

@@ -1,6 +1,6 @@
-"""The rounds of one execution as its server keeps them: what sites sent is scored, written down, and averaged.
+"""The rounds of one execution at its server: site results are scored, journaled and averaged.
 
-Nothing here knows how messages travel.
+Independent of how messages are transported.
 """
 
 import os
@@ -22,7 +22,7 @@ from fedsft_assets.federation.server.state import ServerState
 class Rounds:
     """State, journal, global model and review of an execution, resumed or created in `folder`.
 
-    `sites` is how many there are; `all_needed`, that no round can do without one of them.
+    `sites` is the number of sites; `all_needed` means that every round requires all of them.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Rounds:
         all_needed: bool,
         max_update_ratio: float | None,
     ) -> None:
-        """Raises ValueError for a state or a journal that cannot be read."""
+        """Raises ValueError if the state or the journal is unreadable."""
         self.state = ServerState(folder)
         self.journal = Journal(folder / JOURNAL_FILE)
         self.global_model = GlobalModel(self.state, wire, algorithm, sites)
@@ -49,12 +49,12 @@ class Rounds:
         )
 
     def finish(self, number: int, updates: Mapping[str, SiteUpdate]) -> None:
-        """Score the model that was sent in a round (0-based), and make the next one; it is on the disk afterwards."""
-        said = {site: update.message for site, update in updates.items()}
-        self.score(said)
+        """Score the model sent in this round (0-based), then compute the next one and save it to disk."""
+        messages = {site: update.message for site, update in updates.items()}
+        self.score(messages)
         progress = self.state.progress
-        points = {site: points_of(site, message.points) for site, message in said.items()}
-        trained = {site: message.samples for site, message in said.items()}
+        points = {site: points_of(site, message.points) for site, message in messages.items()}
+        trained = {site: message.samples for site, message in messages.items()}
         self.journal.add(merged_train_loss(points, trained, progress.samples, number + 1))
         for site, update in updates.items():
             progress.first = update.message.first
@@ -67,16 +67,16 @@ class Rounds:
         self.journal.add([RoundDone(number + 1)])
 
     def score(self, scores: Mapping[str, ScoreMessage]) -> None:
-        """Write down how good the model is that the sites were given, and whether it is the best so far."""
+        """Journal the score of the model that the sites were sent, and note whether it is the best so far."""
         progress = self.state.progress
         points = [point for site, score in scores.items() for point in points_of(site, score.points)]
-        whole = merged_val_loss(points, progress.finished, sum(progress.samples.values()))
-        self.journal.add([whole])
-        if progress.finished > 0 and (progress.best_loss is None or whole.value < progress.best_loss):
-            progress.best_loss, progress.best_round = whole.value, progress.finished
+        merged = merged_val_loss(points, progress.finished, sum(progress.samples.values()))
+        self.journal.add([merged])
+        if progress.finished > 0 and (progress.best_loss is None or merged.value < progress.best_loss):
+            progress.best_loss, progress.best_round = merged.value, progress.finished
 
     def publish(self, run_dir: Path, complete: bool) -> None:
-        """Leave in the job's own folder what is to be fetched: the journal and, of a `complete` job, its models."""
+        """Put the files to be downloaded into the job's run folder: the journal and, if `complete`, the models."""
         progress = self.state.progress
         if complete:
             _link(self.state.model_file(progress.finished), run_dir / LAST_MODEL)
@@ -88,7 +88,7 @@ class Rounds:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Make `target` the content that `source` has now, at no cost where both are on one disk."""
+    """Replace `target` with the current content of `source`: a hard link if possible, otherwise a copy."""
     fresh = target.with_suffix(".new")
     fresh.unlink(missing_ok=True)
     try:

@@ -1,4 +1,4 @@
-"""What a site sends of its model in a round, checked as it arrives: tensors of the model, in numbers that travel."""
+"""A site's update in a round, validated on arrival: the model's tensors, in the wire precision."""
 
 from collections.abc import Hashable, Mapping
 from typing import Any
@@ -10,11 +10,11 @@ from fedsft_assets.federation.protocol.site_messages import UpdateMessage
 from fedsft_assets.federation.server.aggregation import norm_of, other_tensors, plain, shapes_of
 from fedsft_assets.federation.transport import BrokenTensor, StoredTensor
 
-Tensors = dict[str, Any]  # whose values are torch's, or lie in a file
+Tensors = dict[str, Any]  # torch tensors, or references to tensors on disk
 
 
 class SiteUpdate:
-    """`message` stands beside the tensors; `norm` is that of all of them together."""
+    """`message` is the metadata sent with the tensors; `norm` is their joint L2 norm."""
 
     def __init__(
         self,
@@ -24,9 +24,9 @@ class SiteUpdate:
         wire: Wire,
         sends_directions: bool,
     ) -> None:
-        """`of_model` are the shapes of the global model, None where the sites make the first one.
+        """`of_model` are the shapes of the global model; None if the sites create the first one.
 
-        Raises ValueError that says what is not as it must be.
+        Raises ValueError describing the first mismatch.
         """
         self.message = message
         sent = _checked(params, message.kind, wire)
@@ -44,23 +44,23 @@ class SiteUpdate:
 
     @property
     def start(self) -> Hashable:
-        """What sites that begin with a model of their own must have in common."""
+        """What must be equal at all sites that initialize their own model."""
         return self.message.first, tuple(sorted(self._shapes.items()))
 
     def take_tensors(self) -> Tensors:
-        """Those of the model, which are then the caller's alone."""
+        """Hand over the model's tensors; this object keeps no reference."""
         taken, self._tensors = self._tensors, {}
         return taken
 
     def take_directions(self) -> Tensors:
-        """Those of the site's direction, with the prefix of their names; the same."""
+        """Hand over the control variate's tensors, whose names have the prefix `CONTROL`."""
         taken, self.directions = self.directions, {}
         return taken
 
 
 def _checked(params: object, kind: str, wire: Wire) -> Tensors:
     if not isinstance(params, dict) or not all(isinstance(name, str) for name in params):
-        raise ValueError(f"params: found {type(params).__name__}, expected tensors by their names")
+        raise ValueError(f"params: found {type(params).__name__}, expected a dict of tensors by name")
     for name, tensor in params.items():
         changes = kind == Kind.CHANGE or name.startswith(CONTROL)
         floating = torch.bfloat16 if changes and wire == Wire.BF16_DIFF else torch.float32
@@ -69,7 +69,7 @@ def _checked(params: object, kind: str, wire: Wire) -> Tensors:
         if not isinstance(tensor, torch.Tensor | StoredTensor):
             raise ValueError(f"{plain(name)}: found {type(tensor).__name__}, expected a tensor")
         if isinstance(tensor, torch.Tensor) and (tensor.layout != torch.strided or tensor.is_meta):
-            raise ValueError(f"{plain(name)}: found a tensor without its numbers, expected all of them")
+            raise ValueError(f"{plain(name)}: found a tensor without data, expected a dense one")
         if tensor.dtype.is_complex or (tensor.dtype.is_floating_point and tensor.dtype != floating):
-            raise ValueError(f"{plain(name)}: found numbers in {tensor.dtype}, expected {floating}")
+            raise ValueError(f"{plain(name)}: found {tensor.dtype}, expected {floating}")
     return dict(params)

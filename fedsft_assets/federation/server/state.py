@@ -1,7 +1,7 @@
-"""What the server part of a job keeps on the disk from round to round, so that another process can go on with it.
+"""The server's state on disk after each round, from which a restarted server resumes.
 
-One folder for each execution of a job. `state.json` names the files that it stands for and is replaced last, so a
-process that dies leaves the state of the last finished round.
+One folder per execution. `state.json` refers to the other files and is replaced last, so a killed process leaves the
+state of the last finished round intact.
 """
 
 import json
@@ -22,17 +22,17 @@ from fedsft_assets.model.archive.torch_writer import write_tensors
 
 _STATE_FILE = "state.json"
 _HANDED_OVER_FILE = "handed_over.json"
-_SECONDS_TO_KEEP = 3600.0  # the state of a job whose result is archived: the server may die before it says so
+_SECONDS_TO_KEEP = 3600.0  # keep archived state: the server may die before reporting success
 
 
 @dataclass
 class RoundsDone:
-    """What is known after `finished` rounds.
+    """Progress after `finished` rounds.
 
-    `samples` are the records that each site has trained on so far. `best_round` is the round after which the
-    model had `best_loss`, the lowest yet; 0 if none was scored. `first` are the digests that sites began with.
-    `sent_for` are sites for whose sake the job was ended to be submitted again, and that have not got it since.
-    `records` are how many a site says that it trains on, where the job does not.
+    `samples` counts the records that each site has trained on so far. `best_round` is the round after which the model
+    had the lowest loss, `best_loss`; 0 if none was scored. `first` holds the digests of the sites' initial model.
+    `sent_for` lists sites for which the job was ended to be resubmitted and that have not joined since. `records` are
+    self-reported training record counts, for sites whose count the job does not know.
     """
 
     finished: int = 0
@@ -45,10 +45,10 @@ class RoundsDone:
 
 
 class ServerState:
-    """The weights after the last finished round, those of the best one, and what the algorithm carries on."""
+    """The weights of the last finished round and of the best one, and the algorithm's state."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises ValueError for a state that cannot be read."""
+        """Raises ValueError if the state is unreadable."""
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / _STATE_FILE
@@ -57,53 +57,48 @@ class ServerState:
                 RoundsDone(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else RoundsDone()
             )
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}: is not the state of a job: {error}; remove {folder} to start anew") from error
+            raise ValueError(f"{path}: not a valid job state: {error}; remove {folder} to start over") from error
         self._remove_others()
 
     def executions(self) -> list[str]:
-        """All that can be gone on with here, by the names of their folders; this one is among them."""
+        """Names of all executions that can be resumed here, including this one."""
         return sorted(path.name for path in self.folder.parent.iterdir() if path.is_dir())
 
     def weights(self) -> ContiguousTensors:
-        """The global model after the last finished round, whose memory is that of its file."""
+        """The global model after the last finished round, memory-mapped."""
         return _mapped(self.model_file(self.progress.finished))
 
     def algorithm(self) -> dict[str, Any]:
-        """What the algorithm kept after the last finished round."""
+        """The algorithm's state after the last finished round."""
         path = self._algorithm_file(self.progress.finished)
         return _read(path) if path.exists() else {}
 
     def model_file(self, round: int) -> Path:
-        """The file of the global model after so many rounds; only the last and the best are there."""
+        """File of the global model after `round` rounds; only the last and the best are kept."""
         return self.folder / f"model-{round:06d}.pt"
-
-    def commit(self, weights: Mapping[str, torch.Tensor], algorithm: Mapping[str, Any]) -> None:
-        """Make the progress as it stands, and these weights after it, what a later process begins with."""
-        self.write_weights(self.progress.finished, weights, weights.__getitem__)
-        self.commit_round(algorithm)
 
     def write_weights(
         self, round: int, like: Mapping[str, torch.Tensor], made: Callable[[str], torch.Tensor]
     ) -> ContiguousTensors:
-        """Write the global model after so many rounds, asking for one tensor after the other; none of it is held.
+        """Write the global model after `round` rounds, requesting one tensor at a time from `made`.
 
-        `like` says names, types and shapes. What is written counts from `commit_round` on. Returns the model, whose
-        memory is that of the file.
+        `like` gives names, dtypes and shapes. The file takes effect with `commit_round`. Returns the model,
+        memory-mapped.
         """
         infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in like.items()}
         path = self.model_file(round)
-        with whole_file(path, lasting=round > 0) as file:  # the base model is read again where no round is finished
+        with whole_file(path, lasting=round > 0) as file:  # before the first round, the base model is read again anyway
             write_tensors(file, infos, made)
         return _mapped(path)
 
     def commit_round(self, algorithm: Mapping[str, Any]) -> None:
-        """Make the progress as it stands what a later process begins with; its weights are written."""
+        """Save the current progress, to resume from; the weights must have been written."""
         if algorithm:
             _write(algorithm, self._algorithm_file(self.progress.finished))
         self.commit_progress()
 
     def commit_progress(self) -> None:
-        """The same with the weights that are there."""
+        """Save the current progress, with the weights unchanged."""
         fresh = self.folder / f"{_STATE_FILE}.new"
         with fresh.open("w", encoding="utf-8") as file:
             json.dump(asdict(self.progress), file)
@@ -113,9 +108,9 @@ class ServerState:
         self._remove_others()
 
     def hand_over_to(self, run_dir: Path) -> None:
-        """Note that all that the execution was for is in this folder, which NVFlare archives and removes.
+        """Record that the results are in `run_dir`, which NVFlare archives and then removes.
 
-        Until then this state stays: of a server that dies in between nobody else could get the result.
+        The state is kept until then: if the server died in between, the result would be lost.
         """
         note = self.folder / _HANDED_OVER_FILE
         note.write_text(json.dumps({"run_dir": str(run_dir)}), encoding="utf-8")
@@ -132,13 +127,13 @@ class ServerState:
 
 
 def remove_archived(root: Path, but: Path) -> None:
-    """Remove the states under `root` whose executions NVFlare has archived, except the folder `but`."""
+    """Remove states under `root` whose results NVFlare has archived, except the folder `but`."""
     for note in root.glob(f"*/{_HANDED_OVER_FILE}"):
         try:
             run_dir = Path(json.loads(note.read_text(encoding="utf-8"))["run_dir"])
             fresh = time.time() - note.stat().st_mtime < _SECONDS_TO_KEEP
         except (OSError, ValueError, KeyError):
-            continue  # another job's server removes it just now, or died while it wrote the note
+            continue  # being removed by another job's server, or only half written
         if note.parent != but and not fresh and not run_dir.exists():
             shutil.rmtree(note.parent, ignore_errors=True)
 
@@ -149,7 +144,7 @@ def _write(kept: Mapping[str, Any], path: Path) -> None:
 
 
 def _mapped(path: Path) -> ContiguousTensors:
-    """Tensors whose memory is that of their file."""
+
     return ContiguousTensors(_read(path, mmap=True))
 
 

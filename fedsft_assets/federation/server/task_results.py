@@ -1,4 +1,4 @@
-"""What sites answer to one task, taken as each answer arrives."""
+"""Collects the sites' results of one task as they arrive."""
 
 import threading
 from collections.abc import Callable, Mapping
@@ -13,9 +13,9 @@ T = TypeVar("T")
 
 
 class TaskResults(Generic[T]):
-    """`take` makes of a site's answer what is kept; a ValueError of it goes to `refuse`, and the site is left out.
+    """`take` converts a site's result; if it raises ValueError, `refuse` is called and the site is excluded.
 
-    Answers may arrive in any thread.
+    Thread-safe.
     """
 
     def __init__(
@@ -28,13 +28,13 @@ class TaskResults(Generic[T]):
         self._lock = threading.Lock()
         self._taken: dict[str, T] = {}
         self.errors: list[Exception] = []
-        """What `take` raised beside; NVFlare would log what a callback raises, and go on."""
+        """Other errors raised by `take`; NVFlare would only log errors raised in a callback."""
 
     def __len__(self) -> int:
         return len(self._taken)
 
     def receive(self, result: FLModel) -> None:
-        """What NVFlare calls with a site's answer."""
+        """NVFlare's callback for a site's result."""
         with self._lock:
             site = result.meta["client_name"]
             self._watch.heard(site)
@@ -55,10 +55,10 @@ class TaskResults(Generic[T]):
             self._watch.done(site)
 
     def close(self, compare: Callable[[Mapping[str, T]], dict[str, str]], at_least: int, what: str) -> dict[str, T]:
-        """All that was taken, by site in its order, without sites that are refused.
+        """Results by site, sorted, without refused sites.
 
-        `compare` says whose answer is not that of the others, and why, where there are `at_least` so many. Raises
-        what `take` raised, and ValueError, which begins with `what`, where nobody can say who is right.
+        If there are `at_least` results, `compare` returns sites that disagree with the others, with the reason; they
+        are refused. Raises the first error of `take`, and ValueError prefixed with `what` if no majority agrees.
         """
         with self._lock:
             if self.errors:

@@ -1,6 +1,6 @@
-"""Results that NVFlare cannot read, or that do not arrive whole: whoever sent one is told of.
+"""Reports the senders of results that NVFlare cannot decode or that arrive incomplete.
 
-NVFlare's own way is to end the server's process, so that one site could end the job, and nobody would be named.
+By default NVFlare ends the server process, so a single site could end the job without being named.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from nvflare.private.defs import CellMessageHeaderKeys
 from fedsft_assets.federation.transport import TransferError
 
 _decode = cellnet.decode_payload
-# The machine's own faults, of which the sender knows nothing: NVFlare ends the process, and the job goes on in another.
+# Local faults, not the sender's: NVFlare ends the process, and the job resumes in another.
 _OWN_FAULTS = (MemoryError, OSError)
 
 
@@ -26,10 +26,10 @@ Tell = Callable[[Message, str], object]
 
 
 def tell_of_unreadable_results(tell: Tell, tell_of_lost: Tell) -> None:
-    """From now on, call `tell` with each message that should be a result and is none, and what is wrong with it.
+    """Install a hook that calls `tell` with each malformed result message and the reason.
 
-    Call `tell_of_lost` with one whose tensors do not arrive because their sender is gone, and what happened. A message
-    is answered as that of somebody unknown. Of this process's cells, this is for all.
+    `tell_of_lost` is called for a result whose tensors cannot be fetched because the sender is gone. The message is
+    then answered as if from an unknown client. Applies to all cells of this process.
     """
 
     def decode(message: Message, *args: Any, **kwargs: Any) -> None:
@@ -46,7 +46,7 @@ def tell_of_unreadable_results(tell: Tell, tell_of_lost: Tell) -> None:
             _drop(message, f"it cannot be decoded: {error}", tell)
             return
         if _is_result(message) and not _is_readable(message.payload):
-            _drop(message, f"it is a {type(message.payload).__name__} without what NVFlare sends with a result", tell)
+            _drop(message, f"it is a {type(message.payload).__name__} without NVFlare's result headers", tell)
 
     cellnet.decode_payload = decode
 
@@ -59,7 +59,7 @@ def _is_result(message: Message) -> bool:
 def _is_readable(payload: object) -> bool:
     try:
         return isinstance(payload, Shareable) and isinstance(payload.get_peer_context(), FLContext)
-    except (AttributeError, TypeError):  # its headers are no dictionary
+    except (AttributeError, TypeError):  # its headers are not a dictionary
         return False
 
 

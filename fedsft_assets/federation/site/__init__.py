@@ -1,1 +1,1 @@
-"""What runs at a site."""
+"""Code that runs at a site."""

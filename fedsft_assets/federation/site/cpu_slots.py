@@ -1,4 +1,4 @@
-"""Turns of the trainers on one machine: where it plays more sites than it has cores, only some compute at once."""
+"""CPU slots for the trainers on one machine: with more simulated sites than cores, only some compute at once."""
 
 import fcntl
 import os
@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-TURNS = "FEDSFT_TURNS"  # names a folder with one file for each trainer that may compute; without it, all may
+TURNS = "FEDSFT_TURNS"  # a folder with one file per slot; if unset, there is no limit
 
 _SECONDS_BETWEEN_TRIES = 0.05
-_SECONDS_BETWEEN_WORDS = 60.0
+_SECONDS_BETWEEN_CALLS = 60.0
 
 
 def make_turns(folder: Path, at_once: int) -> None:
-    """Let so many trainers compute at once, of those that find the folder in their environment."""
+    """Create `at_once` slots for the trainers whose environment names the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(at_once):
         (folder / str(number)).touch()
@@ -22,9 +22,9 @@ def make_turns(folder: Path, at_once: int) -> None:
 
 @contextmanager
 def turn(waiting: Callable[[], object]) -> Iterator[None]:
-    """Wait for a turn, and have it for the block; a process that dies loses its own.
+    """Wait for a free slot and hold it for the block; a dead process releases its slot.
 
-    `waiting` is called once a minute, for those who take silence for a sign of death.
+    `waiting` is called once a minute, as a sign of life.
     """
     folder = os.environ.get(TURNS)
     if folder is None:
@@ -35,13 +35,13 @@ def turn(waiting: Callable[[], object]) -> Iterator[None]:
     try:
         while not any(_taken(file.fileno()) for file in files):
             time.sleep(_SECONDS_BETWEEN_TRIES)
-            if time.monotonic() - last > _SECONDS_BETWEEN_WORDS:
+            if time.monotonic() - last > _SECONDS_BETWEEN_CALLS:
                 last = time.monotonic()
                 waiting()
         yield
     finally:
         for file in files:
-            file.close()  # which gives the lock back
+            file.close()  # releases the lock
 
 
 def _taken(descriptor: int) -> bool:

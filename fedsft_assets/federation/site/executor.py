@@ -1,7 +1,8 @@
-"""What a job starts at a site: the trainer of the package that is installed there.
+"""The NVFlare executor of a job: starts the trainer of the package installed at the site.
 
-NVFlare's own executor takes the command to run from the job, so a site that allows it lets whoever submits jobs run
-anything. This one takes nothing from the job: with it alone in the site's `class_allow_list`, no job brings a command.
+NVFlare's own executor takes the command to run from the job, so a site that allows it lets submitters run anything.
+This one takes nothing from the job: if the site's `class_allow_list` has only this class, no job can run other
+commands.
 """
 
 from typing import Any
@@ -19,12 +20,12 @@ from fedsft_assets.federation.protocol.messages import PROGRESS_CHANNEL, PROGRES
 from fedsft_assets.process_env import forget_secrets
 
 PLAN = "config/plan.json"  # in the site's part of the job folder
-_SECONDS_TO_ANSWER = 10.0  # of the server; the trainer waits longer
+_SECONDS_TO_ANSWER = 10.0  # timeout for the server's answer; the trainer waits longer
 COMMAND = ["python3", "-u", "-m", "fedsft_assets.federation.site.process", "--plan", PLAN]
 
 
 class InstalledTrainer(ClientAPIExecutor):
-    """Runs `fedsft_assets.federation.site.process` as a process of its own, by the `python3` on the site's path."""
+    """Runs `fedsft_assets.federation.site.process` in its own process, with the `python3` on the site's PATH."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -35,7 +36,7 @@ class InstalledTrainer(ClientAPIExecutor):
         )
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
-        if event_type == EventType.START_RUN:  # in the process of the job at the site, before it starts the trainer
+        if event_type == EventType.START_RUN:  # in the site's job process, before the trainer starts
             forget_secrets()
         elif event_type == EventType.ABOUT_TO_START_RUN:
             require_local_driver("fedsft-site configure")
@@ -47,9 +48,11 @@ class InstalledTrainer(ClientAPIExecutor):
 
 
 def _forward(message: Message, cell: Any, server: str) -> Message:
-    """What the server's part of the job answers to the trainer's message.
+    """Forward a trainer's message to the job's server process and return its answer.
 
-    The server knows by the message's token which site has sent it; of NVFlare's events, a site says so itself.
+    The server identifies the site by the message's token; in NVFlare's own events, the sender is only claimed.
     """
-    told = Message(payload=message.payload)
-    return cell.send_request(PROGRESS_CHANNEL, PROGRESS_TOPIC, server, told, timeout=_SECONDS_TO_ANSWER, optional=True)
+    forwarded = Message(payload=message.payload)
+    return cell.send_request(
+        PROGRESS_CHANNEL, PROGRESS_TOPIC, server, forwarded, timeout=_SECONDS_TO_ANSWER, optional=True
+    )

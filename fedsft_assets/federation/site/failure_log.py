@@ -1,14 +1,14 @@
-"""Why a site's trainer ended before its job did, from the log that NVFlare keeps at the site."""
+"""Finds out from NVFlare's log at the site why a trainer ended before its job did."""
 
 import json
 import re
 import signal
 from dataclasses import dataclass
 
-FAILURE_MARK = "fedsft-failure: "  # trainers print their own traceback behind it, in one line
+FAILURE_MARK = "fedsft-failure: "  # followed by the trainer's traceback, JSON-encoded on one line
 
-# What NVFlare's external_process_backend says, while it waits for a trainer and while it fetches a result,
-# and what torchrun says of the first of a trainer's processes that failed.
+# Messages of NVFlare's external_process_backend, while waiting for a trainer and while fetching a result,
+# and torchrun's message about the first process that failed.
 _EXIT = re.compile(
     r"trainer process(?: group)? exited(?: \(rc=(?P<code>-?\d+)\))?"
     r"|result source died before transfer completion \(rc=(?P<lost>-?[1-9]\d*)\)"
@@ -18,19 +18,19 @@ _EXIT = re.compile(
 
 @dataclass(frozen=True)
 class TrainerFailure:
-    """A trainer that ended before its job did; `has_traceback` tells whether the reason is its own traceback."""
+    """A trainer that ended before its job did; `has_traceback`: the reason is its own traceback."""
 
     reason: str
     has_traceback: bool
 
 
 def first_failure(log: str) -> TrainerFailure | None:
-    """The first reason that a log gives, if it gives one."""
+    """The first failure in a log, or None."""
     return next((failure for failure in map(read_line, log.splitlines()) if failure), None)
 
 
 def read_line(line: str) -> TrainerFailure | None:
-    """What a line of a site's log says of a failure, or None."""
+    """The failure in a line of a site's log, or None."""
     if FAILURE_MARK in line:
         return TrainerFailure(json.loads(line.split(FAILURE_MARK, 1)[1]), has_traceback=True)
     if match := _EXIT.search(line):
@@ -44,6 +44,6 @@ def _explain_exit(code: int | None) -> str:
         return "the trainer process ended"
     if code >= 0:
         return f"the trainer process ended with exit code {code}"
-    name = signal.Signals(-code).name if -code in set(signal.Signals) else "of no name"
-    cause = "; the usual cause is too little memory" if name == "SIGKILL" else ""
+    name = signal.Signals(-code).name if -code in set(signal.Signals) else "unknown"
+    cause = "; the usual cause is running out of memory" if name == "SIGKILL" else ""
     return f"the trainer process was killed by signal {-code} ({name}){cause}"

@@ -1,4 +1,4 @@
-"""A site's side of what travels: the global model that it was given, and the change that it sends of it."""
+"""The site's side of the model exchange: the global model it received, and the change it sends back."""
 
 from collections.abc import Callable, Mapping
 
@@ -11,38 +11,37 @@ from fedsft_assets.federation.transport import LazyTensor, rounded
 
 Tensors = dict[str, torch.Tensor]
 
-# A copy of the numbers of a weight, as they lie in memory, from the first to before the last, where sums are made.
+# Copies the flattened elements [first, last) of a weight, in the precision of the sums.
 Weight = Callable[[int, int], torch.Tensor]
 
 
 class ExchangeError(RuntimeError):
-    """What came from the server is not what this site can work with."""
+    """The server sent something that this site cannot use."""
 
 
 class SiteExchange:
-    """`given` is the global model that this site has, in float32; `control` the direction of all sites, of SCAFFOLD.
+    """`given` is the global model at this site, in float32; `control` is SCAFFOLD's global control variate.
 
-    `first` are the weights that the site begins with itself, where the server has none. Of what is received and sent
-    nothing is held beside `given`: changes to it are added while they arrive (`begin`, `add`, `end`), and what is
-    sent is made when its turn has come.
+    `first` are the site's own initial weights, if the server has none. Only `given` is held in memory: incoming changes
+    are added to it while they arrive (`begin`, `add`, `end`), and outgoing tensors are computed when they are sent.
     """
 
     def __init__(self, site: str, wire: Wire, filter: ChangeFilter, first: Tensors) -> None:
         self._site, self._wire, self._filter, self.first = site, wire, filter, first
         self.given: Tensors = {}
         self.control: Tensors = {}
-        self._version = 0  # rounds after which the global model was as it is here
-        self._torn = False  # a change was added in part
+        self._version = 0  # number of rounds behind `given`
+        self._torn = False  # a change was only partly added
 
     def take(self, received: FLModel) -> None:
-        """Have the global model: as it came, or by the change to the one that is here.
+        """Update the global model: replace it, or apply the received change to it.
 
-        Empties what was received. Raises ExchangeError for what another version of the package sent.
+        Empties `received.params`. Raises ExchangeError if another version of the package sent it.
         """
         version, kind = received.meta.get(VERSION_KEY), received.meta.get(KIND_KEY)
         if version != VERSION:
             raise ExchangeError(
-                f"{self._site}: the server's part of the job speaks version {version!r}, this site's package"
+                f"{self._site}: the server uses protocol version {version!r}, this site's package uses"
                 f" {VERSION!r}; install the version of fedsft-assets that the job was built with"
             )
         sent = dict(received.params)
@@ -52,40 +51,40 @@ class SiteExchange:
             self.given, self._version, self._torn = sent, received.current_round, False
             return
         if not self.given:
-            raise ExchangeError(f"{self._site}: was sent a change, but has no model to add it to")
+            raise ExchangeError(f"{self._site}: received a change, but has no model to apply it to")
         for name in list(sent):
             change = sent.pop(name)
-            if not change.is_meta:  # else it is added already
+            if not change.is_meta:  # meta: already added on arrival
                 self.given[name].add_(change)
         self._version = received.current_round
 
     def begin(self, version: int) -> bool:
-        if not self.given or version == self._version:  # `take` says so; the server has sent it twice
+        if not self.given or version == self._version:  # no model: `take` raises; same version: sent twice
             return False
         if self._torn or version != self._version + 1:
             raise ExchangeError(
-                f"{self._site}: has the model after {self._version} rounds{' in part' if self._torn else ''}, and was"
-                f" sent the change that leads to round {version}"
+                f"{self._site}: has the model after {self._version} rounds{' in part' if self._torn else ''}, but"
+                f" received the change for round {version}"
             )
         self._torn = True
         return True
 
     def add(self, name: str, first: int, values: torch.Tensor) -> None:
-        if name in self.given:  # else `take` says so
+        if name in self.given:  # otherwise `take` raises
             self.given[name].view(-1)[first : first + len(values)].add_(values)
 
     def end(self, version: int) -> None:
         self._version, self._torn = version, False
 
     def weights(self) -> Mapping[str, torch.Tensor]:
-        """What the site's model is to be before it is trained."""
+        """The weights to load before training."""
         return {**self.first, **self.given}
 
     def changes(self, weights: Mapping[str, Weight], kind: Kind) -> Tensors:
-        """What this site sends of its weights: how far they went from those that it was given, or all of them.
+        """The tensors to send: differences from the received weights, or the full weights.
 
-        `weights` give copies, which must be the same until all is sent. The given weights stay only where the next
-        ones come as a change to them, else until all is sent.
+        The copies that `weights` return must not change until all tensors are sent. The received weights are kept only
+        if the next ones arrive as a change; otherwise only until all is sent.
         """
         given = {**self.first, **self.given}
         if self._wire == Wire.FP32:

@@ -1,9 +1,9 @@
-"""Gaussian noise that nobody can foresee, and that does not tell what it was added to.
+"""Cryptographically secure Gaussian noise that does not leak what it was added to.
 
-Its bits are AES-256 in counter mode under a key of the operating system's that nobody ever sees: no seed can be
-tried. Sums are of whole numbers of steps, 2^-17 to 2^-16 standard deviations, whatever is blurred: floats that
-come as they do have gaps that give away what was added to them (Mironov, On Significance of the Least Significant
-Bits for Differential Privacy, 2012).
+Random bits come from AES-256 in counter mode under a fresh key from the operating system, so there is no seed to guess.
+Values and noise are added as integer multiples of a step of 2^-17 to 2^-16 standard deviations: the uneven gaps between
+floats would leak the value under the noise (Mironov, On Significance of the Least Significant Bits for Differential
+Privacy, 2012).
 """
 
 import math
@@ -16,19 +16,19 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 _KEY_BYTES = 32
-_BLOCK = 1 << 15  # numbers at a time: what stays in a core's cache, and what torch does in one thread
+_BLOCK = 1 << 15  # elements at a time: fits in a core's cache, and torch uses one thread
 _STEP_BITS = 16
-_UNSIGNED = (1 << 63) - 1  # torch shifts and converts signed integers only
-_SCARCE = 1 << 47  # a uniform number below this, of 63 bits, gets 63 bits more: the far tails are made of these
+_UNSIGNED = (1 << 63) - 1  # torch only shifts and converts signed integers
+_SCARCE = 1 << 47  # 63-bit uniforms below this get 63 more bits: they produce the far tails
 
 
 def add_noise(tensors: Iterable[torch.Tensor], scale: float, deviation: float) -> None:
-    """Multiply all numbers by `scale`, in place, and add Gaussian noise of that standard deviation to each.
+    """Multiply all elements by `scale`, in place, and add Gaussian noise with standard deviation `deviation`.
 
-    Before the noise, a number is rounded towards zero to whole steps, which makes no norm larger. What comes out is
-    what a Gaussian of real numbers, added to these, would be when it is rounded to whole steps, and only then to the
-    tensor's type: rounding after the noise tells nothing. A step is the power of two, times 2^-16, that is next below
-    the deviation. Tensors may be on any device; noise is made on the CPU, in as many threads as torch uses.
+    Before noise is added, values are rounded towards zero to multiples of the step, which never increases a norm. The
+    result is distributed as a real-valued Gaussian sum rounded to the step, and then to the tensor's dtype; rounding
+    after the noise leaks nothing. The step is 2^-16 times the largest power of two not above the deviation. Tensors may
+    be on any device; noise is generated on the CPU with as many threads as torch uses.
     """
     step = math.ldexp(1.0, math.frexp(deviation)[1] - 1 - _STEP_BITS)
     blocks = _Shared(_blocks(tensors))
@@ -40,24 +40,24 @@ def add_noise(tensors: Iterable[torch.Tensor], scale: float, deviation: float) -
 
     threads = torch.get_num_threads()
     try:
-        # One thread in each: else MKL would share out every logarithm among all cores once more.
+        # One torch thread per worker: otherwise MKL would parallelize each logarithm over all cores again.
         with ThreadPoolExecutor(threads, "noise", torch.set_num_threads, (1,)) as pool:
             for done in [pool.submit(work) for _ in range(threads)]:
                 done.result()
     finally:
-        torch.set_num_threads(threads)  # for threads that are yet to come
+        torch.set_num_threads(threads)  # for threads started later
 
 
 class NoiseStream:
-    """Whole numbers of steps, each a Gaussian that is rounded to the nearest; `deviation` is in steps.
+    """A stream of Gaussian samples rounded to integers; `deviation` is in steps.
 
-    Box and Muller's transformation in float64, of 63 bits for the angle and 63 for the radius, 126 where it is
-    large: it reaches 13 deviations, beyond which a Gaussian is once in 10^38 numbers.
+    Uses the Box-Muller transform in float64, with 63 random bits for the angle and 63 for the radius, or 126 if it is
+    large: reaches 13 standard deviations, which a Gaussian exceeds once in 10^38 samples.
     """
 
     def __init__(self, deviation: float) -> None:
         key = algorithms.AES(secrets.token_bytes(_KEY_BYTES))
-        self._bits = Cipher(key, modes.CTR(bytes(16))).encryptor()  # a key is used for one stream, which begins at 0
+        self._bits = Cipher(key, modes.CTR(bytes(16))).encryptor()  # one stream per key, so the counter may start at 0
         self._deviation = deviation
         self._zeros, self._buffer = bytes(8 * _BLOCK), bytearray(8 * _BLOCK)
         self._random = torch.frombuffer(self._buffer, dtype=torch.int64).view(2, -1)
@@ -68,13 +68,13 @@ class NoiseStream:
         self._taken = _BLOCK
 
     def add_to(self, block: torch.Tensor, scale: float, step: float) -> None:
-        """Make the noisy multiple of the numbers, of which there are `_BLOCK` at most, as `add_noise` has it."""
+        """Scale and add noise to at most `_BLOCK` elements in place, as `add_noise` describes."""
         numbers, whole = self._numbers[: len(block)], self._whole[: len(block)]
-        whole.copy_(numbers.copy_(block).mul_(scale / step))  # which rounds towards zero
+        whole.copy_(numbers.copy_(block).mul_(scale / step))  # rounds towards zero
         block.copy_(numbers.copy_(whole.add_(self.take(len(block)))).mul_(step))
 
     def take(self, count: int) -> torch.Tensor:
-        """The next ones, int64 [count], of which there are `_BLOCK` at most; they are there until the next call."""
+        """The next `count` samples (at most `_BLOCK`), int64 [count]; valid until the next call."""
         if self._taken + count > _BLOCK:
             self._draw()
             self._taken = 0
@@ -97,7 +97,7 @@ class NoiseStream:
 
 
 class _Shared(Iterator[torch.Tensor]):
-    """What several threads take from, each block going to one of them."""
+    """A thread-safe iterator: each block goes to one thread."""
 
     def __init__(self, blocks: Iterator[torch.Tensor]) -> None:
         self._blocks, self._lock = blocks, threading.Lock()

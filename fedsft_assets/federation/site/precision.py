@@ -1,7 +1,7 @@
-"""Which precision a site computes in: the plan's, or, where that is `auto`, one that is decided once in an execution.
+"""The precision a site computes in: the plan's, or, if that is `auto`, one chosen once per execution.
 
-A trainer that is started again, on whatever machine, finds it in the site's state: the rest of a job's curves would
-else be computed otherwise than what is there of them.
+The choice is kept in the site's state, so that a restarted trainer, on any machine, continues the curves in the same
+precision.
 """
 
 import json
@@ -25,16 +25,16 @@ _DECIDED = [precision for precision in get_args(Precision) if precision != "auto
 
 
 class SitePrecisionError(RuntimeError):
-    """What a site keeps of an execution does not say what it computes in."""
+    """The precision file in the site's state is invalid."""
 
 
 def site_precision(
     model: LanguageModel, tokens: Sequence[Tokens], plan: SitePlan, state: Path | None, waiting: Callable[[], object]
 ) -> Trial:
-    """The precision for this execution, and why; of several devices, rank 0 decides.
+    """The precision for this execution, and why it was chosen; with several devices, rank 0 decides.
 
-    `state` is the folder of the site's state, kept from one trainer to the next; `waiting` is called once a minute
-    while others have their turn. Raises SitePrecisionError that names the file, and OSError.
+    `state` is the folder of the site's state, which outlives a trainer; `waiting` is called once a minute while waiting
+    for a CPU slot. Raises SitePrecisionError naming the file, and OSError.
     """
     if plan.training.precision != "auto":
         return Trial(plan.training.precision, "")
@@ -58,15 +58,15 @@ def _kept(path: Path) -> Trial | None:
     if not path.exists():
         return None
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))[_FIELD]
+        found = json.loads(path.read_text(encoding="utf-8"))[_FIELD]
     except (ValueError, TypeError, KeyError):
-        said = path.read_text(encoding="utf-8", errors="replace")
-    if said not in _DECIDED:
+        found = path.read_text(encoding="utf-8", errors="replace")
+    if found not in _DECIDED:
         raise SitePrecisionError(
-            f"{path}: {_FIELD}: found {said!r}, expected one of {', '.join(_DECIDED)}; write the one that this"
-            " site's log of the job names"
+            f"{path}: {_FIELD}: found {found!r}, expected one of {', '.join(_DECIDED)}; write the one named in"
+            " this site's log of the job"
         )
-    return Trial(said, "as decided when this execution began")
+    return Trial(found, "as chosen at the start of this execution")
 
 
 def _keep(path: Path, precision: Precision) -> None:

@@ -1,7 +1,7 @@
-"""The process that NVFlare starts at a site: it hands models from the server to the site's trainer, and results back.
+"""The trainer process that NVFlare starts at a site: receives models from the server and returns results.
 
-It needs NVFlare and `fedsft_assets.model`, nothing of Dagster or MLflow. What the site is told stands in
-one file of the job folder, `plan.json`.
+Requires NVFlare and `fedsft_assets.model`, but not Dagster or MLflow. The site's instructions are in one file of the
+job folder, `plan.json`.
 """
 
 import argparse
@@ -28,8 +28,8 @@ from fedsft_assets.specs.plan import SitePlan
 if TYPE_CHECKING:
     from fedsft_assets.federation.site.trainer import SiteTrainer
 
-# When one of several processes dies, the others fail because they lost it. Torchrun ends them within this time, so
-# that only the one that failed first is heard.
+# When one of several ranks dies, the others fail too. Torchrun ends them within this time, so that only the first
+# failure is reported.
 _SECONDS_TO_BE_ENDED = 3.0
 
 
@@ -39,13 +39,13 @@ def main() -> None:
     try:
         _work(SitePlan.model_validate_json(parser.parse_args().plan.read_text(encoding="utf-8")))
     except Exception as error:
-        said = traceback.format_exc()
-        if _is_end_of_job(error):  # no failure of this trainer, and so no reason not to try the job again
+        reason = traceback.format_exc()
+        if _is_end_of_job(error):  # not a failure of this trainer: the job may be retried
             sys.exit(f"NVFlare has ended the job: {error}")
         if "RANK" in os.environ:
             time.sleep(_SECONDS_TO_BE_ENDED)
-        print(f"{FAILURE_MARK}{json.dumps(said)}", flush=True)
-        _give_up(said)
+        print(f"{FAILURE_MARK}{json.dumps(reason)}", flush=True)
+        _give_up(reason)
         sys.exit(1)
 
 
@@ -67,7 +67,7 @@ def _work(plan: SitePlan) -> None:
         if _leads():
             use_local_driver()
             keep_message_memory()
-            flare.init()  # first of all: NVFlare waits for it, and a large model takes its time
+            flare.init()  # first: NVFlare waits for it, and loading a large model takes time
         if wrong := other_version(plan.package, "site"):
             raise ExchangeError(f"{plan.site}: {wrong}")
         with clock.phase("load"):
@@ -87,7 +87,7 @@ def _work(plan: SitePlan) -> None:
 
 
 def _lead(trainer: "SiteTrainer", followers: Followers | None, reporter: Reporter) -> None:
-    """Do what NVFlare asks for until the job ends, together with the site's other devices if there are any."""
+    """Execute NVFlare's tasks until the job ends, together with the site's other ranks if any."""
     import nvflare.client as flare
 
     while flare.is_running():
@@ -101,14 +101,14 @@ def _lead(trainer: "SiteTrainer", followers: Followers | None, reporter: Reporte
         with turn(lambda: reporter.report("waiting for a CPU slot", [])):
             result = trainer.evaluate(received) if evaluates else trainer.train(received)
         with trainer.clock.phase("transfer"):
-            reporter.flush()  # the server judges a result by the points that it has
+            reporter.flush()  # the server checks a result against the points it has received
             flare.send(result)
     if followers:
         followers.tell(None)
 
 
 def _is_end_of_job(error: Exception) -> bool:
-    """Whether NVFlare broke off, because of something elsewhere, what this trainer was doing with it."""
+    """Whether NVFlare ended the session for a reason outside this trainer."""
     from nvflare.client.cell.attach_session import TrainerSessionError
 
     return isinstance(error, TrainerSessionError)
@@ -119,7 +119,7 @@ def _leads() -> bool:
 
 
 def _give_up(why: str) -> None:
-    """Tell the server why this site can do nothing more, as the result of the task that it has, or gets next."""
+    """Report the failure to the server as the result of the current or next task."""
     if not _leads():
         return
     import nvflare.client as flare
@@ -131,11 +131,11 @@ def _give_up(why: str) -> None:
         flare.receive()
         flare.send(FLModel(metrics={}, meta={FAILURE_KEY: why}))
     except Exception:
-        print(f"the server could not be told:\n{traceback.format_exc()}", flush=True)
+        print(f"reporting the failure to the server failed:\n{traceback.format_exc()}", flush=True)
 
 
 def started_clock() -> PhaseClock:
-    """A clock that has counted from the start of the job, if that is known, else of this process."""
+    """A clock that counts from the start of the job, if known, otherwise from the start of this process."""
     clock = PhaseClock()
     started = float(os.environ.get(JOB_STARTED) or psutil.Process().create_time())
     clock.add("start", max(0.0, time.time() - started))

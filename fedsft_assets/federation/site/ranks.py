@@ -1,7 +1,7 @@
-"""More than one device at a site: a process each, of which rank 0 alone talks to NVFlare and the others follow it.
+"""Several devices at a site: one process (rank) each; only rank 0 talks to NVFlare, and the others follow it.
 
-Everything stays on this machine: processes find each other, and follow, through files of their own; tensors go over the
-loopback interface, between processes of this account alone.
+Everything stays on this machine: ranks rendezvous and communicate through files; tensors go over the loopback
+interface, between processes of this account only.
 """
 
 import json
@@ -14,21 +14,21 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 from uuid import uuid4
 
-# What a site waits for is the other sites, and a round of theirs may take days.
+# A site waits for the other sites, whose rounds may take days.
 _LONGEST_WAIT = timedelta(days=365)
 
 
 class Task(NamedTuple):
-    """What all ranks do next, with the weights that rank 0 has been given."""
+    """The next task of all ranks, with the weights that rank 0 received."""
 
     kind: Literal["train", "evaluate"]
     round: int
 
 
 def start_all(devices: int, folder: Path) -> None:
-    """Become torchrun, which starts this same command for each of the devices; returns in those processes only.
+    """Replace this process with torchrun, which runs the same command once per device; returns only in those.
 
-    `folder` gets short-lived files through which they meet, and what torchrun keeps of each.
+    `folder` is for short-lived rendezvous files and torchrun's logs.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return
@@ -36,14 +36,14 @@ def start_all(devices: int, folder: Path) -> None:
 
     meeting = folder.absolute() / f"devices-{uuid4().hex}"
     loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
-    threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)  # of the site's trainer
+    threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)  # of the whole site
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(max(1, threads // devices)),
         MEETING_FILE: str(meeting),
         "GLOO_SOCKET_IFNAME": loopback,
         "NCCL_SOCKET_IFNAME": loopback,
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # a server that listens on all interfaces
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # would listen on all interfaces
     }
     command = [
         *(sys.executable, "-u", "-m", "torch.distributed.run", "--nproc-per-node", str(devices)),
@@ -56,9 +56,9 @@ def start_all(devices: int, folder: Path) -> None:
 
 
 def word_of_rank_0(name: str, say: Callable[[], str]) -> str:
-    """What `say` gives at rank 0, for all processes that torchrun started at this site; the others wait for it.
+    """Broadcast the result of `say` at rank 0 to all ranks of this site; the others wait for it.
 
-    Each name is for one word. Processes meet where `MEETING_FILE` says, and need no group for it.
+    Each `name` can be used once. Uses the file named by `MEETING_FILE`; requires no process group.
     """
     import torch.distributed as dist
 
@@ -72,34 +72,34 @@ def word_of_rank_0(name: str, say: Callable[[], str]) -> str:
 
 
 class Followers:
-    """The other ranks, as rank 0 sees them, and rank 0, as they see it."""
+    """Passes tasks from rank 0 to the other ranks of a site."""
 
     def __init__(self) -> None:
-        """Of a process that has joined the others, and met them where `MEETING_FILE` says."""
+        """Requires an initialized process group and `MEETING_FILE`."""
         import torch.distributed as dist
 
         from fedsft_assets.model.training.devices.interface import MEETING_FILE
 
-        # Waiting in the group that trains would keep GPUs busy, and end after minutes.
+        # Waiting in the training process group would keep GPUs busy, and time out after minutes.
         self._store = dist.FileStore(f"{os.environ[MEETING_FILE]}-tasks", dist.get_world_size())
         self._store.set_timeout(_LONGEST_WAIT)
-        self._told = 0
+        self._count = 0
 
     def tell(self, task: Task | None) -> None:
-        """Rank 0: what is to be done next, or None if nothing is."""
+        """Rank 0: announce the next task, or None to finish."""
         self._store.set(self._next(), json.dumps(task))
 
     def tasks(self) -> Iterator[Task]:
-        """Other ranks: what rank 0 tells, until nothing is left to do."""
-        while said := json.loads(self._store.get(self._next())):
-            yield Task(*said)
+        """Other ranks: yield rank 0's tasks until it finishes."""
+        while task := json.loads(self._store.get(self._next())):
+            yield Task(*task)
 
     def part(self) -> None:
-        """All ranks, when nothing is left to do: leave every group, whose threads would outlive the interpreter."""
+        """All ranks: destroy the process group at the end, whose threads would outlive the interpreter."""
         import torch.distributed as dist
 
         dist.destroy_process_group()
 
     def _next(self) -> str:
-        self._told += 1
-        return f"task {self._told}"
+        self._count += 1
+        return f"task {self._count}"

@@ -1,4 +1,4 @@
-"""What a trainer reports on its way to the server's journal: one message after the other, each until it is there."""
+"""Sends a trainer's reports to the server's journal, in order, each until acknowledged."""
 
 import json
 import threading
@@ -10,7 +10,7 @@ from queue import SimpleQueue
 from fedsft_assets.federation.protocol.messages import PROGRESS_CHANNEL, PROGRESS_TOPIC
 from fedsft_assets.federation.protocol.points import Point, points_to_data
 
-# Hands a message in JSON to the server; whether the server's journal has it.
+# Sends a JSON message to the server; returns whether the server's journal has it.
 Send = Callable[[str], bool]
 
 _SECONDS_TO_ANSWER = 20.0
@@ -18,10 +18,10 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 10.0  # seconds before a message is sent aga
 
 
 class Reporter:
-    """Sends lines of text, and the points that they stand for, in a thread of its own.
+    """Sends log lines with their metric points in a background thread.
 
-    A message that the server does not acknowledge is sent again; its id and the identities of its points tell the
-    server that it is the same one.
+    An unacknowledged message is sent again; the server recognizes duplicates by its id and the identities of its
+    points.
     """
 
     def __init__(self, site: str, send: Send) -> None:
@@ -32,14 +32,14 @@ class Reporter:
         threading.Thread(target=self._run, name="reporter", daemon=True).start()
 
     def report(self, text: str, points: list[Point]) -> None:
-        """Print a line for the site's own log, and have it sent with its points. Never waits."""
+        """Print a line to the site's own log and queue it with its points. Never blocks."""
         print(f"{self._site} · {text}", flush=True)
         with self._changed:
             self._waiting += 1
         self._messages.put(json.dumps({"id": uuid.uuid4().hex, "text": text, "points": points_to_data(points)}))
 
     def flush(self, seconds: float | None = None) -> bool:
-        """Wait until the server's journal has all, so many seconds at most; whether it has."""
+        """Wait up to `seconds` for the server's journal to have everything; returns whether it does."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._waiting, seconds)
 
@@ -55,7 +55,7 @@ class Reporter:
 
 
 def send_through_site(message: str) -> bool:
-    """Hand a message to the site's part of the job, which hands it to the server's and brings its answer back."""
+    """Send a message through the site's job process to the server; returns whether it was acknowledged."""
     from nvflare.client.api import get_context
     from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey, ReturnCode
     from nvflare.fuel.f3.message import Message
@@ -70,7 +70,7 @@ def send_through_site(message: str) -> bool:
             timeout=_SECONDS_TO_ANSWER,
             optional=True,
         )
-    except Exception as error:  # NVFlare raises what it likes while connections come and go
-        print(f"the server could not be told: {error}", flush=True)
+    except Exception as error:  # NVFlare may raise anything during reconnects
+        print(f"sending to the server failed: {error}", flush=True)
         return False
     return bool(reply.get_header(MessageHeaderKey.RETURN_CODE) == ReturnCode.OK)

@@ -1,7 +1,7 @@
-"""What a site keeps on its disk from round to round: the optimizer's moments, and what the algorithm carries on.
+"""A site's state on disk between rounds: optimizer moments and algorithm state.
 
-A trainer that is started again for the same execution of a job goes on with it. It goes when the last round is done,
-and, of a job that never came so far, when the server has nothing any more with which that could be gone on.
+A restarted trainer of the same execution resumes from it. It is removed after the last round, or, for an unfinished
+job, once the server can no longer resume the execution.
 """
 
 import contextlib
@@ -18,19 +18,19 @@ from fedsft_assets.federation.protocol.messages import SITE_STATE_ROOT
 from fedsft_assets.federation.protocol.state_folder import execution_folder
 from fedsft_assets.federation.protocol.whole_file import whole_file
 
-_SECONDS_TO_BE_KNOWN = 600.0  # what the server says of its executions may be as old as its message
+_SECONDS_TO_BE_KNOWN = 600.0  # the server's list of executions may be as old as its message
 
 
 class SiteState:
-    """The files of one process of a site's trainer in one execution of a job."""
+    """The files of one rank of a site's trainer in one execution."""
 
     def __init__(self, folder: Path, rank: int = 0) -> None:
         self._folder, self._rank = folder, rank
 
     def save(self, finished_rounds: int, kept: dict[str, Any]) -> None:
-        """Keep tensors and plain values; what was kept of earlier rounds goes, but for the last one.
+        """Save tensors and plain values, keeping the previous round and removing older ones.
 
-        A round that the server does not finish is done again, from what there was before it. Raises OSError.
+        A round that the server does not finish is repeated from the previous state. Raises OSError.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._path(finished_rounds)
@@ -41,28 +41,28 @@ class SiteState:
                 other.unlink()
 
     def clear(self) -> None:
-        """Keep nothing of the rounds: none is left.
+        """Remove the state of all rounds after the last one.
 
-        What the site computes in stays (`site_precision`): a server that fails now asks for the last score again.
+        The precision (`site_precision`) is kept: a server that fails now requests the last score again.
         """
         for path in self._folder.glob(f"{self._rank}-*"):
             path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # something is kept yet
+        with contextlib.suppress(OSError):  # not empty
             self._folder.rmdir()
             self._folder.parent.rmdir()
 
     def clear_others(self, known: Collection[str]) -> None:
-        """Remove what this site keeps for executions that the server does not know, and so cannot go on with."""
+        """Remove the state of executions that the server does not know and so cannot resume."""
         for other in self._folder.parent.parent.glob(f"*/{self._folder.name}"):
             if other.parent.name in known or other == self._folder:
                 continue
-            with contextlib.suppress(OSError):  # another job has just removed it, or another site keeps something
+            with contextlib.suppress(OSError):  # removed by another job, or in use by another site
                 if time.time() - other.stat().st_mtime > _SECONDS_TO_BE_KNOWN:
                     shutil.rmtree(other)
                     other.parent.rmdir()
 
     def load(self, finished_rounds: int, device: torch.device) -> dict[str, Any] | None:
-        """What was kept after so many rounds, with its tensors on that device, or None."""
+        """The state after `finished_rounds`, with tensors on `device`, or None."""
         path = self._path(finished_rounds)
         if not path.exists():
             return None
@@ -74,9 +74,9 @@ class SiteState:
 
 
 def site_state_folder(run_dir: Path, site: str) -> Path:
-    """Where a site keeps its state of the execution that the job in `run_dir` belongs to.
+    """Folder of a site's state for the execution that the job in `run_dir` belongs to.
 
-    Under FEDSFT_SITE_STATE, else beside the jobs in the site's workspace.
+    Under FEDSFT_SITE_STATE if set, otherwise beside the jobs in the site's workspace.
     """
     root = Path(os.environ.get(SITE_STATE_ROOT) or run_dir.parent / "fedsft")
     return execution_folder(run_dir / "meta.json", root, run_dir.name) / site

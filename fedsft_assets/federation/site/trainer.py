@@ -1,4 +1,4 @@
-"""One site's model and data: it scores and trains the models that it is given, and says what it did."""
+"""Trains and scores the models that a site receives, on its own data, and reports progress."""
 
 import time
 from collections.abc import Callable
@@ -38,16 +38,16 @@ from fedsft_assets.specs.plan import SitePlan
 
 Tensors = dict[str, torch.Tensor]
 
-# Told to whoever watches: a line of text, and the points that it stands for.
+# Reports a log line and its metric points.
 Tell = Callable[[str, list[Point]], None]
 
 _SECONDS_BETWEEN_LINES = 5.0
 
 
 class SiteTrainer:
-    """Kept between rounds; `clock` counts where its seconds go, `tell` hears what it is doing.
+    """Lives across rounds; `clock` accounts for time by phase, `tell` receives progress.
 
-    `state` is the folder in which a trainer that is started again finds what this one knew.
+    `state` is the folder from which a restarted trainer resumes.
     """
 
     def __init__(self, plan: SitePlan, clock: PhaseClock, tell: Tell, state: Path | None = None) -> None:
@@ -59,7 +59,7 @@ class SiteTrainer:
             if plan.training.peft:
                 from fedsft_assets.model.training.lora import add_adapters
 
-                # No weights of the base model travel, so only its digest shows that all sites have the same.
+                # Base model weights are not exchanged, so a digest must show that all sites have the same ones.
                 adapters = add_adapters(self.model, plan.training.peft, plan.seed)
                 self.first_digest = f"{content_digest(plan.base_model)} {adapters.digest()}"
                 trained = adapters.description()
@@ -70,15 +70,15 @@ class SiteTrainer:
         with clock.phase("load"):
             precision, why = site_precision(self.model, self.training, plan, state, self._wait)
             self.devices = devices_for(self.model, plan.training.model_copy(update={"precision": precision}))
-        # With adapters, the server has no first model: all sites begin with the same ones of their own.
+        # With adapters, the server has no initial model: each site initializes the same adapters itself.
         first = dict(self.devices.weights()) if plan.training.peft else {}
         self.moments: Moments | None = None
         self._filter = ChangeFilter(plan.filters)
         self.exchange = SiteExchange(plan.site, Wire(plan.wire), self._filter, first)
         self._state = SiteState(state, self.devices.rank) if state else None
-        self._finished = 0  # rounds whose moments and directions are here
-        self._released = 0  # rounds whose changes may have left, or that this job does no more
-        self._control: Tensors = {}  # this site's usual direction, where the algorithm wants it
+        self._finished = 0  # number of rounds behind `moments` and `_control`
+        self._released = 0  # rounds whose changes may have been released, or are skipped in this job
+        self._control: Tensors = {}  # this site's control variate (SCAFFOLD)
         self._unsaid: list[Point] = []
         self._last_line, self._tokens_since = time.monotonic(), 0
         self._say(f"{self.devices.device} · precision {precision}{why and f' ({why})'} · {self._batches}")
@@ -86,7 +86,7 @@ class SiteTrainer:
         if plan.training.peft:
             self._say(trained)
         if router := self.model.answer_loss.router:
-            self._say(f"the router's loss, which keeps the experts in even use, is trained too: times {router:g}")
+            self._say(f"training includes the router's load-balancing loss, weighted by {router:g}")
 
     def _wait(self) -> None:
         self._tell("waiting for a CPU slot", [])
@@ -95,7 +95,7 @@ class SiteTrainer:
     def _batches(self) -> str:
         if self.model.answer_loss.packs:
             return "batches without padding"
-        return f"padded batches, for {type(self.model.lm).__name__} cannot be given records in a row"
+        return f"padded batches: {type(self.model.lm).__name__} does not support packed records"
 
     @property
     def _cut(self) -> str:
@@ -103,7 +103,7 @@ class SiteTrainer:
         return f"{contexts:,} records truncated, {answers:,} answers" if contexts else "no record truncated"
 
     def evaluate(self, received: FLModel) -> FLModel:
-        """Score the received weights; nothing is trained, not now and not later."""
+        """Score the received weights; no training follows."""
         result = self._evaluate(received)
         if self._state:
             self._state.clear()
@@ -115,7 +115,7 @@ class SiteTrainer:
         return FLModel(metrics={VAL_LOSS: self._validate(VAL_LOSS, received.current_round)})
 
     def train(self, received: FLModel) -> FLModel:
-        """Score the received weights, train one round from them, score the result."""
+        """Score the received weights, train one round from them, and score the result."""
         self._require_countable(received.current_round)
         kind = Kind.CHANGE if received.params else Kind.FULL
         evaluation = self._evaluate(received)
@@ -152,7 +152,7 @@ class SiteTrainer:
         )
 
     def follow(self, task: Task) -> None:
-        """Take part in what rank 0 does, with the weights that it has been given."""
+        """Run the same task as rank 0, with the weights that rank 0 received."""
         received = FLModel(params={}, params_type=ParamsType.FULL, current_round=task.round)
         if task.kind == "train":
             self.train(received)
@@ -164,13 +164,13 @@ class SiteTrainer:
             self._state.clear_others(received.meta[EXECUTIONS_KEY])
 
     def _take(self, received: FLModel) -> None:
-        """Load the global model: as it came, or by the change to the one that is here."""
+        """Load the global model, received in full or as a change to the current one."""
         if self.devices.rank == 0 and received.params:
             self.exchange.take(received)
         self.devices.load_weights(self.exchange.weights())
 
     def _weights(self) -> dict[str, Weight]:
-        """What gives copies of the weights. Of several devices these must be gathered at once."""
+        """Functions that copy slices of the weights. With several devices the weights are gathered first."""
         if self.devices.count > 1:
             return {name: _copies_of(tensor) for name, tensor in self.devices.weights()}
         return {name: _copies_of(weight.detach()) for name, weight in self.model.distinct_parameters().items()}
@@ -184,7 +184,7 @@ class SiteTrainer:
         return None
 
     def _control_changes(self, correction: Correction | None) -> Tensors:
-        """What this site sends of its direction, which has changed by it."""
+        """Update this site's control variate and return the change to send."""
         if not isinstance(correction, ControlVariates):
             return {}
         changes = {name: rounded(change, self._wire) for name, change in correction.changes().items()}
@@ -193,7 +193,7 @@ class SiteTrainer:
         return {f"{CONTROL}{name}": change for name, change in changes.items() if self._filter.keeps(name)}
 
     def _require_countable(self, round: int) -> None:
-        """What leaves a site with noise is counted by the rounds of jobs, of which none may be asked for twice.
+        """Check that each round's noisy change is released at most once: privacy is accounted per round.
 
         Raises ExchangeError.
         """
@@ -201,20 +201,20 @@ class SiteTrainer:
             return
         if not self._released <= round < self.plan.rounds:
             raise ExchangeError(
-                f"{self.plan.site}: was asked for its change of round {round + 1} of {self.plan.rounds} after that of"
-                f" round {self._released}; filters.privacy lets each round's leave once, for that is what is counted"
+                f"{self.plan.site}: the server requested the change of round {round + 1} of {self.plan.rounds} after"
+                f" that of round {self._released}; filters.privacy releases each round's change only once"
             )
         self._released = round + 1
 
     def _go_on_after(self, finished_rounds: int) -> None:
-        """Have what this site knew after so many rounds: it is here, or another trainer left it on the disk."""
+        """Restore this site's state after `finished_rounds`, from memory or from disk."""
         if finished_rounds == self._finished:
             return
         kept = self._state.load(finished_rounds, self.devices.device) if self._state and finished_rounds else {}
         self._finished, self.moments, self._control = finished_rounds, None, {}
         if kept is None:
             if self._keeps_something:
-                self._say(f"its optimizer starts anew after round {finished_rounds}: nothing was kept at this site")
+                self._say(f"resetting the optimizer after round {finished_rounds}: no saved state at this site")
             return
         self.moments = kept.get("moments")
         self._control = {name: tensor.cpu() for name, tensor in kept.get("control", {}).items()}
@@ -229,7 +229,7 @@ class SiteTrainer:
         return self.moments is not None or self.plan.training.optimizer_state == "keep" or bool(self._control)
 
     def _samples(self, finished_rounds: int) -> int:
-        """Records that this site has trained on after so many rounds."""
+        """Records that this site has trained on after `finished_rounds`."""
         return self.plan.work.samples(len(self.training)) * finished_rounds
 
     def _validate(self, name: str, finished_rounds: int) -> float:
@@ -237,7 +237,7 @@ class SiteTrainer:
             loss = mean_loss(self.model, self.validation, self.plan.training, self.devices, self._show_validated)
         samples = self._samples(finished_rounds)
         points = [Point(name, loss.loss, finished_rounds, samples, self.plan.site, tokens=loss.tokens)]
-        if name == VAL_LOSS:  # where the seconds went that passed since the last one
+        if name == VAL_LOSS:  # time by phase since the last one
             points += self.clock.points(finished_rounds, samples, self.plan.site)
         self._say(f"{name} {loss.loss:.4f} after {finished_rounds} of {self.plan.rounds} rounds", points)
         return loss.loss

@@ -1,4 +1,4 @@
-"""What is done to a site's change before it leaves the site."""
+"""Filters applied to a site's change before it leaves the site."""
 
 import math
 import re
@@ -9,7 +9,7 @@ import torch
 from fedsft_assets.federation.site.noise import add_noise
 from fedsft_assets.specs.job import FiltersSpec
 
-_MARGIN = 1e-9  # of a norm: far more than what float64 makes of a sum of squares
+_MARGIN = 1e-9  # relative: far above float64's rounding error in a sum of squares
 _AT_ONCE = 1 << 20
 
 
@@ -22,7 +22,7 @@ class ChangeFilter:
 
     @property
     def needs_all(self) -> bool:
-        """Whether `privatized` does anything, for which it must be given all tensors at once."""
+        """Whether `privatized` applies, which needs all tensors at once."""
         return self._privacy is not None
 
     def keeps(self, name: str) -> bool:
@@ -30,24 +30,24 @@ class ChangeFilter:
         return not any(pattern.search(name) for pattern in self._excluded)
 
     def privatized(self, changes: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The changes in place: clipped as one vector to the L2 norm `clip`, with Gaussian noise on each number.
+        """Clip the changes in place to the joint L2 norm `clip`, and add Gaussian noise to each element.
 
-        Raises ValueError for a tensor that is not of floats: noise on it would say nothing; and for numbers that are
-        not finite: no norm could be clipped.
+        Raises ValueError for integer tensors, on which noise is meaningless, and for non-finite values, which cannot be
+        clipped.
         """
         if self._privacy is None:
             return changes
         odd = [name for name, change in changes.items() if not change.is_floating_point()]
         if odd:
-            raise ValueError(f"filters.privacy: {odd[0]} is not of floats; name it in filters.exclude")
+            raise ValueError(f"filters.privacy: {odd[0]} is not a floating-point tensor; add it to filters.exclude")
         whole = {name: change.contiguous() for name, change in changes.items()}
         norm = _norm(whole.values())
         if not math.isfinite(norm):
             numbers = sum(map(torch.numel, whole.values()))
-            astray = self._privacy.remedy(numbers, "in training; try a lower learning rate")
+            cause = self._privacy.remedy(numbers, "in training; try a lower learning rate")
             raise ValueError(
-                "filters.privacy: this site's change has numbers that are not finite and cannot be clipped, so nothing"
-                f" of it was sent: it went astray {astray}"
+                "filters.privacy: this site's change has non-finite values and cannot be clipped, so nothing was"
+                f" sent: it diverged {cause}"
             )
         clip = self._privacy.clip * (1 - _MARGIN)
         add_noise(whole.values(), min(1.0, clip / norm) if norm else 1.0, self._privacy.deviation)
@@ -55,7 +55,7 @@ class ChangeFilter:
 
 
 def _norm(tensors: Iterable[torch.Tensor]) -> float:
-    """The L2 norm of all numbers together, summed in float64."""
+    """Joint L2 norm of all tensors, summed in float64."""
     return math.sqrt(
         math.fsum(
             part.to(torch.float64).square().sum().item()

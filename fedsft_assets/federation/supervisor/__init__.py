@@ -1,1 +1,1 @@
-"""The process between Dagster and a running job."""
+"""The supervisor: the process between Dagster and a running job."""

@@ -1,6 +1,6 @@
-"""Makes the checkpoint of a job of the weights that its server left, and scores it.
+"""Builds the checkpoint of a job from the weights that its server saved, and scores it.
 
-A process of its own, so that the supervisor needs nothing of the model, and so that it is forked where others were.
+Runs as its own process, so that the supervisor does not import the model, and can use the simulator's fork server.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from fedsft_assets.federation.runtimes.simulator.forked_python import LOST
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What is known of a checkpoint: its scores on the testing split, digests of its content and its base model's."""
+    """A checkpoint's scores on the testing split, and the content digests of it and its base model."""
 
     test_loss: float
     perplexity: float
@@ -31,10 +31,10 @@ class Checkpoint:
 def make_checkpoint(
     command: list[str], environment: dict[str, str], job_folder: Path, weights: Path, testing_file: Path, into: Path
 ) -> Checkpoint:
-    """Write the checkpoint's files into the folder `into`, by a process that `command` starts.
+    """Write the checkpoint's files into the folder `into`, in a process started with `command`.
 
-    Raises JobError, whose `retryable` is true if that process was killed or could not be forked, or OSError for what
-    this machine lacks, such as space on the disk.
+    Raises JobError, retryable if that process was killed or could not be forked, or OSError for local resource problems
+    such as a full disk.
     """
     arguments = [str(path) for path in (job_folder, weights, testing_file, into)]
     done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, check=False)
@@ -42,7 +42,7 @@ def make_checkpoint(
         raise OSError(done.stderr.strip().splitlines()[-1])
     if done.returncode:
         raise JobError(
-            f"the checkpoint could not be made (exit code {done.returncode}):\n{done.stderr[-4000:].strip()}",
+            f"writing the checkpoint failed (exit code {done.returncode}):\n{done.stderr[-4000:].strip()}",
             retryable=done.returncode < 0 or done.returncode == LOST,
         )
     return Checkpoint(**json.loads(done.stdout))
@@ -74,12 +74,12 @@ def _make(job_folder: Path, weights: Path, testing_file: Path, into: Path) -> Ch
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make the checkpoint of a job, and print what is known of it as JSON.")
+    parser = argparse.ArgumentParser(description="Build a job's checkpoint; print its scores as JSON.")
     for name in ("job_folder", "weights", "testing_file", "into"):
         parser.add_argument(name, type=Path)
     args = parser.parse_args()
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # whatever libraries print
+        with contextlib.redirect_stdout(sys.stderr):  # libraries may print
             made = _make(args.job_folder, args.weights, args.testing_file, args.into)
     except OSError as error:
         print(error, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Why a FLARE job failed, for the user: what its server said, and what the trainers of missing sites said."""
+"""Explains to the user why a FLARE job failed, from the server's journal and the missing sites' trainers."""
 
 from fedsft_assets.federation.protocol.events import JobError
 from fedsft_assets.federation.protocol.journal import Missed
@@ -10,23 +10,23 @@ _TAIL_LINES, _LINES_TO_SEARCH = 40, 5000
 
 
 def failure_of_job(runtime: Runtime, history: History, job_id: str, state: JobState) -> JobError:
-    """What the user must see of a job that has ended without a result. Raises UnavailableError."""
+    """The error to show for a job that has ended without a result. Raises UnavailableError."""
     stopped = history.stopped
     if stopped and not stopped.lost_sites:
         return JobError(stopped.reason)
     if not stopped:
         end = runtime.end_of_log(job_id, "server", _TAIL_LINES)
-        said = f"FLARE job {job_id} ended early: {state.status}\nThe end of the server's log:\n{end}"
-        return JobError(said, retryable=True)
+        text = f"FLARE job {job_id} ended early: {state.status}\nThe end of the server's log:\n{end}"
+        return JobError(text, retryable=True)
     last = max((one.round for one in history.missed), default=0)
     missed = [one for one in history.missed if one.round == last]
     reasons = [_why(runtime, job_id, one) for one in missed]
-    said = "\n".join(text for text, _ in reasons)
-    return JobError(f"{stopped.reason}\n{said}", retryable=not any(own for _, own in reasons))
+    text = "\n".join(reason for reason, _ in reasons)
+    return JobError(f"{stopped.reason}\n{text}", retryable=not any(permanent for _, permanent in reasons))
 
 
 def _why(runtime: Runtime, job_id: str, missed: Missed) -> tuple[str, bool]:
-    """Why a site is missing: its trainer's own traceback, or what its site's log says; and which of both."""
+    """Why a site is missing, and whether the reason is its trainer's own traceback."""
     if missed.failure:
         return f"the trainer of {missed.site} failed:\n{missed.failure}", True
     log = runtime.end_of_log(job_id, missed.site, _LINES_TO_SEARCH)
@@ -37,7 +37,7 @@ def _why(runtime: Runtime, job_id: str, missed: Missed) -> tuple[str, bool]:
 
 
 def explain(site: str, failure: TrainerFailure, log: str) -> str:
-    """A trainer's failure for the user: its own traceback, or the end of its site's log."""
+    """Format a trainer's failure for the user: its traceback, or else the end of its site's log."""
     end = "\n".join(log.splitlines()[-_TAIL_LINES:])
     rest = "" if failure.has_traceback else f"\nThe end of the site's log:\n{end}"
     return f"the trainer of {site} failed:\n{failure.reason}{rest}"

@@ -1,7 +1,7 @@
-"""What one execution has done, by its server's journal: this side's copy of it, and what it says.
+"""The history of one execution: the local copy of its server's journal, and what follows from it.
 
-A history is one unbroken chain of states at the server. A server that is started again goes on with it; one that has
-lost a finished round begins another, which is never taken for this one.
+A history is one unbroken chain of server states. A restarted server continues it; a server that has lost a finished
+round starts a new history, which is never mixed up with this one.
 """
 
 from collections import deque
@@ -25,9 +25,9 @@ from fedsft_assets.federation.protocol.points import Point
 
 
 class BrokenChainError(Exception):
-    """The server has lost rounds that it had finished: what it does now is another history.
+    """The server has lost finished rounds, so it is now on a different history.
 
-    `begun` are rounds that each site may have done in this other one, by what was read of its journal.
+    `begun` is the maximum number of rounds per site in that other history, according to its journal so far.
     """
 
     def __init__(self, why: str, lines: list[str]) -> None:
@@ -36,26 +36,26 @@ class BrokenChainError(Exception):
 
 
 def rounds_begun(lines: list[str]) -> int:
-    """How many rounds a journal knows of at most: those that were done, and one that each server may have cut off."""
+    """Upper bound on the rounds in a journal: finished ones, and one interrupted round per server start."""
     return sum(isinstance(from_line(line), RoundDone | Started) for line in lines)
 
 
 class History:
-    """The copy in the file `journal`, from which a later attempt knows what earlier ones have told."""
+    """The history in the local copy `journal`, which later attempts continue."""
 
     def __init__(self, journal: Path, all_rounds: int, rounds: int = 0) -> None:
-        """`rounds` are known to be finished, whatever the copy says. Raises EntryError for a copy that is damaged."""
+        """At least `rounds` rounds are finished, whatever the copy says. Raises EntryError if the copy is damaged."""
         self._journal = Journal(journal)
         self._all_rounds = all_rounds
         self.points: dict[tuple[object, ...], Point] = {}
         self.missed: list[Missed] = []
         self.rounds = 0
         self.stopped: Stopped | None = None
-        """The last word of the job that is followed, not of one before it."""
+        """The final entry of the current FLARE job, if it stopped."""
         self.regroup: Regroup | None = None
-        """The same: it ended so that it is submitted again."""
+        """The final entry of the current FLARE job, if it ended to be resubmitted."""
         self.finished = False
-        """Whether the job that is followed has done all that it was for."""
+        """Whether the current FLARE job has completed all of its work."""
         self._rounds_done, self._cut_off, self._under_way = 0, 0, False
         for line in self._copy():
             deque(self._take(from_line(line)), maxlen=0)
@@ -65,28 +65,28 @@ class History:
 
     @property
     def releases(self) -> int:
-        """How many changes each site may have released: one for each round, and one for each that was cut off."""
+        """Upper bound on the changes each site has released: one per finished round and one per interrupted round."""
         return self._rounds_done + self._cut_off + self._in_a_round
 
     @property
     def releases_to_come(self) -> int:
-        """As many as are left to do, if nothing is cut off."""
+        """Number of releases still to come if no round is interrupted."""
         return self._all_rounds - self.rounds - self._in_a_round
 
     @property
     def said_all(self) -> bool:
-        """Whether the job that is followed has said its last word."""
+        """Whether the current FLARE job has written its final entry."""
         return self.finished or self.stopped is not None
 
     def begin_job(self) -> None:
-        """Another job is to be followed, whose journal begins with what the one before it has written."""
+        """Start following another FLARE job, whose journal starts with the entries of the previous one."""
         self.stopped, self.regroup, self.finished = None, None, False
         self._known = self._copy()
 
     def take(self, lines: list[str]) -> Iterator[Event]:
-        """What is new to this side in these lines of the server's journal, of which nothing was taken yet.
+        """Yield the new events in these lines of the server's journal, which have not been read before.
 
-        Raises BrokenChainError, before anything of another history is taken.
+        Raises BrokenChainError before any entry of another history is taken.
         """
         entries = [from_line(line) for line in self._fresh(lines)]
         rounds = self.rounds
@@ -127,23 +127,23 @@ class History:
 
     @property
     def _in_a_round(self) -> bool:
-        """Whether a round is under way, or was when nothing more was heard."""
+        """Whether a round is in progress, as far as is known."""
         return self._under_way and self.rounds < self._all_rounds
 
     def _copy(self) -> deque[str]:
         return deque(self._journal.path.read_text(encoding="utf-8").splitlines())
 
     def _fresh(self, lines: list[str]) -> list[str]:
-        """Those of the lines that are not in the copy, which is the beginning of the server's journal.
+        """The lines that are not yet in the copy, which is a prefix of the server's journal.
 
-        A machine that loses its power may lose the end of the journal, but no round that is in it.
+        A power failure may lose the end of the server's journal, but never a finished round.
         """
         for number, line in enumerate(lines):
             if not self._known:
                 return lines[number:]
             if self._known[0] != line:
                 if any(isinstance(from_line(known), RoundDone | Finished) for known in self._known):
-                    why = "its server has begun anew: the rounds that it had finished are not there"
+                    why = "its server started over: the finished rounds are gone"
                     raise BrokenChainError(why, lines)
                 self._known.clear()
                 return lines[number:]

@@ -1,4 +1,4 @@
-"""Starting the supervisor of a job, listening to it, and making sure that nothing of it stays behind."""
+"""Starts the supervisor of a job, reads its events, and makes sure that no process is left behind."""
 
 import logging
 import subprocess
@@ -18,26 +18,26 @@ from fedsft_assets.process_env import child_environment, home_environment
 from fedsft_assets.specs.runtime import SIMULATOR, RuntimeSettings
 from fedsft_assets.versions import existing
 
-_SECONDS_TO_ABORT = 14.0  # a FLARE job takes half as long to end
+_SECONDS_TO_ABORT = 14.0  # a FLARE job ends in half that time
 
 _log = logging.getLogger(__name__)
 
 
 @contextmanager
 def held_workspace(job: JobFolder, workspaces: Path, runtime: str) -> Iterator[tuple[Workspace, Execution]]:
-    """The workspace of this job folder in that runtime, and the execution to bring to its end in it.
+    """Lock the workspace of this job folder and runtime, and yield it with the execution to complete.
 
-    `workspaces` is the folder of all workspaces of the job. As long as the block lasts, nobody else works in this one:
-    who wants to execute the same waits, and logs so. Those of other job folders are left alone, but for FLARE jobs that
-    nobody follows any more: they are ended before the next one is submitted, since sites are for one at a time. Raises
-    JobError as `begin_execution` does.
+    `workspaces` is the folder of all workspaces of the job. The lock is held for the block; another run of the same job
+    folder waits and logs that it does. Workspaces of other job folders are not touched, except that their abandoned
+    FLARE jobs are ended before the next submission, since sites run one job at a time. Raises JobError as
+    `begin_execution` does.
     """
     subject = _subject(job, runtime)
     everyone = Workspaces(workspaces)
     workspace = everyone.of(subject)
 
     def waiting() -> None:
-        _log.info("waiting for another run that executes the same job with the same inputs")
+        _log.info("waiting for another run of the same job with the same inputs")
 
     with workspace.held(waiting=waiting):
         abandoned = {}
@@ -53,22 +53,22 @@ def held_workspace(job: JobFolder, workspaces: Path, runtime: str) -> Iterator[t
 
 
 def begin_execution(job: JobFolder, workspace: Path, runtime: str) -> Execution:
-    """The unfinished execution of this job folder in that runtime, or else a new one.
+    """The unfinished execution of this job folder and runtime, or a new one.
 
-    A new one begins in an empty workspace, in which nobody but the caller works. Raises JobError if the base model is
-    missing, or not as it was made.
+    A new execution starts in an empty workspace; the caller must be its only user. Raises JobError if the base model is
+    missing or was modified.
     """
     return _begin(Workspace(workspace), _subject(job, runtime))
 
 
 def _begin(workspace: Workspace, subject: dict[str, str], superseded: Sequence[str] = ()) -> Execution:
-    """`superseded` are FLARE jobs to be ended first."""
-    stop_marked(str(workspace.folder))  # what an earlier attempt left, whose parents were all killed
+    """`superseded` are FLARE jobs to end first."""
+    stop_marked(str(workspace.folder))  # orphans of an earlier attempt
     return workspace.resume_or_create(subject, superseded)
 
 
 def _subject(job: JobFolder, runtime: str) -> dict[str, str]:
-    """What is executed: the job folder names its base model and its data by their digests."""
+    """Identifies what is executed: the job folder refers to its base model and data by digest."""
     if runtime != "production" and (absent := job.absent_private_sites):
         raise JobError(
             f"{job.path}: the data of {', '.join(absent)} is private and not on this machine; run the job where it"
@@ -80,12 +80,12 @@ def _subject(job: JobFolder, runtime: str) -> dict[str, str]:
     except FileNotFoundError as error:
         raise JobError(str(error)) from error
     if not unchanged:
-        raise JobError(f"{base_model}: is not what it was when it was made; materialize base_model again")
+        raise JobError(f"{base_model}: modified since it was written; materialize base_model again")
     return {"runtime": runtime, "job_folder": job.digest, "base_model": base_model.name}
 
 
 def read_job_folder(path: Path) -> JobFolder:
-    """Raises JobError if the job folder is missing, not as it was built, or of another version of this package."""
+    """Raises JobError if the job folder is missing, modified or from another version of this package."""
     try:
         verify_job_folder(path)
         return JobFolder.read(path)
@@ -101,13 +101,13 @@ def run_job(
     runtime: RuntimeSettings = SIMULATOR,
     execution: Execution | None = None,
 ) -> Iterator[Event]:
-    """Run a job to its end, yielding what happens; the last event is the JobReport.
+    """Run a job to completion, yielding its events; the last one is the JobReport.
 
-    `job` is a version of a job folder in the store of a home, where its data and base model are, or its path;
-    `execution` is what `begin_execution` gave, if the caller has begun one. An execution that did not come to its end
-    goes on after its last finished round; `Workspace.end` is for the caller, when nothing is left to do. The
-    checkpoint and its report are in `into`. Closing the iterator, or any exception in the caller, stops the job.
-    Raises JobError if the job fails, after all its processes have ended.
+    `job` is a job folder in a home's store, which also has its data and base model, or its path; `execution` is the
+    result of `begin_execution`, if the caller has called it. An unfinished execution resumes after its last finished
+    round; the caller calls `Workspace.end` when nothing is left to do. The checkpoint and its report are written to
+    `into`. Closing the iterator, or an exception in the caller, stops the job. Raises JobError if the job fails, after
+    all its processes have ended.
     """
     job = job if isinstance(job, JobFolder) else read_job_folder(job)
     if execution is None:
@@ -142,5 +142,5 @@ def run_job(
     if isinstance(last, Failed):
         raise JobError(last.reason, last.retryable)
     if code != 0 or not isinstance(last, JobReport):
-        said = errors.read_text(encoding="utf-8", errors="replace").strip()
-        raise JobError(f"the supervisor of the job ended with exit code {code}:\n{said[-4000:]}", retryable=code < 0)
+        stderr_text = errors.read_text(encoding="utf-8", errors="replace").strip()
+        raise JobError(f"the job's supervisor ended with exit code {code}:\n{stderr_text[-4000:]}", retryable=code < 0)

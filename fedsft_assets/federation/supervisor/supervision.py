@@ -1,4 +1,4 @@
-"""One attempt to bring an execution of a job to its end, from its submission to its checkpoint."""
+"""One attempt to complete an execution of a job, from submission to checkpoint."""
 
 import contextlib
 import os
@@ -32,19 +32,19 @@ from fedsft_assets.files import file_digest, publish_folder
 from fedsft_assets.specs.runtime import RuntimeSettings
 
 _POLL_SECONDS = 0.3
-_SAVE_SECONDS = 5.0  # so much of the time that an attempt took is forgotten at most when it is killed
-_RESTARTS = 2  # of a server that died without a word; NVFlare's does when it loses a site while a result arrives
-_LONGEST_SILENCE = 900.0  # seconds; with a long site_timeout, twice that: the server must have spoken by then
-_SECONDS_TO_BEGIN = 10.0  # of a job that waits for nothing; of another one it is said what it waits for
-_SECONDS_TO_END = 30.0  # of a finished job; NVFlare may wait many minutes for the last word of a site that has left
+_SAVE_SECONDS = 5.0  # at most this much run time is lost when an attempt is killed
+_RESTARTS = 2  # of a server that died silently; NVFlare's does if a site is lost mid-transfer
+_LONGEST_SILENCE = 900.0  # seconds, or twice site_timeout if that is longer
+_SECONDS_TO_BEGIN = 10.0  # normal time to start; after that, say what the job waits for
+_SECONDS_TO_END = 30.0  # of a finished job; NVFlare may wait minutes for a site that has left
 
 
 class OrphanedError(Exception):
-    """Whoever started this process is gone."""
+    """The parent of this process is gone."""
 
 
 class Supervision:
-    """One attempt to bring an execution to its end."""
+    """One attempt to complete an execution."""
 
     def __init__(self, job: JobFolder, workspace: Workspace, runtime: RuntimeSettings) -> None:
         self.spec = job.spec
@@ -59,14 +59,14 @@ class Supervision:
         self._restarts_left = _RESTARTS
 
     def run(self) -> Iterator[Event]:
-        """Everything up to the fetched result. Raises JobError or OrphanedError."""
+        """Run up to the downloaded result. Raises JobError or OrphanedError."""
         if self._record.now.status:
             yield Progress("already finished; using its stored result")
             return
         try:
             yield from self._run()
         except BrokenChainError as error:
-            raise self._begun_anew(error) from error
+            raise self._start_over(error) from error
         except UnavailableError as error:
             self._settle()
             raise JobError(str(error), retryable=True) from error
@@ -79,28 +79,28 @@ class Supervision:
             raise
 
     def _end_to_regroup(self, job_id: str, regroup: Regroup, rounds: int) -> Iterator[Event]:
-        """End a job that is to be submitted again with more sites; so many rounds were done before it."""
-        yield Progress(f"FLARE job {job_id} is submitted again, with {', '.join(regroup.sites)} too")
+        """End a job to resubmit it with more sites; `rounds` were finished when it started."""
+        yield Progress(f"resubmitting FLARE job {job_id} to include {', '.join(regroup.sites)}")
         self._runtime.abort(job_id)
-        if self.history.rounds > rounds:  # it has got on, so this may happen as often as it likes
+        if self.history.rounds > rounds:  # progress was made: no limit on regrouping
             self._restarts_left = _RESTARTS
 
     def _run(self) -> Iterator[Event]:
-        """One job after the other, until one has done all and its result is fetched."""
+        """Run one FLARE job after another until one has finished and its result is downloaded."""
         while True:
             restarts_left, rounds = self._restarts_left, self.history.rounds
             self._restarts_left -= 1
             submissions = self._record.now.submissions
             job_id = yield from self._submissions.attach_or_submit(self._read)
-            taken_over = self._record.now.submissions == submissions
+            reattached = self._record.now.submissions == submissions
             try:
-                state = yield from self._followed(job_id)
+                state = yield from self._follow(job_id)
             except RefusedError:
                 raise
-            except UnavailableError as error:  # what is ours to start is started again
+            except UnavailableError as error:  # a runtime of our own is restarted
                 if not restarts_left:
                     raise
-                yield Progress(f"{str(error).splitlines()[0]}; FLARE job {job_id} is looked for again")
+                yield Progress(f"{str(error).splitlines()[0]}; reconnecting to FLARE job {job_id}")
                 continue
             stopped = self.history.stopped
             if self._is_done(state):
@@ -108,15 +108,15 @@ class Supervision:
                     self._fetch(job_id, state)
                     return
                 except ResultLostError as error:
-                    self._record.save(stopped=True)  # the next job has nothing left to do but to hand it over
+                    self._record.save(stopped=True)  # the next job only has to hand over the result
                     if not restarts_left:
                         raise
-                    yield Progress(f"{error}; the job is submitted once more to hand it over")
+                    yield Progress(f"{error}; resubmitting the job to recover the result")
                     continue
             if state.forbidden:
                 raise JobError(
-                    f"FLARE job {job_id} may not run: {state.status}; see local/authorization.json in the startup kit"
-                    " of whoever says so"
+                    f"FLARE job {job_id} is not authorized: {state.status}; see local/authorization.json in that"
+                    " participant's startup kit"
                 )
             if self.history.regroup and restarts_left:
                 yield from self._end_to_regroup(job_id, self.history.regroup, rounds)
@@ -125,15 +125,15 @@ class Supervision:
                 self._record.save(stopped=True)
             if stopped or not restarts_left:
                 failure = failure_of_job(self._runtime, self.history, job_id, state)
-                # What was cut off in a job that was taken over may have been so before.
-                if not (failure.retryable and taken_over and restarts_left):
+                # A reattached job may have been interrupted before this attempt.
+                if not (failure.retryable and reattached and restarts_left):
                     raise failure
             why = stopped.reason if stopped else f"its server died ({state.status})"
             yield Progress(f"FLARE job {job_id} failed: {why}; restarting")
             self._runtime.abort(job_id)
 
     def finished(self, into: Path) -> JobReport | None:
-        """What an earlier attempt told, or was about to, if its checkpoint is there: told again, it is the same."""
+        """The report of an earlier attempt, if its checkpoint is complete; None otherwise."""
         archive = into / MODEL_FILE
         if (
             not self._record.now.checkpoint
@@ -144,11 +144,11 @@ class Supervision:
         return JobReport.read(into)
 
     def finish(self, weights: Path, testing_file: Path, into: Path) -> JobReport:
-        """Write the checkpoint of these weights and its report. Raises JobError."""
+        """Write the checkpoint and its report from these weights. Raises JobError."""
         saving, spec, points = time.monotonic(), self.spec, list(self.history.points.values())
         try:
             curve = global_curve(points, spec)
-        except ValueError as error:  # the server says that it has finished, and its journal does not
+        except ValueError as error:  # the server reports success, but its journal is incomplete
             raise JobError(f"FLARE job {self._record.now.job_id}: {error}") from error
         epsilon, releases = self._charges.spent()
         with publish_folder(into) as folder:
@@ -187,14 +187,14 @@ class Supervision:
         return report
 
     def close(self) -> None:
-        """Let go of the runtime."""
+        """Release the runtime."""
         self._runtime.close()
 
-    def _followed(self, job_id: str) -> Generator[Event, None, JobState]:
-        """Follow the job, and leave nothing behind that should not live on."""
+    def _follow(self, job_id: str) -> Generator[Event, None, JobState]:
+        """Follow the job; on failure, abort it unless it should survive."""
         try:
-            return (yield from self._follow(job_id))
-        except (OrphanedError, GeneratorExit, UnavailableError):  # who cannot be reached cannot be told to end it
+            return (yield from self._events_until_end(job_id))
+        except (OrphanedError, GeneratorExit, UnavailableError):  # unreachable: cannot be aborted
             if not self._runtime.survives_submitter:
                 self._runtime.abort(job_id)
             raise
@@ -202,9 +202,9 @@ class Supervision:
             self._runtime.abort(job_id)
             raise
 
-    def _follow(self, job_id: str) -> Generator[Event, None, JobState]:
-        """Events of a running job until it has ended and all is read."""
-        parent, begun, told = os.getppid(), time.monotonic(), ""
+    def _events_until_end(self, job_id: str) -> Generator[Event, None, JobState]:
+        """Yield events of a running job until it has ended and its journal is read completely."""
+        parent, begun, reported = os.getppid(), time.monotonic(), ""
         heard = begun
         finished: float | None = None
         while True:
@@ -214,30 +214,30 @@ class Supervision:
             try:
                 if (yield from self._read(job_id)) or state.waiting or self.history.finished:
                     heard = time.monotonic()
-            except RefusedError as error:  # an answer, if not the one that was hoped for
+            except RefusedError as error:  # the server is alive, but denies access
                 heard = time.monotonic()
-                if not told:
-                    told = f"{error}; what the job does is known only when it has ended"
-                    yield Progress(told)
+                if not reported:
+                    reported = f"{error}; no progress is available until the job has ended"
+                    yield Progress(reported)
             if state.ended:
                 return state
-            if state.waiting and state.status != told and time.monotonic() - begun > _SECONDS_TO_BEGIN:
-                told = state.status
-                yield Progress(f"FLARE job {job_id} waits: {told}")
+            if state.waiting and state.status != reported and time.monotonic() - begun > _SECONDS_TO_BEGIN:
+                reported = state.status
+                yield Progress(f"FLARE job {job_id} is waiting: {reported}")
             if self.history.finished:
                 finished = time.monotonic() if finished is None else finished
                 if time.monotonic() - finished > _SECONDS_TO_END:
-                    yield Progress(f"FLARE job {job_id} has finished, but does not end by itself; it is ended")
+                    yield Progress(f"FLARE job {job_id} has finished but does not exit; aborting it")
                     self._runtime.abort(job_id)
             silent = time.monotonic() - heard
             if silent > max(_LONGEST_SILENCE, 2 * self.spec.site_timeout):
                 raise JobError(
-                    f"FLARE job {job_id}: neither server nor sites said anything for {silent:.0f} s", retryable=True
+                    f"FLARE job {job_id}: no message from server or sites for {silent:.0f} s", retryable=True
                 )
             time.sleep(_POLL_SECONDS)
 
     def _read(self, job_id: str) -> Generator[Event, None, bool]:
-        """Events of what the job's journal has more; whether it has any. Raises BrokenChainError."""
+        """Yield new events of the job's journal; returns whether there were any. Raises BrokenChainError."""
         lines = self._runtime.new_lines(job_id)
         events = list(self.history.take(lines))
         rounds = self.history.rounds
@@ -246,39 +246,40 @@ class Supervision:
         if lines:
             to_come = 0 if self.history.said_all else self.history.releases_to_come
             self._charges.charge(self._record.now.id, self.history.releases + to_come)
-        yield from events  # all is on the disk: whoever hears of something may stop this process at once
+        yield from events  # only after all is on disk: the consumer may stop this process at any event
         return bool(lines)
 
     def _is_done(self, state: JobState) -> bool:
-        """Whether the job did all that it was for. Its own word counts, however NVFlare says that it ended."""
+        """Whether the job completed its work. Its journal decides, not the status that NVFlare reports."""
         return (state.succeeded or self.history.finished) and not self.history.stopped
 
-    def _begun_anew(self, why: BrokenChainError) -> JobError:
-        """The end of this execution: its points, its MLflow runs and its rounds are of a history that cannot go on."""
+    def _start_over(self, why: BrokenChainError) -> JobError:
+        """End this execution, whose history is broken, and start another one from round zero."""
         journal = self._whole_journal()
-        # What was read of the other history may be less than it came to before it was ended.
+        # The other history may have got further than what was read of it.
         begun = why.begun + self.spec.rounds if journal is None else rounds_begun(journal)
         self._charges.charge(self._record.now.id, self.history.releases + begun)
         old = self._record.now.id
         self._record.begin_anew()
         return JobError(
-            f"history {old} cannot go on: {why}; another attempt begins history {self._record.now.id} from zero",
+            f"history {old} cannot continue: {why}; the next attempt starts history {self._record.now.id} from"
+            " round zero",
             retryable=True,
         )
 
     def _settle(self) -> None:
-        """Take back what was charged for rounds that cannot come any more, if the job has ended and told all."""
+        """Refund charges for rounds that can no longer happen, if the job has ended and its journal is complete."""
         if not self.spec.filters.privacy:
             return
         with contextlib.suppress(UnavailableError, BrokenChainError, EntryError, ReleasesError, OSError):
             if journal := self._whole_journal():
-                # Read anew: this may be the end of an attempt that was stopped in the middle of anything.
+                # Read from the file: this attempt may have been interrupted anywhere.
                 history = History(self._workspace.journal, self.spec.rounds, self._record.now.rounds)
                 deque(history.take(journal), maxlen=0)
                 self._charges.charge(self._record.now.id, history.releases)
 
     def _whole_journal(self) -> list[str] | None:
-        """The journal of the last submission, if that has ended and all of it can be had."""
+        """The complete journal of the last submission, or None if it is running or unavailable."""
         job_id = self._record.now.job_id
         try:
             return self._runtime.journal(job_id) if job_id and self._runtime.poll(job_id).ended else None

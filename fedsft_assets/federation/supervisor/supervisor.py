@@ -1,8 +1,8 @@
-"""The process that stands between Dagster and a running job.
+"""The supervisor process, between Dagster and a running job.
 
-It hands the job to its runtime, or finds the one that an earlier attempt handed in; passes on what happens as events;
-fetches what the job made, and writes the checkpoint. When it is told to stop it ends the job. When whoever started it
-is gone it leaves a job that lives without it alone, for the next attempt to take over.
+It submits the job to its runtime, or reattaches to one that an earlier attempt submitted; emits events; downloads the
+result and writes the checkpoint. When told to stop, it ends the job. When its parent is gone, it leaves a job that
+survives it running for the next attempt to reattach to.
 """
 
 import argparse
@@ -29,12 +29,12 @@ from fedsft_assets.specs.yaml_file import SpecError
 def supervise(
     job: JobFolder, workspace: Workspace, testing_file: Path, into: Path, runtime: RuntimeSettings
 ) -> Iterator[Event]:
-    """Bring the job to its end and write its checkpoint and report into the folder `into`. Raises JobError."""
+    """Complete the job and write its checkpoint and report into the folder `into`. Raises JobError."""
     supervision = Supervision(job, workspace, runtime)
     try:
         yield from supervision.run()
         if report := supervision.finished(into):
-            yield Progress("its checkpoint is stored too")
+            yield Progress("using its stored checkpoint")
             yield report
             return
         yield Progress("writing the checkpoint and scoring it on the combined testing split")
@@ -53,7 +53,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--runtime", type=RuntimeSettings.model_validate_json, required=True)
     args = parser.parse_args()
-    # Standard output is for events alone; whatever libraries print goes where errors go.
+    # Standard output carries events only; anything that libraries print goes to standard error.
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     signal.signal(signal.SIGTERM, _stop)
@@ -70,7 +70,7 @@ def main() -> None:
         print(encode(Failed(str(error))), file=events, flush=True)
     except BrokenPipeError:
         pass
-    except OSError as error:  # for one, no space left
+    except OSError as error:  # e.g. a full disk
         print(encode(Failed(f"this machine: {error}", retryable=True)), file=events, flush=True)
     except SystemExit as error:
         code = int(error.code or 0)
@@ -78,7 +78,7 @@ def main() -> None:
         pass
     finally:
         stop_marked(os.environ[MARK])
-    # An open session of NVFlare's keeps an interpreter from ending.
+    # An open NVFlare session would keep the interpreter from exiting.
     events.flush()
     os._exit(code)
 

@@ -1,10 +1,9 @@
-"""What the operator's side keeps of one execution of a job, so that a later attempt goes on with it.
+"""The operator's files of one execution of a job, from which a later attempt resumes.
 
-An execution is of one job folder, which names its base model and data, in one runtime: that is its subject. It ends
-when its checkpoint is registered; until then every attempt to run the job takes it up again. It is one history: an
-unbroken chain of states at its server, under its id, with one journal, one checkpoint and one set of MLflow runs. Where
-that chain breaks, another execution begins. Each subject has a workspace of its own, and one process at a time works in
-it.
+The subject of an execution is one job folder, which identifies its base model and data, in one runtime. It ends when
+its checkpoint is registered; until then every attempt to run the job resumes it. An execution is one history: an
+unbroken chain of server states under one id, with one journal, one checkpoint and one set of MLflow runs. If the chain
+breaks, a new execution starts. Each subject has its own workspace, used by one process at a time.
 """
 
 import hashlib
@@ -17,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from fedsft_assets.files import locked, publish_file
+from fedsft_assets.files import locked_file, publish_file
 
 _FILE = "execution.json"
 _NAME_LENGTH = 16  # hexadecimal digits of a subject's digest in the name of its workspace
@@ -25,12 +24,12 @@ _NAME_LENGTH = 16  # hexadecimal digits of a subject's digest in the name of its
 
 @dataclass(frozen=True)
 class Execution:
-    """`subject` says what is executed, `rounds` are finished, `seconds` went into it in all attempts so far.
+    """The state of an execution: `rounds` finished, `seconds` spent in all attempts so far.
 
-    `submissions` have been begun, of which `job_id` is the last one's FLARE job, once that is known; `stopped`: its
-    server gave it up, or does not have what it made. `status` is the runtime's word for a job that has ended well,
-    when its files are in the workspace; `checkpoint` the digest of the archive that was made of them; `ended`: nothing
-    is left to do. `superseded` are FLARE jobs of other executions that nobody follows any more and that may still run.
+    `subject` says what is executed. `submissions` counts submissions, `job_id` is the FLARE job of the last one, once
+    known; `stopped`: its server gave up, or has lost the result. `status` is the runtime's status of a successful job,
+    set once its files are in the workspace; `checkpoint` is the digest of the archive built from them; `ended`: nothing
+    is left to do. `superseded` are abandoned FLARE jobs of other executions that may still be running.
     """
 
     id: str
@@ -47,7 +46,7 @@ class Execution:
 
     @property
     def unfinished_jobs(self) -> list[str]:
-        """FLARE jobs that may still run."""
+        """FLARE jobs that may still be running."""
         if self.ended:
             return []
         own = [self.job_id] if self.job_id and not self.status and not self.stopped else []
@@ -55,7 +54,7 @@ class Execution:
 
     @property
     def token(self) -> str:
-        """By which a server knows the last submission, however often it is handed in."""
+        """Idempotency key of the last submission."""
         return f"{self.id}-{self.submissions}"
 
 
@@ -70,12 +69,12 @@ class Workspaces:
         return Workspace(self._folder / name[:_NAME_LENGTH])
 
     def latest(self) -> "Workspace | None":
-        """That of the execution that was begun or went on last; None before the first."""
+        """The most recently used workspace, or None."""
         records = sorted(self._folder.glob(f"*/{_FILE}"), key=lambda path: path.stat().st_mtime)
         return Workspace(records[-1].parent) if records else None
 
     def abandoned(self) -> Iterator["Workspace"]:
-        """Those in which no process works now, the caller's included, and none begins to while it is looked at."""
+        """Workspaces that no process is using, the caller included; each is locked while it is yielded."""
         for folder in sorted(self._folder.glob("*/")):
             workspace = Workspace(folder)
             try:
@@ -86,38 +85,36 @@ class Workspaces:
 
 
 class Workspace:
-    """The folder in which executions of one subject happen, one after the other."""
+    """The folder for successive executions of one subject."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     @contextmanager
     def held(self, wait: bool = True, waiting: Callable[[], object] = lambda: None) -> Iterator[None]:
-        """Be the one process that works in this folder; the next one waits, after a call of `waiting`.
+        """Lock this folder for the block. If another process holds it, call `waiting` and wait.
 
-        Raises BlockingIOError if another does and `wait` is false. A process that dies lets go.
+        Raises BlockingIOError if it is locked and `wait` is false. The lock of a dead process is released.
         """
         lock = self.folder.with_suffix(".lock")
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        lock.touch()
         with ExitStack() as held:
             try:
-                held.enter_context(locked(lock, wait=False))
+                held.enter_context(locked_file(lock, wait=False))
             except BlockingIOError:
                 if not wait:
                     raise
                 waiting()
-                held.enter_context(locked(lock))
+                held.enter_context(locked_file(lock))
             yield
 
     @property
     def tracking_record(self) -> Path:
-        """What MLflow is to know of the last execution, beside the folder, which is emptied at a new start."""
+        """The MLflow record of the last execution; beside the folder, which a new execution empties."""
         return self.folder.with_suffix(".tracking.json")
 
     @property
     def checkpoint(self) -> Path:
-        """The archive that the execution ends with, and its report."""
+        """The final archive and its report."""
         return self.folder / "checkpoint"
 
     @property
@@ -127,31 +124,31 @@ class Workspace:
 
     @property
     def result(self) -> Path:
-        """What the server part of the job left."""
+        """The files downloaded from the job's server."""
         return self.folder / "result"
 
     @property
     def runtime(self) -> Path:
-        """For the runtime's own files."""
+        """The runtime's own files."""
         return self.folder / "runtime"
 
     @property
     def journal(self) -> Path:
-        """This side's copy of the server's journal."""
+        """The local copy of the server's journal."""
         return self.folder / "journal.jsonl"
 
     def execution(self) -> Execution | None:
-        """The last one, if there was any."""
+        """The last execution, if any."""
         path = self.folder / _FILE
         try:
             return Execution(**json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
             return None
         except (ValueError, TypeError):
-            return None  # of another version of this package: nothing that could be gone on with
+            return None  # written by another version of this package: cannot be resumed
 
     def resume_or_create(self, subject: dict[str, str], superseded: Sequence[str] = ()) -> Execution:
-        """The execution to go on with; if there is none, a new one in a folder with nothing of the one before."""
+        """The unfinished execution of the subject, or a new one in an emptied folder."""
         last = self.execution()
         if last and not last.ended and last.subject == subject:
             return self.save(replace(last, superseded=[*last.superseded, *superseded])) if superseded else last
@@ -164,25 +161,25 @@ class Workspace:
         return execution
 
     def begin_anew(self) -> Execution:
-        """Another execution of the same subject, from zero: what the last one had at its server is gone.
+        """Start a new execution of the same subject after the server lost the last one's state.
 
-        Nothing of the last one is left to be taken for the new one's. Were this process killed in between, the last
-        one would still know that it had finished rounds.
+        Removes the last one's files first. If this process is killed in between, the last execution's record still has
+        its finished rounds.
         """
         last = self.execution()
-        assert last, "there is one that cannot go on"
+        assert last, "there is an execution that cannot continue"
         self.journal.unlink(missing_ok=True)
         shutil.rmtree(self.result, ignore_errors=True)
         return self.save(Execution(uuid.uuid4().hex, last.subject, superseded=last.unfinished_jobs))
 
     def end(self) -> None:
-        """Nothing is left to do: the next execution starts anew."""
+        """Mark the execution as done: the next one starts from the beginning."""
         if last := self.execution():
             self.save(replace(last, ended=True))
 
 
 class ExecutionRecord:
-    """The execution that is under way, on the disk at every change, with the time that all attempts took."""
+    """The current execution, saved at every change, with the total time of all attempts."""
 
     def __init__(self, workspace: Workspace) -> None:
         execution = workspace.execution()
@@ -192,19 +189,19 @@ class ExecutionRecord:
 
     @property
     def now(self) -> Execution:
-        """As it stands."""
+        """The current state."""
         return self._execution
 
     @property
     def seconds(self) -> float:
-        """That went into the execution up to now, in this attempt and all before."""
+        """Total time of the execution so far, over all attempts."""
         return self._seconds_before + time.monotonic() - self._begun
 
     def save(self, **changes: object) -> None:
-        """Change these fields."""
+        """Update these fields and save."""
         changed = replace(self._execution, seconds=self.seconds, **changes)  # type: ignore[arg-type]
         self._execution = self._workspace.save(changed)
 
     def begin_anew(self) -> None:
-        """Another history begins, from zero."""
+        """Start a new history from round zero."""
         self._execution = self._workspace.begin_anew()

@@ -1,4 +1,4 @@
-"""The tensor stream: how models travel between a server and its sites. What others need of it is here."""
+"""The tensor stream: transport of models between a server and its sites. Import it from here."""
 
 from fedsft_assets.federation.transport.buffers import StoredTensor, temporary_files
 from fedsft_assets.federation.transport.endpoint import TensorEndpoint, piece_size_for

@@ -1,6 +1,6 @@
-"""Where received tensors lie: in memory or in files, which are used again for the next ones.
+"""Reusable buffers for received tensors, in memory or in files.
 
-On most machines new memory, or new pages of a file, cost more than copying into them. It needs torch only.
+On most machines, allocating memory or file pages costs more than copying into them. Requires torch only.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-_UNSHARED = 2  # what `sys.getrefcount` returns for an object with one reference, its own argument included
+_UNSHARED = 2  # `sys.getrefcount` of an object with one other reference
 
 
 class ReusedMemory:
-    """A block of memory for the tensors of one message, and of the next once nobody has a tensor of the last."""
+    """A memory block for the tensors of one message, reused once no tensor of the last message is alive."""
 
     def __init__(self) -> None:
         self._block: mmap.mmap | None = None
 
     def take(self, size: int) -> torch.Tensor:
-        """So many bytes: of the last block if it is large enough and nobody has a tensor in it, else of a new one."""
+        """A uint8 tensor of `size` bytes: in the last block if it is large enough and free, otherwise in a new one."""
         if size == 0:
             return torch.empty(0, dtype=torch.uint8)
         if self._block is None or len(self._block) < size or sys.getrefcount(self._block) > _UNSHARED:
@@ -40,15 +40,15 @@ class ReusedMemory:
 
 
 class ReusedFiles:
-    """Files in a folder, each overwritten by message after message, so that its pages are in memory already."""
+    """Files in a folder that are overwritten by successive messages, so that their pages are already in memory."""
 
     def __init__(self, folder: Path, max_bytes: int | None = None) -> None:
-        """A message with more than `max_bytes` of tensors is not to be written; None is no limit."""
+        """Messages with more than `max_bytes` of tensors are rejected; None means no limit."""
         self.folder, self.max_bytes, self._count = folder, max_bytes, itertools.count()
         self._free: list[Path] = []
 
     def take(self) -> ReusedFile:
-        """A file that nobody has; it is free again once nobody has the returned object."""
+        """A free file; it is freed again when the returned object is garbage-collected."""
         try:
             path = self._free.pop()
         except IndexError:
@@ -60,7 +60,7 @@ class ReusedFiles:
 
 @contextmanager
 def temporary_files(folder: Path, max_bytes: int | None = None) -> Iterator[ReusedFiles]:
-    """Files in a folder of their own, which is made anew and removed at the end."""
+    """Reusable files in a fresh folder that is removed at the end."""
     shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed
     folder.mkdir()
     try:
@@ -82,7 +82,7 @@ class StoredTensor:
         self.dtype, self.shape = dtype, shape
 
     def materialize(self) -> torch.Tensor:
-        """The tensor, mapped from the file: it takes no memory, and changes to it are not written."""
+        """The tensor, memory-mapped from the file; changes to it are not written back."""
         size = prod(self.shape) * self.dtype.itemsize
         if size == 0:
             return torch.empty(self.shape, dtype=self.dtype)

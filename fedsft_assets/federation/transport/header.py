@@ -1,6 +1,6 @@
-"""The header of a stream of tensors, sent before its first piece: which tensors they are, and where each of them lies.
+"""The header of a tensor stream, sent before the first piece: the tensors and their positions.
 
-It needs torch and pydantic only.
+Requires torch and pydantic only.
 """
 
 import json
@@ -15,15 +15,15 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 MAX_PIECE = 10 << 20  # bytes; NVFlare sends pieces of this size without copying them
-MAX_GAP = 4096  # bytes between tensors of one block that are sent along with them
+MAX_GAP = 4096  # maximum bytes of padding between two tensors of a block that are sent along
 
 
 @dataclass(frozen=True)
 class TensorHeader:
     """One tensor of a stream.
 
-    `delta` is set for a `Delta`: the name of the tensor to add it to, and the version that the sum has. `gap` is the
-    number of meaningless bytes before the tensor.
+    `delta` is set for a `Delta`: the name of the tensor to add it to, and the version of the sum. `gap` is the number
+    of padding bytes before the tensor.
     """
 
     name: str
@@ -41,7 +41,7 @@ _Size = Annotated[int, Field(ge=0, le=2**53)]
 
 
 class _WireHeader(BaseModel):
-    """`StreamHeader` as it travels, in JSON."""
+    """The JSON form of `StreamHeader`."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -50,7 +50,7 @@ class _WireHeader(BaseModel):
 
 
 class StreamHeader:
-    """The tensors of a stream, in order, and the bytes of the stream at which each of them starts and ends.
+    """The tensors of a stream, in order, with the byte positions where each starts and ends.
 
     `piece_size` is in bytes; the last piece may be shorter.
     """
@@ -63,7 +63,7 @@ class StreamHeader:
 
     @classmethod
     def from_bytes(cls, content: bytes) -> Self:
-        """Raises ValueError for anything that no sender of this package writes."""
+        """Raises ValueError for anything that this package would not send."""
         wire = _WireHeader.model_validate_json(content)
         header = cls([TensorHeader(*one) for one in wire.tensors], wire.piece)
         names = [one.name for one in header.tensors]
@@ -75,17 +75,17 @@ class StreamHeader:
         return json.dumps({"piece": self.piece_size, "tensors": [astuple(one) for one in self.tensors]}).encode()
 
     def index_at(self, position: int) -> int:
-        """The index of the tensor that has the byte at a position of the stream, or the gap before it."""
+        """Index of the tensor at a byte position of the stream; a gap belongs to the tensor after it."""
         return bisect_right(self.ends, position)
 
 
 def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes of a tensor, one-dimensional: a view of its memory if it is contiguous and on the CPU, else a copy."""
+    """The bytes of a tensor, uint8 [nbytes]: a view if it is contiguous and on the CPU, otherwise a copy."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
 def dtype_named(name: str) -> torch.dtype:
-    """The dtype that `str` writes so. Raises ValueError if there is none."""
+    """The dtype with this `str`, such as "torch.float32". Raises ValueError if there is none."""
     dtype = getattr(torch, name.removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"{name!r} is not a dtype")

@@ -1,9 +1,9 @@
-"""How tensors travel between the server part of a job and its trainers: as one stream of bytes, cut into pieces.
+"""Installs the tensor stream in NVFlare: tensors are sent as one byte stream, cut into pieces.
 
-NVFlare fetches tensors one by one, each packed into a file of its own in memory, and copies them at every step. Here
-a piece is a view of the tensors' own memory where it can be, and all pieces have the same modest size, so that memory
-is reused: on most machines new memory costs more than the copies themselves. It needs torch and NVFlare only. Both ends
-must use it; NVFlare's processes between them forward bytes that they do not look at.
+NVFlare fetches tensors one by one, each serialized to an in-memory file, and copies them at every step. Here a piece is
+a view of the tensors' own memory if possible, and all pieces have the same moderate size, so that memory is reused: on
+most machines, allocating memory costs more than copying. Requires torch and NVFlare only. Both ends must use it;
+NVFlare's processes in between forward opaque bytes.
 """
 
 from collections.abc import Iterator
@@ -24,17 +24,17 @@ from fedsft_assets.federation.transport.sending import TensorStream
 
 @contextmanager
 def tensor_streams(endpoint: TensorEndpoint) -> Iterator[None]:
-    """Send and receive this process's tensors as streams within the block, the way the endpoint says.
+    """Send and receive this process's tensors as streams within the block, as configured by the endpoint.
 
-    The endpoint is held by the one decomposer of tensors that NVFlare has in a process; after the block, that has the
-    previous one again. Raises RuntimeError if a decomposer of NVFlare's own is registered already.
+    NVFlare has one tensor decomposer per process, which holds the endpoint; after the block, the previous endpoint is
+    restored. Raises RuntimeError if NVFlare's own tensor decomposer is already registered.
     """
     fobs.register(StreamDecomposer)
     decomposer = fobs.get_dot_handler(dots.TENSOR_DOWNLOAD)
     if not isinstance(decomposer, StreamDecomposer):
         raise RuntimeError(
-            f"NVFlare's {type(decomposer).__name__} sends this process's tensors, in a format that the other end does"
-            " not read: enter tensor_streams before anything registers it"
+            f"NVFlare's {type(decomposer).__name__} is already registered, and its format is not readable by the other"
+            " end: enter tensor_streams before anything registers it"
         )
     previous, decomposer.endpoint = decomposer.endpoint, endpoint
     try:
@@ -44,7 +44,7 @@ def tensor_streams(endpoint: TensorEndpoint) -> Iterator[None]:
 
 
 class StreamDecomposer(TensorDecomposer):
-    """What NVFlare asks how to send and receive tensors, in place of its own `TensorDecomposer`."""
+    """Replaces NVFlare's `TensorDecomposer` to send and receive tensors as streams."""
 
     def __init__(self, endpoint: TensorEndpoint | None = None) -> None:
         super().__init__()
@@ -54,9 +54,9 @@ class StreamDecomposer(TensorDecomposer):
         return TensorStream(items, self.endpoint.piece_size)
 
     def download(self, from_fqcn: str, ref_id: str, *, fobs_ctx: Any = None, **settings: Any) -> Any:  # noqa: ARG002
-        """Fetch the tensors of a message; returns an error or None, and the tensors by NVFlare's names for them.
+        """Fetch the tensors of a message; returns an error or None, and the tensors by NVFlare's keys.
 
-        Raises OSError if this machine has no room for them, and TransferError if the sender is gone.
+        Raises OSError if this machine is out of space, and TransferError if the sender is gone.
         """
         consumer = consumer_for(self.endpoint)
         tensor_downloader.download_object(from_fqcn=from_fqcn, ref_id=ref_id, consumer=consumer, **settings)

@@ -1,4 +1,4 @@
-"""The receiving end: a stream's tensors into memory, into a file, or added to others while they arrive."""
+"""Receiving side: stores a stream's tensors in memory or in a file, or adds them to others on arrival."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ _ALIGNMENT = 64  # bytes
 
 
 class TransferError(RuntimeError):
-    """The sender of tensors is gone, or cannot be reached, before all of them are here."""
+    """The sender disappeared or became unreachable before all tensors arrived."""
 
 
 def consumer_for(endpoint: TensorEndpoint) -> MemoryConsumer | FileConsumer:
-    """What takes the tensors of the next message."""
+    """A consumer for the tensors of the next message."""
     if endpoint.files is None:
         return MemoryConsumer(endpoint)
     return FileConsumer(endpoint, endpoint.files.take(), endpoint.files.max_bytes)
 
 
 class _StreamConsumer(Consumer):
-    """Takes the header of a stream, then its pieces in order.
+    """Consumes the header of a stream, then its pieces in order.
 
-    `error` says what went wrong, `transfer_failed` that it was the transfer, and not what came. `local_error` is one of
-    this machine's, which NVFlare would take for one of the peer's.
+    `error` says what went wrong; `transfer_failed`: the transfer failed, as opposed to invalid content. `local_error`
+    is an error of this machine, which NVFlare would attribute to the peer.
     """
 
     supports_pipelining = True
@@ -49,7 +49,7 @@ class _StreamConsumer(Consumer):
         self._position = 0
 
     def consume(self, ref_id: str, state: dict[str, int], data: list[bytes]) -> dict[str, int]:  # noqa: ARG002
-        self._is_readable = False  # until all of it is taken: NVFlare takes what is raised for a failed transfer
+        self._is_readable = False  # set again at the end: NVFlare treats any exception as a failed transfer
         for piece in data:
             if self._header is None:
                 self._header = StreamHeader.from_bytes(piece)
@@ -70,32 +70,32 @@ class _StreamConsumer(Consumer):
         self.error, self.transfer_failed = reason, self._is_readable
 
     def begin(self, header: StreamHeader) -> None:
-        """Prepare for the stream's pieces."""
+        """Called with the header, before any piece."""
 
     def take(self, header: StreamHeader, position: int, piece: bytes) -> None:
-        """Take the stream's bytes from a position on."""
+        """Consume the bytes of the stream at a position."""
         raise NotImplementedError
 
     def finish(self, header: StreamHeader) -> None:
-        """All pieces are taken."""
+        """Called after the last piece."""
 
 
 class MemoryConsumer(_StreamConsumer):
-    """Fills tensors in one block of memory while their bytes arrive, or adds them to the endpoint's deltas."""
+    """Writes tensors into one memory block as bytes arrive, or adds them to the endpoint's `deltas`."""
 
     def __init__(self, endpoint: TensorEndpoint) -> None:
         super().__init__(endpoint)
         self.tensors: dict[str, torch.Tensor] = {}
         self._deltas: DeltaSum | None = None
-        self._version = 0  # that the deltas lead to
-        self._adds = False  # else they are there already
+        self._version = 0  # version after the deltas
+        self._adds = False  # False: they were added before
 
     def begin(self, header: StreamHeader) -> None:
         versions = [one.delta[1] for one in header.tensors if one.delta]
         if self._endpoint.deltas and versions:
             self._deltas, self._version = self._endpoint.deltas, versions[0]
             self._adds = self._deltas.begin(self._version)
-        collect_messages()  # the last one's tensors would be in memory beside the new ones
+        collect_messages()  # free the last message's tensors before allocating new ones
         kept = [one for one in header.tensors if not (self._deltas and one.delta)]
         starts = [0, *accumulate(-(-one.nbytes // _ALIGNMENT) * _ALIGNMENT for one in kept)]
         block = self._endpoint.memory.take(starts[-1])
@@ -112,7 +112,7 @@ class MemoryConsumer(_StreamConsumer):
             one, begin = header.tensors[index], position - header.starts[index]
             rest = -begin if begin < 0 else header.ends[index] - position
             part, content = content[:rest], content[rest:]
-            if begin >= 0:  # else a gap
+            if begin >= 0:  # skip gaps
                 self._put(one, begin, part)
             position += len(part)
 
@@ -121,7 +121,7 @@ class MemoryConsumer(_StreamConsumer):
             self._deltas.end(self._version)
 
     def _put(self, one: TensorHeader, begin: int, content: np.ndarray) -> None:
-        """Fill, or add, a tensor's bytes from `begin` on."""
+        """Write or add a tensor's bytes from offset `begin` on."""
         if not self._deltas or not one.delta:
             flat_bytes(self.tensors[one.name]).numpy()[begin : begin + len(content)] = content
         elif self._adds:
@@ -131,26 +131,26 @@ class MemoryConsumer(_StreamConsumer):
 
 @dataclass(frozen=True)
 class BrokenTensor:
-    """Received in place of a tensor that cannot be used; NVFlare would end the receiving process for an error."""
+    """Stands in for a tensor that cannot be used; on an exception, NVFlare would end the receiving process."""
 
     reason: str
 
 
 class _StoredTensors(dict[str, StoredTensor]):
-    """Looks to NVFlare like tensors that it has left on the disk itself."""
+    """Mimics NVFlare's own mapping of tensors on disk."""
 
     broken: BrokenTensor | None = None
 
     def __contains__(self, name: object) -> bool:
-        """True of any name: for what is not there, `make_lazy_ref` returns a `BrokenTensor`."""
+        """Always True: for missing names, `make_lazy_ref` returns a `BrokenTensor`."""
         return True
 
     def make_lazy_ref(self, name: str) -> StoredTensor | BrokenTensor:
-        return self.broken or self.get(name) or BrokenTensor("it is not in the stream")
+        return self.broken or self.get(name) or BrokenTensor("missing from the stream")
 
 
 class FileConsumer(_StreamConsumer):
-    """Writes a stream of at most `max_bytes` into a file; the tensors of an unusable one are each a `BrokenTensor`."""
+    """Writes a stream of at most `max_bytes` to a file; every tensor of an invalid stream is a `BrokenTensor`."""
 
     def __init__(self, endpoint: TensorEndpoint, file: ReusedFile, max_bytes: int | None = None) -> None:
         super().__init__(endpoint)

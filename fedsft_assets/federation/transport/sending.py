@@ -1,6 +1,6 @@
-"""The sending end: a message's tensors as one stream of bytes, in pieces that receivers ask for one after another.
+"""Sending side: a message's tensors as one byte stream, in pieces that receivers request in order.
 
-A piece is a view of the tensors' own memory where it can be.
+A piece is a view of the tensors' own memory if possible.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from fedsft_assets.federation.transport.header import MAX_GAP, MAX_PIECE, Stream
 from fedsft_assets.federation.transport.tensors import BlockTensor, Delta, LazyTensor, MemoryBlock
 from fedsft_assets.memory import collect_messages
 
-_MAX_UNCOLLECTED = 20 << 20  # bytes allocated for sending that may still be held after they are sent
-_UNCOPIED_PIECE = 1 << 20  # bytes that NVFlare allocates to send a piece that it does not copy
+_MAX_UNCOLLECTED = 20 << 20  # bytes allocated for sending that may stay uncollected after they are sent
+_UNCOPIED_PIECE = 1 << 20  # bytes that NVFlare allocates to send a piece without copying it
 _POSITION = "at"
 
 
 class TensorStream(Downloadable):
-    """The tensors of one message. Each receiver's requests say at which byte of the stream it is."""
+    """The tensors of one message. Each receiver requests pieces by byte position."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], piece_size: int) -> None:
         self.base_obj: dict[str, torch.Tensor] | None = dict(tensors)
@@ -34,7 +34,7 @@ class TensorStream(Downloadable):
         self._allocated_by_view = _UNCOPIED_PIECE if piece_size == MAX_PIECE else piece_size
         self._tensors = list(tensors.values())
         self._runs = self._find_runs()
-        self._joined: WeakValueDictionary[int, np.ndarray] = WeakValueDictionary()  # pieces on their way, by position
+        self._joined: WeakValueDictionary[int, np.ndarray] = WeakValueDictionary()  # pieces in flight, by position
 
     def produce(self, state: dict[str, int] | None, requester: str) -> tuple[str, Any, dict[str, int]]:  # noqa: ARG002
         if not state:
@@ -64,7 +64,7 @@ class TensorStream(Downloadable):
 
     def _piece(self, position: int) -> memoryview:
         if self.base_obj is None:
-            raise RuntimeError("the tensors of this stream are released already")
+            raise RuntimeError("the tensors of this stream have been released")
         index, size = self._header.index_at(position), self._header.piece_size
         run = self._runs[index]
         if run and run.end - position >= size:
@@ -74,13 +74,13 @@ class TensorStream(Downloadable):
             self._will_allocate(size if isinstance(self._tensors[index], LazyTensor) else self._allocated_by_view)
             return self._bytes(index, position, size)
         joined = self._joined.get(position)
-        if joined is None:  # else it is on its way to another receiver
+        if joined is None:  # otherwise it is being sent to another receiver
             self._will_allocate(size)
             joined = self._joined[position] = self._join(index, position)
         return memoryview(joined)  # type: ignore[arg-type]
 
     def _join(self, index: int, position: int) -> np.ndarray:
-        """Copy a piece's bytes: the rest of the tensor `index`, and tensors behind it."""
+        """Copy a piece's bytes: the rest of tensor `index`, and the tensors after it."""
         begin, end = position, min(position + self._header.piece_size, self._header.total)
         joined = np.zeros(end - begin, dtype=np.uint8)
         while position < end:
@@ -92,7 +92,7 @@ class TensorStream(Downloadable):
         return joined
 
     def _bytes(self, index: int, position: int, size: int) -> memoryview:
-        """Bytes of the tensor `index`, from a position of the stream on."""
+        """`size` bytes of tensor `index` from a stream position on."""
         tensor, begin = self._tensors[index], position - self._header.starts[index]
         if not isinstance(tensor, LazyTensor):
             return _view(tensor)[begin : begin + size]
@@ -100,7 +100,7 @@ class TensorStream(Downloadable):
         return _view(tensor.make(first, last))[begin - first * tensor.itemsize :][:size]
 
     def _will_allocate(self, size: int) -> None:
-        """Count bytes that are about to be allocated; where they may have become many, collect what has been sent."""
+        """Count bytes about to be allocated, and collect sent messages when there may be many."""
         self._allocated += size
         if self._allocated > _MAX_UNCOLLECTED:
             self._allocated = 0
@@ -109,9 +109,9 @@ class TensorStream(Downloadable):
 
 @dataclass
 class _Run:
-    """Consecutive tensors of a stream, up to its byte `end`, that lie in a block in the same way as in the stream.
+    """Consecutive tensors of a stream, up to byte `end`, laid out in a memory block as in the stream.
 
-    The block's first byte would be the stream's byte `offset`.
+    The block's first byte corresponds to stream position `offset`.
     """
 
     block: MemoryBlock
@@ -129,7 +129,7 @@ def _header_of(tensors: Mapping[str, torch.Tensor], piece_size: int) -> StreamHe
 
 
 def _gap(last: torch.Tensor | None, tensor: torch.Tensor) -> int:
-    """Bytes from the end of one tensor to the next in their block, if they are few; 0 if they share none."""
+    """Bytes between two tensors in the same block if at most MAX_GAP, otherwise 0."""
     if not isinstance(last, BlockTensor) or not isinstance(tensor, BlockTensor) or last.block is not tensor.block:
         return 0
     gap = tensor.data_ptr() - last.data_ptr() - last.nbytes

@@ -1,4 +1,4 @@
-"""Tensors that also say how they are to be sent, each way a type of its own."""
+"""Tensor types that determine how a tensor is sent."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ import torch
 
 
 class OutgoingTensor(torch.Tensor):
-    """A tensor that is sent in a way of its own, and received as a plain one. What is computed from it is plain too."""
+    """A tensor with its own way of being sent, received as a plain tensor. Operations on it return plain tensors."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @property  # type: ignore[misc]
     def __class__(self) -> type[torch.Tensor]:  # type: ignore[override]
-        """`torch.Tensor`: NVFlare puts the name of this class on the wire, and the receiver makes one of that class.
+        """`torch.Tensor`: NVFlare sends the name of this class, and the receiver instantiates it.
 
-        NVFlare's own processes in between refuse a class that is not registered with them.
+        NVFlare's own processes in between reject classes that are not registered with them.
         """
         return torch.Tensor
 
 
 class LazyTensor(OutgoingTensor):
-    """A tensor without memory, on the device `meta`, whose elements are made when they are sent, a piece at a time.
+    """A tensor without storage, on the device `meta`, whose elements are computed piece by piece when sent.
 
-    `make(first, last)` returns the elements `first` to `last - 1` in row-major order, one-dimensional. It may be called
-    more than once for the same elements, and must then return the same values.
+    `make(first, last)` returns the flattened elements [first, last) in row-major order, shape [last - first]. It may be
+    called repeatedly for the same elements and must return the same values.
     """
 
     make: Callable[[int, int], torch.Tensor]
@@ -44,14 +44,14 @@ class LazyTensor(OutgoingTensor):
 
 
 def materialize(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor with all its elements in memory; any but a `LazyTensor` is returned as it is."""
+    """The tensor with its elements in memory; only a `LazyTensor` is changed."""
     return tensor.make(0, tensor.numel()).reshape(tensor.shape) if isinstance(tensor, LazyTensor) else tensor
 
 
 class Delta(OutgoingTensor):
-    """A tensor that a receiver with a `DeltaSum` adds to the tensor called `target` there.
+    """A tensor that a receiver with a `DeltaSum` adds to its tensor named `target`.
 
-    `version` is the one that the receiver's tensors have afterwards; all deltas of a message have the same.
+    `version` is that of the receiver's tensors afterwards; it is the same for all deltas of a message.
     """
 
     target: str
@@ -65,10 +65,10 @@ class Delta(OutgoingTensor):
 
 
 class ContiguousTensors(Mapping[str, torch.Tensor]):
-    """Tensors by name that lie in one block of memory, such as a mapped file, and are sent as they lie there.
+    """Named tensors in one memory block, such as a mapped file, that are sent in their memory layout.
 
-    Small tensors then need no copy, however many receivers there are. Bytes of the block between two tensors may be
-    sent along with them: use it only where a receiver may see those.
+    Small tensors then need no copy, however many receivers there are. Padding bytes between two tensors may be sent
+    along: use it only if receivers may see them.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -89,7 +89,7 @@ class ContiguousTensors(Mapping[str, torch.Tensor]):
 
 
 class BlockTensor(OutgoingTensor):
-    """One of `ContiguousTensors`, and the block that they all lie in."""
+    """A tensor of `ContiguousTensors`, with the block that contains it."""
 
     block: MemoryBlock
 
@@ -101,9 +101,9 @@ class BlockTensor(OutgoingTensor):
 
 
 class MemoryBlock:
-    """The memory from the first byte of some tensors to the last; `content`, and any view of it, keeps it alive.
+    """The memory from the first to the last byte of some tensors; `content`, and any view of it, keeps it alive.
 
-    `address` is that of the first byte.
+    `address` is the address of the first byte.
     """
 
     def __init__(self, tensors: list[torch.Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""The precision in which weights travel."""
+"""The wire precision of weights."""
 
 import torch
 
@@ -6,5 +6,5 @@ from fedsft_assets.federation.protocol.messages import Wire
 
 
 def rounded(change: torch.Tensor, wire: Wire) -> torch.Tensor:
-    """A change in the precision of the wire; a tensor of integers or booleans stays as it is."""
+    """Round a change to the wire precision; integer and boolean tensors are unchanged."""
     return change.to(torch.bfloat16) if wire == Wire.BF16_DIFF and change.is_floating_point() else change

@@ -164,7 +164,7 @@ def test_token_reaches_the_server_and_the_user_and_nobody_else(
     shown = capfd.readouterr().out.splitlines()
     if token_file:
         assert said["token"] == token
-        assert shown[:2] == [f"a server:    {url}", f"add ?token=… with what is in {fixed}"]
+        assert shown[:2] == [f"a server:    {url}", f"append ?token=… with the token in {fixed}"]
         assert token not in "".join(shown)
     else:
         assert said["token"] != token

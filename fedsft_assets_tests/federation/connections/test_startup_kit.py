@@ -52,5 +52,5 @@ def test_unreachable_server_is_retried(kit: Path) -> None:
 def test_invalid_address_and_a_folder_that_is_not_a_kit_are_errors(kit: Path, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"fed_client\.json: servers: target: expected host:port, found 'localhost'"):
         diagnose_connection(_at(kit, "localhost"))
-    with pytest.raises(SpecError, match=r"has no startup/fed_client\.json; expected the startup kit of a site"):
+    with pytest.raises(SpecError, match=r"startup/fed_client\.json is missing; expected the startup kit of a site"):
         diagnose_connection(tmp_path)

@@ -207,7 +207,7 @@ def test_many_odd_tensors_are_not_all_named() -> None:
 def test_number_that_is_not_finite_is_an_error_that_names_site_and_tensor(odd: float, dtype: torch.dtype) -> None:
     sites = {site: _weights(seed, dtype) for seed, site in enumerate(TOKENS)}
     sites["site-2"]["layer.weight"][3, 4] = odd
-    with pytest.raises(ValueError, match=r"^site-2: layer\.weight has numbers that are not finite$"):
+    with pytest.raises(ValueError, match=r"^site-2: layer\.weight has non-finite values$"):
         _average(sites)
 
 

@@ -365,7 +365,7 @@ def _failing(traceback: str) -> Callable[[Site], Callable[[FLModel], Answer]]:
 @pytest.mark.parametrize(
     ("answer", "missed"),
     [
-        (lambda _site: lambda _: ReturnCode.EXECUTION_EXCEPTION, "its trainer is gone (EXECUTION_EXCEPTION)"),
+        (lambda _site: lambda _: ReturnCode.EXECUTION_EXCEPTION, "its trainer exited (EXECUTION_EXCEPTION)"),
         (_failing("Traceback: é"), "its trainer failed"),
         (lambda _site: lambda _: None, "no message for 0 s (site_timeout is 0.05 s)"),
     ],
@@ -407,7 +407,7 @@ def test_job_with_too_few_sites_ends_and_says_who_was_missing_and_that_sites_wer
     server.run()
     why = "round 2 has results of 1 of 3 sites; min_sites is 2"
     assert server.entries[-3:] == [
-        Missed("site-1", 2, "its trainer is gone (EXECUTION_EXCEPTION)"),
+        Missed("site-1", 2, "its trainer exited (EXECUTION_EXCEPTION)"),
         Missed("site-3", 2, "its trainer failed", "Traceback"),
         Stopped(why, lost_sites=True),
     ]
@@ -439,7 +439,7 @@ def test_nobody_is_waited_for_when_enough_cannot_answer_any_more(tmp_path: Path)
     server.run()
     assert [one.reason for one in server.of(Missed)] == [
         "the round ended before it answered",
-        "its trainer is gone (EXECUTION_EXCEPTION)",
+        "its trainer exited (EXECUTION_EXCEPTION)",
     ]
     assert server.of(Stopped)[0].lost_sites
 
@@ -457,7 +457,7 @@ def test_last_validation_goes_on_without_a_site_too(tmp_path: Path) -> None:
 
 # Sites that come, or come again. Nobody but an operator submits the job again, so that is done while one listens.
 
-_GONE = "it was started again, and its part of the job is gone"
+_GONE = "the site restarted and lost its part of the job"
 
 
 def _listens(server: Server) -> None:
@@ -632,12 +632,12 @@ def _other(**changes: Any) -> Callable[[Site], Callable[[FLModel], Answer]]:
         (0.5, "try a lower learning rate"),
         (
             2.0,
-            "noise has 2 times the norm of a clipped change in the mean of a round: lower"
+            "the noise in a round's mean has 2 times the norm of a clipped change: lower"
             " filters.privacy.noise_multiplier, or try a lower learning rate",
         ),
         (
             6.28e11,
-            "noise has 6.28e+11 times the norm of a clipped change in the mean of a round: lower"
+            "the noise in a round's mean has 6.28e+11 times the norm of a clipped change: lower"
             " filters.privacy.noise_multiplier",
         ),
     ],
@@ -657,7 +657,7 @@ def test_job_whose_model_has_gone_astray_says_what_makes_it_so(
     assert len(noise) == (ratio is not None and ratio > 1)
     if noise:  # and before any round
         assert server.entries[1] == Progress(noise[0])
-        assert noise[0].startswith(f"noise has {ratio:,.3g} times the norm of a clipped change in the mean of a round")
+        assert noise[0].startswith(f"the noise in a round's mean has {ratio:,.3g} times the norm of a clipped change")
 
 
 def test_site_that_joins_later_must_have_begun_with_the_same_too(tmp_path: Path) -> None:
@@ -667,7 +667,7 @@ def test_site_that_joins_later_must_have_begun_with_the_same_too(tmp_path: Path)
     server = Server(tmp_path, sites, min_sites=1)
     server.connected = ["site-1"]
     server.run()
-    assert server.of(Stopped)[0].reason.startswith("round 2: site-1: began with another base model or other adapters")
+    assert server.of(Stopped)[0].reason.startswith("round 2: site-1: started from a base model or adapters that")
 
 
 @pytest.mark.parametrize(("content", "said"), [(None, "No such file"), ("not an archive", "file could not be opened")])
@@ -875,7 +875,7 @@ def test_equal_tensors_that_are_not_tied_are_both_read(archive: Archive) -> None
 
 def test_archive_without_weights_is_an_error_that_names_it(archive: Archive) -> None:
     path = archive(config="x: 1")
-    with pytest.raises(ValueError, match=f"{path}: has no model_weights.ckpt; is it a .nemo archive"):
+    with pytest.raises(ValueError, match=f"{path}: model_weights.ckpt is missing; is it a .nemo archive"):
         read_nemo_weights(path)
 
 

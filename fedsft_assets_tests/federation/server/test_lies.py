@@ -84,13 +84,16 @@ LIES: Mapping[str, tuple[Lie, str]] = {
     "tokens beyond any count": (_meta(**{TOKENS: 10**30}), "tokens: found 1000000000000000000000000000000: input"),
     "more tokens than its steps": (_meta(**{TOKENS: 1_000}), "tokens: found 1000, expected the 600 of its steps"),
     "negative samples": (_meta(**{SAMPLES_KEY: -(10**9)}), "samples: found -1000000000: input should be greater"),
-    "other samples": (_meta(**{SAMPLES_KEY: 49}), "samples: found 49, expected 48 in a round over 48 records"),
-    "other records": (_meta(**{RECORDS_KEY: 10**9}), "records: found 1000000000, expected 48, which it has"),
+    "other samples": (_meta(**{SAMPLES_KEY: 49}), "samples: found 49, expected 48 in a round of 48 records"),
+    "other records": (_meta(**{RECORDS_KEY: 10**9}), "records: found 1000000000, expected 48"),
     "no records": (_meta(**{RECORDS_KEY: None}), "records: found None: input should be a valid integer"),
-    "another kind": (_meta(**{KIND_KEY: "full"}), "sent 'full' where 'change' was to come"),
+    "another kind": (_meta(**{KIND_KEY: "full"}), "kind: found 'full', expected 'change'"),
     "no kind": (_meta(**{KIND_KEY: None}), "kind: found None: input should be a valid string"),
-    "a kind that is none": (_meta(**{KIND_KEY: "\x1b[31m"}), "sent '\\x1b[31m' where 'change' was to come"),
-    "another base model": (_meta(**{FIRST_KEY: "x"}), "began with another base model or other adapters than"),
+    "a kind that is none": (_meta(**{KIND_KEY: "\x1b[31m"}), "kind: found '\\x1b[31m', expected 'change'"),
+    "another base model": (
+        _meta(**{FIRST_KEY: "x"}),
+        "started from a base model or adapters that differ from those of",
+    ),
     "a digest that is none": (_meta(**{FIRST_KEY: [1]}), "first: found a list: input should be a valid string"),
     "a failure that is none": (_meta(**{FAILURE_KEY: [1]}), "failure: found a list, expected a traceback"),
     "an empty failure": (_meta(**{FAILURE_KEY: ""}), "failure: found '', expected a traceback"),
@@ -134,9 +137,9 @@ LIES: Mapping[str, tuple[Lie, str]] = {
         _point("val_loss", value="4.0"),
         "points.0.value: found '4.0': input should be a valid number",
     ),
-    "a loss that is too good": (_point("val_loss", value=1e-4), "val_loss: found 0.0001 over 40 tokens, where most"),
-    "a loss that is too bad": (_point("val_loss", value=4.5), "val_loss: found 4.5 over 40 tokens, where most sites"),
-    "a score of other tokens": (_point("val_loss", tokens=41), "val_loss: found 4 over 41 tokens, where most sites"),
+    "a loss that is too good": (_point("val_loss", value=1e-4), "val_loss: found 0.0001 over 40 tokens, expected"),
+    "a loss that is too bad": (_point("val_loss", value=4.5), "val_loss: found 4.5 over 40 tokens, expected"),
+    "a score of other tokens": (_point("val_loss", tokens=41), "val_loss: found 4 over 41 tokens, expected"),
     "a score of no tokens": (
         _point("val_loss", tokens=0),
         "points.0.tokens: found 0: input should be greater",
@@ -158,7 +161,7 @@ LIES: Mapping[str, tuple[Lie, str]] = {
     "a step that is left out": (_points(lambda points: [*points[:3], points[4]]), "train_loss: found '2 points'"),
     "a step twice": (
         _point("train_loss", 2, step=1),
-        "train_loss: found 7 over 200 tokens, which the site had said",
+        "train_loss: found 7 over 200 tokens, but the site reported",
     ),
     "a step of no tokens": (
         _point("train_loss", 2, tokens=0),
@@ -184,19 +187,22 @@ LIES: Mapping[str, tuple[Lie, str]] = {
     "an array of numpy": (_param("embedding", lambda one: one.numpy()), "embedding: found ndarray, expected a tensor"),
     "a list": (_param("embedding", lambda one: one.tolist()), "embedding: found list, expected a tensor"),
     "a text": (_param("embedding", str), "embedding: found str, expected a tensor"),
-    "no tensors": (lambda result: setattr(result, "params", None), "params: found NoneType, expected tensors by"),
+    "no tensors": (
+        lambda result: setattr(result, "params", None),
+        "params: found NoneType, expected a dict of tensors",
+    ),
     "a list of tensors": (lambda result: setattr(result, "params", [torch.ones(1)]), "params: found list, expected"),
-    "other numbers": (_param("embedding", torch.Tensor.double), "embedding: found numbers in torch.float64, expected"),
-    "complex numbers": (_param("embedding", lambda one: one + 1j), "embedding: found numbers in torch.complex64"),
-    "a sparse tensor": (_param("embedding", torch.Tensor.to_sparse), "embedding: found a tensor without its numbers"),
-    "a number that is none": (_param("layer.scale", lambda one: one * math.nan), "layer.scale has numbers that are"),
-    "an infinite number": (_param("layer.scale", lambda one: one + math.inf), "layer.scale has numbers that are not"),
+    "other numbers": (_param("embedding", torch.Tensor.double), "embedding: found torch.float64, expected"),
+    "complex numbers": (_param("embedding", lambda one: one + 1j), "embedding: found torch.complex64"),
+    "a sparse tensor": (_param("embedding", torch.Tensor.to_sparse), "embedding: found a tensor without data"),
+    "a number that is none": (_param("layer.scale", lambda one: one * math.nan), "layer.scale has non-finite values"),
+    "an infinite number": (_param("layer.scale", lambda one: one + math.inf), "layer.scale has non-finite values"),
     "a direction": (
         lambda result: result.params.update({f"{CONTROL}embedding": torch.ones(50, 8)}),
         "tensors differ from those of the global model: control:embedding",
     ),
-    "an update a thousand times as large": (_scaled(1_000), "its update has "),
-    "an update that is turned around, and large": (_scaled(-300), "its update has "),
+    "an update a thousand times as large": (_scaled(1_000), "the norm of its update is "),
+    "an update that is turned around, and large": (_scaled(-300), "the norm of its update is "),
 }
 
 
@@ -269,7 +275,7 @@ def test_lie_of_the_last_score_is_left_out_of_it_and_told(tmp_path: Path) -> Non
     assert server.of(Finished) == [Finished()]
     assert server.points("val_loss")[-1].value == 2.0
     assert Progress(
-        "site-2 · is not in the last model's score: refused: val_loss: found 0 over 40 tokens, where most sites have 2"
+        "site-2 · missing from the final validation: refused: val_loss: found 0 over 40 tokens, expected 2"
         " over 40 tokens"
     ) in server.of(Progress)
 
@@ -287,7 +293,7 @@ def test_lie_that_comes_first_does_not_make_liars_of_the_others(tmp_path: Path) 
     play(server, 1)
     (missed,) = server.of(Missed)
     assert missed.site == "site-1"
-    assert missed.reason.startswith("refused: began with another base model or other adapters than site-2, site-3; all")
+    assert missed.reason.startswith("refused: started from a base model or adapters that differ from those of site-2")
     assert server.global_model.weights["embedding"].shape == (50, 8)
     assert server.state.progress.first is None
 
@@ -303,8 +309,8 @@ def test_private_site_is_held_to_the_records_that_it_said_first(tmp_path: Path) 
 
     sites[1].does(TRAIN_TASK, 1, more)
     server.run()
-    assert server.panics == ["round 2: site-2: records: found 128, expected 48, which it has"]
-    assert Progress("site-2 · says that it trains on 48 records of its own") in server.of(Progress)
+    assert server.panics == ["round 2: site-2: records: found 128, expected 48"]
+    assert Progress("site-2 · reports 48 training records of its own") in server.of(Progress)
     assert (
         Server(tmp_path, sites, limits=limits).review.records("site-2") == 48
     )  # a server that is started again knows it
@@ -335,7 +341,7 @@ def test_result_that_is_no_model_is_refused_not_taken_for_an_answer(tmp_path: Pa
 
     sites[1].does(TRAIN_TASK, 1, nonsense)
     server.run()
-    assert server.panics[0].startswith("round 2: site-2: its result is no model of NVFlare's: ")
+    assert server.panics[0].startswith("round 2: site-2: its result is not an NVFlare model: ")
 
 
 def test_site_whose_result_does_not_arrive_is_lost_not_refused(tmp_path: Path) -> None:
@@ -367,7 +373,7 @@ def test_code_that_is_none_of_nvflares_is_not_written_down(tmp_path: Path, code:
 
     sites[1].does(TRAIN_TASK, 0, gone)
     server.run()
-    assert [one.reason for one in server.of(Missed)] == ["its trainer is gone (it does not say why)"]
+    assert [one.reason for one in server.of(Missed)] == ["its trainer exited (no reason given)"]
 
 
 # While it works.
@@ -384,7 +390,7 @@ def _while_it_works(site: Site, act: Callable[[], object]) -> Callable[[FLModel]
 STEP = Point("train_loss", 8.0, 1, 16, "site-2", 1, 100)
 WORDS: Mapping[str, tuple[dict[str, Any], str]] = {
     "another's text": ({"text": "round 1 of 3\nsite-1 · has failed"}, "a message: text: found 'round 1"),
-    "colours of a terminal": ({"text": "\x1b[31mred"}, "a message: text: found '\\x1b[31mred': expected one line that"),
+    "colours of a terminal": ({"text": "\x1b[31mred"}, "a message: text: found '\\x1b[31mred': expected a single line"),
     "a long text": ({"text": "x" * 501}, "a message: text: found 'xxxx"),
     "a text that is none": ({"text": 5}, "a message: text: found 5: input should be a valid string"),
     "no points": ({"points": None}, "a message: points: found None: input should be a valid array"),
@@ -436,7 +442,7 @@ def test_point_of_a_result_is_the_one_that_was_told_before(tmp_path: Path) -> No
     said = Point("train_loss", 0.25, 1, 16, "site-2", 1, 100)
     sites[1].does(TRAIN_TASK, 0, _while_it_works(sites[1], lambda: says(server, "site-2", "busy", [said])))
     server.run()
-    assert server.panics[0].startswith("round 1: site-2: a message: train_loss: found 8 over 100 tokens, which the")
+    assert server.panics[0].startswith("round 1: site-2: a message: train_loss: found 8 over 100 tokens, but the")
 
 
 def test_message_that_is_sent_again_is_answered_again_and_changes_nothing(tmp_path: Path) -> None:
@@ -469,7 +475,7 @@ def test_what_a_stranger_says_is_nobodys_word(tmp_path: Path) -> None:
     for stranger in ("site-9", ""):
         assert deliver(server, stranger, "{}") == CellReturnCode.UNAUTHENTICATED
     assert server.entries == []
-    assert server.warnings == ["nobody of this job has said what came from a cell"] * 2
+    assert server.warnings == ["ignored a message from a cell: not a site of this job"] * 2
     server.connected = ["site-1"]  # who is not in the job has no word in it
     says(server, "site-2", "has failed", [STEP])
     assert server.entries == []
@@ -493,7 +499,7 @@ def test_fault_of_the_server_itself_is_told_and_not_tried_again(
     monkeypatch.setattr("fedsft_assets.federation.server.rounds.merged_train_loss", fails)
     server.run()
     (stopped,) = server.of(Stopped)
-    assert stopped.reason.startswith("the server's part of the job failed: ZeroDivisionError('by nothing')\nTraceback")
+    assert stopped.reason.startswith("the job's server process failed: ZeroDivisionError('by nothing')\nTraceback")
     assert not stopped.lost_sites
 
 

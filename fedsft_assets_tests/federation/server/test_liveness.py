@@ -37,12 +37,12 @@ def test_round_waits_until_every_site_has_answered(watch: SiteWatch) -> None:
 
 
 def test_site_that_is_gone_is_told_with_its_reason_in_every_round(watch: SiteWatch) -> None:
-    watch.gone("site-2", "it was started again")
+    watch.gone("site-2", "it restarted")
     for number in (1, 2):
         watch.done("site-1")
         watch.done("site-3")
         assert not watch.waits(2)
-        assert watch.missed("site-2", number) == Missed("site-2", number, "it was started again")
+        assert watch.missed("site-2", number) == Missed("site-2", number, "it restarted")
         watch.begin(SITES)
     watch.heard("site-2")
     assert watch.waits(3)
@@ -83,7 +83,7 @@ def test_silent_sites_are_no_hope_for_enough_answers(watch: SiteWatch, clock: Cl
 def test_lost_site_is_not_waited_for_and_its_first_reason_is_told(watch: SiteWatch) -> None:
     for site in SITES:
         watch.lost(site, "disconnected")
-    watch.lost("site-1", "its trainer is gone")
+    watch.lost("site-1", "its trainer exited")
     assert not watch.waits(1)
     assert watch.missed("site-1", 2) == Missed("site-1", 2, "disconnected")
 
@@ -143,9 +143,9 @@ def test_site_whose_trainer_failed_says_why_and_is_not_waited_for_again(watch: S
 
 
 def test_trainers_own_words_are_kept_when_the_site_is_lost_first(watch: SiteWatch) -> None:
-    watch.lost("site-2", "its trainer is gone")
+    watch.lost("site-2", "its trainer exited")
     watch.failed("site-2", "Traceback")
-    assert watch.missed("site-2", 1) == Missed("site-2", 1, "its trainer is gone", "Traceback")
+    assert watch.missed("site-2", 1) == Missed("site-2", 1, "its trainer exited", "Traceback")
 
 
 def test_sites_that_answered_were_idle_until_the_next_task_not_silent(watch: SiteWatch, clock: Clock) -> None:

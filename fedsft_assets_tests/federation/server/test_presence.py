@@ -7,8 +7,8 @@ from fedsft_assets_tests.federation.clock import Clock
 
 SITES = ("site-1", "site-2", "site-3")
 RUNS, GONE, AWAY = Part.RUNS, Part.GONE, Part.AWAY
-COMES_AGAIN = "site-2 · was started again, and its part of the job is gone; it takes part from the next round on"
-COMES = "site-3 · is connected now; it takes part from the next round on"
+COMES_AGAIN = "site-2 · restarted and lost its part of the job; joins in the next round"
+COMES = "site-3 · has connected; joins in the next round"
 Found = tuple[list[str], list[str]]
 
 
@@ -46,7 +46,7 @@ def test_link_that_fails_is_told_after_a_while_and_loses_nothing(clock: Clock) -
     presence = Presence(SITES, SITES)
     found = _looks(presence, "site-2", [RUNS, *[AWAY] * 30, RUNS], clock)
     told = [line for lines, _ in found for line in lines]
-    assert told == ["site-2 · cannot be reached for 21 s", "site-2 · connected again"]
+    assert told == ["site-2 · unreachable for 21 s", "site-2 · connected again"]
     assert [lost for _, lost in found if lost] == []
     assert presence.returned == []
 

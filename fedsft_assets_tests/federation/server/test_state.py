@@ -23,12 +23,17 @@ def _weights(value: float) -> dict[str, torch.Tensor]:
     return {"w": torch.full((3,), value), "scale": torch.tensor(-value, dtype=torch.float32)}
 
 
+def _commit(state: ServerState, weights: dict[str, torch.Tensor], algorithm: dict[str, torch.Tensor]) -> None:
+    state.write_weights(state.progress.finished, weights, weights.__getitem__)
+    state.commit_round(algorithm)
+
+
 def _play(state: ServerState, rounds: int, best: int = 1) -> None:
     for number in range(state.progress.finished + 1, rounds + 1):
         state.progress.finished = number
         if number == best + 1:
             state.progress.best_round, state.progress.best_loss = best, 2.5
-        state.commit(_weights(number), {"momentum": torch.tensor([float(number)])})
+        _commit(state, _weights(number), {"momentum": torch.tensor([float(number)])})
 
 
 def _files(folder: Path) -> list[str]:
@@ -44,7 +49,7 @@ def test_new_state_has_no_finished_round(folder: Path) -> None:
 def test_state_is_the_same_after_it_is_opened_again(folder: Path) -> None:
     state = ServerState(folder)
     state.progress = RoundsDone(3, {"site-1": 48, "site-é": 7}, 2, 1.25, "digest")
-    state.commit(_weights(0.1), {"momentum": torch.tensor([0.3])})
+    _commit(state, _weights(0.1), {"momentum": torch.tensor([0.3])})
     again = ServerState(folder)
     assert again.progress == state.progress
     assert again.weights().keys() == {"w", "scale"}
@@ -55,7 +60,7 @@ def test_state_is_the_same_after_it_is_opened_again(folder: Path) -> None:
 def test_best_loss_that_is_no_number_can_be_kept(folder: Path) -> None:
     state = ServerState(folder)
     state.progress = RoundsDone(1, {}, 1, float("inf"))
-    state.commit(_weights(1), {})
+    _commit(state, _weights(1), {})
     assert ServerState(folder).progress.best_loss == float("inf")
 
 
@@ -72,7 +77,7 @@ def test_model_that_has_just_become_the_best_outlives_the_next_round(folder: Pat
     _play(state, 3)
     state.progress.best_round, state.progress.best_loss = 3, 1.0  # its loss is known in the round after it
     state.progress.finished = 4
-    state.commit(_weights(4), {})
+    _commit(state, _weights(4), {})
     assert _files(folder) == ["model-000003.pt", "model-000004.pt", "state.json"]
 
 
@@ -90,7 +95,7 @@ def test_progress_alone_is_committed_with_the_weights_that_are_there(folder: Pat
 def test_algorithm_that_keeps_nothing_has_no_file(folder: Path) -> None:
     state = ServerState(folder)
     state.progress.finished = 1
-    state.commit(_weights(1), {})
+    _commit(state, _weights(1), {})
     assert ServerState(folder).algorithm() == {}
     assert _files(folder) == ["model-000001.pt", "state.json"]
 
@@ -106,7 +111,7 @@ def test_progress_that_is_not_committed_is_lost(folder: Path) -> None:
 def test_state_that_cannot_be_read_is_an_error_that_says_what_to_do(folder: Path, content: str) -> None:
     folder.mkdir(parents=True)
     (folder / "state.json").write_text(content)
-    with pytest.raises(ValueError, match=rf"^{folder}/state.json: is not the state of a job: .*; remove {folder} to"):
+    with pytest.raises(ValueError, match=rf"^{folder}/state.json: not a valid job state: .*; remove {folder} to"):
         ServerState(folder)
 
 
@@ -187,7 +192,7 @@ def test_full_disk_is_named_and_leaves_the_last_round_and_room_to_say_so(tmp_pat
         os.truncate(disk / "ballast", (disk / "ballast").stat().st_size - 200_000)
         state.progress.finished = 3
         with pytest.raises(OSError, match=r"^\[Errno 28\] No space left on device: '.*/model-000003\.pt'$"):
-            state.commit({"w": torch.zeros(100_000)}, {})
+            _commit(state, {"w": torch.zeros(100_000)}, {})
         assert _files(state.folder) == before
         (disk / "said").write_bytes(bytes(100_000))
         assert ServerState(state.folder).progress.finished == 2
@@ -209,7 +214,7 @@ def test_what_state_json_names_is_written_through_before_it(folder: Path, monkey
     state.progress.finished = 1
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", replace)
-    state.commit(_weights(1), {"momentum": torch.zeros(1)})
+    _commit(state, _weights(1), {"momentum": torch.zeros(1)})
     assert order[:6] == ["fsync", "model-000001.pt", "fsync", "algorithm-000001.pt", "fsync", "state.json"]
     assert json.loads((folder / "state.json").read_text())["finished"] == 1
 

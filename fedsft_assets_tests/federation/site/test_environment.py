@@ -54,4 +54,4 @@ def test_kit_of_a_site_is_closed_when_it_starts(tmp_path: Path, caplog: pytest.L
         folder.chmod(0o755)
     _begin(tmp_path)
     assert open_to_others(tmp_path) == []
-    assert "Whoever has read client.key can act in its name" in caplog.text
+    assert "Anyone who has read client.key can impersonate it" in caplog.text

@@ -78,7 +78,9 @@ def test_trainer_that_was_killed_is_seen_in_the_line_that_nvflare_writes(
     os.kill(process.pid, signal.SIGKILL)
     said = read_line(_line_about_the_end_of(process, nvflare_log, mode))
     assert isinstance(said, TrainerFailure)
-    assert said.reason == ("the trainer process was killed by signal 9 (SIGKILL); the usual cause is too little memory")
+    assert said.reason == (
+        "the trainer process was killed by signal 9 (SIGKILL); the usual cause is running out of memory"
+    )
     assert not said.has_traceback
 
 
@@ -121,7 +123,7 @@ def test_traceback_of_a_trainer_comes_through_nvflares_log_as_it_was(
         ),
         (
             "[0]: failed (exitcode: -9) local_rank: 1 (pid: 4711) of binary: python3",
-            "the trainer process was killed by signal 9 (SIGKILL); the usual cause is too little memory",
+            "the trainer process was killed by signal 9 (SIGKILL); the usual cause is running out of memory",
         ),
         ("trainer process exited (rc=-99) before", "the trainer process was killed by signal 99 (of no name)"),
         (

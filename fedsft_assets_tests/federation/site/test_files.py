@@ -101,13 +101,13 @@ def test_a_file_with_other_content_than_the_job_was_built_for_is_refused(
 @pytest.mark.parametrize(
     ("field", "path", "expected"),
     [
-        ("training_file", "/etc/secrets/0/passwd", "names no split"),
-        ("training_file", "../0/training.jsonl", "is no plain name"),
-        ("training_file", "/x/.ssh/0/training.jsonl", "is no plain name"),
-        ("training_file", "training.jsonl", "is no plain name"),
-        ("validation_file", "/x/combined/0/other.jsonl", "names no split"),
-        ("base_model", "/x/model.bin", "names no .nemo archive"),
-        ("base_model", "/x/..", "is no plain name"),
+        ("training_file", "/etc/secrets/0/passwd", "is not a split file"),
+        ("training_file", "../0/training.jsonl", "is not a plain name"),
+        ("training_file", "/x/.ssh/0/training.jsonl", "is not a plain name"),
+        ("training_file", "training.jsonl", "is not a plain name"),
+        ("validation_file", "/x/combined/0/other.jsonl", "is not a split file"),
+        ("base_model", "/x/model.bin", "is not a .nemo archive"),
+        ("base_model", "/x/..", "is not a plain name"),
     ],
 )
 def test_a_plan_can_name_nothing_outside_of_the_sites_folder(
@@ -119,7 +119,7 @@ def test_a_plan_can_name_nothing_outside_of_the_sites_folder(
 
 @pytest.mark.parametrize("said", ["relative/folder", "/nowhere/at/all"])
 def test_a_site_home_that_is_no_folder_is_named(plan: SitePlan, said: str) -> None:
-    with pytest.raises(SpecError, match=f"{SITE_HOME}: '{said}' is no folder"):
+    with pytest.raises(SpecError, match=f"{SITE_HOME}: '{said}' is not a folder"):
         with_own_files(plan, at(said))
 
 
@@ -218,7 +218,7 @@ def test_a_configured_kit_allows_one_trainer_no_code_and_the_gpus_that_it_is_tol
 
     done = _fedsft_site(tmp_path, "configure", str(tmp_path))
     assert done.returncode == 1
-    assert "has no startup/fed_client.json" in done.stderr
+    assert "startup/fed_client.json is missing" in done.stderr
 
 
 def test_a_configured_kit_and_the_sites_files_are_closed_to_others(tmp_path: Path) -> None:
@@ -237,10 +237,10 @@ def test_a_configured_kit_and_the_sites_files_are_closed_to_others(tmp_path: Pat
     done = _fedsft_site(home, "configure", str(kit))
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == (
-        f"{kit}: this startup kit was open to other accounts of this computer; no longer. Whoever has read client.key"
-        " can act in its name: have it provisioned anew"
+        f"{kit}: this startup kit was open to other accounts of this computer; access removed. Anyone who has read"
+        " client.key can impersonate it: have it provisioned again"
     )
-    assert done.stderr == f"{home}: was open to other accounts of this computer; no longer\n"
+    assert done.stderr == f"{home}: was open to other accounts of this computer; access removed\n"
     assert open_to_others(kit) == []
     assert open_to_others(home) == [home / "something else"]
     again = _fedsft_site(home, "configure", str(kit))

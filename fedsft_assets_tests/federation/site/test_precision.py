@@ -75,7 +75,7 @@ def test_what_is_faster_is_kept_and_never_decided_anew(model: LanguageModel, bas
     assert "times the speed of 32" in first.why
     SiteState(state).clear()  # the last round is done
     again = _decided(model, plan, state, slow="bf16-mixed")
-    assert again == ("bf16-mixed", "as decided when this execution began")
+    assert again == ("bf16-mixed", "as chosen at the start of this execution")
     assert _decided(model, plan, tmp_path / "def" / "site-1", slow="bf16-mixed").precision == "32"
 
 
@@ -109,7 +109,7 @@ def test_damaged_decision_is_an_error_that_names_the_file(
     model: LanguageModel, base: Path, tmp_path: Path, said: str
 ) -> None:
     (tmp_path / "precision.json").write_text(said)
-    message = r"precision\.json: precision: found .*, expected one of 32, bf16-mixed, 16-mixed; write the one that"
+    message = r"precision\.json: precision: found .*, expected one of 32, bf16-mixed, 16-mixed; write the one named"
     with pytest.raises(SitePrecisionError, match=message):
         _decided(model, _plan(base), tmp_path, slow="32")
 

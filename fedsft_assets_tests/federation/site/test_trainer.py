@@ -300,7 +300,7 @@ def test_private_change_of_a_round_leaves_once_and_of_no_other_round(
     trainer = make_trainer(filters=PRIVATE)
     trainer.train(_sent(base, 1))
     with pytest.raises(
-        ExchangeError, match=rf"^site-1: was asked for its change of round {asked + 1} of 3 after that of"
+        ExchangeError, match=rf"^site-1: the server requested the change of round {asked + 1} of 3 after that of"
     ):
         trainer.train(_sent(base, asked))
     trainer.train(_sent(base, 2))
@@ -312,13 +312,15 @@ def test_server_of_another_version_is_an_error_that_says_what_to_do(
     make_trainer: MakeTrainer, base: Weights, version: str, task: str
 ) -> None:
     trainer = make_trainer()
-    message = rf"^site-1: .* speaks version {version!r}, this site's package '{VERSION}'; install the version"
+    message = (
+        rf"^site-1: .* uses protocol version {version!r}, this site's package uses '{VERSION}'; install the version"
+    )
     with pytest.raises(ExchangeError, match=message):
         getattr(trainer, task)(_sent(base, version=version))
 
 
 def test_change_without_a_model_to_add_it_to_is_an_error(make_trainer: MakeTrainer, base: Weights) -> None:
-    with pytest.raises(ExchangeError, match=r"^site-1: was sent a change, but has no model to add it to$"):
+    with pytest.raises(ExchangeError, match=r"^site-1: received a change, but has no model to apply it to$"):
         make_trainer(wire="bf16-diff").train(_sent(base, kind=Kind.CHANGE))
 
 
@@ -427,7 +429,7 @@ def test_trainer_that_is_started_again_computes_in_what_was_decided_also_after_i
     for _ in range(2):
         heard.clear()
         again = make_trainer(precision="auto", state=tmp_path / "kept")
-        assert "cpu · precision bf16-mixed (as decided when this execution began) · " in heard.texts[0]
+        assert "cpu · precision bf16-mixed (as chosen at the start of this execution) · " in heard.texts[0]
         assert _same(again.train(_sent(base)).params, expected.params)
         again.evaluate(_sent(base, 3))
         assert [path.name for path in (tmp_path / "kept").iterdir()] == ["precision.json"]

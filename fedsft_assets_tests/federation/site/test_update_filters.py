@@ -67,7 +67,9 @@ def test_noise_has_the_standard_deviation_that_the_spec_says_and_is_never_the_sa
 
 
 def test_tensor_that_is_not_of_floats_cannot_be_made_private() -> None:
-    with pytest.raises(ValueError, match=r"filters.privacy: steps is not of floats; name it in filters\.exclude"):
+    with pytest.raises(
+        ValueError, match=r"filters.privacy: steps is not a floating-point tensor; add it to filters\.exclude"
+    ):
         _private(clip=1.0, noise_multiplier=1.0).privatized({"steps": torch.ones(3, dtype=torch.int64)})
 
 
@@ -77,7 +79,7 @@ def test_tensor_that_is_not_of_floats_cannot_be_made_private() -> None:
 )
 def test_change_that_cannot_be_clipped_is_not_sent(odd: float, noise: float, why: str) -> None:
     with pytest.raises(
-        ValueError, match=rf"^filters\.privacy: .* are not finite .* nothing of it was sent: it went astray {why}"
+        ValueError, match=rf"^filters\.privacy: .* has non-finite values .* nothing was sent: it diverged {why}"
     ) as told:
         _private(clip=1.0, noise_multiplier=noise).privatized({"w": torch.ones(400), "v": torch.tensor([1.0, odd])})
     assert ("learning rate" in str(told.value)) == (noise < 1)

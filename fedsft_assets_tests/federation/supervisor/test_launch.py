@@ -141,13 +141,13 @@ def test_supervisor_that_crashes_shows_its_traceback_and_another_attempt_would_n
 ) -> None:
     with pytest.raises(JobError) as failure:
         supervised_by(_says(POINT) + "raise OSError('disk full')")
-    assert str(failure.value).startswith("the supervisor of the job ended with exit code 1:\nTraceback")
+    assert str(failure.value).startswith("the job's supervisor ended with exit code 1:\nTraceback")
     assert str(failure.value).endswith("OSError: disk full")
     assert not failure.value.retryable
 
 
 def test_supervisor_that_is_killed_is_lost(supervised_by: Supervise) -> None:
-    with pytest.raises(JobError, match="the supervisor of the job ended with exit code -9") as failure:
+    with pytest.raises(JobError, match="the job's supervisor ended with exit code -9") as failure:
         supervised_by(_says(POINT) + "os.kill(os.getpid(), signal.SIGKILL)")
     assert failure.value.retryable
 
@@ -199,14 +199,14 @@ def test_job_folder_that_was_changed_is_not_run(store: Store) -> None:
 def test_base_model_that_is_missing_is_named(store: Store) -> None:
     version = current(store.base_model("tiny"))
     shutil.rmtree(version)
-    with pytest.raises(JobError, match=f"^{version}: is not there"):
+    with pytest.raises(JobError, match=f"^{version}: does not exist"):
         begin_execution(_job(store), store.flare("quick"), "simulator")
 
 
 def test_base_model_that_was_changed_is_not_run(store: Store) -> None:
     version = current(store.base_model("tiny"))
     (version / "tiny.nemo").write_text("another")
-    with pytest.raises(JobError, match=f"^{version}: is not what it was when it was made"):
+    with pytest.raises(JobError, match=f"^{version}: modified since it was written"):
         begin_execution(_job(store), store.flare("quick"), "simulator")
 
 

@@ -108,7 +108,7 @@ def test_jobs_that_charge_at_the_same_time_lose_nothing(tmp_path: Path) -> None:
 def test_damaged_record_of_releases_is_named_and_never_taken_for_none(tmp_path: Path, content: str) -> None:
     path = tmp_path / "privacy.json"
     path.write_text(content)
-    with pytest.raises(ReleasesError, match=rf"{path}: is not a record of releases .* restore it from a backup"):
+    with pytest.raises(ReleasesError, match=rf"{path}: not a valid record of releases .* restore it from a backup"):
         Releases(path).charge(SITES, "one", 2.0, 1)
     assert path.read_text() == content
 

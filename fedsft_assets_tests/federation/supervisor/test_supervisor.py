@@ -216,7 +216,7 @@ def test_job_is_submitted_followed_and_fetched(attempt: Attempt, jobs: Jobs, wor
     one = attempt()
     events, error = _events(one)
     assert error is None
-    assert events == [Progress("FLARE job job-1 in the poc"), VAL, Progress("busy"), missed, LATER]
+    assert events == [Progress("submitted FLARE job job-1 (poc)"), VAL, Progress("busy"), missed, LATER]
     assert jobs.done == ["gather 1 of site-1 site-2", "submit", *["poll job-1"] * 3, "fetch job-1"]
     assert (workspace.result / "best_global_model.pt").read_text() == "a model"
     execution = workspace.execution()
@@ -271,7 +271,7 @@ def test_job_whose_id_never_arrived_and_that_died_is_submitted_again(
     _failure(attempt())
     jobs.unavailable_at = ""
     jobs.steps = [(FAILED, []), (DONE, [Started(0), VAL])]
-    assert _events(attempt()) == ([Progress("FLARE job job-2 in the poc"), VAL], None)
+    assert _events(attempt()) == ([Progress("submitted FLARE job job-2 (poc)"), VAL], None)
     execution = workspace.execution()
     assert execution is not None
     assert (execution.submissions, execution.job_id) == (2, "job-2")
@@ -282,7 +282,7 @@ def test_job_that_dies_with_its_supervisor_is_not_asked_for(attempt: Attempt, jo
     jobs.survives_submitter, jobs.unavailable_at = False, "submit"
     _failure(attempt())
     jobs.unavailable_at, jobs.steps = "", [(DONE, [Started(0)])]
-    assert _events(attempt()) == ([Progress("FLARE job job-2 in the poc")], None)
+    assert _events(attempt()) == ([Progress("submitted FLARE job job-2 (poc)")], None)
 
 
 def test_running_job_of_an_earlier_attempt_is_taken_over_and_nothing_is_told_twice(
@@ -291,7 +291,7 @@ def test_running_job_of_an_earlier_attempt_is_taken_over_and_nothing_is_told_twi
     first_part: list[Entry] = [Started(0), VAL, Progress("busy"), Missed("site-2", 1, "it is not connected")]
     jobs.steps = [(RUNNING, first_part)]
     events = attempt().run()
-    assert list(_until(events, 4)) == [Progress("FLARE job job-1 in the poc"), *first_part[1:]]
+    assert list(_until(events, 4)) == [Progress("submitted FLARE job job-1 (poc)"), *first_part[1:]]
     events.close()  # type: ignore[attr-defined]
 
     jobs.done.clear()
@@ -327,8 +327,8 @@ def test_running_job_of_another_job_folder_is_ended_first(attempt: Attempt, jobs
     events, error = _events(attempt())
     assert error is None
     assert events == [
-        Progress("ends FLARE job job-9, which is of another execution"),
-        Progress("FLARE job job-1 in the poc"),
+        Progress("ending FLARE job job-9 of another execution"),
+        Progress("submitted FLARE job job-1 (poc)"),
         VAL,
     ]
     assert jobs.done[1:4] == ["poll job-9", "abort job-9", "submit"]
@@ -350,9 +350,9 @@ def test_job_whose_result_is_lost_is_submitted_once_more_for_its_server_to_hand_
     events, error = _events(one)
     assert error is None
     assert events[-3:] == [
-        Progress("no result of job-1; the job is submitted once more to hand it over"),
+        Progress("no result of job-1; resubmitting the job to recover the result"),
         Progress("resuming after round 3 of 3"),
-        Progress("FLARE job job-2 in the poc"),
+        Progress("submitted FLARE job job-2 (poc)"),
     ]
     assert jobs.done[-1] == "fetch job-2"
     assert list(one.history.points.values()) == [VAL, LATER]
@@ -392,7 +392,7 @@ def test_finished_job_that_does_not_end_is_ended_and_fetched(attempt: Attempt, j
     jobs.steps += [(JobState(True, False, "FINISHED:ABORTED"), [])]
     events, error = _events(attempt())
     assert error is None
-    assert events[-1] == Progress("FLARE job job-1 has finished, but does not end by itself; it is ended")
+    assert events[-1] == Progress("FLARE job job-1 has finished but does not exit; aborting it")
     assert jobs.done[-3:] == ["abort job-1", "poll job-1", "fetch job-1"]
 
 
@@ -415,8 +415,8 @@ def test_server_that_begins_from_zero_begins_another_history_and_none_of_it_is_t
     assert begun is not None
     assert begun.id != first.id
     assert (begun.submissions, begun.rounds, begun.seconds, begun.superseded) == (0, 0, 0.0, ["job-2"])
-    assert str(error).startswith(f"history {first.id} cannot go on: its server ")
-    assert str(error).endswith(f"; another attempt begins history {begun.id} from zero")
+    assert str(error).startswith(f"history {first.id} cannot continue: its server ")
+    assert str(error).endswith(f"; the next attempt starts history {begun.id} from round zero")
     assert [event for event in events if isinstance(event, Point)] == []
     assert "abort job-2" in jobs.done
 
@@ -474,7 +474,7 @@ def test_job_that_is_gone_is_submitted_again_and_goes_on(
     jobs.steps += [(DONE, [Started(2), RoundDone(3), LATER])]
     events, error = _events(attempt())
     assert error is None
-    assert events == [Progress("resuming after round 2 of 3"), Progress("FLARE job job-1 in the poc"), LATER]
+    assert events == [Progress("resuming after round 2 of 3"), Progress("submitted FLARE job job-1 (poc)"), LATER]
     assert ("poll job-9" in jobs.done) == outlives
 
 
@@ -708,7 +708,7 @@ def test_job_that_a_policy_does_not_let_run_is_not_started_again(attempt: Attemp
     jobs.steps = [(JobState(ended=True, succeeded=False, status=said, forbidden=True), [])]
     error = _failure(attempt())
     assert not error.retryable
-    assert str(error).startswith(f"FLARE job job-1 may not run: {said}; see local/authorization.json")
+    assert str(error).startswith(f"FLARE job job-1 is not authorized: {said}; see local/authorization.json")
 
 
 def test_job_that_stopped_did_not_succeed_whatever_the_runtime_says(attempt: Attempt, jobs: Jobs) -> None:
@@ -750,11 +750,11 @@ def test_server_that_dies_is_started_again_and_nothing_is_told_twice(
     events, error = _events(one)
     assert error is None
     assert events == [
-        Progress("FLARE job job-1 in the poc"),
+        Progress("submitted FLARE job job-1 (poc)"),
         *(VAL, Progress("busy"), missed),
         Progress("FLARE job job-1 failed: its server died (FINISHED:EXECUTION_EXCEPTION); restarting"),
         Progress("resuming after round 1 of 3"),
-        Progress("FLARE job job-2 in the poc"),
+        Progress("submitted FLARE job job-2 (poc)"),
         LATER,
     ]
     assert one.history.missed == [missed]
@@ -775,7 +775,7 @@ def test_job_that_ends_for_sites_that_have_come_is_submitted_again_as_often_as_i
     events, error = _events(attempt())
     assert error is None
     texts = [event.text for event in events if isinstance(event, Progress)]
-    assert "FLARE job job-1 is submitted again, with site-2 too" in texts
+    assert "resubmitting FLARE job job-1 to include site-2" in texts
     assert jobs.done.count("submit") == 6
     assert jobs.done.count("abort job-1") >= 1
     execution = workspace.execution()
@@ -807,7 +807,7 @@ def test_trainers_own_traceback_is_shown_and_another_attempt_would_not_help(atte
 
 
 def test_trainers_traceback_is_found_in_its_sites_log_too(attempt: Attempt, jobs: Jobs) -> None:
-    jobs.steps = [(FAILED, [Started(0), Missed("site-1", 2, "its trainer is gone (EXECUTION_EXCEPTION)"), STOPPED])]
+    jobs.steps = [(FAILED, [Started(0), Missed("site-1", 2, "its trainer exited (EXECUTION_EXCEPTION)"), STOPPED])]
     jobs.logs["site-1"] = f"loading\n{FAILURE_MARK}{json.dumps('Traceback: é')}\n{DIED}\n"
     error = _failure(attempt())
     assert not error.retryable
@@ -817,7 +817,7 @@ def test_trainers_traceback_is_found_in_its_sites_log_too(attempt: Attempt, jobs
 def test_trainer_that_was_killed_is_shown_with_its_sites_log_and_may_be_tried_again(
     attempt: Attempt, jobs: Jobs
 ) -> None:
-    jobs.steps = [(FAILED, [Started(0), Missed("site-1", 2, "its trainer is gone (EXECUTION_EXCEPTION)"), STOPPED])]
+    jobs.steps = [(FAILED, [Started(0), Missed("site-1", 2, "its trainer exited (EXECUTION_EXCEPTION)"), STOPPED])]
     jobs.logs["site-1"] = f"loading\n{DIED}\n"
     error = _failure(attempt())
     assert error.retryable
@@ -828,7 +828,7 @@ def test_trainer_that_was_killed_is_shown_with_its_sites_log_and_may_be_tried_ag
 def test_job_that_is_taken_over_with_a_trainer_that_was_killed_before_is_started_again(
     attempt: Attempt, jobs: Jobs
 ) -> None:
-    killed = Missed("site-1", 2, "its trainer is gone (EXECUTION_EXCEPTION)")
+    killed = Missed("site-1", 2, "its trainer exited (EXECUTION_EXCEPTION)")
     jobs.logs["site-1"] = f"loading\n{DIED}\n"
     jobs.steps = [(RUNNING, [Started(0), VAL, RoundDone(1)])]
     list(_until(attempt().run(), 2))
@@ -839,7 +839,7 @@ def test_job_that_is_taken_over_with_a_trainer_that_was_killed_before_is_started
             killed,
             Progress(f"FLARE job job-1 failed: {STOPPED.reason}; restarting"),
             Progress("resuming after round 1 of 3"),
-            Progress("FLARE job job-2 in the poc"),
+            Progress("submitted FLARE job job-2 (poc)"),
             LATER,
         ],
         None,
@@ -859,7 +859,7 @@ def test_job_that_its_server_stopped_is_not_taken_over(attempt: Attempt, jobs: J
     jobs.steps = [(FAILED, [Started(0), VAL, STOPPED])]
     assert _failure(attempt()).retryable
     jobs.steps = [(state, []), (DONE, [Started(0), LATER])]
-    assert _events(attempt()) == ([Progress("FLARE job job-2 in the poc"), LATER], None)
+    assert _events(attempt()) == ([Progress("submitted FLARE job job-2 (poc)"), LATER], None)
     assert jobs.done.index("abort job-1") < jobs.done.index("fetch job-2")
 
 
@@ -889,8 +889,8 @@ def test_only_silence_is_silence(attempt: Attempt, jobs: Jobs, own_clock: OwnClo
     jobs.refuses, jobs.steps = quiet == "refused", [(state, [])] * 20
     events = attempt().run()
     told = list(_until(events, 2))
-    refusal = "user not authorized for the action 'app_command'; what the job does is known only when it has ended"
-    assert told[-1] == Progress(refusal if quiet == "refused" else f"FLARE job job-1 waits: {state.status}")
+    refusal = "user not authorized for the action 'app_command'; no progress is available until the job has ended"
+    assert told[-1] == Progress(refusal if quiet == "refused" else f"FLARE job job-1 is waiting: {state.status}")
     jobs.steps = [*jobs.steps, (DONE, [Started(0), VAL])]
     assert list(events) == [VAL]  # it is said once
 
@@ -909,7 +909,7 @@ def test_job_in_which_nothing_happens_any_more_is_ended(attempt: Attempt, jobs: 
     jobs.steps = [(RUNNING, [Started(0)]), (RUNNING, []), (RUNNING, [Progress("busy")])]
     error = _failure(one)  # site_timeout is 1800 s; the server has twice as long
     assert error.retryable
-    assert str(error) == "FLARE job job-1: neither server nor sites said anything for 4000 s"
+    assert str(error) == "FLARE job job-1: no message from server or sites for 4000 s"
     assert jobs.done[-1] == "abort job-1"
 
 

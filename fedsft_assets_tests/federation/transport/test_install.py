@@ -28,7 +28,7 @@ def test_decomposer_of_nvflares_own_that_is_there_before_is_an_error(monkeypatch
     own = TensorDecomposer()
     monkeypatch.setattr(fobs, "get_dot_handler", lambda _dot: own)
     with (
-        pytest.raises(RuntimeError, match=r"^NVFlare's TensorDecomposer sends this process's tensors"),
+        pytest.raises(RuntimeError, match=r"^NVFlare's TensorDecomposer is already registered"),
         tensor_streams(TensorEndpoint()),
     ):
         pass

@@ -236,7 +236,7 @@ def test_tensor_that_is_not_in_a_stream_is_one_that_did_not_come(tmp_path: Path)
     with temporary_files(tmp_path / "results") as files:
         _, tensors = _sent({"T0": torch.ones(20)}, TensorEndpoint(files=files))
         assert isinstance(tensors.make_lazy_ref("T0"), StoredTensor)
-        assert tensors.make_lazy_ref("T9") == BrokenTensor("it is not in the stream")
+        assert tensors.make_lazy_ref("T9") == BrokenTensor("missing from the stream")
 
 
 @pytest.mark.usefixtures("pieces")
@@ -363,7 +363,7 @@ def test_change_is_added_as_it_arrives_and_only_once(site: SiteExchange) -> None
 
 def test_change_to_another_model_than_the_sites_is_an_error(site: SiteExchange) -> None:
     with pytest.raises(
-        ExchangeError, match=r"site-1: has the model after 3 rounds, and was sent the change .* round 5$"
+        ExchangeError, match=r"site-1: has the model after 3 rounds, but received the change for round 5$"
     ):
         _sent(_change(5), TensorEndpoint(deltas=site))
     assert _same(site.given, _model())

@@ -47,8 +47,8 @@ class ConnectedSites:
     def wait_for(self, sites: list[str], at_least: int) -> Iterator[str]:
         """Wait until `at_least` of the sites are ready; yields a message for each missing site.
 
-        Raises UnavailableError, which names the missing sites with the reason for each, or whoever has another version
-        of NVFlare than this process.
+        Raises UnavailableError naming the missing sites with the reason for each, or participants whose NVFlare version
+        differs from this process's.
         """
         timeout = self._session.timeouts.sites
         started, reported = self._clock(), dict[str, str]()
@@ -75,7 +75,7 @@ class ConnectedSites:
         require_same_version({"server": server, **ready})
 
     def poll(self, sites: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
-        """NVFlare's version at each site that is ready, and the reason for each that is not."""
+        """The NVFlare version of each ready site, and the reason for each site that is not ready."""
         heartbeats = self.heartbeats()
         versions = self._versions(sorted(heartbeats.keys() & set(sites)))
         ready: dict[str, str] = {}
@@ -121,7 +121,7 @@ class ConnectedSites:
         return f"{'; '.join(parts)}; start the site, or remove it from the job file"
 
     def _heartbeat_seen_at(self, site: str, heartbeat: float) -> float:
-        """When this process saw the site's last heartbeat arrive, whatever the server's clock says; -inf for never."""
+        """When this process saw the site's last heartbeat arrive, by its own clock; -inf if never."""
         before = self._last_heartbeat.get(site, heartbeat)
         self._last_heartbeat[site] = heartbeat
         if heartbeat > before:

@@ -59,7 +59,7 @@ class FlareJobs:
         yield from self._sites.wait_for(sites, at_least)
 
     def submit(self, job_folder: Path, token: str | None = None) -> str:
-        """A new token stands for a new job, and so does none; see `FlareSession.submit_job`.
+        """Without a token, or with a new one, this is a new job; see `FlareSession.submit_job`.
 
         If the job of the token was deleted since, `poll` reports it as unknown.
         """
@@ -135,5 +135,5 @@ def _abort(session: Any, job_id: str) -> None:
     try:
         session.abort_job(job_id)
     except InternalError as error:
-        if "is not running" not in str(error):  # the server, about a job that ended with its last process
+        if "is not running" not in str(error):  # the server's answer if the job ended meanwhile
             raise

@@ -1,4 +1,4 @@
-"""Following the journal of a job: through its server while it runs, in its result when it has ended."""
+"""Reads the journal of a job: from its server while it runs, from its result afterwards."""
 
 from fedsft_assets.federation.protocol.journal import JOURNAL_FILE
 from fedsft_assets.federation.protocol.messages import JOURNAL_COMMAND
@@ -39,7 +39,7 @@ class JournalReader:
         return Tail(result / JOURNAL_FILE).new_lines() or None if result else None
 
     def _next_text(self, job_id: str) -> str:
-        """Empty also while the job's process at the server is starting, ending or busy."""
+        """The next part of the journal; also empty while the job's server process is starting, ending or busy."""
         request = {"offset": self._offsets.get(job_id, 0)}
         answer = self._session.try_call(
             lambda session: session.do_app_command(job_id, JOURNAL_COMMAND, request), _ANSWER_SECONDS

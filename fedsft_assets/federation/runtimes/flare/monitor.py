@@ -1,4 +1,4 @@
-"""The state of FLARE jobs, from the metadata that the server keeps of them."""
+"""The state of FLARE jobs, from the server's job metadata."""
 
 import re
 import time
@@ -14,7 +14,7 @@ _ENDED = "FINISHED"
 _COMPLETED = "FINISHED:COMPLETED"
 _DISPATCHED = "DISPATCHED"
 _WAITING = ("SUBMITTED", "APPROVED", _DISPATCHED)
-_NOT_AUTHORIZED = re.compile(r"not (permitted|authorized)")  # NVFlare, for a job that a policy forbids
+_NOT_AUTHORIZED = re.compile(r"not (permitted|authorized)")  # NVFlare's wording for a job that a policy forbids
 _LOST = JobState(ended=True, succeeded=False, status="LOST (the server was restarted while the job ran)")
 
 

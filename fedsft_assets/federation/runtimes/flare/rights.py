@@ -1,4 +1,4 @@
-"""A check, before a job is submitted, that the server grants a study's user every right that a job needs.
+"""Checks, before a job is submitted, that the server grants the study's user every right that a job needs.
 
 NVFlare checks most rights against a job and does not list them. So a probe job is submitted that no server can start,
 because it requires a site that does not exist; each right is tried on that job, which is then aborted and deleted.
@@ -45,7 +45,7 @@ JOB_RIGHTS: dict[str, tuple[str, Command]] = {
 
 
 def require_rights(session: FlareSession) -> None:
-    """Raise RefusedError, which lists all missing rights, unless the user has every right that a job needs."""
+    """Raise RefusedError listing all missing rights, unless the user has every right that a job needs."""
     try:
         job_id = session.submit_job(_write_probe_job(session.folder / "rights"))
     except RefusedError:

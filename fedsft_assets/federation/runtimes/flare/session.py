@@ -43,8 +43,8 @@ class FlareSession:
         """`startup_kit` is the admin's folder with `startup/fed_admin.json`, which is only read.
 
         `folder` takes downloads and temporary files. `permanent_failure` returns why retrying is useless, or an empty
-        string; `hint` ends the error about a server that does not answer. `new_session` makes NVFlare's session from a
-        startup kit, a user name and a study.
+        string; `hint` is appended to the error about a server that does not answer. `new_session` creates NVFlare's
+        session from a startup kit, a user name and a study.
         """
         self.startup_kit, self.folder, self.timeouts = startup_kit, folder, timeouts or Timeouts()
         self._study = study
@@ -66,8 +66,8 @@ class FlareSession:
         """Return `call(session)` of a connected session, retrying for `patience` seconds while the server is away.
 
         `command_timeout` limits each single attempt, in seconds; both default to the session's timeouts. Raises
-        UnavailableError when the server stays away or refuses, RefusedError for a missing right; what the server
-        reports about a job (JobNotFound and the like) is passed on unchanged.
+        UnavailableError if the server stays unreachable or refuses, RefusedError for a missing right; errors about a
+        job (JobNotFound and the like) are passed on unchanged.
         """
         from nvflare.fuel.flare_api import api_spec
 
@@ -138,7 +138,7 @@ class FlareSession:
                 return str(self.call(lambda session: session.submit_job(path, submit_token=token)))
         except SubmitTokenJobDeleted as error:
             return str(error.job_id)
-        except SubmitTokenConflict as error:  # other bytes, as another version of this package may write them
+        except SubmitTokenConflict as error:  # different bytes, e.g. from another version of this package
             return str(error.existing_job_id)
 
     def disconnect(self) -> None:
@@ -177,7 +177,7 @@ class FlareSession:
             session.set_timeout(self.timeouts.command)
 
     def _private_kit(self) -> Path:
-        """A kit of our own that links to the user's: NVFlare downloads into the startup kit that it is given."""
+        """A private kit that links to the user's: NVFlare downloads into the startup kit that it is given."""
         kit = self.folder / "admin"
         kit.mkdir(parents=True, exist_ok=True)
         for part in ("startup", "local"):
@@ -206,7 +206,7 @@ class FlareSession:
 
 @contextlib.contextmanager
 def _temporary_files_in(folder: Path) -> Iterator[None]:
-    """NVFlare leaves its upload behind when the server accepts no new job for it, or does not answer."""
+    """Redirect temporary files: NVFlare leaves its upload behind if the server rejects it or does not answer."""
     folder.mkdir(parents=True, exist_ok=True)
     before, tempfile.tempdir = tempfile.tempdir, str(folder)
     try:

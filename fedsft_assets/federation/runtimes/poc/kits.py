@@ -31,11 +31,11 @@ BUILDERS: list[dict[str, Any]] = [
     {"path": "nvflare.lighter.impl.signature.SignatureBuilder"},
 ]
 _LAUNCHERS = "fedsft_assets.federation.runtimes.poc.launchers"
-STATE_FOLDER = "fedsft"  # for the state of a job's server part, in the server's folder
+STATE_FOLDER = "fedsft"  # for the server's state of executions, in the server's folder
 _PROJECT = "fedsft"
 _ORG = "fedsft"
 _SERVER_SETTINGS = {"heart_beat_timeout": 60, "admin_timeout": 30.0}
-# Of a job that waits for other jobs or GPUs. NVFlare's defaults: 10 s, then ever longer, and give up after ten tries.
+# Retries for a job that waits for other jobs or GPUs. NVFlare's defaults: 10 s, increasing, and give up after ten.
 _SCHEDULER = {"min_schedule_interval": 1.0, "max_schedule_interval": 5.0, "max_schedule_count": 10_000}
 
 
@@ -92,7 +92,7 @@ class PocKits:
             keep_server_files(content, self._folder)
             states = self._folder / "states"
             states.mkdir(exist_ok=True)
-            (kit / STATE_FOLDER).symlink_to(states)  # kits may be made anew while an execution is unfinished
+            (kit / STATE_FOLDER).symlink_to(states)  # kits may be recreated while an execution is unfinished
             parts["process_launcher"]["path"] = f"{_LAUNCHERS}.ServerLauncher"
             parts["job_scheduler"]["args"] = {**_SCHEDULER, "max_jobs": self._settings.max_jobs}
             write_server_policy(kit, content)

@@ -20,11 +20,11 @@ from nvflare.utils.job_launcher_utils import get_client_job_args, get_server_job
 
 
 class ServerLauncher(ServerProcessJobLauncher):
-    """Starts the server part of a job."""
+    """Starts a job's server process."""
 
     def __init__(self) -> None:
         super().__init__()
-        # NVFlare takes a backslash in the path of a folder to zip for a Windows separator.
+        # When zipping, NVFlare takes a backslash in a path for a Windows separator.
         for module in (zip_utils, filesystem_storage):
             module.normpath_for_zip = os.path.normpath
 
@@ -33,7 +33,7 @@ class ServerLauncher(ServerProcessJobLauncher):
 
 
 class SiteLauncher(ClientProcessJobLauncher):
-    """Starts a site's part of a job."""
+    """Starts a job's process at a site."""
 
     def get_command(self, job_meta: dict[str, Any], fl_ctx: FLContext) -> str:  # noqa: ARG002
         return _command(fl_ctx, get_client_job_args())

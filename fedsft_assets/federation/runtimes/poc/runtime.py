@@ -12,7 +12,7 @@ from fedsft_assets.federation.runtimes.poc.kits import SERVER
 from fedsft_assets.federation.runtimes.poc.system import PocSystem
 from fedsft_assets.specs.runtime import Timeouts
 
-_SECONDS_BEFORE_KILL = 4.0  # of a job that is aborted
+_SECONDS_BEFORE_KILL = 4.0  # after a job is aborted
 _LATE_SITE_SECONDS = 120.0
 _HINT = "see `fedsft poc status`, and restart it: fedsft poc stop; fedsft poc start"
 
@@ -46,7 +46,7 @@ class Poc(FlareJobs):
         yield from super().gather(sites, at_least)
 
     def end_of_log(self, job_id: str, name: str, lines: int) -> str:
-        """From the disk while the job runs; a complete server log is in the job's result."""
+        """Read from disk while the job runs; the complete server log is in the job's result."""
         log = self._system.site_folder(name) / job_id / "log.txt"
         return Tail(log).end(lines) if log.is_file() else super().end_of_log(job_id, name, lines)
 
@@ -72,14 +72,14 @@ class Poc(FlareJobs):
 
 
 class _PocSites(ConnectedSites):
-    """Sites whose processes are known, so the server's word is not needed for those that ended or restarted."""
+    """Sites whose processes are known, so that ended or restarted ones are noticed without the server."""
 
     def __init__(self, session: FlareSession, system: PocSystem) -> None:
         super().__init__(session, _LATE_SITE_SECONDS)
         self._system = system
 
     def heartbeats(self) -> dict[str, float]:
-        """Without heartbeats of processes that are gone."""
+        """Heartbeats, except those of ended processes."""
         started = self._system.started_at
         return {
             site: heartbeat

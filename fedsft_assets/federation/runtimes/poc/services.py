@@ -1,4 +1,4 @@
-"""The processes of a POC: NVFlare's server and sites, started from their kits, and those of the jobs that run there."""
+"""The processes of a POC: NVFlare's server and sites, started from their kits, and their jobs' processes."""
 
 import contextlib
 import os
@@ -23,24 +23,24 @@ CONSOLE = "console.log"
 _GRACE_SECONDS = 3.0
 _KILL_INTERVAL = 0.1
 _SERVER_ENVIRONMENT = {
-    "NVFLARE_CLIENT_OUTCOME_WAIT_TIMEOUT": "20",  # seconds for the outcome of a site that died; NVFlare's default: 900
-    "NVFLARE_DEAD_CLIENT_GRACE_PERIOD": "5",  # seconds for a site's dead part of a job to return; NVFlare's default: 60
+    "NVFLARE_CLIENT_OUTCOME_WAIT_TIMEOUT": "20",  # seconds to wait for a dead site's outcome; NVFlare's default: 900
+    "NVFLARE_DEAD_CLIENT_GRACE_PERIOD": "5",  # seconds for a dead site process to return; NVFlare's default: 60
 }
 
 
 class PocServices:
-    """Starts and ends the processes of the POC in `folder`; `environment` is added to this process's for them."""
+    """Starts and ends the processes of the POC in `folder`; `environment` is added to theirs."""
 
     def __init__(self, folder: Path, kits: PocKits, settings: PocSettings, environment: Mapping[str, str]) -> None:
         self._folder, self._kits, self._settings, self._environment = folder, kits, settings, environment
 
     @property
     def mark(self) -> str:
-        """What all processes of this POC carry in their environment."""
+        """The mark in the environment of all processes of this POC."""
         return f"poc {self._folder}"
 
     def environment(self) -> dict[str, str]:
-        """For processes of the POC: without secrets, and without what belongs to the job that it is started for.
+        """Environment of the POC's processes: without secrets, and without variables of the job that starts the POC.
 
         That includes the job's process mark, since the POC outlives the job.
         """
@@ -55,7 +55,7 @@ class PocServices:
         kit = self._kits.of(name)
         environment = self.environment()
         if name == SERVER:
-            # NVFlare would restore the server part of jobs that ended with the last server, and no other part of them.
+            # NVFlare would restore the server process, but not the sites', of jobs that ended with the last server.
             shutil.rmtree(self._folder / "snapshots", ignore_errors=True)
             self._temporary.mkdir(exist_ok=True)
             environment |= {**_SERVER_ENVIRONMENT, "TMPDIR": str(self._temporary)}
@@ -88,7 +88,7 @@ class PocServices:
         return sorted(jobs)
 
     def job_processes(self, job_id: str) -> list[psutil.Process]:
-        """All processes of a job: NVFlare's for each part of it, and all that these started."""
+        """All processes of a job: NVFlare's processes, and all that these started."""
         found = []
         for process, words in self._command_lines():
             with contextlib.suppress(psutil.Error):
@@ -122,4 +122,4 @@ class PocServices:
         return self._folder / "temporary"
 
 
-_started: list[subprocess.Popen[bytes]] = []  # kept, so that Python neither warns about them nor reaps them
+_started: list[subprocess.Popen[bytes]] = []  # referenced here so that Python neither warns about nor reaps them

@@ -1,4 +1,4 @@
-"""What is known of a POC: the record in `poc.json`, and its status for a person."""
+"""The recorded state of a POC in `poc.json`, and its status for display."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -32,7 +32,7 @@ class Service:
 
 @dataclass
 class PocRecord:
-    """The content of `poc.json`: what the kits were made for, and the processes that were started from them."""
+    """The content of `poc.json`: the settings of the kits, and the processes started from them."""
 
     folder: str
     port: int
@@ -40,7 +40,7 @@ class PocRecord:
     settings: dict[str, Any]
     nvflare: str
     prepared: float
-    """When the kits were made, in seconds since the epoch."""
+    """When the kits were created, in seconds since the epoch."""
     services: dict[str, Service] = field(default_factory=dict)
 
     @classmethod
@@ -89,7 +89,7 @@ class PocStatus:
         return "running" if len(running) == len(self.services) else "incomplete"
 
     def describe(self) -> str:
-        """A few lines for a person."""
+        """The status as a few lines of text."""
         lines = [f"POC in {self.folder}: {self.state}"]
         if self.services:
             lines.append(f"server {self.address}")

@@ -4,11 +4,10 @@ It writes into one folder only and listens on loopback only; several POCs on one
 """
 
 import contextlib
-import fcntl
 import importlib.metadata
 import socket
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import psutil
@@ -20,6 +19,7 @@ from fedsft_assets.federation.runtimes.interface import UnavailableError
 from fedsft_assets.federation.runtimes.poc.kits import ADMIN, SERVER, PocKits
 from fedsft_assets.federation.runtimes.poc.services import CONSOLE, PocServices
 from fedsft_assets.federation.runtimes.poc.state import RECORD, PocRecord, PocStatus
+from fedsft_assets.files import locked_file
 from fedsft_assets.specs.runtime import PocSettings
 
 HOST = "127.0.0.1"
@@ -53,11 +53,11 @@ class PocSystem:
 
     @property
     def mark(self) -> str:
-        """What all processes of this POC carry in their environment."""
+        """The mark in the environment of all processes of this POC."""
         return self._services.mark
 
     def prepare(self, sites: Iterable[str] = ()) -> None:
-        """Make the startup kits of the server, an admin and the sites that have none. Starts nothing.
+        """Create missing startup kits of the server, an admin and the sites. Starts nothing.
 
         Raises UnavailableError.
         """
@@ -67,7 +67,7 @@ class PocSystem:
     def start(self, sites: Iterable[str] = ()) -> list[str]:
         """Start what is not running: the server, all sites of earlier calls, and these.
 
-        Running sites and jobs are left alone. A POC with other settings is restarted, unless it has running jobs.
+        Running sites and jobs are not affected. A POC with other settings is restarted, unless it has running jobs.
         Returns the names of what was started, `localhost` for the server. Raises UnavailableError.
         """
         with self._locked():
@@ -83,7 +83,7 @@ class PocSystem:
         return missing
 
     def renew(self) -> None:
-        """Make all startup kits anew, under another certificate authority, so that earlier keys are refused.
+        """Recreate all startup kits under a new certificate authority, so that earlier keys are refused.
 
         Ends all processes of this POC, with the jobs that run in it. Raises UnavailableError.
         """
@@ -120,7 +120,7 @@ class PocSystem:
         return f"End of {log}:\n{Tail(log).end(lines)}"
 
     def job_processes(self, job_id: str) -> list[psutil.Process]:
-        """All processes of a job: NVFlare's for each part of it, and all that these started."""
+        """All processes of a job: NVFlare's processes, and all that these started."""
         return self._services.job_processes(job_id)
 
     def kill_job(self, job_id: str) -> None:
@@ -154,7 +154,7 @@ class PocSystem:
     def _provisioned(self, record: PocRecord) -> PocRecord:
         """The record, written once its kits exist."""
         self._kits.provision(record.sites, record.port, self._services.environment())
-        close_to_others(self.folder)  # NVFlare makes its scripts executable for everybody
+        close_to_others(self.folder)  # NVFlare makes its scripts executable for all users
         record.write()
         return record
 
@@ -201,13 +201,9 @@ class PocSystem:
             record.write()
         return count
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _locked(self) -> contextlib.AbstractContextManager[None]:
         """Only one process at a time changes the POC; others wait."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / _LOCK).open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+        return locked_file(self.folder / _LOCK)
 
 
 def _is_free(port: int) -> bool:

@@ -39,7 +39,7 @@ def can_fork() -> bool:
 
 
 class ForkServer:
-    """A handle on the server process, which ends with the process that starts it, and kills its forks as it ends."""
+    """A handle on the server process, which ends with the process that starts it, and kills its forks when it ends."""
 
     def __init__(
         self, folder: Path, first: Sequence[str], modules: Sequence[str], base_model: Path | None = None
@@ -151,7 +151,7 @@ class _ForkLoop:
         return None
 
     def serve_pending(self, seconds: float = 0.0) -> _Fork | None:
-        """The same until nothing has happened for `seconds`."""
+        """Like `serve`, until nothing has happened for `seconds`."""
         while happened := self._selector.select(seconds):
             for key, _ in happened:
                 if key.fileobj is self._listener:
@@ -180,7 +180,7 @@ class _ForkLoop:
         pid = os.fork()
         if pid == 0:
             os.setsid()
-            connection.close()  # else the requesting process would not notice the end of the server
+            connection.close()  # otherwise the requester would not notice the server's end
             self._close_inherited()
             return fork
         for stream in fork.streams:

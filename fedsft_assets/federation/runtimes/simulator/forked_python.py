@@ -1,7 +1,7 @@
-"""A substitute for `python3 -m <module>`: it requests a fork from the fork server, and represents it to its parent.
+"""A substitute for `python3 -m <module>`: requests a fork from the fork server and stands in for it.
 
-It exits as its fork does, and the fork is killed when it ends. It imports little, and only of the standard library, so
-that it starts in a few milliseconds and needs almost no memory.
+It exits with its fork's exit code, and the fork is killed when it ends. It imports only a little of the standard
+library, so that it starts within milliseconds and needs almost no memory.
 """
 
 import os
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def _require_own_user(connection: socket.socket) -> None:
-    """As in `connections.peer`: when the server is gone, another account can take its name."""
+    """As in `connections.peer`: when the server is gone, another account could take its name."""
     _, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     if user != os.geteuid():
         raise PermissionError(f"its socket belongs to user {user}")

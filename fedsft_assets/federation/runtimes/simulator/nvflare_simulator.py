@@ -1,4 +1,4 @@
-"""NVFlare's simulator with one process for each site, from the start of the job to its end."""
+"""NVFlare's simulator with one process per site for the whole job."""
 
 import copy
 import os
@@ -45,7 +45,7 @@ class Simulation(SimulatorRunner):
             while engine.engine_info.status != MachineStatus.STARTED:
                 server.join(_POLL_SECONDS)
                 if not server.is_alive():
-                    raise RuntimeError("the server part of the job did not start")
+                    raise RuntimeError("the job's server did not start")
             self._run_sites()
             self.server.abort_run()
             server.join()
@@ -69,7 +69,7 @@ class Simulation(SimulatorRunner):
         sites.run(None)
 
     def _site_has_ended(self, site: str) -> None:
-        """Report the site as dead, as a real site's processes do: else the server waits for one that was killed."""
+        """Report the site as dead, as a real site's processes do: otherwise the server waits for a killed site."""
         with self.server.engine.new_context() as context:
             if runner := context.get_prop(FLContextKey.RUNNER):
                 runner.handle_dead_job(site, context)
@@ -107,8 +107,7 @@ class SiteRunner(SimulatorClientRunner):
     def do_one_task(self, client: Any, *_: Any, **__: Any) -> None:
         """Run all tasks of a site in a process of its own. Raises EOFError if the process dies.
 
-        NVFlare's own process obeys whoever connects to its port first; this one is controlled through its standard
-        input.
+        NVFlare's own process obeys the first client on its port; this one is controlled through its standard input.
         """
         own, given = socket.socketpair()
         with own, given:

@@ -1,6 +1,6 @@
 """A site's process in NVFlare's simulator, controlled by its parent through its standard input, a socket pair.
 
-NVFlare's own process listens on a port instead, and obeys whoever connects first.
+NVFlare's own process listens on a port instead, and obeys the first client.
 """
 
 import os

@@ -131,7 +131,7 @@ def test_startup_kit_that_others_may_read_is_closed_before_it_is_used_and_its_us
         folder.chmod(0o755)
     runtime = Production(ProductionSettings(startup_kit=kit), tmp_path / "own")
     assert next(runtime.gather(["site-1"], 1)) == (
-        f"{kit}: this startup kit was open to other accounts of this computer; no longer. Whoever has read client.key"
-        " can act in its name: have it provisioned anew"
+        f"{kit}: this startup kit was open to other accounts of this computer; access removed. Anyone who has read"
+        " client.key can impersonate it: have it provisioned again"
     )
     assert open_to_others(kit) == []
