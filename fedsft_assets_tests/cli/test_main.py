@@ -79,7 +79,7 @@ def test_a_checkpoint_goes_to_hugging_face(fedsft, checkpoint):
         ),
         ("import none.nemo --into new.nemo", "none.nemo: no such file or folder"),
         ("import text.nemo --into new.nemo", "text.nemo: is not an uncompressed tar archive"),
-        ("import text.nemo --into ./text.nemo", "--into: text.nemo is the archive itself; name another file"),
+        ("import text.nemo --into ./text.nemo", "--into: text.nemo is the archive itself; choose another file"),
         ("import text.nemo --into new.nemo --max-length 1", "--max-length: 1 is too short"),
     ],
 )
@@ -99,7 +99,7 @@ def test_an_archive_of_ours_is_not_imported(fedsft, checkpoint):
 def test_an_archive_is_never_written_over_itself(fedsft, checkpoint):
     before = checkpoint.read_bytes()
     said = fedsft("export", "--checkpoint", "fedavg", "--format", "megatron", "--into", str(checkpoint), fails=True)
-    assert said == f"{checkpoint}: is the archive itself; name another file"
+    assert said == f"{checkpoint}: is the archive itself; choose another file"
     assert checkpoint.read_bytes() == before
 
 

@@ -89,7 +89,7 @@ def test_federated_job_ends_with_a_checkpoint_that_is_tracked_and_registered(
     assert report == JobReport.read(current(store.checkpoint(job)))
     assert report.kind == "federated"
     assert len(report.val_loss) == len(report.samples) == ROUNDS + 1
-    assert report.samples == [0, *(3 * 6 * 16 * k for k in range(1, ROUNDS + 1))]
+    assert report.samples == [0, *(3 * 6 * 8 * k for k in range(1, ROUNDS + 1))]
     assert report.best_val_loss < report.base_val_loss
     for site in ("site-1", "site-2", "site-3"):
         assert any(line.startswith(f"{job} · {site} · round {ROUNDS} of {ROUNDS}") for line in caplog.messages)
@@ -110,7 +110,7 @@ def test_federated_job_ends_with_a_checkpoint_that_is_tracked_and_registered(
     history = client.get_metric_history(executed.registered.run_id, "val_loss")
     assert sorted((m.step, m.value) for m in history) == list(zip(report.samples, report.val_loss, strict=True))
     steps = client.get_metric_history(executed.registered.run_id, "train_loss")
-    assert sorted(m.step for m in steps) == [3 * 16 * k for k in range(1, 6 * ROUNDS + 1)]
+    assert sorted(m.step for m in steps) == [3 * 8 * k for k in range(1, 6 * ROUNDS + 1)]
     child = client.get_metric_history(runs["fedavg site-2"].info.run_id, "train_loss")
     assert sorted(m.step for m in child) == [16 * k for k in range(1, 6 * ROUNDS + 1)]
     champion = client.get_model_version_by_alias("fedsft-tiny", CHAMPION)
