@@ -183,7 +183,7 @@ def _import(args: argparse.Namespace, _: Settings) -> None:
     if args.max_length < 2:
         sys.exit(f"--max-length: {args.max_length} is too short for a prompt and an answer")
     if args.into.resolve() == args.archive.resolve():
-        sys.exit(f"--into: {args.into} is the archive itself; name another file")
+        sys.exit(f"--into: {args.into} is the archive itself; choose another file")
     try:
         report = import_megatron(args.archive, args.into, args.max_length)
     except (ModelError, OSError) as error:
