@@ -12,6 +12,7 @@ from fedsft_assets.defs.assets.raw import raw_asset
 from fedsft_assets.defs.assets.splits import combined_asset, processed_asset
 from fedsft_assets.defs.automation import full_study, new_data_sensor, undelivered_tracking, weekly_study
 from fedsft_assets.defs.checks import data_checks
+from fedsft_assets.defs.nemo_checks import nemo_checks
 from fedsft_assets.defs.poc_jobs import poc_start_job, poc_stop_job
 from fedsft_assets.defs.resources import resources
 from fedsft_assets.evaluation.prompts import load_prompts
@@ -38,7 +39,7 @@ defs = dg.Definitions(
         comparison_asset(jobs),
         inference_asset(jobs, load_prompts(settings.prompts)),
     ],
-    asset_checks=data_checks(datasets),
+    asset_checks=[*data_checks(datasets), nemo_checks(jobs)],
     jobs=[full_study, poc_start_job, poc_stop_job],
     schedules=[weekly_study],
     sensors=[new_data_sensor(datasets, jobs), undelivered_tracking],
