@@ -39,6 +39,9 @@ class SFTModel(ModelPT):
     nemo_data.DataConfig) and `optim`. Weights are fp32.
     """
 
+    _train_dl: Any
+    _validation_dl: Any
+
     def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:
         """Build the model from `cfg`, with weights that stay uninitialized until restored."""
         super().__init__(cfg=cfg, trainer=trainer)
@@ -50,6 +53,7 @@ class SFTModel(ModelPT):
         }
         self.lm = empty_lm(self._plain_config()["hf"])
         self._accumulated_before_fit: int | None = None
+        self._step_loss = torch.zeros(())
 
     @classmethod
     def restore_from(
@@ -68,12 +72,12 @@ class SFTModel(ModelPT):
         Nothing but tensors is unpickled, nothing is written outside a temporary folder, and of the archive's
         configuration the fields count that `nemo_archive.read_config` gives. Raises ModelError for one that it refuses.
         """
-        config = OmegaConf.create(nemo_archive.read_config(Path(restore_path)))
+        config: Any = OmegaConf.create(nemo_archive.read_config(Path(restore_path)))
+        if isinstance(override_config_path, str):
+            config = OmegaConf.load(override_config_path)
+        elif override_config_path is not None:
+            config = OmegaConf.create(OmegaConf.to_container(override_config_path))
         if override_config_path is not None:
-            given = override_config_path
-            config = (
-                OmegaConf.load(given) if isinstance(given, str) else OmegaConf.create(OmegaConf.to_container(given))
-            )
             config.pop("target", None)  # NeMo imports no class outside its own namespaces
         try:
             return super().restore_from(

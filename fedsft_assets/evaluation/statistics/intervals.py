@@ -1,13 +1,14 @@
 """Intervals of losses and of their differences, with the prompts and the seeds as sources of variance."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
-from scipy.special import stdtrit
+from scipy.special import ndtr, ndtri, stdtrit
 
-from fedsft_assets.evaluation.statistics.bootstrap import pivots, quantile
+from fedsft_assets.evaluation.statistics.bootstrap import deviations
 from fedsft_assets.evaluation.statistics.prompt_losses import Numbers, PromptLosses
 from fedsft_assets.evaluation.statistics.variance import (
     Contrast,
@@ -21,8 +22,10 @@ RESAMPLES = 2000
 SEED = 1234
 LEVEL = 0.05
 
-# For an error probability, how many standard errors over prompts an interval reaches below the value, and above it.
-Reach = Callable[[float], tuple[float, float]]
+_STEPS = 4000
+_PROBABILITIES: Numbers = (np.arange(_STEPS) + 0.5) / _STEPS
+_LEAST_IN_TAIL = 10  # resamples beyond a quantile, for it to be taken from them
+
 Pair = tuple[str, str]
 
 
@@ -61,33 +64,19 @@ def score_jobs(scores: PromptLosses, *, resamples: int = RESAMPLES, seed: int = 
 def compare_pairs(
     scores: PromptLosses, pairs: Sequence[Pair], *, resamples: int = RESAMPLES, seed: int = SEED
 ) -> dict[Pair, Estimate]:
-    """For each (job, other) the loss of job minus that of other: below 0 the job is better.
-
-    Raises ValueError for more pairs than so many resamples could ever decide, corrected for their number.
-    """
-    least = math.ceil(2 * len(pairs) / LEVEL) - 1
-    if resamples < least:
-        raise ValueError(f"{resamples} resamples cannot decide {len(pairs)} pairs; take at least {least}")
+    """For each (job, other) the loss of job minus that of other: below 0 the job is better."""
     contrasts = [difference_contrast(scores.models, *pair) for pair in pairs]
     return dict(zip(pairs, _estimates(scores, contrasts, resamples, seed), strict=True))
 
 
-def interval(parts: Parts, reach: Reach, level: float = LEVEL) -> tuple[float, float]:
-    below, above = _margins(parts, reach, level)
-    return parts.value - below, parts.value + above
-
-
-def estimate(parts: Parts, reach: Reach, least_p: float, records: int, seeds: tuple[int, ...]) -> Estimate:
-    low, high = interval(parts, reach)
-    return Estimate(parts.value, low, high, _p_value(parts, reach, least_p), parts, records, seeds)
-
-
-def student_reach(degrees: float) -> Reach:
-    def reach(level: float) -> tuple[float, float]:
-        one = student(degrees, 1 - level / 2)
-        return one, one
-
-    return reach
+def estimate(parts: Parts, strayed: Numbers | None, records: int, seeds: tuple[int, ...]) -> Estimate:
+    """The interval of a value; `strayed` [B] are its sorted deviations in resamples, None where there are none."""
+    errors = _errors(parts, strayed)
+    tail = round(_STEPS * LEVEL / 2)
+    low, high = parts.value - float(errors[-tail]), parts.value - float(errors[tail - 1])
+    beyond = min(np.count_nonzero(errors >= parts.value), np.count_nonzero(errors <= parts.value))
+    p_value = 1.0 if parts.value == 0 else min(1.0, 2 * (beyond + 1) / (_STEPS + 1))
+    return Estimate(parts.value, low, high, p_value, parts, records, seeds)
 
 
 def student(degrees: float, probability: float) -> float:
@@ -95,62 +84,56 @@ def student(degrees: float, probability: float) -> float:
     return float(stdtrit(degrees, probability)) if degrees > 0 else math.inf
 
 
-def _margins(parts: Parts, reach: Reach, level: float) -> tuple[float, float]:
-    """How far the interval goes below the value, and above: each source's own reach, and their squares added."""
-    over_seeds = sum(student(part.seeds - 1, 1 - level / 2) ** 2 * part.variance for part in parts.seeds)
-    below, above = (math.sqrt(_squared(side, parts.prompts) + over_seeds) for side in reach(level))
-    return below, above
+def _errors(parts: Parts, strayed: Numbers | None) -> Numbers:
+    """Equally likely errors of a value, sorted, in nats a token: those of each source added in an order by chance."""
+    if parts.degrees <= 0 or not math.isfinite(parts.prompts):
+        return np.where(_PROBABILITIES < 0.5, -math.inf, math.inf)
+    scores = _student_scores(parts.degrees)
+    if strayed is not None:
+        scores = _shaped(scores, strayed)
+    errors = math.sqrt(parts.prompts) * scores
+    generator = np.random.default_rng(SEED)
+    for part in parts.seeds:
+        errors = errors + math.sqrt(part.variance) * generator.permutation(_student_scores(part.seeds - 1))
+    return np.sort(errors)
 
 
-def _squared(reach: float, variance: float) -> float:
-    if variance in (0, math.inf):
-        return variance
-    return max(reach, 0.0) ** 2 * variance
+@lru_cache(maxsize=64)
+def _student_scores(degrees: float) -> Numbers:
+    """Student's t at each of the probabilities: all pairs of a study ask for the same."""
+    upper: Numbers = stdtrit(degrees, _PROBABILITIES[_STEPS // 2 :])
+    return np.concatenate([-upper[::-1], upper])
 
 
-def _p_value(parts: Parts, reach: Reach, least: float) -> float:
-    if parts.value == 0:
-        return 1.0
-    side = 0 if parts.value > 0 else 1
+def _shaped(scores: Numbers, strayed: Numbers) -> Numbers:
+    """Standard normal scores as the resamples have them.
 
-    def excludes(level: float) -> bool:
-        return _margins(parts, reach, level)[side] < abs(parts.value)
-
-    low, high = math.log(least), 0.0
-    if excludes(least):
-        return least
-    if not excludes(1.0):
-        return 1.0
-    while high - low > 1e-3:
-        middle = (low + high) / 2
-        low, high = (low, middle) if excludes(math.exp(middle)) else (middle, high)
-    return math.exp(high)
+    Resamples stray to where the truth may be: a value errs upwards as far as they go down. Beyond the outermost few the
+    shape stays as it is there.
+    """
+    count = len(strayed)
+    limit = float(ndtri(1 - min(_LEAST_IN_TAIL / count, 0.25)))
+    inner = np.clip(scores, -limit, limit)
+    ranks = ndtr(-inner) * (count + 1) - 1
+    return -np.interp(ranks, np.arange(count), strayed) * scores / inner
 
 
 def _estimates(scores: PromptLosses, contrasts: Sequence[Contrast], resamples: int, seed: int) -> list[Estimate]:
     if not contrasts:
         return []
-    tokens, total = scores.tokens, scores.tokens.sum()
-    effective = float(total**2 / np.sum(tokens**2))
+    tokens, total = scores.tokens, float(scores.tokens.sum())
+    effective = total**2 / float(np.sum(tokens**2))
+    # A prompt's residual is too small by its own part in the ratio (CR2; with one prompt there is nothing to correct).
+    correction = np.sqrt(np.maximum(1 - tokens / total, np.finfo(np.float64).tiny))
     found, means = [], []
     for contrast in contrasts:
         losses = contrast.rows @ scores.losses
         rates: Numbers = losses.sum(axis=1) / total
-        residuals = losses - rates[:, None] * tokens
-        found.append(parts_of(rates, residuals @ residuals.T, float(total), scores.prompts, effective, contrast.sizes))
-        mean = contrast.mean @ scores.losses
-        means.append(mean - found[-1].value * tokens)
-    deviations = pivots(np.stack(means), tokens, resamples, seed)
+        residuals = (losses - rates[:, None] * tokens) / correction / total
+        found.append(parts_of(rates, residuals @ residuals.T, scores.prompts, effective, contrast.sizes))
+        means.append(contrast.mean @ scores.losses - found[-1].value * tokens)
+    strayed = deviations(np.stack(means), tokens, resamples, seed)
     return [
-        estimate(parts, _bootstrap_reach(ordered), 2 / (resamples + 1), scores.records, contrast.seeds)
-        for parts, ordered, contrast in zip(found, deviations, contrasts, strict=True)
+        estimate(parts, shape, scores.records, contrast.seeds)
+        for parts, shape, contrast in zip(found, strayed, contrasts, strict=True)
     ]
-
-
-def _bootstrap_reach(ordered: Numbers) -> Reach:
-    """A resample's deviation has the sign of the value's own, so the upper end tells how far the truth may be below."""
-
-    def reach(level: float) -> tuple[float, float]:
-        return quantile(ordered, 1 - level / 2), -quantile(ordered, level / 2)
-
-    return reach

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedsft_assets.evaluation.statistics.intervals import Estimate, Pair, estimate, student_reach
+from fedsft_assets.evaluation.statistics.intervals import Estimate, Pair, estimate
 from fedsft_assets.evaluation.statistics.moments import Moments
 from fedsft_assets.evaluation.statistics.prompt_losses import Numbers, ScoresError
 from fedsft_assets.evaluation.statistics.variance import (
@@ -14,8 +14,6 @@ from fedsft_assets.evaluation.statistics.variance import (
     parts_of,
     score_contrast,
 )
-
-_LEAST_P = 1e-12
 
 
 def score_jobs_by_moments(told: Moments) -> dict[str, Estimate]:
@@ -30,8 +28,7 @@ def compare_pairs_by_moments(told: Moments, pairs: Sequence[Pair]) -> dict[Pair,
 
 
 def _estimate(told: Moments, contrast: Contrast) -> Estimate:
-    parts = _parts(told, contrast)
-    return estimate(parts, student_reach(parts.effective_clusters - 1), _LEAST_P, told.records, contrast.seeds)
+    return estimate(_parts(told, contrast), None, told.records, contrast.seeds)
 
 
 def _parts(told: Moments, contrast: Contrast) -> Parts:
@@ -46,4 +43,4 @@ def _parts(told: Moments, contrast: Contrast) -> Parts:
     nothing = np.diag(residuals) <= 1e-13 * np.diag(np.abs(terms) @ told.products @ np.abs(terms).T)
     residuals[nothing], residuals[:, nothing] = 0, 0
     effective = tokens**2 / float(told.products[0, 0])
-    return parts_of(rates, residuals, tokens, told.prompts, effective, contrast.sizes)
+    return parts_of(rates, residuals / tokens**2 / (1 - 1 / effective), told.prompts, effective, contrast.sizes)

@@ -61,9 +61,10 @@ def combine(sites: Mapping[str, Moments]) -> Combined:
             models = [", ".join(map(str, sites[name].models)) for name in (first, site)]
             raise ScoresError(f"{first} scored {models[0]}, {site} scored {models[1]}; score the same at every site")
     measured = [told for told in sites.values() if told.products is not None]
+    products = [told.products for told in measured if told.products is not None]
     return Combined(
         everywhere=_total(list(sites.values()), None),
-        measured=_total(measured, np.sum([told.products for told in measured], axis=0)) if measured else None,
+        measured=_total(measured, np.sum(products, axis=0)) if measured else None,
         means_only=tuple(site for site, told in sites.items() if told.products is None),
     )
 

@@ -47,7 +47,7 @@ def needed(parts: Parts, records: int, level: float) -> Needed:
 
 def _detectable(parts: Parts, level: float, times_records: float, times_seeds: float) -> float:
     """As `detectable`, with so many times the records, and so many times the seeds."""
-    total = _squared(parts.prompts / times_records, parts.clusters * times_records - 1, level)
+    total = _squared(parts.prompts / times_records, (parts.degrees + 1) * times_records - 1, level)
     for part in parts.seeds:
         shared = min(part.shared, part.variance)
         variance = (part.variance - shared + shared / times_records) / times_seeds

@@ -69,6 +69,16 @@ class Parts:
     effective_clusters: float
 
     @property
+    def degrees(self) -> float:
+        """Degrees of freedom of the variance over prompts, as few as the longest prompts make them.
+
+        Satterthwaite's for residuals that grow with the tokens are (Σt²)²/Σt⁴ − 1. Fourth powers are not among the sums
+        that a private site tells, and where tokens are spread as in instruction data (Σt²)²/Σt⁴ is near E²/C, with E
+        effective clusters of C.
+        """
+        return self.effective_clusters**2 / self.clusters - 1
+
+    @property
     def variance(self) -> float:
         return self.prompts + sum(part.variance for part in self.seeds)
 
@@ -91,33 +101,29 @@ def difference_contrast(models: Sequence[Model], job: str, other: str) -> Contra
 
 
 def parts_of(
-    rates: Numbers, residuals: Numbers, tokens: float, clusters: int, effective: float, sizes: Sequence[int]
+    rates: Numbers, covariances: Numbers, clusters: int, effective_clusters: float, sizes: Sequence[int]
 ) -> Parts:
-    """The variance by source, from the ratios `rates` [R] of a contrast's rows and products of their residuals [R, R].
-
-    `residuals` are Σ uₖ·uₗ over prompts with u = loss − rate · tokens; `tokens` is their sum over prompts.
-    """
-    correction = clusters / (clusters - 1) / tokens**2 if clusters > 1 else 0.0
+    """The variance by source, from the ratios [R] of a contrast's rows and their covariances over prompts [R, R]."""
     weights = np.concatenate([np.full(size, 1 / size) for size in sizes])
     seeds = []
     for end, size in zip(np.cumsum(sizes), sizes, strict=True):
         block = slice(end - size, end)
         if size > 1:
-            seeds.append(_seed_part(rates[block], residuals[block, block], correction))
-    whole = float(weights @ residuals @ weights) * correction if clusters > 1 else math.inf
+            seeds.append(_seed_part(rates[block], covariances[block, block]))
+    prompts = float(weights @ covariances @ weights) - sum(part.shared for part in seeds)
     return Parts(
         value=float(weights @ rates),
-        prompts=max(whole - sum(part.shared for part in seeds), 0.0),
+        prompts=max(prompts, 0.0) if clusters > 1 else math.inf,
         seeds=tuple(seeds),
         clusters=clusters,
-        effective_clusters=effective,
+        effective_clusters=effective_clusters,
     )
 
 
-def _seed_part(rates: Numbers, residuals: Numbers, correction: float) -> SeedPart:
-    """Of one block of S rows, with the products of their residuals [S, S]."""
+def _seed_part(rates: Numbers, covariances: Numbers) -> SeedPart:
+    """Of one block of S rows, with their covariances [S, S]."""
     size = len(rates)
-    both = float(np.trace(residuals) - residuals.sum() / size) * correction
+    both = float(np.trace(covariances) - covariances.sum() / size)
     return SeedPart(float(rates.var(ddof=1)) / size, size, max(both, 0.0) / (size - 1) / size)
 
 

@@ -50,6 +50,10 @@ class Verdict:
         found, say = self.estimate, _format(self.estimate.high - self.estimate.low)
         if found.parts.clusters < LEAST_PROMPTS:
             return f"{found.parts.clusters} prompts are too few for an interval; it takes at least {LEAST_PROMPTS}"
+        if not math.isfinite(found.high - found.low):
+            return (
+                f"a few of the {found.parts.clusters} prompts have most of the answer tokens: too few for an interval"
+            )
         if found.value == 0 and found.parts.variance == 0:
             return f"both have the same loss on all {found.records:,} records"
         also = f"; that leaves out 0, but {self.pairs} pairs are judged at once" if found.low * found.high > 0 else ""
