@@ -1,4 +1,16 @@
-"""Intervals of losses and of their differences, with the prompts and the seeds as sources of variance."""
+"""Intervals of losses and of their differences, with the prompts and the seeds as sources of variance.
+
+The interval over prompts is an expanded percentile bootstrap (Hesterberg, What Teachers Should Know About the
+Bootstrap, 2015): resamples of whole prompts give the shape, and its width is that of Student's t with the
+cluster-robust variance CR2 and as many degrees of freedom as the spread of tokens leaves. Errors of seeds, Student's t
+with their own degrees of freedom, are added to those of prompts (Behrens and Fisher).
+
+Measured on 1,000 studies each, drawn from losses of the tiny model (`test_statistics_coverage.py`), the lowest and the
+highest of five pairs: 10 prompts 95.1 to 98.4 %, 20: 93.7 to 97.3 %, 30: 93.3 to 96.5 %, 100: 94.4 to 95.0 %,
+500: 93.9 to 95.9 %; with six seeds 94.6 to 96.7 %, with three at least 94.6 %. With 30 prompts of the same data
+bootstrap-t intervals had the truth in 91.0 to 93.4 %, t intervals with a degree of freedom for each prompt in 90.4 to
+94.1 %: few prompts with long answers, of OASST1 above all, decide a ratio of sums.
+"""
 
 import math
 from collections.abc import Sequence
@@ -88,9 +100,8 @@ def _errors(parts: Parts, strayed: Numbers | None) -> Numbers:
     """Equally likely errors of a value, sorted, in nats a token: those of each source added in an order by chance."""
     if parts.degrees <= 0 or not math.isfinite(parts.prompts):
         return np.where(_PROBABILITIES < 0.5, -math.inf, math.inf)
-    scores = _student_scores(parts.degrees)
-    if strayed is not None:
-        scores = _shaped(scores, strayed)
+    # Where the shape is not known, half the degrees of freedom make up for it.
+    scores = _student_scores(parts.degrees / 2) if strayed is None else _shaped(_student_scores(parts.degrees), strayed)
     errors = math.sqrt(parts.prompts) * scores
     generator = np.random.default_rng(SEED)
     for part in parts.seeds:

@@ -1,4 +1,9 @@
-"""The same intervals from sums over prompts alone, where no record may be seen: the delta method and Student's t."""
+"""The same intervals from sums over prompts alone, where no record may be seen: the delta method and Student's t.
+
+Squares do not tell how skewed losses are, so these intervals have half the degrees of freedom. On 8,000 studies as in
+`intervals` they had the truth in 97.1 to 99.1 % with 20 prompts, 95.1 to 97.9 % with 60, 94.6 to 95.9 % with 200. With
+580 real prompts their ends are those of the bootstrap within a tenth of its width.
+"""
 
 from collections.abc import Sequence
 
