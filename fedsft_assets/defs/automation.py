@@ -84,10 +84,15 @@ def _stale_and_missing(
     """
     assert context.repository_def is not None
     graph = context.repository_def.asset_graph
-    downstream = dg.AssetSelection.assets(*(["raw", name] for name in changed)).downstream()
     kept = {dg.AssetKey(["checkpoint", job.name]) for job in jobs if not {*changed, COMBINED} & {*job.datasets}}
-    stale = downstream.resolve(graph) - kept
-    needed = downstream.upstream().resolve(graph) - stale
+    stale: set[dg.AssetKey] = set()
+    waiting = [dg.AssetKey(["raw", name]) for name in changed]
+    while waiting:
+        key = waiting.pop()
+        if key not in stale and key not in kept:
+            stale.add(key)
+            waiting += graph.get(key).child_keys
+    needed = dg.AssetSelection.assets(*stale).upstream().resolve(graph) - stale
     missing = {key for key in needed if context.instance.get_latest_materialization_event(key) is None}
     return sorted(stale | missing)
 
