@@ -1,0 +1,1 @@
+"""How sure a difference of two losses is: numbers in, intervals and verdicts out, and nothing read or written."""
