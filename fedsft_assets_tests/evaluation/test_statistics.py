@@ -1,4 +1,8 @@
+<<<<<<< HEAD
 """Intervals, verdicts and sums of evaluations, on losses of real ones."""
+=======
+"""Intervals of evaluations, and sums of them, on losses of real ones."""
+>>>>>>> h-stats
 
 import math
 import time
@@ -11,6 +15,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+<<<<<<< HEAD
 from fedsft_assets.evaluation.statistics.intervals import Estimate, compare_pairs, score_jobs
 from fedsft_assets.evaluation.statistics.moment_intervals import compare_pairs_by_moments, score_jobs_by_moments
 from fedsft_assets.evaluation.statistics.moments import combine, moments
@@ -50,12 +55,24 @@ def _scores(prompts: int | None = None, columns: list[str] | None = None) -> Pro
 def _one_seed() -> list[str]:
     return ["base", "alpaca/1", "dolly/1", "oasst1/1", "combined/1", "fedavg/1"]
 
+=======
+from fedsft_assets.evaluation.statistics.intervals import compare_pairs, score_jobs
+from fedsft_assets.evaluation.statistics.moment_intervals import compare_pairs_by_moments, score_jobs_by_moments
+from fedsft_assets.evaluation.statistics.moments import combine, moments
+from fedsft_assets.evaluation.statistics.prompt_losses import Model, PromptLosses, ScoresError
+from fedsft_assets.evaluation.statistics.score_table import by_prompt
+from fedsft_assets_tests.evaluation.simulated_studies import ONE_SEED, PAIRS, real_losses, real_scores, score_table
+>>>>>>> h-stats
 
 # From records to prompts
 
 
 def test_a_loss_is_all_losses_over_all_answer_tokens_however_prompts_group_them() -> None:
+<<<<<<< HEAD
     wide, found = real_losses(), score_jobs(_scores())
+=======
+    wide, found = real_losses(), score_jobs(real_scores())
+>>>>>>> h-stats
     assert found["base"].value == pytest.approx(wide["base"].sum() / wide["tokens"].sum(), rel=1e-12)
     seeds = [wide[name].sum() / wide["tokens"].sum() for name in wide if name.startswith("fedavg/")]
     assert found["fedavg"].value == pytest.approx(np.mean(seeds), rel=1e-12)
@@ -64,14 +81,22 @@ def test_a_loss_is_all_losses_over_all_answer_tokens_however_prompts_group_them(
 
 
 def test_the_order_of_rows_and_a_second_call_change_nothing() -> None:
+<<<<<<< HEAD
     table = _table()
+=======
+    table = score_table()
+>>>>>>> h-stats
     shuffled = table.sample(frac=1, random_state=3)
     assert compare_pairs(by_prompt(table), PAIRS) == compare_pairs(by_prompt(shuffled), PAIRS)
     assert compare_pairs(by_prompt(table), PAIRS) != compare_pairs(by_prompt(table), PAIRS, seed=7)
 
 
 def test_copies_of_answers_to_a_prompt_make_nothing_surer_and_copies_under_new_prompts_do() -> None:
+<<<<<<< HEAD
     table = _table(_one_seed())
+=======
+    table = score_table(ONE_SEED)
+>>>>>>> h-stats
     copies = [table.assign(record=table["record"] + f"/{n}") for n in range(4)]
     scattered = [copy.assign(prompt=copy["prompt"] + f"/{n}") for n, copy in enumerate(copies)]
     once, same, new = (
@@ -104,12 +129,20 @@ def test_scores_that_do_not_compare_are_refused_with_the_record_named(
     change: Callable[[pd.DataFrame], pd.DataFrame], message: str
 ) -> None:
     with pytest.raises(ScoresError, match=message):
+<<<<<<< HEAD
         by_prompt(change(_table(["alpaca/1", "fedavg/1"])))
+=======
+        by_prompt(change(score_table(["alpaca/1", "fedavg/1"])))
+>>>>>>> h-stats
 
 
 def test_a_job_without_scores_is_refused_with_those_that_there_are() -> None:
     with pytest.raises(ScoresError, match="fedprox has no scores; expected one of alpaca, base, combined"):
+<<<<<<< HEAD
         compare_pairs(_scores(), [("fedprox", "base")])
+=======
+        compare_pairs(real_scores(), [("fedprox", "base")])
+>>>>>>> h-stats
 
 
 # Intervals
@@ -117,7 +150,11 @@ def test_a_job_without_scores_is_refused_with_those_that_there_are() -> None:
 
 def test_the_interval_over_prompts_is_near_scipys_bootstrap_of_the_same_ratio() -> None:
     """With this many prompts every good method gives nearly the same; scipy's is BCa, of prompts summed before."""
+<<<<<<< HEAD
     scores = _scores(columns=_one_seed())
+=======
+    scores = real_scores(columns=ONE_SEED)
+>>>>>>> h-stats
     index = {model.job: row for row, model in enumerate(scores.models)}
     for pair, found in compare_pairs(scores, PAIRS).items():
         difference = scores.losses[index[pair[0]]] - scores.losses[index[pair[1]]]
@@ -133,14 +170,22 @@ def test_the_interval_over_prompts_is_near_scipys_bootstrap_of_the_same_ratio() 
 
 
 def test_pairing_by_record_makes_a_difference_surer_than_its_two_losses() -> None:
+<<<<<<< HEAD
     scores = _scores(columns=_one_seed())
+=======
+    scores = real_scores(columns=ONE_SEED)
+>>>>>>> h-stats
     alone, pair = score_jobs(scores), compare_pairs(scores, PAIRS)["fedavg", "combined"]
     apart = math.hypot(*(alone[job].high - alone[job].low for job in ("fedavg", "combined")))
     assert pair.high - pair.low < apart / 2
 
 
 def test_a_p_value_is_the_error_probability_at_which_the_interval_ends_at_zero() -> None:
+<<<<<<< HEAD
     scores = _scores(40, columns=_one_seed())
+=======
+    scores = real_scores(40, columns=ONE_SEED)
+>>>>>>> h-stats
     found = compare_pairs(scores, [("fedavg", "combined")])["fedavg", "combined"]
     index = [model.job for model in scores.models].index("fedavg")
     for end in (found.low, found.high):
@@ -151,7 +196,11 @@ def test_a_p_value_is_the_error_probability_at_which_the_interval_ends_at_zero()
 
 
 def test_the_spread_of_seeds_widens_an_interval_and_paired_seeds_take_out_what_they_share() -> None:
+<<<<<<< HEAD
     scores = _scores()
+=======
+    scores = real_scores()
+>>>>>>> h-stats
     shared = np.array([0.0 if model.seed is None else 0.2 * model.seed for model in scores.models])
     moved = replace(scores, losses=scores.losses + shared[:, None] * scores.tokens)
     alone, before = (score_jobs(each)["fedavg"] for each in (moved, scores))
@@ -198,7 +247,11 @@ def test_fifteen_pairs_on_ten_thousand_records_take_seconds() -> None:
 
 
 def test_sums_alone_give_the_intervals_of_the_bootstrap_within_a_tenth_of_their_width() -> None:
+<<<<<<< HEAD
     scores = _scores()
+=======
+    scores = real_scores()
+>>>>>>> h-stats
     own, told = compare_pairs(scores, PAIRS), compare_pairs_by_moments(moments(scores), PAIRS)
     for pair in PAIRS:
         width = own[pair].high - own[pair].low
@@ -212,7 +265,11 @@ def test_sums_alone_give_the_intervals_of_the_bootstrap_within_a_tenth_of_their_
 
 
 def test_sums_of_sites_add_up_to_those_of_all_their_prompts_together() -> None:
+<<<<<<< HEAD
     scores = _scores()
+=======
+    scores = real_scores()
+>>>>>>> h-stats
     ends = [0, 25, 300, scores.prompts]
     sites = {
         f"site-{number}": moments(
@@ -232,7 +289,11 @@ def test_sums_of_sites_add_up_to_those_of_all_their_prompts_together() -> None:
 
 
 def test_fewer_than_twenty_prompts_tell_counts_and_sums_alone_and_are_in_no_interval() -> None:
+<<<<<<< HEAD
     scores = _scores()
+=======
+    scores = real_scores()
+>>>>>>> h-stats
     few = moments(replace(scores, tokens=scores.tokens[:19], losses=scores.losses[:, :19], records=19))
     assert few.products is None
     assert few.sums[0] == scores.tokens[:19].sum()
@@ -251,11 +312,19 @@ def test_fewer_than_twenty_prompts_tell_counts_and_sums_alone_and_are_in_no_inte
 
 
 def test_sites_that_scored_other_models_are_not_added_up() -> None:
+<<<<<<< HEAD
     sites = {"site-1": moments(_scores(columns=["base", "fedavg/1"])), "site-2": moments(_scores(columns=["base"]))}
+=======
+    sites = {
+        "site-1": moments(real_scores(columns=["base", "fedavg/1"])),
+        "site-2": moments(real_scores(columns=["base"])),
+    }
+>>>>>>> h-stats
     with pytest.raises(ScoresError, match="site-1 scored base, fedavg, seed 1, site-2 scored base; score the same"):
         combine(sites)
     with pytest.raises(ScoresError, match="no site"):
         combine({})
+<<<<<<< HEAD
 
 
 # Power
@@ -409,3 +478,5 @@ def test_budgets_that_differ_by_more_than_a_twentieth_are_said() -> None:
         " their difference is also one of budgets"
     ]
     assert len(unequal_budgets(tokens, [("fedavg", "combined")])) == 1
+=======
+>>>>>>> h-stats
