@@ -7,11 +7,7 @@ replacement, so the truth is the ratio of sums over all of them. It draws seeds 
 ones differ by from their mean, so their spread over prompts, and from prompt to prompt, is the real one.
 """
 
-<<<<<<< HEAD
-from dataclasses import dataclass
-=======
 from dataclasses import dataclass, replace
->>>>>>> h-stats
 from functools import cache
 from pathlib import Path
 
@@ -20,14 +16,10 @@ import numpy.typing as npt
 import pandas as pd
 
 from fedsft_assets.evaluation.statistics.prompt_losses import Model, PromptLosses
-<<<<<<< HEAD
-
-=======
 from fedsft_assets.evaluation.statistics.score_table import by_prompt
 
 PAIRS = [("fedavg", other) for other in ("alpaca", "dolly", "oasst1", "combined", "base")]
 ONE_SEED = ["base", "alpaca/1", "dolly/1", "oasst1/1", "combined/1", "fedavg/1"]
->>>>>>> h-stats
 FIXTURE = Path(__file__).with_name("prompt_losses.csv")
 Numbers = npt.NDArray[np.float64]
 
@@ -87,8 +79,6 @@ def population(*jobs: str, one_seed: bool = False) -> Population:
         columns = [name for name in sums if name.split("/")[0] == job]
         losses[job] = sums[columns[:1] if one_seed else columns].to_numpy(np.float64).T
     return Population(sums["tokens"].to_numpy(np.float64), losses)
-<<<<<<< HEAD
-=======
 
 
 def score_table(columns: list[str] | None = None) -> pd.DataFrame:
@@ -112,4 +102,3 @@ def real_scores(prompts: int | None = None, columns: list[str] | None = None) ->
     scores = by_prompt(score_table(columns))
     kept = slice(0, prompts)
     return replace(scores, tokens=scores.tokens[kept], losses=scores.losses[:, kept], records=len(scores.tokens[kept]))
->>>>>>> h-stats

@@ -14,20 +14,12 @@ from fedsft_assets.evaluation.statistics.moments import moments
 from fedsft_assets.evaluation.statistics.power import detectable
 from fedsft_assets.evaluation.statistics.prompt_losses import PromptLosses
 from fedsft_assets.evaluation.statistics.verdicts import LEAST_PROMPTS, judge
-<<<<<<< HEAD
-from fedsft_assets_tests.evaluation.simulated_studies import Population, population
-=======
 from fedsft_assets_tests.evaluation.simulated_studies import PAIRS, Population, population
->>>>>>> h-stats
 
 pytestmark = pytest.mark.slow
 
 STUDIES = 1000
 ALL = ("base", "alpaca", "dolly", "oasst1", "combined", "fedavg")
-<<<<<<< HEAD
-PAIRS = [("fedavg", other) for other in ("alpaca", "dolly", "oasst1", "combined", "base")]
-=======
->>>>>>> h-stats
 Compare = Callable[[PromptLosses, list[Pair]], dict[Pair, Estimate]]
 
 
