@@ -44,6 +44,8 @@ NOT_RUN = {
     "make study DATA=../shared/data/real_samples MODEL=smollm2-135m "
     'OVERRIDES="--rounds 2 --max-local-steps 8 --max-evaluation-records 16" FEDSFT_HOME=$PWD/.fedsft-smollm2': _MINUTES,
     "make study": "needs a federation, as docs/production.md sets one up",
+    ".venv/bin/fedsft tasks --checkpoint fedavg --tasks hellaswag,piqa,winogrande --into scores": _HUB,
+    ".venv/bin/fedsft tasks --checkpoint base_model --tasks piqa --data ~/benchmarks --limit 50": "test_tasks runs it",
     "make rivals": "downloads what other systems need",
     ".venv/bin/python -m benchmarks.data": _MINUTES,
     ".venv/bin/python -m benchmarks.training": _MINUTES,
@@ -212,6 +214,9 @@ def test_what_is_not_run_would_start_with_what_there_is(rehearsal: Rehearsal, co
                 choices = re.search(rf"{option} {{(.*?)}}", helped)
                 assert choices, option
                 assert set(re.split(", | or ", values)) <= set(choices[1].split(","))
+        case ["tasks", *words]:
+            helped = _run(rehearsal, last, "-m", "fedsft_assets.cli", "tasks", "--help")
+            assert [word for word in words if word.startswith("--") and word not in helped] == []
         case ["-m", "pip", "install", "--quiet", extra]:
             project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
             assert extra.removeprefix(".[").removesuffix("]") in project["optional-dependencies"]
