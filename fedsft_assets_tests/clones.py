@@ -26,13 +26,13 @@ from fedsft_assets_tests.documents import Command
 from fedsft_assets_tests.environments import environment_of, installing
 
 SMALL_JOB = """\
-description: FedAvg over the three sites, as little of it as there can be
+description: FedAvg over the three sites, as little of it as a model needs to say anything
 sites:
   site-1: {dataset: alpaca}
   site-2: {dataset: dolly}
   site-3: {dataset: oasst1}
 rounds: 1
-max_local_steps: 1
+max_local_steps: 8
 max_evaluation_records: 4
 """
 _NOT_CLONED = (".git", ".venv", ".fedsft*", "__pycache__", ".*_cache", "build", "*.egg-info")
@@ -174,7 +174,8 @@ class Clone:
         for process in psutil.process_iter():
             try:
                 environment = process.environ()
-                if any(environment.get(name, "").startswith(str(self.folder)) for name in ("FEDSFT_HOME", "PWD")):
+                here = any(environment.get(name, "").startswith(str(self.folder)) for name in ("FEDSFT_HOME", "PWD"))
+                if here and process.pid != os.getpid():
                     found.append(" ".join(process.cmdline()))
                     process.kill()
             except psutil.Error:

@@ -45,7 +45,6 @@ NOT_RUN = {
     'OVERRIDES="--rounds 2 --max-local-steps 8 --max-evaluation-records 16" FEDSFT_HOME=$PWD/.fedsft-smollm2': _MINUTES,
     "make study": "needs a federation, as docs/production.md sets one up",
     ".venv/bin/fedsft tasks --checkpoint fedavg --tasks hellaswag,piqa,winogrande --into scores": _HUB,
-    ".venv/bin/fedsft tasks --checkpoint base_model --tasks piqa --data ~/benchmarks --limit 50": "test_tasks runs it",
     "make rivals": "downloads what other systems need",
     ".venv/bin/python -m benchmarks.data": _MINUTES,
     ".venv/bin/python -m benchmarks.training": _MINUTES,
@@ -55,7 +54,7 @@ NOT_RUN = {
     ".venv/bin/python -m benchmarks.noise": _MINUTES,
 }
 _STUDY = r"^\| fedavg +\| federated +\| +1 \|"
-# What is to be seen in what each command prints. Those that serve pages are asked for them.
+# What is to be seen in what each command prints, if it prints anything. Those that serve pages are asked for them.
 PRINTS = {
     DEMO: _STUDY,
     "make test": r"\d+ passed",
@@ -64,17 +63,21 @@ PRINTS = {
     "FEDSFT_HOME=$PWD/.fedsft-my-causal-lm make study MODEL=/models/my-causal-lm": _STUDY,
     '.venv/bin/fedsft-generate --checkpoint fedavg --prompt "What is the capital of Norway?"': r"\S",
     ".venv/bin/fedsft-generate --checkpoint fedavg --interactive": r"\S",
+    ".venv/bin/fedsft tasks --checkpoint base_model --tasks piqa --data ~/benchmarks --limit 50": r"piqa",
     ".venv/bin/fedsft import nemo_gpt1.3B_fp16.nemo --into gpt.nemo": r"^gpt\.nemo: .* parameters in .*; records",
+    "(umask 077 && python3 -c 'import secrets; print(secrets.token_urlsafe(32))' > ~/fedsft-token)": "",
     ".venv/bin/fedsft export --checkpoint fedavg --format megatron --into fedavg-megatron.nemo": "legacy layout",
     ".venv/bin/fedsft export --checkpoint fedavg --format megatron-core --into fedavg-core.nemo": "-core layout",
     ".venv/bin/fedsft export --checkpoint fedavg --format huggingface --into fedavg-hf": "in model.safetensors",
     ".venv/bin/dagster schedule start weekly_study --workspace workspace.yaml": r"weekly_study",
     ".venv/bin/dagster sensor start new_data --workspace workspace.yaml": "new_data",
-    ".venv/bin/dagster asset list --select 'key:\"raw/dolly\"+'": r"^processed/dolly\n(?s:.*)^checkpoint",
+    ".venv/bin/dagster asset list --module-name fedsft_assets.definitions --select 'key:\"raw/dolly\"+'": (
+        r"^checkpoint/fedavg\n(?s:.*)^processed/dolly\nraw/dolly$"
+    ),
     ".venv/bin/python -c 'import torch; print(torch.cuda.device_count(), \"GPUs\")'": r"^\d+ GPUs$",
     ".venv/bin/dagster instance concurrency set gpu 2": "gpu",
-    ".venv/bin/fedsft prune --dry-run": "versions and workspaces that nothing needs",
-    "FEDSFT_RUNTIME=poc make study": rf"(?s)in the poc.*{_STUDY}",
+    ".venv/bin/fedsft prune --dry-run": "unneeded versions and workspaces$",
+    "FEDSFT_RUNTIME=poc make study": rf"submitted FLARE job .* \(poc\)$(?s:.*){_STUDY}",
     ".venv/bin/fedsft poc status": "site-3",
     ".venv/bin/fedsft poc stop": r"^ended \d+ processes",
     "MLFLOW_TRACKING_URI=http://127.0.0.1:5000 MLFLOW_TRACKING_TOKEN=… python report.py": "fedsft-tiny",
@@ -113,6 +116,10 @@ def places(clone: Clone) -> dict[str, str]:
         export_huggingface(models / "tiny.nemo", models / name)
     export_megatron(models / "tiny.nemo", clone.folder / ARCHIVE, "legacy")
     (clone.folder / "report.py").write_text(REPORT)
+    (questions := clone.account / "benchmarks/piqa").mkdir(parents=True)
+    question = {"goal": "Open a box.", "sol1": "Pull the lid.", "sol2": "Eat the lid."}
+    (questions / "valid.jsonl").write_text(f"{json.dumps(question)}\n" * 60)
+    (questions / "valid-labels.lst").write_text("0\n" * 60)
     return {PUBLISHED: str(beside / "published"), MODELS: f"{models}/"}
 
 
