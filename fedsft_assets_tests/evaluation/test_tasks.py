@@ -233,7 +233,10 @@ def test_the_command_prints_writes_and_logs_what_a_checkpoint_scores(
     [
         ("--tasks piqa --limit 0", "--limit: 0 is too few; the least is 1"),
         ("--tasks , --data data", "--tasks: names no task"),
-        ("--tasks pica --data data", "--tasks: 'pica' is no task of the harness; the harness has piqa"),
+        (
+            "--tasks hellaswagg --data data",
+            "--tasks: 'hellaswagg' is no task of the harness; the harness has hellaswag,",
+        ),
         ("--tasks piqa --data none", "--data: none is not a folder"),
         ("--tasks piqa,arc_easy --data data", "--data: data has no folder 'arc_easy'; with several tasks, each needs"),
         ("--tasks ai2_arc --data data", "ai2_arc: is not a task with one dataset; with --data, name single tasks (arc"),
@@ -249,6 +252,17 @@ def test_what_is_wrong_is_said_in_one_line(
     said = fedsft(*arguments.split(), fails=True)
     assert said.startswith(words)
     assert "\n" not in said
+
+
+@pytest.mark.slow
+def test_an_answer_that_is_longer_than_the_window_is_no_stack_trace(checkpoint: Path, tmp_path: Path) -> None:
+    folder = _published(tmp_path / "data") / "piqa"
+    row = {"goal": "Cut bread.", "sol1": "Use a knife. " * 200, "sol2": "Use a sponge."}
+    (folder / "valid.jsonl").write_text((json.dumps(row) + "\n") * len(_GOALS))
+    with pytest.raises(
+        TasksError, match="an answer has more tokens than the model's window of 256, or a question none"
+    ):
+        score_tasks(checkpoint, ["piqa"], folder)
 
 
 def test_without_the_harness_the_command_says_how_to_get_it(
