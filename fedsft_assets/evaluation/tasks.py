@@ -117,7 +117,13 @@ def score_tasks(
         loaded = _load(manager, tasks, data, folder / "data")
         export_huggingface(checkpoint, folder / "model")
         lm = HFLM(pretrained=str(folder / "model"), device=str(compute_device()), batch_size=batch_size)
-        return _results(simple_evaluate(model=lm, tasks=loaded, task_manager=manager, limit=limit))
+        try:
+            return _results(simple_evaluate(model=lm, tasks=loaded, task_manager=manager, limit=limit))
+        except AssertionError as error:  # of the tokens of each question and answer
+            raise TasksError(
+                f"{checkpoint}: an answer has more tokens than the model's window of {lm.max_length}, or a question"
+                " none; the harness cannot score that"
+            ) from error
 
 
 def _load(manager: Any, tasks: Sequence[str], data: Path | None, into: Path) -> list[Any]:

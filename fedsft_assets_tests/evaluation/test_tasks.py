@@ -255,6 +255,17 @@ def test_what_is_wrong_is_said_in_one_line(
     assert "\n" not in said
 
 
+@pytest.mark.slow
+def test_an_answer_that_is_longer_than_the_window_is_no_stack_trace(checkpoint: Path, tmp_path: Path) -> None:
+    folder = _published(tmp_path / "data") / "piqa"
+    row = {"goal": "Cut bread.", "sol1": "Use a knife. " * 200, "sol2": "Use a sponge."}
+    (folder / "valid.jsonl").write_text((json.dumps(row) + "\n") * len(_GOALS))
+    with pytest.raises(
+        TasksError, match="an answer has more tokens than the model's window of 256, or a question none"
+    ):
+        score_tasks(checkpoint, ["piqa"], folder)
+
+
 def test_without_the_harness_the_command_says_how_to_get_it(
     fedsft: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
