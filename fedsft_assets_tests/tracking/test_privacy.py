@@ -100,7 +100,9 @@ def test_record_of_releases_that_cannot_be_read_hides_no_failure(
     _fail(tracking, store, "first", RuntimeError("trainer died"))
     assert statuses(tracking)["fedavg"] == "FAILED"
     (said,) = caplog.messages
-    assert said.startswith(f"fedavg · the privacy spent is missing in MLflow: {store.home / RELEASES_FILE}: is not")
+    assert said.startswith(
+        f"fedavg · the privacy spent is missing in MLflow: {store.home / RELEASES_FILE}: not a valid"
+    )
 
 
 def test_job_without_noise_has_no_epsilon(tracking: Tracking, store: Store, checkpoint: Path) -> None:

@@ -49,11 +49,11 @@ def test_file_of_another_account_is_refused(file: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "found"),
     [
-        (b"", "has 0 characters"),
-        (b"0123456789", "has 10 characters"),
-        (b"0123456789 0123456789 0123456789", "has 32 characters"),
-        (b"0123456789+0123456789/0123456789", "has 32 characters"),
-        (TOKEN.encode() + b"\n" + TOKEN.encode(), "has 51 characters"),
+        (b"", "found 0 characters"),
+        (b"0123456789", "found 10 characters"),
+        (b"0123456789 0123456789 0123456789", "found 32 characters"),
+        (b"0123456789+0123456789/0123456789", "found 32 characters"),
+        (TOKEN.encode() + b"\n" + TOKEN.encode(), "found 51 characters"),
         ("0123456789äöü0123456789".encode(), "contains characters that a token cannot have"),
     ],
 )

@@ -82,7 +82,7 @@ LIES: Mapping[str, tuple[Lie, str]] = {
     "tokens as text": (_meta(**{TOKENS: "600"}), "tokens: found '600': input should be a valid integer"),
     "a million million tokens": (_meta(**{TOKENS: 10**12}), "tokens: found 1000000000000, expected at most 48000000"),
     "tokens beyond any count": (_meta(**{TOKENS: 10**30}), "tokens: found 1000000000000000000000000000000: input"),
-    "more tokens than its steps": (_meta(**{TOKENS: 1_000}), "tokens: found 1000, expected the 600 of its steps"),
+    "more tokens than its steps": (_meta(**{TOKENS: 1_000}), "tokens: found 1000, expected 600, the sum of its steps"),
     "negative samples": (_meta(**{SAMPLES_KEY: -(10**9)}), "samples: found -1000000000: input should be greater"),
     "other samples": (_meta(**{SAMPLES_KEY: 49}), "samples: found 49, expected 48 in a round of 48 records"),
     "other records": (_meta(**{RECORDS_KEY: 10**9}), "records: found 1000000000, expected 48"),

@@ -56,7 +56,7 @@ def test_who_comes_later_waits_until_one_has_ended(
 ) -> None:
     first, second = hold(), hold()
     monkeypatch.setenv(TURNS, str(tmp_path / "turns"))
-    monkeypatch.setattr(cpu_slots, "_SECONDS_BETWEEN_WORDS", 0.2)
+    monkeypatch.setattr(cpu_slots, "_SECONDS_BETWEEN_CALLS", 0.2)
     waited = []
 
     def waiting() -> None:

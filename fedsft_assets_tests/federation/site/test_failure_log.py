@@ -125,7 +125,7 @@ def test_traceback_of_a_trainer_comes_through_nvflares_log_as_it_was(
             "[0]: failed (exitcode: -9) local_rank: 1 (pid: 4711) of binary: python3",
             "the trainer process was killed by signal 9 (SIGKILL); the usual cause is running out of memory",
         ),
-        ("trainer process exited (rc=-99) before", "the trainer process was killed by signal 99 (of no name)"),
+        ("trainer process exited (rc=-99) before", "the trainer process was killed by signal 99 (unknown)"),
         (
             "2026-01-01 - WARNING - notifying 1 receiver(s) that accepted result source site-1 failed for task t: "
             "accepted external result source died before transfer completion (rc=-15)",

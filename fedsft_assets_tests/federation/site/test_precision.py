@@ -119,7 +119,7 @@ def test_trial_waits_for_its_turn_among_the_trainers_of_a_machine(
 ) -> None:
     make_turns(tmp_path / "turns", at_once=1)
     monkeypatch.setenv(TURNS, str(tmp_path / "turns"))
-    monkeypatch.setattr("fedsft_assets.federation.site.cpu_slots._SECONDS_BETWEEN_WORDS", 0.0)
+    monkeypatch.setattr("fedsft_assets.federation.site.cpu_slots._SECONDS_BETWEEN_CALLS", 0.0)
 
     class HeardError(Exception):
         pass
