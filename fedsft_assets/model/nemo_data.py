@@ -5,6 +5,7 @@ Records, tokens and batches are those of this package's own trainer.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -97,7 +98,8 @@ class MicroBatch(NamedTuple):
     first: bool
 
 
-class Processes(NamedTuple):
+@dataclass(frozen=True)
+class Processes:
     """Which of how many processes this one is."""
 
     rank: int = 0

@@ -20,6 +20,7 @@ from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
 from nemo.utils import logging as nemo_logging
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from fedsft_assets.files import publish_file
 from fedsft_assets.model.archive import nemo_archive
@@ -38,6 +39,8 @@ class SFTModel(ModelPT):
     record), `prompt_template` (a key of prompt_template.TEMPLATES), and for training `train_ds`, `validation_ds` (see
     nemo_data.DataConfig) and `optim`. Weights are fp32.
     """
+
+    _step_loss: Tensor  # of the micro-batches of a batch so far
 
     def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:
         """Build the model of `cfg`. Its weights have no values yet: restoring gives them theirs."""
@@ -68,7 +71,7 @@ class SFTModel(ModelPT):
         Nothing but tensors is unpickled, nothing is written outside a temporary folder, and of the archive's
         configuration the fields count that `nemo_archive.read_config` gives. Raises ModelError for one that it refuses.
         """
-        config = OmegaConf.create(nemo_archive.read_config(Path(restore_path)))
+        config: Any = OmegaConf.create(nemo_archive.read_config(Path(restore_path)))
         if override_config_path is not None:
             given = override_config_path
             config = (
@@ -128,12 +131,12 @@ class SFTModel(ModelPT):
     def setup_training_data(self, train_data_config: DictConfig | dict[str, Any]) -> None:
         """Set `train_ds`. The records are read when the trainer, which knows of other processes, begins."""
         self._update_dataset_config("train", train_data_config)
-        self._train_dl = None
+        self._train_dl: DataLoader[MicroBatch] | None = None
 
     def setup_validation_data(self, val_data_config: DictConfig | dict[str, Any]) -> None:
         """Set `validation_ds`, as `setup_training_data` does."""
         self._update_dataset_config("validation", val_data_config)
-        self._validation_dl = None
+        self._validation_dl: DataLoader[MicroBatch] | None = None
 
     def setup_multiple_validation_data(self, val_data_config: DictConfig | dict[str, Any]) -> None:
         """The same: all files are one set of records, with one loss."""
@@ -190,7 +193,7 @@ class SFTModel(ModelPT):
     def on_validation_epoch_end(self, sync_metrics: bool = False) -> None:  # noqa: ARG002 NeMo's name
         """Log `val_loss`: the mean over all targets of all processes."""
         loss, targets = self.trainer.strategy.reduce(self._validated, reduce_op="sum")
-        self.log("val_loss", (loss / targets).float(), prog_bar=True)
+        self.log("val_loss", (loss / targets).float(), prog_bar=True, sync_dist=True)
 
     def _summed_loss(self, batch: Batch) -> Tensor:
         loss = self.language_model.answer_loss
