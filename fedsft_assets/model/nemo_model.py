@@ -20,6 +20,7 @@ from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
 from nemo.utils import logging as nemo_logging
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from fedsft_assets.files import publish_file
 from fedsft_assets.model.archive import nemo_archive
@@ -132,12 +133,12 @@ class SFTModel(ModelPT):
     def setup_training_data(self, train_data_config: DictConfig | dict[str, Any]) -> None:
         """Set `train_ds`. The records are read when the trainer, which knows of other processes, begins."""
         self._update_dataset_config("train", train_data_config)
-        self._train_dl = None
+        self._train_dl: DataLoader[MicroBatch] | None = None
 
     def setup_validation_data(self, val_data_config: DictConfig | dict[str, Any]) -> None:
         """Set `validation_ds`, as `setup_training_data` does."""
         self._update_dataset_config("validation", val_data_config)
-        self._validation_dl = None
+        self._validation_dl: DataLoader[MicroBatch] | None = None
 
     def setup_multiple_validation_data(self, val_data_config: DictConfig | dict[str, Any]) -> None:
         """The same: all files are one set of records, with one loss."""
@@ -194,7 +195,7 @@ class SFTModel(ModelPT):
     def on_validation_epoch_end(self, sync_metrics: bool = False) -> None:  # noqa: ARG002 NeMo's name
         """Log `val_loss`: the mean over all targets of all processes."""
         loss, targets = self.trainer.strategy.reduce(self._validated, reduce_op="sum")
-        self.log("val_loss", (loss / targets).float(), prog_bar=True)
+        self.log("val_loss", (loss / targets).float(), prog_bar=True, sync_dist=True)
 
     def _summed_loss(self, batch: Batch) -> Tensor:
         loss = self.language_model.answer_loss
