@@ -158,7 +158,9 @@ class Clone:
         while _READY not in (text := printed.read_text()):
             wait("no links were printed")
         links = [line.split(":", 1) for line in text.splitlines() if ": " in line and "http://127.0.0.1:" in line]
-        files = [line.split()[-1] for line in text.splitlines() if line.startswith("append ?token=… with the token in ")]
+        files = [
+            line.split()[-1] for line in text.splitlines() if line.startswith("append ?token=… with the token in ")
+        ]
         fixed = Path(files[0]).read_text().strip() if files else ""
         pages = {}
         for title, link in links:
