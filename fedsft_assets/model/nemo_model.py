@@ -78,8 +78,7 @@ class SFTModel(ModelPT):
             config = OmegaConf.load(override_config_path)
         elif override_config_path is not None:
             config = OmegaConf.create(OmegaConf.to_container(override_config_path))
-        if override_config_path is not None:
-            config.pop("target", None)  # NeMo imports no class outside its own namespaces
+        config.pop("target", None)  # NeMo imports no class outside its own namespaces
         try:
             return super().restore_from(
                 restore_path,
@@ -98,11 +97,12 @@ class SFTModel(ModelPT):
     @classmethod
     def load(cls, path: Path) -> Self:
         """`restore_from`, on the CPU and without NeMo's log. Raises ModelError that names the file."""
-        config = OmegaConf.create(nemo_archive.read_config(path))
         try:
             with _quiet_nemo():
-                model: Self = cls.restore_from(str(path), override_config_path=config, map_location=torch.device("cpu"))
+                model: Self = cls.restore_from(str(path), map_location=torch.device("cpu"))
                 return model
+        except ModelError:
+            raise
         except (pickle.UnpicklingError, RuntimeError, EOFError, tarfile.TarError) as error:
             reason = "; ".join(line.strip() for line in str(error).splitlines()[:5])  # torch lists every tensor
             raise ModelError(f"{path}: {nemo_archive.WEIGHTS} is truncated or not this model's: {reason}") from error

@@ -11,6 +11,7 @@ from fedsft_assets.model.archive.nemo_archive import content_digest
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.language_model import LanguageModel
 from fedsft_assets.model.nemo_model import SFTModel
+from fedsft_assets_tests.model.quiet_trainer import quiet_trainer
 
 
 def test_nemo_restores_an_archive_and_writes_one_of_the_same_content(base, tmp_path):
@@ -33,15 +34,7 @@ def test_lightning_trains_it(base, tokens):
     with open_dict(model.cfg):
         model.cfg.optim = {"lr": 3e-3}
     before = model.training_step(batches[0]).item()
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(model, train_dataloaders=DataLoader(batches, batch_size=None))
+    quiet_trainer().fit(model, train_dataloaders=DataLoader(batches, batch_size=None))
     assert model.training_step(batches[0]).item() < 0.9 * before
 
 

@@ -21,6 +21,7 @@ from fedsft_assets.model.training.local_training import mean_loss, split_tokens,
 from fedsft_assets.settings import PROJECT
 from fedsft_assets.store import archive_file, split_file
 from fedsft_assets.versions import current
+from fedsft_assets_tests.model.quiet_trainer import quiet_trainer
 from fedsft_assets_tests.prepared import made_current, prepare_home
 
 FILES = ("training", "validation")
@@ -97,15 +98,7 @@ def file(tmp_path: Path, records: list[dict[str, str]]) -> Path:
 
 @pytest.fixture
 def trainer(tmp_path: Path) -> Iterator[Trainer]:
-    return Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-    )
+    return quiet_trainer(default_root_dir=tmp_path)
 
 
 def test_the_loss_is_the_same_in_micro_batches_and_the_trainer_is_left_as_it_was(
