@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedsft_assets.cli.generate import find_archive
 from fedsft_assets.credentials import redact
+from fedsft_assets.evaluation.task_data import PUBLISHED_TASKS
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.settings import Settings
 from fedsft_assets.specs.yaml_file import SpecError
@@ -15,14 +16,14 @@ from fedsft_assets.tracking import EXPERIMENT, Tracking
 if TYPE_CHECKING:
     from fedsft_assets.evaluation.tasks import TaskResult
 
-_PUBLISHED = "hellaswag,piqa,winogrande"
-
 
 def add_commands(commands: Any) -> None:
     """Add it to the subcommands of `fedsft`."""
     score = commands.add_parser("tasks", help="score a checkpoint in benchmark tasks of lm-eval")
     score.add_argument("--checkpoint", required=True, help="a .nemo archive, the name of a job, or 'base_model'")
-    score.add_argument("--tasks", default=_PUBLISHED, help="names of the harness, with commas between (%(default)s)")
+    score.add_argument(
+        "--tasks", default=",".join(PUBLISHED_TASKS), help="names of the harness, with commas between (%(default)s)"
+    )
     score.add_argument(
         "--data",
         dest="questions",  # of a study, `data` is a setting

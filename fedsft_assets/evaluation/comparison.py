@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast, get_args
@@ -14,6 +14,7 @@ from fedsft_assets.evaluation.matrix import loss_matrix
 from fedsft_assets.evaluation.record_scores import Evaluation, common_records, read_losses
 from fedsft_assets.federation.protocol.job_report import JobReport
 from fedsft_assets.files import publish_file
+from fedsft_assets.model.perplexity import perplexity
 from fedsft_assets.specs.job import BASE_MODEL, JobKind
 
 if TYPE_CHECKING:
@@ -35,7 +36,9 @@ _HEADERS = (
     "perplexity",
     "seconds",
 )
-_LARGEST_EXPONENT = 700.0  # of a float64
+
+
+_SHOWN_BASE_MODEL = "the base model"
 
 
 class NotComparableError(ValueError):
@@ -47,7 +50,7 @@ class Comparison:
     """The jobs in the order of the table: local, centralized, federated.
 
     `matrix` has the test loss of each model, the base model among them, on each dataset (see `loss_matrix`),
-    `scores` that on all of them with its interval, `verdicts` who is better than whom.
+    `scores` that on all of them with its interval, `verdicts` who is better than whom, by names as they are shown.
     """
 
     matrix: pd.DataFrame
@@ -58,14 +61,13 @@ class Comparison:
     def markdown(self) -> str:
         """The verdicts and tables in Markdown, readable in a terminal too."""
         said = "\n".join(f"- {sentence}." for sentence in self.sentences)
-        jobs = _table(_HEADERS, self._rows(), texts=2)
+        jobs = markdown_table(_HEADERS, self._rows(), texts=2)
         return "\n\n".join([*([said] if said else []), jobs, *self._notes(), self._matrix_markdown()])
 
     @property
     def sentences(self) -> list[str]:
         """The verdicts, and where budgets differ, in words."""
-        said = [verdict.sentence for verdict in self.verdicts] + self._budgets()
-        return [sentence.replace(BASE_MODEL, "the base model") for sentence in said]
+        return [verdict.sentence for verdict in self.verdicts] + self._budgets()
 
     def _budgets(self) -> list[str]:
         from fedsft_assets.evaluation.statistics.verdicts import unequal_budgets
@@ -94,7 +96,7 @@ class Comparison:
     def _rows(self) -> list[tuple[str, ...]]:
         starts = {f"{report.base_val_loss:.4f}" for report in self.reports}
         start = starts.pop() if len(starts) == 1 else ""
-        base = ("base model", "", "", "", start, "", *self._scores(BASE_MODEL), "")
+        base = ("base model", "", "", "", start, "", *self._scores(_SHOWN_BASE_MODEL), "")
         return [base, *(self._row(report) for report in self.reports)]
 
     def _row(self, report: JobReport) -> tuple[str, ...]:
@@ -120,7 +122,7 @@ class Comparison:
             ("base model" if model == BASE_MODEL else str(model), *map("{:.4f}".format, losses))
             for model, *losses in self.matrix.itertuples()
         ]
-        return _table(("test loss on", *map(str, self.matrix.columns)), rows, texts=1)
+        return markdown_table(("test loss on", *map(str, self.matrix.columns)), rows, texts=1)
 
 
 def compare(reports: Sequence[JobReport], evaluations: Sequence[Path]) -> Comparison:
@@ -131,17 +133,15 @@ def compare(reports: Sequence[JobReport], evaluations: Sequence[Path]) -> Compar
     from fedsft_assets.evaluation.statistics.intervals import score_jobs
     from fedsft_assets.evaluation.statistics.score_table import by_prompt
 
+    evaluated = [Evaluation.read(folder) for folder in evaluations]
     base_models = {report.job: report.base_model_digest for report in reports}
-    if len(set(base_models.values())) > 1:
-        said = ", ".join(f"{job}: {digest[:12]}" for job, digest in base_models.items())
+    _require_one(base_models, "the jobs have more than one base model", "checkpoints")
+    splits = {one.model: one.testing_split for one in evaluated}
+    _require_one(splits, "the models were evaluated on more than one testing split", "evaluations")
+    digests = {BASE_MODEL: reports[0].base_model_digest, **{report.job: report.checkpoint_digest for report in reports}}
+    if other := [one.model for one in evaluated if one.archive_digest != digests.get(one.model, one.archive_digest)]:
         raise NotComparableError(
-            f"the jobs have more than one base model ({said}); materialize their checkpoints again"
-        )
-    splits = {(read := Evaluation.read(folder)).model: read.testing_split for folder in evaluations}
-    if len(set(splits.values())) > 1:
-        said = ", ".join(f"{model}: {digest[:12]}" for model, digest in splits.items())
-        raise NotComparableError(
-            f"the models were evaluated on more than one testing split ({said}); materialize their evaluations again"
+            f"the evaluations of {', '.join(other)} are of other checkpoints; materialize these evaluations again"
         )
     ordered = sorted(reports, key=lambda report: sort_key(report.kind, report.job))
     losses = common_records(read_losses(evaluations))
@@ -150,22 +150,26 @@ def compare(reports: Sequence[JobReport], evaluations: Sequence[Path]) -> Compar
     return Comparison(matrix, ordered, score_jobs(scores), _verdicts(ordered, scores))
 
 
+def _require_one(digests: Mapping[str, str], otherwise: str, again: str) -> None:
+    if len(set(digests.values())) > 1:
+        said = ", ".join(f"{name}: {digest[:12]}" for name, digest in digests.items())
+        raise NotComparableError(f"{otherwise} ({said}); materialize their {again} again")
+
+
 def _verdicts(reports: Sequence[JobReport], scores: PromptLosses) -> list[Verdict]:
     """Each federated job against the others and the base model."""
-    from fedsft_assets.evaluation.statistics.intervals import LEVEL, RESAMPLES, compare_pairs
+    from fedsft_assets.evaluation.statistics.intervals import compare_pairs
     from fedsft_assets.evaluation.statistics.verdicts import judge, pairs_that_matter
 
-    pairs = pairs_that_matter({report.job: cast("JobKind", report.kind) for report in reports}, BASE_MODEL)
-    if not pairs:
-        return []
-    resamples = max(RESAMPLES, math.ceil(2 * len(pairs) / LEVEL))
-    return judge(compare_pairs(scores, pairs, resamples=resamples))
+    kinds = {report.job: cast("JobKind", report.kind) for report in reports}
+    return judge(compare_pairs(scores, pairs_that_matter(kinds, _SHOWN_BASE_MODEL)))
 
 
 def _as_scores(losses: pd.DataFrame) -> pd.DataFrame:
     """Each record once, as the statistics take them: jobs have one seed, and the base model has none."""
-    records = losses[losses["first"]].rename(columns={"model": "job"})
-    return records.assign(seed=records["job"].map(lambda job: None if job == BASE_MODEL else 1))
+    records = losses[losses["first"]]
+    base = records["model"] == BASE_MODEL
+    return records.assign(job=records["model"].mask(base, _SHOWN_BASE_MODEL), seed=(~base).map({True: 1, False: None}))
 
 
 def sort_key(kind: str, job: str) -> tuple[int, str]:
@@ -179,12 +183,7 @@ def write_table(comparison: Comparison, path: Path) -> None:
         fresh.write_text(comparison.markdown() + "\n", encoding="utf-8")
 
 
-def perplexity(loss: float) -> float:
-    """e to the loss; infinite where that is no number."""
-    return math.exp(loss) if loss < _LARGEST_EXPONENT else math.inf
-
-
-def _table(headers: Sequence[str], rows: Sequence[Sequence[str]], texts: int) -> str:
+def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]], texts: int) -> str:
     """A Markdown table; the first `texts` columns are texts, the others numbers."""
     align = (*["left"] * texts, *["right"] * (len(headers) - texts))
     return tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True, colalign=align)

@@ -31,13 +31,13 @@ _INPUTS_FILE = "evaluation.json"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was scored: a model by the name of its job, on a version of the combined splits, by their digests.
+    """What was scored: a model by the name of its job, on a version of the combined splits; digests of both.
 
     `max_length` is the length in tokens that records were cut to.
     """
 
     model: str
-    archive: str
+    archive_digest: str
     testing_split: str
     max_length: int
 

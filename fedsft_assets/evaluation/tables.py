@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from fedsft_assets.evaluation.matrix import loss_matrix
 from fedsft_assets.evaluation.record_scores import common_records, read_losses
 from fedsft_assets.federation.protocol.job_report import JobReport
-from fedsft_assets.store import Store
 from fedsft_assets.versions import CURRENT, NoVersionError, current
 
 if TYPE_CHECKING:
@@ -71,5 +70,5 @@ class Tables:
 
     def _current(self, group: str) -> list[Path]:
         """The current version of each family of the group that has one."""
-        families = sorted((Store(self._home).home / group).glob("*/"))
+        families = sorted((self._home / group).glob("*/"))
         return [current(family) for family in families if (family / CURRENT).is_symlink()]

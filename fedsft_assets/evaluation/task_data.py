@@ -37,6 +37,8 @@ _PUBLISHED = {
     "winogrande": _Published("dev.jsonl", ("sentence", "option1", "option2", "answer")),
 }
 
+PUBLISHED_TASKS = tuple(sorted(_PUBLISHED))
+
 
 def with_local_questions(task: str, described: Path, repository: str, data: Path, alone: bool, into: Path) -> Path:
     """Write the harness's file for `task` with questions of the folder `data`; gives its path, in the folder `into`.

@@ -19,16 +19,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from tabulate import tabulate
-
-from fedsft_assets.evaluation.comparison import NotComparableError
-from fedsft_assets.evaluation.task_data import TasksError, with_local_questions
+from fedsft_assets.evaluation.comparison import NotComparableError, markdown_table
+from fedsft_assets.evaluation.task_data import PUBLISHED_TASKS, TasksError, with_local_questions
 from fedsft_assets.files import publish_file
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-PUBLISHED_TASKS = ("hellaswag", "piqa", "winogrande")
 TASKS_FILE = "tasks.json"
 BATCH_SIZE = 16
 _NO_FILTER = "none"  # the harness's name for answers that are taken as they are
@@ -261,8 +258,7 @@ def task_table(models: Mapping[str, Sequence[TaskResult]]) -> str:
         cells = {(result.task, result.metric): _cell(result) for result in results}
         rows.append((name, *(cells.get(column, "") for column in columns)))
     headers = ("model", *(f"{task} {metric}" for task, metric in columns))
-    align = ("left", *["right"] * len(columns))
-    table = tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True, colalign=align)
+    table = markdown_table(headers, rows, texts=1)
     asked = {task: f"{task} {_how(result)}" for (task, _), result in columns.items()}
     return f"{table}\n\n± standard error. {'; '.join(asked.values())}."
 

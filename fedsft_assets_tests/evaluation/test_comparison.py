@@ -8,9 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fedsft_assets.evaluation.comparison import NotComparableError, compare, perplexity, write_table
+from fedsft_assets.evaluation.comparison import NotComparableError, compare, write_table
 from fedsft_assets.evaluation.record_scores import LOSSES_FILE, Evaluation
 from fedsft_assets.federation.protocol.job_report import JobReport
+from fedsft_assets.model.perplexity import perplexity
 
 RECORDS = 40
 TEST_LOSSES = {"base_model": 7.25, "fedavg": 1.0, "combined": 0.9, "oasst1": 6.4, "alpaca": 6.2}
@@ -55,7 +56,8 @@ def evaluations(tmp_path: Path) -> list[Path]:
 
 def _evaluation(folder: Path, model: str, loss: float, testing_split: str = "t" * 64) -> Path:
     folder.mkdir(parents=True)
-    Evaluation(model, "a" * 64, testing_split, 256).write(folder)
+    digest = "b" * 64 if model == "base_model" else model  # as in the reports
+    Evaluation(model, digest, testing_split, 256).write(folder)
     spread = np.random.default_rng(len(model)).uniform(0.9, 1.1, RECORDS)
     tokens = np.resize([10, 30], RECORDS)
     names = [f"record {number}" for number in range(RECORDS)]
@@ -179,6 +181,12 @@ def test_models_that_were_evaluated_on_different_records_are_not_compared(
     others = [folder for folder in evaluations if folder.name != "fedavg"]
     with pytest.raises(NotComparableError, match=r"more than one testing split .*fedavg: 0123456789ab.*evaluations"):
         compare(REPORTS, [*others, odd])
+
+
+def test_evaluation_of_another_checkpoint_is_not_taken_for_the_jobs_own(evaluations: list[Path]) -> None:
+    trained_again = replace(REPORTS[0], checkpoint_digest="another")
+    with pytest.raises(NotComparableError, match="the evaluations of fedavg are of other checkpoints; materialize"):
+        compare([trained_again, *REPORTS[1:]], evaluations)
 
 
 @pytest.mark.parametrize(("loss", "expected"), [(0.0, 1.0), (709.9, math.inf), (1e308, math.inf)])

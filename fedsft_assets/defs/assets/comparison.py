@@ -10,6 +10,7 @@ from fedsft_assets.defs.metadata import image
 from fedsft_assets.defs.resources import StoreResource
 from fedsft_assets.evaluation.comparison import NotComparableError, compare, write_table
 from fedsft_assets.evaluation.curves import plot
+from fedsft_assets.evaluation.statistics.prompt_losses import ScoresError
 from fedsft_assets.federation.protocol.job_report import JobReport
 from fedsft_assets.files import file_digest
 from fedsft_assets.specs.dataset import COMBINED
@@ -25,15 +26,15 @@ def comparison_asset(jobs: Sequence[JobSpec]) -> dg.AssetsDefinition:
         kinds={"markdown", "matplotlib"},
         ins={
             f"{kind}_{name}": dg.AssetIn([kind, name])
-            for kind, names in (("checkpoint", names), ("evaluation", [BASE_MODEL, *names]))
-            for name in names
+            for kind, models in (("checkpoint", names), ("evaluation", [BASE_MODEL, *names]))
+            for name in models
         },
         description="All jobs and the base model side by side: losses, intervals and verdicts.",
     )
     def comparison(store: StoreResource, **versions: Path) -> dg.MaterializeResult[Path]:
         files = store.files
         reports = [JobReport.read(versions[f"checkpoint_{name}"]) for name in names]
-        with as_dagster_failure(NotComparableError):
+        with as_dagster_failure(NotComparableError, ScoresError):
             result = compare(reports, [versions[f"evaluation_{name}"] for name in (BASE_MODEL, *names)])
         with adding(files.report("comparison")) as addition:
             write_table(result, addition.folder / "comparison.md")

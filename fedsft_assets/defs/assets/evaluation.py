@@ -12,8 +12,9 @@ from fedsft_assets.evaluation.matrix import loss_matrix
 from fedsft_assets.evaluation.record_scores import LOSSES_FILE, Evaluation, evaluate
 from fedsft_assets.execution import CheckpointInputs
 from fedsft_assets.federation.job_folder import JobFolder
-from fedsft_assets.federation.protocol.job_report import MODEL_FILE
+from fedsft_assets.federation.protocol.job_report import MODEL_FILE, JobReport
 from fedsft_assets.files import file_digest
+from fedsft_assets.model.archive.nemo_archive import content_digest
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.specs.dataset import COMBINED
 from fedsft_assets.specs.job import BASE_MODEL, JobSpec, TrainingSpec
@@ -31,10 +32,15 @@ def evaluation_asset(spec: JobSpec) -> dg.AssetsDefinition:
         ins={"checkpoint": dg.AssetIn(["checkpoint", spec.name]), COMBINED: dg.AssetIn(COMBINED)},
         description=f"{spec.description}: the loss of its checkpoint on each record of the testing splits.",
     )
-    def evaluation(store: StoreResource, checkpoint: Path, combined: Path) -> dg.MaterializeResult[Path]:
+    def evaluation(
+        store: StoreResource, model: ModelResource, checkpoint: Path, combined: Path
+    ) -> dg.MaterializeResult[Path]:
         plan = JobFolder.read(store.files.home / CheckpointInputs.read(checkpoint).job_folder).plans[0]
-        archive = checkpoint / MODEL_FILE
-        return _evaluated(spec.name, archive, store.files, combined, plan.training, plan.max_evaluation_records)
+        # Batches and precision are the job's own; what is scored is the same for all models.
+        alike = model.load().resolve(TrainingSpec()).model_dump(include={"max_length", "answer_only_loss"})
+        training, most = plan.training.model_copy(update=alike), plan.max_evaluation_records
+        digest = JobReport.read(checkpoint).checkpoint_digest
+        return _evaluated(spec.name, checkpoint / MODEL_FILE, digest, store.files, combined, training, most)
 
     return evaluation
 
@@ -51,20 +57,25 @@ def base_model_evaluation(
     store: StoreResource, model: ModelResource, archive: Path, combined: Path
 ) -> dg.MaterializeResult[Path]:
     training = model.load().resolve(TrainingSpec())
-    return _evaluated(BASE_MODEL, archive_file(archive), store.files, combined, training, None)
+    path = archive_file(archive)
+    return _evaluated(BASE_MODEL, path, content_digest(path), store.files, combined, training, None)
 
 
 def _evaluated(
-    name: str, archive: Path, store: Store, combined: Path, training: ResolvedTraining, most: int | None
+    name: str,
+    archive: Path,
+    digest: str,
+    store: Store,
+    combined: Path,
+    training: ResolvedTraining,
+    most: int | None,
 ) -> dg.MaterializeResult[Path]:
     """A version of the evaluation of this model."""
     with as_dagster_failure(ModelError, DataError):
         losses = evaluate(archive, store, combined, training, most)
     with adding(store.evaluation(name)) as addition:
         losses.to_parquet(addition.folder / LOSSES_FILE, index=False)
-        Evaluation(name, file_digest(archive), SplitReport.read(combined).digest, training.max_length).write(
-            addition.folder
-        )
+        Evaluation(name, digest, SplitReport.read(combined).digest, training.max_length).write(addition.folder)
     path = addition.version / LOSSES_FILE
     (row,) = loss_matrix(losses.assign(model=name)).to_dict("records")
     return dg.MaterializeResult(

@@ -15,6 +15,7 @@ import torch
 
 from fedsft_assets.memory import freed_memory_kept
 from fedsft_assets.model.language_model import LanguageModel
+from fedsft_assets.model.perplexity import perplexity
 from fedsft_assets.model.training.batches import Tokens, evaluation_batches, micro_batches, training_batches
 from fedsft_assets.model.training.devices.interface import Devices, OneDevice
 from fedsft_assets.model.training.drift_correction import Correction
@@ -72,7 +73,7 @@ class Loss:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        return perplexity(self.loss)
 
 
 def split_tokens(model: LanguageModel, records_file: Path, max_length: int, most: int | None = None) -> list[Tokens]:

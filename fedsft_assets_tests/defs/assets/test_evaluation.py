@@ -1,0 +1,69 @@
+"""The assets `evaluation/…` and `comparison`: all models are scored alike, whatever their jobs were trained with."""
+
+from dataclasses import replace
+
+import dagster as dg
+import pytest
+
+from fedsft_assets.defs.assets.comparison import comparison_asset
+from fedsft_assets.defs.assets.evaluation import base_model_evaluation, evaluation_asset
+from fedsft_assets.defs.resources import resources
+from fedsft_assets.evaluation.tables import Tables
+from fedsft_assets.execution import CheckpointInputs
+from fedsft_assets.federation.job_folder import JobFolder
+from fedsft_assets.federation.protocol.job_report import MODEL_FILE
+from fedsft_assets.model.archive.nemo_archive import content_digest
+from fedsft_assets.settings import PROJECT, Settings
+from fedsft_assets.specs.job import JobSpec
+from fedsft_assets.store import Store, archive_file
+from fedsft_assets.versions import Verdict, current, judge
+from fedsft_assets_tests.federation.protocol.test_job_report import REPORT
+from fedsft_assets_tests.prepared import TINY, build_job, made_current, prepare_home
+from fedsft_assets_tests.shipped import DATASETS
+
+JOBS = ("alpaca", "fedavg")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A home with two checkpoints, both of the base model's weights; `fedavg` was trained on short records."""
+    store = prepare_home(tmp_path_factory.mktemp("home"))
+    base = archive_file(current(store.base_model(TINY.name)))
+    digest = content_digest(base)
+    for job, longest in zip(JOBS, (None, 16), strict=True):
+        build_job(store, job, max_length=longest)
+        folder = JobFolder.read(current(store.job_folder(job)))
+        with made_current(store.checkpoint(job)) as checkpoint:
+            (checkpoint / MODEL_FILE).write_bytes(base.read_bytes())
+            report = replace(REPORT, job=job, kind=folder.spec.kind, checkpoint_digest=digest, base_model_digest=digest)
+            report.write(checkpoint)
+            CheckpointInputs.of(folder).write(checkpoint)
+    judge(current(store.combined), Verdict())
+    return store
+
+
+def _materialize(store: Store) -> dg.ExecuteInProcessResult:
+    jobs = [JobSpec.load(PROJECT / "jobs" / f"{job}.yaml", list(DATASETS)) for job in JOBS]
+    keys = [dg.AssetKey("base_model"), dg.AssetKey("combined"), *(dg.AssetKey(["checkpoint", job]) for job in JOBS)]
+    there = [dg.AssetSpec(key).with_io_manager_key("io_manager") for key in keys]
+    return dg.materialize(
+        [*there, base_model_evaluation, *map(evaluation_asset, jobs), comparison_asset(jobs)],
+        resources=resources(Settings(home=store.home)),
+        raise_on_error=False,
+    )
+
+
+def test_models_are_scored_alike_whatever_their_jobs_were_trained_with(store: Store) -> None:
+    assert _materialize(store).success
+    tables = Tables(store.home)
+    losses = tables.losses()
+    assert losses["model"].unique().tolist() == ["alpaca", "base_model", "fedavg"]
+    assert (losses.groupby(["dataset", "record"])["tokens"].nunique() == 1).all()
+    matrix = tables.matrix()
+    assert (matrix.max() - matrix.min()).max() < 1e-6  # they have the same weights
+
+
+def test_each_evaluation_waits_for_its_model_and_the_splits() -> None:
+    spec = JobSpec.load(PROJECT / "jobs" / "fedavg.yaml", list(DATASETS))
+    asset = evaluation_asset(spec)
+    assert {key.to_user_string() for key in asset.asset_deps[asset.key]} == {"checkpoint/fedavg", "combined"}
