@@ -72,6 +72,10 @@ class TrainingSpec(Spec):
     optimizer_state: Annotated[OptimizerState, Field(description="optimizer state at a site between rounds")] = "keep"
     devices: Annotated[int, Field(ge=1, description="of one site's trainer")] | None = None
     strategy: Annotated[Strategy, Field(description="how several devices share the work")] | None = None
+    simulator_threads: (
+        Annotated[int, Field(ge=1, description="CPU threads that a simulation's trainers share; default: all cores")]
+        | None
+    ) = None
     peft: PeftSpec | None = None
 
     @field_validator("precision", mode="before")

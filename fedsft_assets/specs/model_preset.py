@@ -9,7 +9,7 @@ from fedsft_assets.specs.yaml_file import SpecError
 
 _OF_THE_PRESET = (
     *("batch_size", "learning_rate", "max_length", "precision"),
-    *("micro_batch_tokens", "activation_checkpointing", "devices", "strategy"),
+    *("micro_batch_tokens", "activation_checkpointing", "devices", "strategy", "simulator_threads"),
 )
 
 
@@ -52,6 +52,7 @@ class ModelPreset:
     activation_checkpointing: bool = False
     devices: int = 1
     strategy: Strategy = "ddp"
+    simulator_threads: int | None = None
     folder: Path | None = None
     archive: Path | None = None
     published: PublishedArchive | None = None
@@ -74,6 +75,7 @@ PRESETS = {
             batch_size=8,
             max_length=256,
             precision="32",  # bf16 is slower on models of this size, and its losses would depend on the processor
+            simulator_threads=2,  # rounding, and so the losses, would depend on the number of cores
         ),
         ModelPreset(
             name="smollm2-135m",

@@ -59,6 +59,7 @@ class ResolvedTraining(Spec):
     optimizer_state: OptimizerState
     devices: int = 1
     strategy: Strategy = "ddp"
+    simulator_threads: int | None = None
     peft: PeftSpec | None = None
 
 

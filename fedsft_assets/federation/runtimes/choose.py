@@ -13,7 +13,7 @@ from fedsft_assets.specs.runtime import RuntimeSettings
 def make_runtime(settings: RuntimeSettings, job: JobFolder, folder: Path) -> Runtime:
     """The runtime that `settings` names, for one execution of `job`; `folder` takes its files.
 
-    The number of sites sets the threads of each trainer in the simulator; a POC and the sites of a federation have
+    The simulator's trainers share the job's `simulator_threads`, or all cores; a POC and the sites of a federation have
     settings of their own. Raises UnavailableError for a federation without a startup kit.
     """
     if settings.name == "poc":
@@ -26,7 +26,8 @@ def make_runtime(settings: RuntimeSettings, job: JobFolder, folder: Path) -> Run
         return Production(settings.production, folder)
     from fedsft_assets.federation.runtimes.simulator.runtime import Simulator
 
-    threads = settings.threads_per_trainer or max(1, (os.cpu_count() or 1) // len(job.spec.sites))
+    shared = job.plans[0].training.simulator_threads or os.cpu_count() or 1
+    threads = settings.threads_per_trainer or max(1, shared // len(job.spec.sites))
     return Simulator(folder, threads, job.base_model)
 
 
