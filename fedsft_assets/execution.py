@@ -13,12 +13,13 @@ from typing import Any, Self
 from fedsft_assets.data.split_report import SplitReport
 from fedsft_assets.evaluation.curves import plot
 from fedsft_assets.federation.job_folder import SPEC_FILE, JobFolder
+from fedsft_assets.federation.protocol.events import JobError
 from fedsft_assets.federation.protocol.job_report import REPORT_FILE, JobReport
 from fedsft_assets.federation.protocol.journal import Missed, Progress
-from fedsft_assets.federation.supervisor.launch import held_workspace, read_job_folder, run_job
+from fedsft_assets.federation.supervisor.launch import held_workspace, read_job_folder, run_job, subject_of
 from fedsft_assets.federation.supervisor.privacy import RELEASES_FILE, Releases, ReleasesError
 from fedsft_assets.federation.supervisor.workspace import Workspaces
-from fedsft_assets.files import link_or_copy
+from fedsft_assets.files import folder_digest, link_or_copy
 from fedsft_assets.specs.job import JobSpec, PrivacySpec
 from fedsft_assets.specs.model_preset import ModelPreset
 from fedsft_assets.specs.plan import SitePlan
@@ -28,7 +29,7 @@ from fedsft_assets.tracking import Outbox, Registered, TrackedJob, Tracking
 from fedsft_assets.tracking.journal_points import JournalPoints
 from fedsft_assets.tracking.record import TrackedExecution
 from fedsft_assets.tracking.tracked_job import close_as_killed
-from fedsft_assets.versions import adding, make_current
+from fedsft_assets.versions import adding, make_current, versions_of
 
 CHART_FILE = "val_loss.png"
 _INPUTS_FILE = "inputs.json"
@@ -65,29 +66,55 @@ class CheckpointInputs:
 
 @dataclass(frozen=True)
 class ExecutedJob:
-    """A finished job: its report, checkpoint version, chart, and MLflow registration."""
+    """A finished job: its report, checkpoint version, and MLflow registration."""
 
     report: JobReport
     folder: Path
-    chart: Path
     registered: Registered
 
 
+def stored_checkpoint(job: JobFolder, store: Store, runtime: str) -> Path | None:
+    """The newest finished version of the checkpoint that was trained in this runtime from equal inputs, or None.
+
+    Equal is the data version of the job folder: with another validation split alone, the checkpoint stays. A job with
+    private sites has none, as their data may have changed. A version with modified files is left out, with a warning.
+    """
+    if job.spec.private_sites:
+        return None
+    workspaces = Workspaces(store.flare(job.spec.name))
+    for version in versions_of(store.checkpoint(job.spec.name)):
+        try:
+            made_from = read_job_folder(store.home / CheckpointInputs.read(version).job_folder)
+            made_in = JobReport.read(version).runtime
+        except (JobError, OSError, ValueError, TypeError):  # incomplete, or of an earlier version of this package
+            continue
+        if (
+            made_in != runtime
+            or made_from.data_version != job.data_version
+            or workspaces.has_unfinished(subject_of(made_from, runtime))
+        ):
+            continue
+        if folder_digest(version) == version.name:
+            return version
+        _log.warning("%s was modified since it was written; training again", version)
+    return None
+
+
 def execute_job(
-    job_folder: Path,
+    job: JobFolder | Path,
     store: Store,
     preset: ModelPreset,
     tracking: Tracking,
     tags: dict[str, str],
     runtime: RuntimeSettings = SIMULATOR,
 ) -> ExecutedJob:
-    """Run a version of a job folder, track it, register its checkpoint and make it current.
+    """Run a version of a job folder, or the one at a path, track it, register its checkpoint and make it current.
 
     `tags` are added to the MLflow runs, besides the data versions. Progress is logged. If the tracking server does not
     answer, everything is delivered later (see `Outbox`). Raises JobError if the job fails; its MLflow runs are then
     FAILED, or KILLED if it was interrupted.
     """
-    job = read_job_folder(job_folder)
+    job = job if isinstance(job, JobFolder) else read_job_folder(job)
     spec = job.spec
     inputs = CheckpointInputs.of(job)
     combined = inputs.combined(store)
@@ -135,7 +162,7 @@ def execute_job(
             registered = tracked.finish(report, folder, artifacts, model=f"fedsft-{preset.name}", data=data)
         make_current(folder)
         workspace.end()
-    return ExecutedJob(report, folder, folder / CHART_FILE, registered)
+    return ExecutedJob(report, folder, registered)
 
 
 def close_abandoned(store: Store, job: str) -> None:

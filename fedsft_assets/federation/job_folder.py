@@ -62,6 +62,20 @@ class JobFolder:
         return self.path.name
 
     @property
+    def data_version(self) -> str:
+        """Digest of all that decides what is trained, on what and from what: the spec, the plans and their files.
+
+        Not of the validation split: with another one the folder has another `digest`, and no checkpoint is stale.
+        """
+        parts = {SPEC_FILE: self.spec.model_dump_json()}
+        for plan in self.plans:
+            known = plan.model_dump(mode="json", exclude={"validation_file": True, "digests": {"validation_file"}})
+            if "training_file" in plan.digests:  # what is in the file counts, not the version that it is in
+                del known["training_file"]
+            parts[plan.site] = json.dumps(known, sort_keys=True)
+        return digest_of({name: hashlib.sha256(text.encode()).hexdigest() for name, text in parts.items()})
+
+    @property
     def located_plans(self) -> list[SitePlan]:
         """The plans with the paths of this machine."""
         return [plan.located(self.home) for plan in self.plans]
@@ -100,11 +114,7 @@ class JobInputs:
 
 @dataclass(frozen=True)
 class JobFolderReport:
-    """`noise` is None for a job without noise.
-
-    `data_version` is that of the spec, the base model and the training data alone: with another validation split the
-    folder has another digest, and no checkpoint is stale for that.
-    """
+    """`data_version` is that of the JobFolder; `noise` is None for a job without noise."""
 
     folder: Path
     data_version: str
@@ -143,18 +153,8 @@ def build_job_folder(
         digests = {name: file_digest(folder / name) for name in _files(folder)}
         (folder / _MANIFEST).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
     make_current(addition.version)
-    return JobFolderReport(addition.version, _data_version(spec, plans), _files(addition.version), noise)
-
-
-def _data_version(spec: JobSpec, plans: Sequence[SitePlan]) -> str:
-    """The digest of all that decides what is trained, on what and from what."""
-    parts = {SPEC_FILE: spec.model_dump_json()}
-    for plan in plans:
-        known = plan.model_dump(mode="json", exclude={"validation_file": True, "digests": {"validation_file"}})
-        if "training_file" in plan.digests:  # what is in the file counts, not the version that it is in
-            del known["training_file"]
-        parts[plan.site] = json.dumps(known, sort_keys=True)
-    return digest_of({name: hashlib.sha256(text.encode()).hexdigest() for name, text in parts.items()})
+    version = JobFolder(addition.version, spec, tuple(plans))
+    return JobFolderReport(version.path, version.data_version, _files(version.path), noise)
 
 
 def verify_job_folder(job_folder: Path) -> None:

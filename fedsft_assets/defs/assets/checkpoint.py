@@ -1,16 +1,19 @@
 """`checkpoint/<job>`: the trained archive that a job ends with, and its MLflow run."""
 
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 
 from fedsft_assets.defs.failures import as_dagster_failure
 from fedsft_assets.defs.metadata import curve, image
 from fedsft_assets.defs.resources import MLflowResource, ModelResource, RuntimeResource, StoreResource
-from fedsft_assets.execution import ExecutedJob, execute_job
+from fedsft_assets.execution import CHART_FILE, execute_job, stored_checkpoint
 from fedsft_assets.federation.protocol.events import JobError
-from fedsft_assets.federation.protocol.job_report import MODEL_FILE
+from fedsft_assets.federation.protocol.job_report import MODEL_FILE, JobReport
+from fedsft_assets.federation.supervisor.launch import read_job_folder
 from fedsft_assets.specs.job import JobSpec
 
 GPU_TAGS = {
@@ -32,6 +35,7 @@ class LaunchConfig(dg.Config):
 
     runtime: RuntimeName | None = None  # None means FEDSFT_RUNTIME
     threads_per_trainer: int = 0  # simulator only; 0 shares the cores among the trainers
+    train_again: bool = False  # even if there is a checkpoint of the same inputs
 
 
 def checkpoint_asset(spec: JobSpec) -> dg.AssetsDefinition:
@@ -55,27 +59,49 @@ def checkpoint_asset(spec: JobSpec) -> dg.AssetsDefinition:
         mlflow: MLflowResource,
         job_folder: Path,
     ) -> dg.MaterializeResult[Path]:
+        settings = runtime.settings(config.runtime and config.runtime.value, config.threads_per_trainer)
         with as_dagster_failure(JobError):
+            job = read_job_folder(job_folder)
+            if not config.train_again and (stored := stored_checkpoint(job, store.files, settings.name)):
+                context.log.info(f"{spec.name} · already trained from the same inputs; using {stored}")
+                return _stored(stored, context.instance.get_latest_materialization_event(context.asset_key))
             executed = execute_job(
-                job_folder,
+                job,
                 store.files,
                 model.load(),
                 mlflow.tracking,
                 tags={"dagster.run_id": context.run_id, "dagster.asset": context.asset_key.to_user_string()},
-                runtime=runtime.settings(config.runtime and config.runtime.value, config.threads_per_trainer),
+                runtime=settings,
             )
-        return _result(executed)
+        registered = executed.registered
+        return _result(
+            executed.folder,
+            {
+                "MLflow run": registered.run_id or NOT_YET,
+                "registered as": f"{registered.model} version {registered.version or NOT_YET}",
+            },
+        )
 
     return checkpoint
 
 
-def _result(executed: ExecutedJob) -> dg.MaterializeResult[Path]:
-    report, registered = executed.report, executed.registered
+def _stored(version: Path, last: dg.EventLogEntry | None) -> dg.MaterializeResult[Path]:
+    """A checkpoint that was not trained again; links are those of the `last` materialization, if it is the same."""
+    links = {}
+    if last and last.asset_materialization:
+        known = last.asset_materialization.metadata
+        if known.get("path") == dg.MetadataValue.path(version / MODEL_FILE):
+            links = {name: known[name] for name in ("MLflow run", "registered as") if name in known}
+    return _result(version, {"trained": "in an earlier run, from the same inputs", **links})
+
+
+def _result(version: Path, more: Mapping[str, Any]) -> dg.MaterializeResult[Path]:
+    report = JobReport.read(version)
     return dg.MaterializeResult(
-        value=executed.folder,
+        value=version,
         data_version=dg.DataVersion(report.checkpoint_digest),
         metadata={
-            "validation loss": image(executed.chart),
+            "validation loss": image(version / CHART_FILE),
             "best validation loss": round(report.best_val_loss, 4),
             "test loss": round(report.test_loss, 4),
             "perplexity": round(report.perplexity, 3),
@@ -91,9 +117,8 @@ def _result(executed: ExecutedJob) -> dg.MaterializeResult[Path]:
                 if report.epsilon is not None
                 else {}
             ),
-            "path": dg.MetadataValue.path(executed.folder / MODEL_FILE),
-            "MLflow run": registered.run_id or NOT_YET,
-            "registered as": f"{registered.model} version {registered.version or NOT_YET}",
+            "path": dg.MetadataValue.path(version / MODEL_FILE),
+            **more,
             "validation loss by round": curve(report.samples, report.val_loss),
         },
     )

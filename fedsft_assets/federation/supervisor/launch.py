@@ -32,7 +32,7 @@ def held_workspace(job: JobFolder, workspaces: Path, runtime: str) -> Iterator[t
     FLARE jobs are ended before the next submission, since sites run one job at a time. Raises JobError as
     `begin_execution` does.
     """
-    subject = _subject(job, runtime)
+    subject = _usable_subject(job, runtime)
     everyone = Workspaces(workspaces)
     workspace = everyone.of(subject)
 
@@ -58,7 +58,7 @@ def begin_execution(job: JobFolder, workspace: Path, runtime: str) -> Execution:
     A new execution starts in an empty workspace; the caller must be its only user. Raises JobError if the base model is
     missing or was modified.
     """
-    return _begin(Workspace(workspace), _subject(job, runtime))
+    return _begin(Workspace(workspace), _usable_subject(job, runtime))
 
 
 def _begin(workspace: Workspace, subject: dict[str, str], superseded: Sequence[str] = ()) -> Execution:
@@ -67,8 +67,13 @@ def _begin(workspace: Workspace, subject: dict[str, str], superseded: Sequence[s
     return workspace.resume_or_create(subject, superseded)
 
 
-def _subject(job: JobFolder, runtime: str) -> dict[str, str]:
+def subject_of(job: JobFolder, runtime: str) -> dict[str, str]:
     """Identifies what is executed: the job folder refers to its base model and data by digest."""
+    return {"runtime": runtime, "job_folder": job.digest, "base_model": job.base_model.parent.name}
+
+
+def _usable_subject(job: JobFolder, runtime: str) -> dict[str, str]:
+    """The subject. Raises JobError if the base model is missing or was modified, or private data is elsewhere."""
     if runtime != "production" and (absent := job.absent_private_sites):
         raise JobError(
             f"{job.path}: the data of {', '.join(absent)} is private and not on this machine; run the job where it"
@@ -81,7 +86,7 @@ def _subject(job: JobFolder, runtime: str) -> dict[str, str]:
         raise JobError(str(error)) from error
     if not unchanged:
         raise JobError(f"{base_model}: modified since it was written; materialize base_model again")
-    return {"runtime": runtime, "job_folder": job.digest, "base_model": base_model.name}
+    return subject_of(job, runtime)
 
 
 def read_job_folder(path: Path) -> JobFolder:

@@ -68,6 +68,11 @@ class Workspaces:
         name = hashlib.sha256(json.dumps(subject, sort_keys=True).encode()).hexdigest()
         return Workspace(self._folder / name[:_NAME_LENGTH])
 
+    def has_unfinished(self, subject: dict[str, str]) -> bool:
+        """Whether the last execution of the subject has not ended."""
+        last = self.of(subject).execution()
+        return last is not None and not last.ended
+
     def latest(self) -> "Workspace | None":
         """The most recently used workspace, or None."""
         records = sorted(self._folder.glob(f"*/{_FILE}"), key=lambda path: path.stat().st_mtime)
