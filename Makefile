@@ -28,7 +28,9 @@ unexport PYTHONDONTWRITEBYTECODE
 # Without these, what FEDSFT_DATA and FEDSFT_MODEL say, else what the home is for already, else the sample and `tiny`.
 DATA ?=
 MODEL ?=
-PURPOSE = $(if $(value DATA),--data "$$DATA") $(if $(value MODEL),--model "$$MODEL")
+# How many seeds every job is trained with, or which: SEEDS=3, SEEDS=7,8,9.
+SEEDS ?=
+PURPOSE = $(if $(value DATA),--data "$$DATA") $(if $(value MODEL),--model "$$MODEL") $(if $(value SEEDS),--seeds "$$SEEDS")
 FEDSFT := $(BIN)/python -m fedsft_assets.cli
 # Fields of a job in place of those in jobs/*.yaml, for example OVERRIDES="--rounds 3 --max-local-steps 12".
 OVERRIDES ?=

@@ -7,7 +7,7 @@ from pathlib import Path
 
 HOME_FILE = "home.json"
 FIXED = ("data", "model", "datasets", "jobs")
-_FOLLOWS = "model_path"  # the archive's path may change: its digest identifies it
+_MAY_CHANGE = ("model_path", "seeds")  # a digest identifies the archive; a study can be extended to more seeds
 
 
 class HomeError(ValueError):
@@ -27,7 +27,7 @@ def read_home(home: Path, project: Path) -> HomeFile | None:
     path = home / HOME_FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        values = {name: content[name] for name in (*FIXED, _FOLLOWS) if content.get(name) is not None}
+        values = {name: content[name] for name in (*FIXED, *_MAY_CHANGE) if content.get(name) is not None}
         place = content["place"]
         if not all(isinstance(value, str) for value in (place, *values.values())):
             raise ValueError("expected strings")

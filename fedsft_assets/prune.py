@@ -42,7 +42,7 @@ def unneeded(store: Store, registered: Iterable[Path], in_use: Iterable[Path]) -
     for workspace in latest:
         execution = workspace.execution()
         if execution and "job_folder" in execution.subject:
-            roots.append(store.job_folder(workspace.folder.parent.name) / execution.subject["job_folder"])
+            roots += (store.home / "job_folders").glob(f"*/{execution.subject['job_folder']}")
     needed = _with_origins(store, [*roots, *registered, *in_use])
     old = [version for folder in families for version in versions_of(folder) if version not in needed]
     over = [other.folder for folder in jobs for other in _idle(Workspaces(folder), latest)]

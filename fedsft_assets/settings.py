@@ -6,20 +6,22 @@ Values that are not set in the environment but remembered by the home (data, mod
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from fedsft_assets.credentials import URI, take_credentials
 from fedsft_assets.home_file import read_home
 from fedsft_assets.specs.dataset import HUB, SAMPLE
+from fedsft_assets.specs.job import DEFAULT_SEED
 from fedsft_assets.specs.limits import CheckSettings, SplitSettings
 from fedsft_assets.specs.model_preset import PRESETS
 from fedsft_assets.specs.runtime import PocSettings, ProductionSettings, RuntimeSettings
 from fedsft_assets.store import Store
 
+MOST_SEEDS = 100
 PROJECT = Path(__file__).resolve().parent.parent
 # Not representable in the SQLite URLs of MLflow and Dagster: `?` starts their options, `%41` means A.
 _NOT_IN_URLS = re.compile(r"\?|%[0-9A-Fa-f]{2}")
@@ -60,6 +62,10 @@ class Settings(BaseSettings):
         default=None, description="where the archive of gpt-1.3b or gpt-5b is, or the folder of its files"
     )
     jobs: Path = Field(default=PROJECT / "jobs", description="the folder of job files")
+    seeds: Annotated[list[int], NoDecode] = Field(
+        default=[],
+        description="how many seeds every job is trained with, as 3, or which, as 7,8,9; default: each job's own",
+    )
     prompts: Path = Field(
         default=Path(__file__).with_name("evaluation") / "prompts.yaml", description="the file of example prompts"
     )
@@ -99,6 +105,23 @@ class Settings(BaseSettings):
     def _absolute(cls, path: Path | None) -> Path | None:
         return _absolute(path) if path else path
 
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _each_seed(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            numbers = [int(number) for number in value.split(",")]
+        except ValueError:
+            raise ValueError(f"{value!r}: expected a number of seeds, as 3, or a list of them, as 7,8,9") from None
+        if len(numbers) == 1:
+            if not 1 <= numbers[0] <= MOST_SEEDS:
+                raise ValueError(f"{value!r} seeds: expected 1 to {MOST_SEEDS}")
+            return [*range(DEFAULT_SEED, DEFAULT_SEED + numbers[0])] if numbers[0] > 1 else []
+        if len(set(numbers)) < len(numbers):
+            raise ValueError(f"{value!r}: has a seed twice")
+        return numbers
+
     @field_validator("mlflow_uri")
     @classmethod
     def _without_credentials(cls, uri: str | None) -> str | None:
@@ -134,7 +157,11 @@ class Settings(BaseSettings):
         data = self.data if self.data in (SAMPLE, HUB) else str(_absolute(Path(self.data)))
         model = self.model if self.model in PRESETS else str(_absolute(Path(self.model)))
         fixed = {"data": data, "model": model, "datasets": str(self.datasets), "jobs": str(self.jobs)}
-        return {**fixed, "model_path": str(self.model_path)} if self.model_path else fixed
+        may_change = {
+            "model_path": str(self.model_path or ""),
+            "seeds": ",".join(map(str, self.seeds)),
+        }
+        return {**fixed, **{name: value for name, value in may_change.items() if value}}
 
     @property
     def usual(self) -> dict[str, str]:

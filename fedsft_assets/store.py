@@ -3,6 +3,7 @@
 Independent of the files' contents.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,11 +16,19 @@ HOME_FOLDERS = (
 """All folders created at the top of a home; users may have others there."""
 
 
+_SEED = ".seed-"
+_OF_SEED = re.compile(rf"{re.escape(_SEED)}\d+$")
+
+
 @dataclass(frozen=True)
 class Store:
-    """The layout of one FEDSFT_HOME."""
+    """The layout of one FEDSFT_HOME; with a `seed`, of that part of a study over several seeds."""
 
     home: Path
+    seed: int | None = None
+
+    def _of_seed(self, name: str) -> str:
+        return name if self.seed is None else f"{name}{_SEED}{self.seed}"
 
     def raw(self, dataset: str) -> Path:
         """The folder of all versions of a dataset's files, as its publisher laid them out."""
@@ -43,19 +52,19 @@ class Store:
 
     def base_model(self, preset: str) -> Path:
         """The folder of all versions of a preset's archive, each with the archive as `<preset>.nemo`."""
-        return self.home / "base_models" / preset
+        return self.home / "base_models" / self._of_seed(preset)
 
     def job_folder(self, job: str) -> Path:
         """The folder of all versions of a job's folder."""
-        return self.home / "job_folders" / job
+        return self.home / "job_folders" / self._of_seed(job)
 
     def checkpoint(self, job: str) -> Path:
         """The folder of all versions of a job's trained archive (`model.nemo`) with its report (`report.json`)."""
-        return self.home / "checkpoints" / job
+        return self.home / "checkpoints" / self._of_seed(job)
 
     def evaluation(self, model: str) -> Path:
         """The folder of all versions of the losses of a job's checkpoint, or of `base_model`."""
-        return self.home / "evaluations" / model
+        return self.home / "evaluations" / self._of_seed(model)
 
     @property
     def made(self) -> Path:
@@ -91,7 +100,7 @@ class Store:
 
     def tensorboard(self, job: str) -> Path:
         """Event files of the job's last execution, and of others still running."""
-        return self.tensorboards / job
+        return self.tensorboards / self._of_seed(job)
 
     @property
     def mlflow_uri(self) -> str:
@@ -102,9 +111,14 @@ class Store:
         return self.home / "mlartifacts"
 
 
+def name_of(version: Path) -> str:
+    """The name of what this is a version of, without its seed."""
+    return _OF_SEED.sub("", version.parent.name)
+
+
 def archive_file(version: Path) -> Path:
     """The archive in a version of a base model."""
-    return version / f"{version.parent.name}.nemo"
+    return version / f"{name_of(version)}.nemo"
 
 
 def split_file(folder: Path, split: str) -> Path:

@@ -21,7 +21,7 @@ from fedsft_assets_tests.watched import open_to_others
 def _another_process_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """The locks of a home end with the process that holds them; here, with the next call."""
     monkeypatch.setattr(home, "_in_use", _Forgetful())
-    for name in ("DATA", "MODEL", "MODEL_PATH", "DATASETS", "JOBS", "HOME"):
+    for name in ("DATA", "MODEL", "MODEL_PATH", "DATASETS", "JOBS", "HOME", "SEEDS"):
         monkeypatch.delenv(f"FEDSFT_{name}", raising=False)
 
 
@@ -67,6 +67,18 @@ def test_what_is_not_said_comes_from_the_home(tmp_path: Path, folder: Callable[[
     assert remembered.purpose == said
     check_home(remembered)
     _claim(remembered)
+
+
+def test_home_remembers_the_seeds_and_takes_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "home"
+    monkeypatch.setenv("FEDSFT_SEEDS", "3")
+    _use(home)
+    monkeypatch.delenv("FEDSFT_SEEDS")
+    assert Settings(home=home).seeds == [1234, 1235, 1236]
+    monkeypatch.setenv("FEDSFT_SEEDS", "1")
+    _use(home)
+    monkeypatch.delenv("FEDSFT_SEEDS")
+    assert Settings(home=home).seeds == []
 
 
 def test_the_environment_says_so_too_and_the_home_is_below_it(

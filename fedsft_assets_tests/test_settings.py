@@ -50,6 +50,25 @@ def test_defaults_work_without_any_variable(monkeypatch: pytest.MonkeyPatch, tmp
     assert settings.store.home == settings.home
 
 
+@pytest.mark.parametrize(
+    ("given", "seeds"), [("1", []), ("3", [1234, 1235, 1236]), ("7,8, 9", [7, 8, 9]), ("5,", None), ("7,7", None)]
+)
+def test_seeds_are_a_number_or_a_list(monkeypatch: pytest.MonkeyPatch, given: str, seeds: list[int] | None) -> None:
+    monkeypatch.setenv("FEDSFT_SEEDS", given)
+    if seeds is None:
+        with pytest.raises(ValidationError, match=r"has a seed twice|expected a number of seeds, as 3, or a list"):
+            Settings()
+    else:
+        assert Settings().seeds == seeds
+
+
+@pytest.mark.parametrize("given", ["0", "101", "-3", "many"])
+def test_impossible_number_of_seeds_is_refused(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    monkeypatch.setenv("FEDSFT_SEEDS", given)
+    with pytest.raises(ValidationError, match=r"expected 1 to 100|expected a number of seeds"):
+        Settings()
+
+
 def test_environment_variables_are_read_anew_each_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     for name, value in {

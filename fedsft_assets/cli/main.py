@@ -115,11 +115,12 @@ def _add_purpose(parser: argparse.ArgumentParser) -> None:
     """Options that a home remembers; by default, the remembered values apply."""
     parser.add_argument("--data", help="'sample', 'hub', or a folder laid out as the published repositories are")
     parser.add_argument("--model", help="a model preset or a Hugging Face causal LM folder")
+    parser.add_argument("--seeds", help="how many seeds every job is trained with, as 3, or which, as 7,8,9")
 
 
 def _settings(args: argparse.Namespace) -> Settings:
     """Read the settings and export them to child processes. Exits with an error for invalid ones."""
-    for name in ("data", "model"):
+    for name in ("data", "model", "seeds"):
         if value := getattr(args, name, None):
             os.environ[f"FEDSFT_{name.upper()}"] = value
     try:

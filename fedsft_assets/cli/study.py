@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fedsft_assets.defs.run import execute
+from fedsft_assets.defs.seeds import of_study
+from fedsft_assets.defs.study_jobs import COMPARE, FULL_STUDY, PREPARE_DATA, TRAIN
 from fedsft_assets.federation.runtimes.poc.system import PocSystem
 from fedsft_assets.federation.runtimes.processes import stop_marked
 from fedsft_assets.files import publish_file
@@ -44,11 +46,27 @@ def _move(settings: Settings, old: Path) -> None:
     print(f"this home was moved from {old} to {settings.home}; updated {changed} paths in MLflow's records")
 
 
-def study_job() -> Any:
-    """The Dagster job `full_study`; step processes call this to reconstruct it."""
+def full_study() -> Any:
+    """The Dagster job of this name; step processes call this to reconstruct it, and the others below."""
+    return _job(FULL_STUDY)
+
+
+def prepare_data() -> Any:
+    return _job(PREPARE_DATA)
+
+
+def train() -> Any:
+    return _job(TRAIN)
+
+
+def compare() -> Any:
+    return _job(COMPARE)
+
+
+def _job(name: str) -> Any:
     from fedsft_assets.definitions import defs
 
-    return defs.resolve_job_def("full_study")
+    return defs.resolve_job_def(name)
 
 
 def study_run_config(overrides: dict[str, Any], jobs: Sequence[JobSpec], sites: int) -> dict[str, Any]:
@@ -68,10 +86,18 @@ def study_run_config(overrides: dict[str, Any], jobs: Sequence[JobSpec], sites: 
 
 
 def run_study(overrides: dict[str, Any], settings: Settings) -> str:
-    """Materialize all assets; `overrides` are fields of JobOverrides, set for every job folder.
+    """Materialize all assets, seed by seed if there are several; `overrides` are fields of JobOverrides, set for every
+    job folder.
 
-    Returns the id of the Dagster run. Raises StudyFailedError.
+    Returns the id of the Dagster run with the comparison. Raises StudyFailedError.
     """
     from fedsft_assets.definitions import datasets, jobs
 
-    return execute(study_job, study_run_config(overrides, jobs, sites=len(datasets)), settings)
+    config = study_run_config(overrides, jobs, sites=len(datasets))
+    if not settings.seeds:
+        return execute(full_study, config, settings)
+    runs = [execute(prepare_data, {}, settings)]
+    for seed in settings.seeds:
+        print(f"\nseed {seed}", flush=True)
+        runs.append(execute(train, config, settings, of_study(runs[:1], seed)))
+    return execute(compare, {}, settings, of_study(runs))

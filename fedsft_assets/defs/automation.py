@@ -13,32 +13,34 @@ import dagster as dg
 from fedsft_assets.data.sources.fetch import source_version
 from fedsft_assets.defs.assets.raw import SOURCE_VERSION
 from fedsft_assets.defs.resources import MLflowResource, SourceResource, StoreResource
+from fedsft_assets.defs.study_jobs import FOLLOWED, Job
 from fedsft_assets.specs.dataset import COMBINED, DatasetSpec
 from fedsft_assets.specs.job import JobSpec
 from fedsft_assets.tracking import Outbox
 
 _DELIVERY_SECONDS = 25  # after this, a tick starts no further delivery; Dagster's limit is 60
 
-full_study = dg.define_asset_job(
-    "full_study",
-    selection=dg.AssetSelection.all(),
-    description="Everything from raw data to the comparison, for all jobs.",
-)
 
-weekly_study = dg.ScheduleDefinition(
-    name="weekly_study",
-    job=full_study,
-    cron_schedule="0 3 * * 0",
-    description="The full study, every Sunday at three in the morning.",
-)
+def weekly_study(first: Job) -> dg.ScheduleDefinition:
+    """`first` is the job that a study begins with; other runs follow it where there are several seeds."""
+    return dg.ScheduleDefinition(
+        name="weekly_study",
+        job=first,
+        cron_schedule="0 3 * * 0",
+        tags={FOLLOWED: "weekly_study"},
+        description="The full study, every Sunday at three in the morning.",
+    )
 
 
-def new_data_sensor(datasets: Sequence[DatasetSpec], jobs: Sequence[JobSpec]) -> dg.SensorDefinition:
-    """Compares each dataset's source with the last materialized or requested version, by digest."""
+def new_data_sensor(datasets: Sequence[DatasetSpec], jobs: Sequence[JobSpec], first: Job) -> dg.SensorDefinition:
+    """Compares each dataset's source with the last materialized or requested version, by digest.
+
+    `first` is the job that a study begins with.
+    """
 
     @dg.sensor(
         name="new_data",
-        target=dg.AssetSelection.all(),
+        target=first,
         minimum_interval_seconds=60,
         description="Rebuilds only what is downstream of a dataset whose source is new or has changed. Jobs that"
         " do not train on it are evaluated again, not trained again.",
@@ -52,7 +54,8 @@ def new_data_sensor(datasets: Sequence[DatasetSpec], jobs: Sequence[JobSpec]) ->
         if not changed:
             return dg.SkipReason("no source has changed since it was last read")
         request = dg.RunRequest(
-            asset_selection=_stale_and_missing(context, changed, jobs), tags={"fedsft/changed": ",".join(changed)}
+            asset_selection=_stale_and_missing(context, changed, jobs, first.selection),
+            tags={"fedsft/changed": ",".join(changed), FOLLOWED: "new_data"},
         )
         return dg.SensorResult(run_requests=[request], cursor=json.dumps(now))
 
@@ -76,9 +79,9 @@ def undelivered_tracking(store: StoreResource, mlflow: MLflowResource) -> dg.Ski
 
 
 def _stale_and_missing(
-    context: dg.SensorEvaluationContext, changed: Sequence[str], jobs: Sequence[JobSpec]
+    context: dg.SensorEvaluationContext, changed: Sequence[str], jobs: Sequence[JobSpec], among: dg.AssetSelection
 ) -> list[dg.AssetKey]:
-    """Everything downstream of the changed datasets, and its inputs that were never materialized.
+    """Everything downstream of the changed datasets, and its inputs that were never materialized, as far as in `among`.
 
     Left out are checkpoints of jobs that train on none of them: only their validation split has changed.
     """
@@ -94,7 +97,7 @@ def _stale_and_missing(
             waiting += graph.get(key).child_keys
     needed = dg.AssetSelection.assets(*stale).upstream().resolve(graph) - stale
     missing = {key for key in needed if context.instance.get_latest_materialization_event(key) is None}
-    return sorted(stale | missing)
+    return sorted((stale | missing) & among.resolve(graph))
 
 
 def _materialized(context: dg.SensorEvaluationContext, dataset: str) -> str | None:

@@ -12,6 +12,7 @@ import dagster as dg
 
 from fedsft_assets.credentials import redact
 from fedsft_assets.defs.resources import StoreResource, made_by
+from fedsft_assets.defs.seeds import partition_of
 from fedsft_assets.federation.protocol.job_report import MODEL_FILE
 from fedsft_assets.specs.job import JobSpec
 from fedsft_assets.store import Store
@@ -35,18 +36,18 @@ def nemo_checks(jobs: Sequence[JobSpec]) -> dg.AssetChecksDefinition:
     )
     def run_checks(context: dg.AssetCheckExecutionContext, store: StoreResource) -> Iterator[dg.AssetCheckResult]:
         for key in sorted(context.selected_asset_check_keys):
-            yield _result(key.asset_key, store.files, context.run.run_id)
+            yield _result(key.asset_key, store.of_run(context.run), context.run)
 
     return run_checks
 
 
-def _result(checkpoint: dg.AssetKey, files: Store, run_id: str) -> dg.AssetCheckResult:
+def _result(checkpoint: dg.AssetKey, files: Store, run: dg.DagsterRun) -> dg.AssetCheckResult:
     """What NeMo makes of a checkpoint. Whatever goes wrong is this checkpoint's result and no other's."""
     from fedsft_assets.model.nemo_agreement import agreement
 
     passed, metadata = False, dict[str, Any]()
     try:
-        archive = _version(checkpoint, files, run_id) / MODEL_FILE
+        archive = _version(checkpoint, files, run) / MODEL_FILE
         metadata["path"] = dg.MetadataValue.path(archive)
         found = agreement(archive)
     except Exception as error:  # a damaged archive can raise anything
@@ -69,10 +70,10 @@ def _result(checkpoint: dg.AssetKey, files: Store, run_id: str) -> dg.AssetCheck
     )
 
 
-def _version(checkpoint: dg.AssetKey, files: Store, run_id: str) -> Path:
+def _version(checkpoint: dg.AssetKey, files: Store, run: dg.DagsterRun) -> Path:
     """What this Dagster run made, else the current version. Raises NoVersionError."""
     try:
-        version = made_by(files, run_id, checkpoint.path)
+        version = made_by(files, run.run_id, checkpoint.path, partition_of(run.tags))
     except FileNotFoundError:
         return current(files.checkpoint(checkpoint.path[-1]))
     return existing(version)

@@ -7,6 +7,7 @@ from typing import Any
 
 import dagster as dg
 
+from fedsft_assets.defs.seeds import of_partition, partition_of, study_runs
 from fedsft_assets.files import publish_file
 from fedsft_assets.settings import Settings
 from fedsft_assets.specs.dataset import COMBINED
@@ -29,6 +30,10 @@ class StoreResource(dg.ConfigurableResource):
     @property
     def files(self) -> Store:
         return Store(Path(self.home))
+
+    def of_run(self, run: dg.DagsterRun) -> Store:
+        """The part of the store for the run's seed."""
+        return of_partition(self.files, partition_of(run.tags))
 
 
 class SourceResource(dg.ConfigurableResource):
@@ -97,7 +102,8 @@ class VersionIOManager(dg.ConfigurableIOManager):
     """Passes a version of an asset to downstream assets as its path in the store of `home`, never as a link.
 
     A step gets the version that its own run made; in a re-execution from failure, the one that the failed run made,
-    even if newer ones exist. If its run made none, it gets the current version.
+    even if newer ones exist; in a study of several runs, the one that another run of it made. If there is none, it gets
+    the current version. A step without a seed gets the versions of all seeds of an upstream asset, by partition.
 
     A version of an asset with blocking checks is passed on once they have passed; their step makes it current. All
     other versions become current when made. `candidates` is for the check step: it loads unchecked versions.
@@ -108,28 +114,36 @@ class VersionIOManager(dg.ConfigurableIOManager):
     candidates: bool = False
 
     def handle_output(self, context: dg.OutputContext, obj: Path) -> None:
-        record = _record(Store(Path(self.home)), context.run_id, context.asset_key.path)
+        partition = context.partition_key if context.has_asset_partitions else None
+        record = _record(Store(Path(self.home)), context.run_id, context.asset_key.path, partition)
         with publish_file(record) as path:
             path.write_text(json.dumps({"version": str(obj.relative_to(self.home))}) + "\n", encoding="utf-8")
         if not _is_checked(context.asset_key):
             make_current(obj)
 
-    def load_input(self, context: dg.InputContext) -> Path:
+    def load_input(self, context: dg.InputContext) -> Path | dict[str, Path]:
+        if not context.has_asset_partitions:
+            return self._load(context, None)
+        versions = {partition: self._load(context, partition) for partition in context.asset_partition_keys}
+        return versions if len(versions) > 1 else next(iter(versions.values()))
+
+    def _load(self, context: dg.InputContext, partition: str | None) -> Path:
         upstream, key = context.upstream_output, context.asset_key
         assert upstream is not None, "Dagster sets it for every asset"
-        version = self._made(upstream.run_id, key)
+        runs = study_runs(upstream.run_id, context.step_context.run_tags)
+        version = next(filter(None, (self._made(run_id, key, partition) for run_id in runs)), None)
         if version is None and self.candidates:
             version = self._last_made(context, key)
         try:
-            version = existing(version) if version else current(self._versions(key))
+            version = existing(version) if version else current(self._versions(key, partition))
             return accepted(version) if _is_checked(key) and not self.candidates else version
         except NoVersionError as error:
             raise dg.Failure(str(error), allow_retries=False) from None
 
-    def _made(self, run_id: str, key: dg.AssetKey) -> Path | None:
+    def _made(self, run_id: str, key: dg.AssetKey, partition: str | None = None) -> Path | None:
         """The version of an asset that a Dagster run made, or None."""
         try:
-            return made_by(Store(Path(self.home)), run_id, key.path)
+            return made_by(Store(Path(self.home)), run_id, key.path, partition)
         except FileNotFoundError:
             return None
 
@@ -138,9 +152,9 @@ class VersionIOManager(dg.ConfigurableIOManager):
         event = context.instance.get_latest_materialization_event(key)
         return self._made(event.run_id, key) if event else None
 
-    def _versions(self, key: dg.AssetKey) -> Path:
+    def _versions(self, key: dg.AssetKey, partition: str | None) -> Path:
         """The folder of an asset's versions."""
-        store, name = Store(Path(self.home)), key.path[-1]
+        store, name = of_partition(Store(Path(self.home)), partition), key.path[-1]
         if key.path == ["base_model"]:
             return store.base_model(self.model.load().name)
         if key.path == [COMBINED]:
@@ -155,9 +169,9 @@ class VersionIOManager(dg.ConfigurableIOManager):
         return groups.get(key.path[0], store.report)(name)
 
 
-def made_by(store: Store, run_id: str, asset: Sequence[str]) -> Path:
+def made_by(store: Store, run_id: str, asset: Sequence[str], partition: str | None = None) -> Path:
     """The version of an asset that a Dagster run made. Raises FileNotFoundError if it made none."""
-    return store.home / json.loads(_record(store, run_id, asset).read_text(encoding="utf-8"))["version"]
+    return store.home / json.loads(_record(store, run_id, asset, partition).read_text(encoding="utf-8"))["version"]
 
 
 def all_made_by(store: Store, run_id: str) -> list[Path]:
@@ -166,8 +180,8 @@ def all_made_by(store: Store, run_id: str) -> list[Path]:
     return [store.home / record["version"] for record in records]
 
 
-def _record(store: Store, run_id: str, asset: Sequence[str]) -> Path:
-    return store.made / run_id / f"{'__'.join(asset)}.json"
+def _record(store: Store, run_id: str, asset: Sequence[str], partition: str | None) -> Path:
+    return store.made / run_id / f"{'__'.join(asset)}{f'@{partition}' if partition else ''}.json"
 
 
 def _is_checked(key: dg.AssetKey) -> bool:

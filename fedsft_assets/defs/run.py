@@ -4,6 +4,7 @@ import logging
 import os
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ from fedsft_assets.settings import Settings
 from fedsft_assets.store import Store
 
 _TAG = "fedsft/study"
+_RUN = "fedsft/study_run"  # this run among those of one process
 _PROCESSES = "fedsft/processes"  # process mark of the study
 _POLL_SECONDS = 0.5
 _SECONDS_TO_END = 30.0
@@ -31,30 +33,38 @@ class StudyFailedError(RuntimeError):
     """The Dagster run of the study failed; the failures were printed while it ran."""
 
 
-def execute(job: Callable[[], dg.JobDefinition], run_config: Mapping[str, Any], settings: Settings) -> str:
+def execute(
+    job: Callable[[], dg.JobDefinition],
+    run_config: Mapping[str, Any],
+    settings: Settings,
+    tags: Mapping[str, str] | None = None,
+) -> str:
     """Execute a Dagster job in this process, with one process per step, and print its progress.
 
-    `job` is a module-level function that step processes call to reconstruct the job. Returns the id of the Dagster run.
+    `job` is a module-level function that step processes call to reconstruct the job, `tags` are further ones of the
+    run. Returns the id of the Dagster run.
     Raises StudyFailedError.
     """
     me = psutil.Process()
     mark = f"{me.pid} {me.create_time()}"
     with one_line_when_full(settings.home), dg.DagsterInstance.get() as instance:
         _end_dead_studies(instance)
-        os.environ[MARK] = f"{os.environ.get(MARK, '')}/study {mark}"  # to find child processes if this one is killed
+        own = f"/study {mark}"  # to find child processes if this one is killed
+        os.environ[MARK] = f"{os.environ.get(MARK, '').removesuffix(own)}{own}"
+        this = {_TAG: mark, _RUN: uuid.uuid4().hex}
         try:
-            with _progress(instance, mark, settings):
+            with _progress(instance, this, settings):
                 result = dg.execute_job(
                     dg.reconstructable(job),
                     instance=instance,
                     run_config={**run_config, **_QUIET},
-                    tags={_TAG: mark, _PROCESSES: os.environ[MARK]},
+                    tags={**(tags or {}), **this, _PROCESSES: os.environ[MARK]},
                 )
         except Exception:
             _end_steps()
             raise
         finally:
-            for run in instance.get_runs(filters=dg.RunsFilter(tags={_TAG: mark})):
+            for run in instance.get_runs(filters=dg.RunsFilter(tags=this)):
                 instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
     if not result.success:
         full = next(filter(None, (_disk_full(event, settings) for event in result.filter_events(_is_failure))), None)
@@ -96,10 +106,10 @@ def _end_dead_studies(instance: dg.DagsterInstance) -> None:
 
 
 @contextmanager
-def _progress(instance: dg.DagsterInstance, mark: str, settings: Settings) -> Iterator[None]:
+def _progress(instance: dg.DagsterInstance, tags: Mapping[str, str], settings: Settings) -> Iterator[None]:
     """Print the events of the tagged Dagster run, from a thread, until the block ends and all are printed."""
     done = threading.Event()
-    thread = threading.Thread(target=_print_events, args=(instance, mark, settings, done), daemon=True)
+    thread = threading.Thread(target=_print_events, args=(instance, tags, settings, done), daemon=True)
     thread.start()
     try:
         yield
@@ -108,7 +118,9 @@ def _progress(instance: dg.DagsterInstance, mark: str, settings: Settings) -> It
         thread.join(timeout=10)
 
 
-def _print_events(instance: dg.DagsterInstance, mark: str, settings: Settings, done: threading.Event) -> None:
+def _print_events(
+    instance: dg.DagsterInstance, tags: Mapping[str, str], settings: Settings, done: threading.Event
+) -> None:
     begun = time.monotonic()
     cursor: str | None = None
     run_id: str | None = None
@@ -116,7 +128,7 @@ def _print_events(instance: dg.DagsterInstance, mark: str, settings: Settings, d
         last_poll = done.is_set()
         try:
             if run_id is None:
-                runs = instance.get_runs(filters=dg.RunsFilter(tags={_TAG: mark}), limit=1)
+                runs = instance.get_runs(filters=dg.RunsFilter(tags=dict(tags)), limit=1)
                 run_id = runs[0].run_id if runs else None
             if run_id is not None:
                 connection = instance.get_records_for_run(run_id, cursor=cursor)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, cast, get_args
 
 from tabulate import tabulate
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from fedsft_assets.evaluation.statistics.prompt_losses import PromptLosses
     from fedsft_assets.evaluation.statistics.verdicts import Verdict
 
+_DEVIATION = "deviation over seeds"
 _HEADERS = (
     "job",
     "kind",
@@ -33,6 +35,7 @@ _HEADERS = (
     "best round",
     "test loss",
     "95 % interval",
+    _DEVIATION,
     "perplexity",
     "seconds",
 )
@@ -47,7 +50,7 @@ class NotComparableError(ValueError):
 
 @dataclass(frozen=True)
 class Comparison:
-    """The jobs in the order of the table: local, centralized, federated.
+    """The jobs in the order of the table, local, centralized, federated, with a report for each seed.
 
     `matrix` has the test loss of each model, the base model among them, on each dataset (see `loss_matrix`),
     `scores` that on all of them with its interval, `verdicts` who is better than whom, by names as they are shown.
@@ -61,7 +64,8 @@ class Comparison:
     def markdown(self) -> str:
         """The verdicts and tables in Markdown, readable in a terminal too."""
         said = "\n".join(f"- {sentence}." for sentence in self.sentences)
-        jobs = markdown_table(_HEADERS, self._rows(), texts=2)
+        headers = [header for header in _HEADERS if header != _DEVIATION or self._has_seeds]
+        jobs = markdown_table(headers, self._rows(), texts=2)
         return "\n\n".join([*([said] if said else []), jobs, *self._notes(), self._matrix_markdown()])
 
     @property
@@ -72,7 +76,7 @@ class Comparison:
     def _budgets(self) -> list[str]:
         from fedsft_assets.evaluation.statistics.verdicts import unequal_budgets
 
-        tokens = {report.job: report.tokens for report in self.reports}
+        tokens = {job: round(mean(report.tokens for report in seeds)) for job, seeds in self.jobs.items()}
         local = {report.job for report in self.reports if report.kind == "local"}
         pairs = [(verdict.job, verdict.other) for verdict in self.verdicts]
         said = unequal_budgets(tokens, [(job, other) for job, other in pairs if other not in local])
@@ -85,7 +89,14 @@ class Comparison:
         return said
 
     def _notes(self) -> Iterator[str]:
-        """What to mind where jobs were trained beside different validation splits."""
+        """What to mind where jobs have several seeds, or were trained beside different validation splits."""
+        if self._has_seeds:
+            seeds = sorted({report.seed for report in self.reports if report.seed is not None})
+            yield (
+                f"Every job was trained with the seeds {', '.join(map(str, seeds))}; values are means over them. The"
+                " interval has both sources of variance, the records and the seeds; the deviation is that of the test"
+                " loss over seeds."
+            )
         splits = {report.validation_digest for report in self.reports}
         if len(splits) > 1:
             yield (
@@ -97,25 +108,40 @@ class Comparison:
         starts = {f"{report.base_val_loss:.4f}" for report in self.reports}
         start = starts.pop() if len(starts) == 1 else ""
         base = ("base model", "", "", "", start, "", *self._scores(_SHOWN_BASE_MODEL), "")
-        return [base, *(self._row(report) for report in self.reports)]
+        return [base, *(self._row(seeds) for seeds in self.jobs.values())]
 
-    def _row(self, report: JobReport) -> tuple[str, ...]:
+    def _row(self, seeds: Sequence[JobReport]) -> tuple[str, ...]:
+        """One job, trained with these seeds."""
         return (
-            report.job,
-            report.kind,
-            str(report.rounds),
-            f"{report.tokens:,}",
-            f"{report.best_val_loss:.4f}",
-            str(report.best_round),
-            *self._scores(report.job),
-            f"{report.seconds:.0f}",
+            seeds[0].job,
+            seeds[0].kind,
+            str(seeds[0].rounds),
+            f"{mean(report.tokens for report in seeds):,.0f}",
+            f"{mean(report.best_val_loss for report in seeds):.4f}",
+            ", ".join(str(report.best_round) for report in seeds),
+            *self._scores(seeds[0].job),
+            f"{mean(report.seconds for report in seeds):.0f}",
         )
 
-    def _scores(self, model: str) -> tuple[str, str, str]:
+    def _scores(self, model: str) -> tuple[str, ...]:
         found = self.scores[model]
         known = math.isfinite(found.high - found.low)
         interval = f"{found.low:.4f} to {found.high:.4f}" if known else "unknown"
-        return f"{found.value:.4f}", interval, f"{perplexity(found.value):.3f}"
+        deviation = "" if found.deviation is None else f"{found.deviation:.4f}"
+        over_seeds = (deviation,) if self._has_seeds else ()
+        return f"{found.value:.4f}", interval, *over_seeds, f"{perplexity(found.value):.3f}"
+
+    @property
+    def jobs(self) -> dict[str, list[JobReport]]:
+        """The reports of each job, one for each seed."""
+        found: dict[str, list[JobReport]] = {}
+        for report in self.reports:
+            found.setdefault(report.job, []).append(report)
+        return found
+
+    @property
+    def _has_seeds(self) -> bool:
+        return any(len(seeds) > 1 for seeds in self.jobs.values())
 
     def _matrix_markdown(self) -> str:
         rows = [
@@ -134,20 +160,36 @@ def compare(reports: Sequence[JobReport], evaluations: Sequence[Path]) -> Compar
     from fedsft_assets.evaluation.statistics.score_table import by_prompt
 
     evaluated = [Evaluation.read(folder) for folder in evaluations]
-    base_models = {report.job: report.base_model_digest for report in reports}
-    _require_one(base_models, "the jobs have more than one base model", "checkpoints")
+    for seed in {report.seed for report in reports}:
+        base_models = {report.job: report.base_model_digest for report in reports if report.seed == seed}
+        _require_one(base_models, "the jobs have more than one base model", "checkpoints")
     splits = {one.model: one.testing_split for one in evaluated}
     _require_one(splits, "the models were evaluated on more than one testing split", "evaluations")
-    digests = {BASE_MODEL: reports[0].base_model_digest, **{report.job: report.checkpoint_digest for report in reports}}
-    if other := [one.model for one in evaluated if one.archive_digest != digests.get(one.model, one.archive_digest)]:
-        raise NotComparableError(
-            f"the evaluations of {', '.join(other)} are of other checkpoints; materialize these evaluations again"
-        )
-    ordered = sorted(reports, key=lambda report: sort_key(report.kind, report.job))
+    _require_evaluations_of(reports, evaluated)
+    ordered = sorted(reports, key=lambda report: (*sort_key(report.kind, report.job), report.seed or 0))
     losses = common_records(read_losses(evaluations))
-    matrix = loss_matrix(losses).loc[[BASE_MODEL, *(report.job for report in ordered)]]
+    matrix = loss_matrix(losses).loc[[BASE_MODEL, *dict.fromkeys(report.job for report in ordered)]]
     scores = by_prompt(_as_scores(losses))
     return Comparison(matrix, ordered, score_jobs(scores), _verdicts(ordered, scores))
+
+
+def _require_evaluations_of(reports: Sequence[JobReport], evaluations: Sequence[Evaluation]) -> None:
+    """Raise NotComparableError if an evaluation is not that of the checkpoint, or of the base model, of its seed."""
+    known = {(report.job, report.seed): report.checkpoint_digest for report in reports}
+    base_models = {report.seed: report.base_model_digest for report in reports}
+    known |= {(BASE_MODEL, seed): digest for seed, digest in base_models.items()}
+    known[BASE_MODEL, None] = reports[0].base_model_digest
+    jobs = {job for job, _ in known}
+    wrong = [
+        one.model
+        for one in evaluations
+        # A report of an earlier version of this package has no seed.
+        if one.model in jobs and one.archive_digest != known.get((one.model, one.seed), known.get((one.model, None)))
+    ]
+    if wrong:
+        raise NotComparableError(
+            f"the evaluations of {', '.join(wrong)} are of other checkpoints; materialize these evaluations again"
+        )
 
 
 def _require_one(digests: Mapping[str, str], otherwise: str, again: str) -> None:
@@ -166,10 +208,9 @@ def _verdicts(reports: Sequence[JobReport], scores: PromptLosses) -> list[Verdic
 
 
 def _as_scores(losses: pd.DataFrame) -> pd.DataFrame:
-    """Each record once, as the statistics take them: jobs have one seed, and the base model has none."""
+    """Each record once, as the statistics take them."""
     records = losses[losses["first"]]
-    base = records["model"] == BASE_MODEL
-    return records.assign(job=records["model"].mask(base, _SHOWN_BASE_MODEL), seed=(~base).map({True: 1, False: None}))
+    return records.assign(job=records["model"].mask(records["model"] == BASE_MODEL, _SHOWN_BASE_MODEL))
 
 
 def sort_key(kind: str, job: str) -> tuple[int, str]:

@@ -11,10 +11,11 @@ if TYPE_CHECKING:
 
 
 def loss_matrix(losses: pd.DataFrame) -> pd.DataFrame:
-    """Nats per answer token by `model`, with a column for `combined` and one for each dataset by name.
+    """Nats per answer token by `model`, the mean over its seeds, with columns for `combined` and each dataset.
 
-    `losses` has the columns `model`, `dataset`, `first`, `tokens` and `loss` of record_scores, of any number of models.
-    A record that several datasets have counts once in `combined`. Models are in their order in `losses`.
+    `losses` has the columns `model`, `seed`, `dataset`, `first`, `tokens` and `loss` of record_scores, of any number of
+    models, whose seeds were all scored on the same records. A record that several datasets have counts once in
+    `combined`. Models are in their order in `losses`.
     """
     own = losses.groupby(["model", "dataset"], sort=False)[["loss", "tokens"]].sum()
     combined = losses[losses["first"]].groupby("model", sort=False)[["loss", "tokens"]].sum()

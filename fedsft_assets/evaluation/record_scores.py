@@ -33,13 +33,15 @@ _INPUTS_FILE = "evaluation.json"
 class Evaluation:
     """What was scored: a model by the name of its job, on a version of the combined splits; digests of both.
 
-    `max_length` is the length in tokens that records were cut to.
+    `max_length` is the length in tokens that records were cut to. `seed` is what the model was trained with; None for a
+    base model, unless each seed of the study has its own.
     """
 
     model: str
     archive_digest: str
     testing_split: str
     max_length: int
+    seed: int | None = None
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -96,17 +98,24 @@ def evaluate(
 
 
 def read_losses(evaluations: Iterable[Path]) -> pd.DataFrame:
-    """The tables of these versions of evaluations as one, with a column `model`: a job's name, or `base_model`."""
+    """The tables of these versions of evaluations as one.
+
+    Columns are added for `model`, a job's name or `base_model`, and `seed`, missing for a model without.
+    """
     import pandas as pd
 
-    tables = {Evaluation.read(folder).model: pd.read_parquet(folder / LOSSES_FILE) for folder in evaluations}
-    return pd.concat([table.assign(model=model) for model, table in tables.items()], ignore_index=True)
+    tables = []
+    for folder in evaluations:
+        scored = Evaluation.read(folder)
+        seed = pd.array([scored.seed], dtype="Int64")[0]
+        tables.append(pd.read_parquet(folder / LOSSES_FILE).assign(model=scored.model, seed=seed))
+    return pd.concat(tables, ignore_index=True).astype({"seed": "Int64"})
 
 
 def common_records(losses: pd.DataFrame) -> pd.DataFrame:
     """The rows of records that every model was scored on: a job may have been told to score a part of them only."""
-    scored_by = losses.groupby(["dataset", "record"])["model"].transform("nunique")
-    return losses[scored_by == losses["model"].nunique()]
+    scored_by = losses.groupby(["dataset", "record"])["record"].transform("size")
+    return losses[scored_by == len(losses[["model", "seed"]].drop_duplicates())]
 
 
 def _lines(path: Path) -> list[bytes]:

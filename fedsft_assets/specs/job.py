@@ -16,6 +16,7 @@ _CAUSE_ENOUGH = 100.0  # times clip: noise that alone explains divergence
 
 BASE_MODEL = "base_model"
 """The name of the base model among those of jobs."""
+DEFAULT_SEED = 1234
 
 JobKind = Literal["local", "centralized", "federated"]
 Precision = Literal["auto", "32", "bf16-mixed", "16-mixed"]
@@ -208,7 +209,7 @@ class JobSpec(Spec):
     ] = 1
     max_local_steps: Annotated[int, Field(ge=1, description="limit per round")] | None = None
     max_evaluation_records: Annotated[int, Field(ge=1, description="limit for validation and testing")] | None = None
-    seed: int = 1234
+    seed: int = DEFAULT_SEED
     training: TrainingSpec = TrainingSpec()
 
     @property

@@ -174,3 +174,9 @@ def model_preset(name: str, archive: Path | None = None) -> ModelPreset:
         f"FEDSFT_MODEL: {name!r} is neither a preset ({', '.join(PRESETS)}) nor a .nemo archive"
         " nor a folder with a config.json or a model_config.yaml"
     )
+
+
+def has_random_weights(model: str) -> bool:
+    """Whether the base model of a preset is drawn with a seed, not pretrained; `model` may be a path, too."""
+    preset = PRESETS.get(model)
+    return preset is not None and not (preset.published or preset.extra)

@@ -10,7 +10,7 @@ import dagster as dg
 import pytest
 
 from fedsft_assets.cli import main as cli
-from fedsft_assets.cli.study import prepare_instance, study_job, study_run_config
+from fedsft_assets.cli.study import full_study, prepare_instance, study_run_config
 from fedsft_assets.defs.assets.job_folder import JobOverrides
 from fedsft_assets.defs.run import _line
 from fedsft_assets.federation.runtimes.choose import poc_system
@@ -51,12 +51,12 @@ def test_no_override_is_no_config(jobs: list[JobSpec]) -> None:
 def test_every_override_of_the_command_is_one_that_dagster_takes(jobs: list[JobSpec]) -> None:
     overrides = {name.replace("-", "_"): kind("2") for name, kind in cli._OVERRIDES.items()}
     assert overrides.keys() == JobOverrides.model_fields.keys()
-    assert dg.validate_run_config(study_job(), study_run_config(overrides, jobs, sites=3))
+    assert dg.validate_run_config(full_study(), study_run_config(overrides, jobs, sites=3))
 
 
 def test_unknown_override_is_refused_by_dagster(jobs: list[JobSpec]) -> None:
     with pytest.raises(dg.DagsterInvalidConfigError):
-        dg.validate_run_config(study_job(), study_run_config({"epochs": 2}, jobs, sites=3))
+        dg.validate_run_config(full_study(), study_run_config({"epochs": 2}, jobs, sites=3))
 
 
 def test_instance_is_made_under_home_with_the_settings_of_the_project(

@@ -10,7 +10,7 @@ from mlflow import MlflowClient
 
 from fedsft_assets.definitions import defs
 from fedsft_assets.defs.assets.raw import raw_asset
-from fedsft_assets.defs.automation import undelivered_tracking, weekly_study
+from fedsft_assets.defs.automation import undelivered_tracking
 from fedsft_assets.defs.resources import MLflowResource, SourceResource, StoreResource, resources
 from fedsft_assets.federation.protocol.points import Point
 from fedsft_assets.settings import Settings
@@ -19,6 +19,7 @@ from fedsft_assets.tracking.record import Ending, TrackedExecution
 from fedsft_assets_tests.shipped import DATASETS
 
 SENSOR = defs.resolve_sensor_def("new_data")
+SCHEDULE = defs.resolve_schedule_def("weekly_study")
 JOBS = ("alpaca", "combined", "dolly", "fedavg", "oasst1")
 TOUCHED_BY_ANY_DATASET = {
     "combined",
@@ -91,13 +92,13 @@ def _asked_for(result: dg.SensorResult | dg.SkipReason) -> set[str]:
 
 
 def test_schedule_and_sensor_are_off_until_switched_on() -> None:
-    assert weekly_study.default_status == dg.DefaultScheduleStatus.STOPPED
+    assert SCHEDULE.default_status == dg.DefaultScheduleStatus.STOPPED
     assert SENSOR.default_status == dg.DefaultSensorStatus.STOPPED
 
 
 def test_schedule_runs_the_full_study_once_a_week() -> None:
-    assert weekly_study.cron_schedule == "0 3 * * 0"
-    job = defs.resolve_job_def(weekly_study.job_name)
+    assert SCHEDULE.cron_schedule == "0 3 * * 0"
+    job = defs.resolve_job_def(SCHEDULE.job_name)
     assert {key.to_user_string() for key in job.asset_layer.executable_asset_keys} == EVERYTHING
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from fedsft_assets.cli.log import shown_log
 from fedsft_assets.cli.study import prepare_instance
-from fedsft_assets.defs.assets.base_model import base_model
+from fedsft_assets.defs.assets.base_model import base_model_asset
 from fedsft_assets.defs.resources import resources
 from fedsft_assets.defs.run import execute
 from fedsft_assets.process_env import home_environment
@@ -76,7 +76,7 @@ def test_asset_has_what_the_modules_that_make_it_log(settings: Settings, tmp_pat
     archive = write_tar(tmp_path / "gpt.nemo", members(SETTINGS, random_tensors(LEGACY)))
     with dg.DagsterInstance.get() as instance:
         offered = resources(settings.model_copy(update={"model": str(archive)}))
-        result = dg.materialize([base_model], instance=instance, resources=offered)
+        result = dg.materialize([base_model_asset()], instance=instance, resources=offered)
         logged = _logged(instance, result.run_id)
     assert [entry.user_message for entry in logged] == [
         f"reading {archive}",

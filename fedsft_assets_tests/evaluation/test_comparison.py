@@ -37,6 +37,7 @@ def _report(job: str, kind: str, val_loss: list[float], best_round: int) -> JobR
         job_id="simulate_job",
         status="finished",
         missed={},
+        seed=1234,
     )
 
 
@@ -54,10 +55,12 @@ def evaluations(tmp_path: Path) -> list[Path]:
     return [_evaluation(tmp_path / "evaluations" / model, model, loss) for model, loss in TEST_LOSSES.items()]
 
 
-def _evaluation(folder: Path, model: str, loss: float, testing_split: str = "t" * 64) -> Path:
+def _evaluation(folder: Path, model: str, loss: float, testing_split: str = "t" * 64, seed: int = 1234) -> Path:
     folder.mkdir(parents=True)
-    digest = "b" * 64 if model == "base_model" else model  # as in the reports
-    Evaluation(model, digest, testing_split, 256).write(folder)
+    if model == "base_model":
+        Evaluation(model, "b" * 64, testing_split, 256).write(folder)
+    else:
+        Evaluation(model, model, testing_split, 256, seed).write(folder)  # digests are those of the reports
     spread = np.random.default_rng(len(model)).uniform(0.9, 1.1, RECORDS)
     tokens = np.resize([10, 30], RECORDS)
     names = [f"record {number}" for number in range(RECORDS)]
@@ -181,6 +184,33 @@ def test_models_that_were_evaluated_on_different_records_are_not_compared(
     others = [folder for folder in evaluations if folder.name != "fedavg"]
     with pytest.raises(NotComparableError, match=r"more than one testing split .*fedavg: 0123456789ab.*evaluations"):
         compare(REPORTS, [*others, odd])
+
+
+def test_job_with_several_seeds_has_one_line_of_means(evaluations: list[Path], tmp_path: Path) -> None:
+    others = [
+        _evaluation(tmp_path / "second" / model, model, loss + 0.1, seed=1235)
+        for model, loss in TEST_LOSSES.items()
+        if model != "base_model"
+    ]
+    second = [replace(report, seed=1235, val_loss=[loss + 0.2 for loss in report.val_loss]) for report in REPORTS]
+    result = compare([*REPORTS, *second], [*evaluations, *others])
+    header, _, _, *jobs = _cells(result.markdown().split("\n\n")[1])
+    fedavg = dict(zip(header, jobs[-1], strict=True))
+    assert [row[0] for row in jobs] == ["alpaca", "oasst1", "combined", "fedavg"]
+    assert fedavg["test loss"] == "1.0500"
+    assert fedavg["val loss, best"] == "1.0000"
+    assert fedavg["best round"] == "2, 2"
+    assert float(fedavg["deviation over seeds"]) == pytest.approx(0.1 / 2**0.5, abs=1e-4)
+    assert "Every job was trained with the seeds 1234, 1235; values are means over them." in result.markdown()
+    assert result.matrix.loc["fedavg", "combined"] == pytest.approx(1.05)
+    assert all("2 seeds" in sentence for sentence in result.sentences[:4])
+
+
+def test_evaluation_of_another_seed_is_not_taken_for_this_one(evaluations: list[Path], tmp_path: Path) -> None:
+    second = [replace(report, seed=1235, checkpoint_digest=f"{report.job} again") for report in REPORTS]
+    others = [_evaluation(tmp_path / "second" / report.job, report.job, 1.0, seed=1235) for report in REPORTS]
+    with pytest.raises(NotComparableError, match="the evaluations of fedavg, combined, oasst1, alpaca are of other"):
+        compare([*REPORTS, *second], [*evaluations, *others])
 
 
 def test_evaluation_of_another_checkpoint_is_not_taken_for_the_jobs_own(evaluations: list[Path]) -> None:

@@ -38,13 +38,14 @@ class LaunchConfig(dg.Config):
     train_again: bool = False  # even if there is a checkpoint of the same inputs
 
 
-def checkpoint_asset(spec: JobSpec) -> dg.AssetsDefinition:
+def checkpoint_asset(spec: JobSpec, seeds: dg.PartitionsDefinition | None = None) -> dg.AssetsDefinition:
     @dg.asset(
         key_prefix="checkpoint",
         name=spec.name,
         group_name="checkpoints",
         kinds={"nemo", "nvflare", "mlflow"},
         ins={"job_folder": dg.AssetIn(["job_folder", spec.name])},
+        partitions_def=seeds,
         op_tags=GPU_TAGS,
         pool="gpu",
         retry_policy=dg.RetryPolicy(max_retries=2, delay=5),  # for dead processes: JobError.retryable
@@ -60,14 +61,15 @@ def checkpoint_asset(spec: JobSpec) -> dg.AssetsDefinition:
         job_folder: Path,
     ) -> dg.MaterializeResult[Path]:
         settings = runtime.settings(config.runtime and config.runtime.value, config.threads_per_trainer)
+        files = store.of_run(context.run)
         with as_dagster_failure(JobError):
             job = read_job_folder(job_folder)
-            if not config.train_again and (stored := stored_checkpoint(job, store.files, settings.name)):
+            if not config.train_again and (stored := stored_checkpoint(job, files, settings.name)):
                 context.log.info(f"{spec.name} · already trained from the same inputs; using {stored}")
                 return _stored(stored, context.instance.get_latest_materialization_event(context.asset_key))
             executed = execute_job(
                 job,
-                store.files,
+                files,
                 model.load(),
                 mlflow.tracking,
                 tags={"dagster.run_id": context.run_id, "dagster.asset": context.asset_key.to_user_string()},

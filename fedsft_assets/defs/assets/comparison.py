@@ -8,6 +8,7 @@ import dagster as dg
 from fedsft_assets.defs.failures import as_dagster_failure
 from fedsft_assets.defs.metadata import image
 from fedsft_assets.defs.resources import StoreResource
+from fedsft_assets.defs.seeds import by_seed
 from fedsft_assets.evaluation.comparison import NotComparableError, compare, write_table
 from fedsft_assets.evaluation.curves import plot
 from fedsft_assets.evaluation.statistics.prompt_losses import ScoresError
@@ -31,11 +32,12 @@ def comparison_asset(jobs: Sequence[JobSpec]) -> dg.AssetsDefinition:
         },
         description="All jobs and the base model side by side: losses, intervals and verdicts.",
     )
-    def comparison(store: StoreResource, **versions: Path) -> dg.MaterializeResult[Path]:
+    def comparison(store: StoreResource, **versions: Path | dict[str, Path]) -> dg.MaterializeResult[Path]:
         files = store.files
-        reports = [JobReport.read(versions[f"checkpoint_{name}"]) for name in names]
+        reports = [JobReport.read(path) for name in names for path in by_seed(versions[f"checkpoint_{name}"])]
+        evaluations = [path for name in (BASE_MODEL, *names) for path in by_seed(versions[f"evaluation_{name}"])]
         with as_dagster_failure(NotComparableError, ScoresError):
-            result = compare(reports, [versions[f"evaluation_{name}"] for name in (BASE_MODEL, *names)])
+            result = compare(reports, evaluations)
         with adding(files.report("comparison")) as addition:
             write_table(result, addition.folder / "comparison.md")
             plot(result.reports, addition.folder / "comparison.png")

@@ -1,6 +1,7 @@
 """`evaluation/<job>` and `evaluation/base_model`: the loss of a model on each record of the testing splits."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import dagster as dg
 
@@ -23,61 +24,73 @@ from fedsft_assets.store import Store, archive_file
 from fedsft_assets.versions import adding
 
 
-def evaluation_asset(spec: JobSpec) -> dg.AssetsDefinition:
+def evaluation_asset(spec: JobSpec, seeds: dg.PartitionsDefinition | None = None) -> dg.AssetsDefinition:
     @dg.asset(
         key_prefix="evaluation",
         name=spec.name,
         group_name="evaluations",
         kinds={"parquet", "pytorch"},
+        partitions_def=seeds,
         ins={"checkpoint": dg.AssetIn(["checkpoint", spec.name]), COMBINED: dg.AssetIn(COMBINED)},
         description=f"{spec.description}: the loss of its checkpoint on each record of the testing splits.",
     )
     def evaluation(
-        store: StoreResource, model: ModelResource, checkpoint: Path, combined: Path
+        context: dg.AssetExecutionContext, store: StoreResource, model: ModelResource, checkpoint: Path, combined: Path
     ) -> dg.MaterializeResult[Path]:
-        plan = JobFolder.read(store.files.home / CheckpointInputs.read(checkpoint).job_folder).plans[0]
+        files = store.of_run(context.run)
+        plan = JobFolder.read(files.home / CheckpointInputs.read(checkpoint).job_folder).plans[0]
         # Batches and precision are the job's own; what is scored is the same for all models.
         alike = model.load().resolve(TrainingSpec()).model_dump(include={"max_length", "answer_only_loss"})
         training, most = plan.training.model_copy(update=alike), plan.max_evaluation_records
         digest = JobReport.read(checkpoint).checkpoint_digest
-        return _evaluated(spec.name, checkpoint / MODEL_FILE, digest, store.files, combined, training, most)
+        scored = _Scored(spec.name, checkpoint / MODEL_FILE, digest, plan.seed)
+        return _evaluated(scored, files, combined, training, most)
 
     return evaluation
 
 
-@dg.asset(
-    key_prefix="evaluation",
-    name="base_model",
-    group_name="evaluations",
-    kinds={"parquet", "pytorch"},
-    ins={"archive": dg.AssetIn("base_model"), COMBINED: dg.AssetIn(COMBINED)},
-    description="The loss of the base model on each record of the testing splits.",
-)
-def base_model_evaluation(
-    store: StoreResource, model: ModelResource, archive: Path, combined: Path
-) -> dg.MaterializeResult[Path]:
-    training = model.load().resolve(TrainingSpec())
-    path = archive_file(archive)
-    return _evaluated(BASE_MODEL, path, content_digest(path), store.files, combined, training, None)
+def base_model_evaluation_asset(seeds: dg.PartitionsDefinition | None = None) -> dg.AssetsDefinition:
+    @dg.asset(
+        key_prefix="evaluation",
+        name=BASE_MODEL,
+        group_name="evaluations",
+        kinds={"parquet", "pytorch"},
+        partitions_def=seeds,
+        ins={"archive": dg.AssetIn("base_model"), COMBINED: dg.AssetIn(COMBINED)},
+        description="The loss of the base model on each record of the testing splits.",
+    )
+    def base_model_evaluation(
+        context: dg.AssetExecutionContext, store: StoreResource, model: ModelResource, archive: Path, combined: Path
+    ) -> dg.MaterializeResult[Path]:
+        training, path = model.load().resolve(TrainingSpec()), archive_file(archive)
+        seed = int(context.partition_key) if context.has_partition_key else None
+        scored = _Scored(BASE_MODEL, path, content_digest(path), seed)
+        return _evaluated(scored, store.of_run(context.run), combined, training, None)
+
+    return base_model_evaluation
+
+
+class _Scored(NamedTuple):
+    """A model to be scored: its job, archive and content digest, and the seed that it was made with, if any."""
+
+    name: str
+    archive: Path
+    digest: str
+    seed: int | None
 
 
 def _evaluated(
-    name: str,
-    archive: Path,
-    digest: str,
-    store: Store,
-    combined: Path,
-    training: ResolvedTraining,
-    most: int | None,
+    model: _Scored, store: Store, combined: Path, training: ResolvedTraining, most: int | None
 ) -> dg.MaterializeResult[Path]:
     """A version of the evaluation of this model."""
     with as_dagster_failure(ModelError, DataError):
-        losses = evaluate(archive, store, combined, training, most)
-    with adding(store.evaluation(name)) as addition:
+        losses = evaluate(model.archive, store, combined, training, most)
+    split = SplitReport.read(combined).digest
+    with adding(store.evaluation(model.name)) as addition:
         losses.to_parquet(addition.folder / LOSSES_FILE, index=False)
-        Evaluation(name, digest, SplitReport.read(combined).digest, training.max_length).write(addition.folder)
+        Evaluation(model.name, model.digest, split, training.max_length, model.seed).write(addition.folder)
     path = addition.version / LOSSES_FILE
-    (row,) = loss_matrix(losses.assign(model=name)).to_dict("records")
+    (row,) = loss_matrix(losses.assign(model=model.name, seed=model.seed)).to_dict("records")
     return dg.MaterializeResult(
         value=addition.version,
         data_version=dg.DataVersion(file_digest(path)),

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from fedsft_assets.defs.failures import as_dagster_failure
 from fedsft_assets.defs.resources import StoreResource
+from fedsft_assets.defs.seeds import by_seed
 from fedsft_assets.evaluation.answers import answer
 from fedsft_assets.evaluation.comparison import sort_key
 from fedsft_assets.evaluation.prompts import ExamplePrompt, parse_prompts
@@ -50,14 +51,14 @@ def inference_asset(jobs: Sequence[JobSpec], examples: Sequence[ExamplePrompt]) 
             "base_model": dg.AssetIn("base_model"),
             **{f"checkpoint_{job.name}": dg.AssetIn(["checkpoint", job.name]) for job in jobs},
         },
-        description="The answers of the base model and of every checkpoint to the same prompts, side by side.",
+        description="The answers of the base model and of every checkpoint, of the first seed, to the same prompts.",
     )
     def inference(
-        config: InferenceConfig, store: StoreResource, base_model: Path, **checkpoints: Path
+        config: InferenceConfig, store: StoreResource, **versions: Path | dict[str, Path]
     ) -> dg.MaterializeResult[Path]:
-        made = {checkpoint.parent.name: checkpoint / MODEL_FILE for checkpoint in checkpoints.values()}
         ordered = sorted(jobs, key=lambda job: sort_key(job.kind, job.name))
-        archives = {"base model": archive_file(base_model), **{job.name: made[job.name] for job in ordered}}
+        made = {job.name: by_seed(versions[f"checkpoint_{job.name}"])[0] / MODEL_FILE for job in ordered}
+        archives = {"base model": archive_file(by_seed(versions["base_model"])[0]), **made}
         with as_dagster_failure(ModelError, SpecError):
             prompts = parse_prompts(Path("launchpad"), config.model_dump(include={"prompts"}))
             settings = GenerationSettings(config.max_new_tokens, config.temperature, seed=config.seed)

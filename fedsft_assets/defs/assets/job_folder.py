@@ -26,7 +26,7 @@ class JobOverrides(dg.Config):
     seed: int | None = None
 
 
-def job_folder_asset(spec: JobSpec) -> dg.AssetsDefinition:
+def job_folder_asset(spec: JobSpec, seeds: dg.PartitionsDefinition | None = None) -> dg.AssetsDefinition:
     own = {name: dg.AssetIn(["processed", name]) for name in spec.datasets if name != COMBINED}
 
     @dg.asset(
@@ -34,6 +34,7 @@ def job_folder_asset(spec: JobSpec) -> dg.AssetsDefinition:
         name=spec.name,
         group_name="job_folders",
         kinds={"nvflare"},
+        partitions_def=seeds,
         ins={
             **{f"processed_{name}": asset for name, asset in sorted(own.items())},
             COMBINED: dg.AssetIn(COMBINED),
@@ -42,6 +43,7 @@ def job_folder_asset(spec: JobSpec) -> dg.AssetsDefinition:
         description=f"{spec.description}: the NVFlare job folder of jobs/{spec.name}.yaml.",
     )
     def job_folder(
+        context: dg.AssetExecutionContext,
         config: JobOverrides,
         store: StoreResource,
         model: ModelResource,
@@ -51,8 +53,11 @@ def job_folder_asset(spec: JobSpec) -> dg.AssetsDefinition:
     ) -> dg.MaterializeResult[Path]:
         datasets = {**{path.parent.name: path for path in processed.values()}, COMBINED: combined}
         inputs = JobInputs(base_model, combined, datasets)
+        changes = config.model_dump()
         with as_dagster_failure(SpecError):
-            report = build_job_folder(spec.override(**config.model_dump()), model.load(), store.files, inputs)
+            if context.has_partition_key:
+                changes["seed"] = _only(int(context.partition_key), config.seed)
+            report = build_job_folder(spec.override(**changes), model.load(), store.of_run(context.run), inputs)
         folder, noise = report.folder, report.noise
         return dg.MaterializeResult(
             value=folder,
@@ -67,3 +72,10 @@ def job_folder_asset(spec: JobSpec) -> dg.AssetsDefinition:
         )
 
     return job_folder
+
+
+def _only(partition: int, seed: int | None) -> int:
+    """The seed of a partition. Raises SpecError if the launchpad asks for another one."""
+    if seed not in (None, partition):
+        raise SpecError(f"seed: {seed}, but this is the partition of seed {partition}; leave the field out")
+    return partition

@@ -25,7 +25,7 @@ class JobReport:
     content digests. `missed` maps sites to the rounds (1-based) that they missed; `runtime` and `job_id` say where the
     job ran, `status` is its final status there. `history` is the id of the execution: one unbroken chain of server
     states. `epsilon` is the most privacy that any site has spent, if the job has a privacy filter, for `releases` noisy
-    changes, including those of earlier executions over the same data.
+    changes, including those of earlier executions over the same data. `seed` is the job's.
     """
 
     job: str
@@ -49,6 +49,7 @@ class JobReport:
     epsilon: float | None = None
     history: str = ""
     releases: int | None = None
+    seed: int | None = None
 
     @property
     def base_val_loss(self) -> float:

@@ -181,6 +181,7 @@ class Supervision:
                 epsilon=epsilon,
                 history=self._record.now.id,
                 releases=releases,
+                seed=spec.seed,
             )
             report.write(folder)
         self._record.save(checkpoint=file_digest(into / MODEL_FILE))

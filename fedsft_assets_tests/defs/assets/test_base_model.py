@@ -5,7 +5,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from fedsft_assets.defs.assets.base_model import base_model
+from fedsft_assets.defs.assets.base_model import base_model_asset
 from fedsft_assets.defs.resources import resources
 from fedsft_assets.model.archive.nemo_archive import content_digest
 from fedsft_assets.model.megatron.layout import LEGACY
@@ -15,7 +15,7 @@ from fedsft_assets_tests.model.megatron_archives import SETTINGS, SHAPE, VOCABUL
 
 def _materialize(tmp_path: Path, model: Path | str, model_path: Path | None = None) -> dg.ExecuteInProcessResult:
     settings = Settings(home=tmp_path / "home", model=str(model), model_path=model_path)
-    return dg.materialize([base_model], resources=resources(settings), raise_on_error=False)
+    return dg.materialize([base_model_asset()], resources=resources(settings), raise_on_error=False)
 
 
 def test_a_megatron_archive_becomes_the_base_model_of_a_study(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import dagster as dg
 import pytest
 
 from fedsft_assets.defs.assets.comparison import comparison_asset
-from fedsft_assets.defs.assets.evaluation import base_model_evaluation, evaluation_asset
+from fedsft_assets.defs.assets.evaluation import base_model_evaluation_asset, evaluation_asset
 from fedsft_assets.defs.resources import resources
 from fedsft_assets.evaluation.tables import Tables
 from fedsft_assets.execution import CheckpointInputs
@@ -47,7 +47,7 @@ def _materialize(store: Store) -> dg.ExecuteInProcessResult:
     keys = [dg.AssetKey("base_model"), dg.AssetKey("combined"), *(dg.AssetKey(["checkpoint", job]) for job in JOBS)]
     there = [dg.AssetSpec(key).with_io_manager_key("io_manager") for key in keys]
     return dg.materialize(
-        [*there, base_model_evaluation, *map(evaluation_asset, jobs), comparison_asset(jobs)],
+        [*there, base_model_evaluation_asset(), *map(evaluation_asset, jobs), comparison_asset(jobs)],
         resources=resources(Settings(home=store.home)),
         raise_on_error=False,
     )
