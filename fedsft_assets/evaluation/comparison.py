@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, cast, get_args
 
 from tabulate import tabulate
 
+from fedsft_assets.evaluation.budgets import budget_cells, differing_budgets, traffic_cells
 from fedsft_assets.evaluation.matrix import loss_matrix
 from fedsft_assets.evaluation.record_scores import Evaluation, common_records, read_losses
 from fedsft_assets.federation.protocol.job_report import JobReport
@@ -62,7 +63,7 @@ class Comparison:
         """The verdicts and tables in Markdown, readable in a terminal too."""
         said = "\n".join(f"- {sentence}." for sentence in self.sentences)
         jobs = markdown_table(_HEADERS, self._rows(), texts=2)
-        return "\n\n".join([*([said] if said else []), jobs, *self._notes(), self._matrix_markdown()])
+        return "\n\n".join([*([said] if said else []), jobs, *self._notes(), self._matrix_markdown(), *self._costs()])
 
     @property
     def sentences(self) -> list[str]:
@@ -70,7 +71,7 @@ class Comparison:
         return [verdict.sentence for verdict in self.verdicts] + self._budgets()
 
     def _budgets(self) -> list[str]:
-        from fedsft_assets.evaluation.statistics.verdicts import unequal_budgets
+        from fedsft_assets.evaluation.statistics.verdicts import BUDGET_TOLERANCE, unequal_budgets
 
         tokens = {report.job: report.tokens for report in self.reports}
         local = {report.job for report in self.reports if report.kind == "local"}
@@ -82,7 +83,7 @@ class Comparison:
             said.append(
                 f"a local job trains on its site's data alone: {fewest:,} to {most:,} answer tokens beside {theirs}"
             )
-        return said
+        return said + differing_budgets(self.reports, BUDGET_TOLERANCE)
 
     def _notes(self) -> Iterator[str]:
         """What to mind where jobs were trained beside different validation splits."""
@@ -92,6 +93,12 @@ class Comparison:
                 f"Validation losses are over {len(splits)} validation splits, as data has changed between the jobs:"
                 " compare by test loss, for which all models were scored on the same records."
             )
+
+    def _costs(self) -> Iterator[str]:
+        yield "What each job cost:"
+        yield markdown_table(*budget_cells(self.reports), texts=1)
+        if any(report.traffic for report in self.reports):
+            yield markdown_table(*traffic_cells(self.reports), texts=2)
 
     def _rows(self) -> list[tuple[str, ...]]:
         starts = {f"{report.base_val_loss:.4f}" for report in self.reports}

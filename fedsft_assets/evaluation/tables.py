@@ -9,9 +9,11 @@ tables.matrix()
 from __future__ import annotations
 
 from functools import cached_property
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedsft_assets.evaluation.budgets import budgets, traffic
 from fedsft_assets.evaluation.matrix import loss_matrix
 from fedsft_assets.evaluation.record_scores import common_records, read_losses
 from fedsft_assets.federation.protocol.job_report import JobReport
@@ -41,28 +43,36 @@ class Tables:
         return loss_matrix(common_records(self.losses()))
 
     def curves(self) -> pd.DataFrame:
-        """A row for each job and round: `records` trained on by then, and `val_loss` of the global model.
+        """A row for each job and round: `val_loss` of the global model, and what it had taken to know it.
 
-        `validation_split` is the digest of what it was scored on: only curves over one split compare.
+        `records` were trained on by then, `bytes` sent by all sites and to them, `seconds` had passed since the job's
+        start; bytes and seconds of jobs of an earlier version of this package are <NA>. `validation_split` is the
+        digest of what the model was scored on: only curves over one split compare.
         """
         import pandas as pd
 
-        parts = [
-            pd.DataFrame(
-                {"round": range(len(report.val_loss)), "records": report.samples, "val_loss": report.val_loss}
-            ).assign(job=report.job, kind=report.kind, validation_split=report.validation_digest)
+        columns = ["job", "kind", "validation_split", "round", "records", "bytes", "seconds", "val_loss"]
+        rows = [
+            (report.job, report.kind, report.validation_digest, *values)
             for report in self._reports
+            for values in zip(
+                range(len(report.val_loss)),
+                report.samples,
+                report.transferred or repeat(None),
+                report.elapsed or repeat(None),
+                report.val_loss,
+                strict=False,
+            )
         ]
-        columns = ["job", "kind", "validation_split", "round", "records", "val_loss"]
-        return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
+        return pd.DataFrame(rows, columns=columns).astype({"bytes": "Int64", "seconds": "Float64"})
 
     def budgets(self) -> pd.DataFrame:
-        """A row for each job: `rounds`, answer `tokens` and `records` that it trained on, and its `seconds`."""
-        import pandas as pd
+        """A row for each job with what it cost (see `evaluation.budgets.budgets`)."""
+        return budgets(self._reports)
 
-        columns = ["job", "kind", "rounds", "tokens", "records", "seconds"]
-        rows = [(one.job, one.kind, one.rounds, one.tokens, one.samples[-1], one.seconds) for one in self._reports]
-        return pd.DataFrame(rows, columns=columns)
+    def traffic(self) -> pd.DataFrame:
+        """A row for each job and site: bytes up, from the site to the server, and down (see `evaluation.budgets`)."""
+        return traffic(self._reports)
 
     @cached_property
     def _reports(self) -> list[JobReport]:

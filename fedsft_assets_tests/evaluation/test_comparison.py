@@ -169,7 +169,7 @@ def test_jobs_from_different_base_models_are_not_compared(evaluations: list[Path
 
 def test_jobs_beside_different_validation_splits_are_compared_by_test_loss(evaluations: list[Path]) -> None:
     odd = replace(REPORTS[2], validation_digest="0123456789abcdef", val_loss=[7.5, 6.5])
-    _, jobs, note, _ = compare([*REPORTS[:2], odd], evaluations).markdown().split("\n\n")
+    _, jobs, note, *_ = compare([*REPORTS[:2], odd], evaluations).markdown().split("\n\n")
     assert note.startswith("Validation losses are over 2 validation splits, as data has changed between the jobs")
     assert _cells(jobs)[2][:7] == ["base model", "", "", "", "", "", "7.2500"]
 

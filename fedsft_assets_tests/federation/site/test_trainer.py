@@ -12,6 +12,7 @@ import torch
 from nvflare.apis.fl_constant import FLMetaKey
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 
+from fedsft_assets.federation.protocol.costs import is_cost
 from fedsft_assets.federation.protocol.messages import (
     FIRST_KEY,
     KIND_KEY,
@@ -20,7 +21,7 @@ from fedsft_assets.federation.protocol.messages import (
     VERSION_KEY,
     Kind,
 )
-from fedsft_assets.federation.protocol.phases import PhaseClock, metric_name, phase_of
+from fedsft_assets.federation.protocol.phases import PhaseClock, metric_name
 from fedsft_assets.federation.protocol.points import Point, points_to_data
 from fedsft_assets.federation.protocol.site_messages import PointMessage, RoundLimits, points_of
 from fedsft_assets.federation.server.aggregation import TokenWeightedAverage
@@ -366,7 +367,7 @@ def test_every_value_is_told_once_in_its_order(make_trainer: MakeTrainer, heard:
     for number in range(2):
         heard.clear()
         trainer.train(_sent(base, number))
-        measured = [point for point in heard.points if not phase_of(point.name)]
+        measured = [point for point in heard.points if not is_cost(point.name)]
         assert [point.name for point in measured] == ["val_loss", "train_loss", "train_loss", "val_loss_local"]
         assert len({point.identity for point in heard.points}) == len(heard.points)
 
