@@ -32,6 +32,8 @@ class CountingProxy:
         self._lock = threading.Lock()
         self._counts = {"up": 0, "down": 0}
         self._sockets: list[socket.socket] = []
+        self.connections = 0
+        """How many there were so far."""
 
     @property
     def carried(self) -> Carried:
@@ -43,11 +45,14 @@ class CountingProxy:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        _close([self._listener])
+        self.disconnect()
+
+    def disconnect(self) -> None:
+        """End all connections; others may follow."""
         with self._lock:
-            for one in (self._listener, *self._sockets):
-                with suppress(OSError):
-                    one.shutdown(socket.SHUT_RDWR)
-                one.close()
+            _close(self._sockets)
+            self._sockets.clear()
 
     def _accept(self) -> None:
         while True:
@@ -62,6 +67,7 @@ class CountingProxy:
                 continue
             with self._lock:
                 self._sockets += [client, server]
+                self.connections += 1
             for source, target, direction in ((client, server, "up"), (server, client, "down")):
                 threading.Thread(target=self._forward, args=(source, target, direction), daemon=True).start()
 
@@ -74,3 +80,10 @@ class CountingProxy:
         for one in (source, target):
             with suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
+
+
+def _close(sockets: list[socket.socket]) -> None:
+    for one in sockets:
+        with suppress(OSError):  # not connected any more
+            one.shutdown(socket.SHUT_RDWR)
+        one.close()

@@ -39,7 +39,6 @@ def test_traffic_of_a_site_is_what_its_sockets_carried(store: Store, build: Call
     assert isinstance(report, JobReport)
     assert report.traffic is not None
     traffic = report.traffic[SITE]
-    print(carried, traffic, traffic["sent"] / carried.up, traffic["received"] / carried.down)
     assert carried.up + carried.down >= LEAST
     assert traffic["sent"] == pytest.approx(carried.up, rel=TOLERANCE)
     assert traffic["received"] == pytest.approx(carried.down, rel=TOLERANCE)

@@ -30,8 +30,8 @@ class Costs:
 
     `steps` are optimizer steps whose results are in the model, all sites together. `traffic` has, by site, the bytes
     that it has `sent` and `received`. `cpu_seconds` are those of all trainer processes and of the server, `peak_memory`
-    is that of the largest trainer process in bytes (see `meter.Usage`). `transferred` are the bytes of all sites in both
-    directions until the model after k rounds was scored, for each k from 0 on.
+    is that of the largest trainer process in bytes (see `meter.Usage`). `transferred[k]` are the bytes of all sites in
+    both directions until the model after k rounds was scored.
     """
 
     steps: int
