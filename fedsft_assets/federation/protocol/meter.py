@@ -27,7 +27,7 @@ class Usage:
     """What one or more processes have used.
 
     `sent` and `received` are bytes of NVFlare's frames (see `connections.traffic`). `cpu_seconds`, user and system, are
-    those of the processes and of their child processes that have ended.
+    those of the processes themselves: trainers start no others, and in a simulation the server's children are sites.
     `peak_memory` is the largest resident set of any one process in bytes, pages of mapped files included.
     """
 
@@ -121,8 +121,8 @@ def _read(path: Path) -> Usage:
 
 
 def _cpu_seconds() -> float:
-    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
 
 
 def _peak_memory() -> int:
