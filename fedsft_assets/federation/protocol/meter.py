@@ -5,6 +5,7 @@ import resource
 import struct
 import sys
 import threading
+import weakref
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -71,7 +72,9 @@ class Meter:
         if self._path:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            weakref.finalize(self, os.close, self._file)
             self._before = _read(self._path)
+            self._write()  # takes the disk space now, so that later ones cannot lack it
 
     def sent(self, size: int) -> None:
         """Count bytes that are sent."""
@@ -109,7 +112,7 @@ class Meter:
 
 def _read(path: Path) -> Usage:
     content = path.read_bytes()
-    if not content:  # its process was killed before it had used anything
+    if not content:  # its process was killed before it could write
         return Usage()
     try:
         return Usage(*_RECORD.unpack(content))
