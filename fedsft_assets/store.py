@@ -17,7 +17,7 @@ HOME_FOLDERS = (
 
 
 _SEED = ".seed-"
-_OF_SEED = re.compile(rf"{re.escape(_SEED)}\d+$")
+_OF_SEED = re.compile(rf"{re.escape(_SEED)}(\d+)$")
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,12 @@ class Store:
 def name_of(version: Path) -> str:
     """The name of what this is a version of, without its seed."""
     return _OF_SEED.sub("", version.parent.name)
+
+
+def seed_of(versions: Path) -> int | None:
+    """The seed that a folder of versions is for; None for the default one."""
+    found = _OF_SEED.search(versions.name)
+    return int(found[1]) if found else None
 
 
 def archive_file(version: Path) -> Path:

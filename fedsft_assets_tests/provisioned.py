@@ -49,10 +49,17 @@ class Kits:
         return self.server if name == SERVER else self.sites[name]
 
 
-def provision(folder: Path, sites: Sequence[str] = SITES, host: str = LOOPBACK, port: int | None = None) -> Kits:
+def provision(
+    folder: Path,
+    sites: Sequence[str] = SITES,
+    host: str = LOOPBACK,
+    port: int | None = None,
+    ports_of_sites: Mapping[str, int] | None = None,
+) -> Kits:
     """Make the kits of a server at `host` and of sites with NVFlare's provisioning, all below `folder`.
 
     The server's jobs stay in its kit, and the sites allow what starts a trainer and no code that comes with a job.
+    `ports_of_sites` are where sites connect to, if not to the server's own port.
     """
     folder.mkdir(parents=True, exist_ok=True)
     project = {
@@ -66,7 +73,7 @@ def provision(folder: Path, sites: Sequence[str] = SITES, host: str = LOOPBACK, 
                 "default_host": host,
                 "fed_learn_port": port or unused_port(),
             },
-            *({"name": site, "type": "client", "org": site.replace("-", "_")} for site in sites),
+            *(_site(site, (ports_of_sites or {}).get(site)) for site in sites),
             {"name": STUDY_USER, "type": "admin", "org": "center", "role": "lead"},
         ],
         "builders": BUILDERS,
@@ -86,6 +93,12 @@ def provision(folder: Path, sites: Sequence[str] = SITES, host: str = LOOPBACK, 
     for kit in kits.sites.values():
         _configure_site(kit)
     return kits
+
+
+def _site(name: str, port: int | None) -> dict[str, Any]:
+    """A site of NVFlare's project file."""
+    described: dict[str, Any] = {"name": name, "type": "client", "org": name.replace("-", "_")}
+    return {**described, "connect_to": {"host": LOOPBACK, "port": port}} if port else described
 
 
 def environment(folder: Path, bin_folder: Path = BIN) -> dict[str, str]:

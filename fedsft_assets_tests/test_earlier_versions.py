@@ -2,17 +2,25 @@
 
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from nvflare.fuel.utils.class_utils import instantiate_class
 
+from fedsft_assets.evaluation.budgets import budget_cells, differing_budgets
+from fedsft_assets.evaluation.tables import Tables
 from fedsft_assets.federation.job_folder import JobFolderError, verify_job_folder
+from fedsft_assets.federation.protocol.job_report import REPORT_FILE, JobReport
 from fedsft_assets.files import file_digest, folder_digest
 from fedsft_assets.model.archive.nemo_archive import CONFIG
 from fedsft_assets.model.nemo_model import SFTModel
-from fedsft_assets.versions import current
+from fedsft_assets.store import Store
+from fedsft_assets.versions import adding, current, make_current
+from fedsft_assets_tests.federation.protocol.test_job_report import REPORT
 from fedsft_assets_tests.prepared import build_job, prepare_home
+
+_NOT_IN_0_1 = ("steps", "traffic", "cpu_seconds", "peak_memory", "elapsed", "transferred")
 
 
 @pytest.mark.parametrize(
@@ -40,6 +48,36 @@ def test_archive_that_version_0_1_wrote_is_restored(tmp_path: Path) -> None:
         for path in sorted(config.parent.iterdir()):
             tar.add(path, f"./{path.name}")
     assert isinstance(SFTModel.load(tmp_path / "old.nemo"), SFTModel)
+
+
+def test_report_that_version_0_1_wrote_is_shown_without_what_it_did_not_know(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with adding(store.checkpoint("fedavg")) as addition:
+        REPORT.write(addition.folder)
+        path = addition.folder / REPORT_FILE
+        known = {name: value for name, value in json.loads(path.read_text()).items() if name not in _NOT_IN_0_1}
+        path.write_text(json.dumps(known), encoding="utf-8")
+    make_current(addition.version)
+    report = JobReport.read(addition.version)
+    assert {getattr(report, name) for name in _NOT_IN_0_1} == {None}
+    tables = Tables(tmp_path)
+    unknown = ["steps", "bytes_up", "bytes_down", "cpu_seconds", "peak_memory"]
+    assert tables.budgets()[unknown].isna().all(axis=None)
+    assert tables.curves()[["bytes", "seconds"]].isna().all(axis=None)
+    assert tables.traffic().empty
+    headers, [cells] = budget_cells([report])
+    assert dict(zip(headers, cells, strict=True)) == {
+        "job": "fedavg",
+        "rounds": "2",
+        "steps": "unknown",
+        "tokens trained": "150",
+        "MB up": "unknown",
+        "MB down": "unknown",
+        "seconds": "2",
+        "CPU seconds": "unknown",
+        "peak memory, MB": "unknown",
+    }
+    assert differing_budgets([report, replace(REPORT, job="combined", kind="centralized")], 0.05) == []
 
 
 def test_job_folder_of_another_version_is_not_run(tmp_path: Path) -> None:

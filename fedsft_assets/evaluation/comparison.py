@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, cast, get_args
 
 from tabulate import tabulate
 
+from fedsft_assets.evaluation.budgets import budget_cells, differing_budgets, traffic_cells
 from fedsft_assets.evaluation.matrix import loss_matrix
 from fedsft_assets.evaluation.record_scores import Evaluation, common_records, read_losses
 from fedsft_assets.federation.protocol.job_report import JobReport
@@ -66,7 +67,7 @@ class Comparison:
         said = "\n".join(f"- {sentence}." for sentence in self.sentences)
         headers = [header for header in _HEADERS if header != _DEVIATION or self._has_seeds]
         jobs = markdown_table(headers, self._rows(), texts=2)
-        return "\n\n".join([*([said] if said else []), jobs, *self._notes(), self._matrix_markdown()])
+        return "\n\n".join([*([said] if said else []), jobs, *self._notes(), self._matrix_markdown(), *self._costs()])
 
     @property
     def sentences(self) -> list[str]:
@@ -74,7 +75,7 @@ class Comparison:
         return [verdict.sentence for verdict in self.verdicts] + self._budgets()
 
     def _budgets(self) -> list[str]:
-        from fedsft_assets.evaluation.statistics.verdicts import unequal_budgets
+        from fedsft_assets.evaluation.statistics.verdicts import BUDGET_TOLERANCE, unequal_budgets
 
         tokens = {job: round(mean(report.tokens for report in seeds)) for job, seeds in self.jobs.items()}
         local = {report.job for report in self.reports if report.kind == "local"}
@@ -86,7 +87,7 @@ class Comparison:
             said.append(
                 f"a local job trains on its site's data alone: {fewest:,} to {most:,} answer tokens beside {theirs}"
             )
-        return said
+        return said + differing_budgets(self.of_first_seed, BUDGET_TOLERANCE)
 
     def _notes(self) -> Iterator[str]:
         """What to mind where jobs have several seeds, or were trained beside different validation splits."""
@@ -103,6 +104,12 @@ class Comparison:
                 f"Validation losses are over {len(splits)} validation splits, as data has changed between the jobs:"
                 " compare by test loss, for which all models were scored on the same records."
             )
+
+    def _costs(self) -> Iterator[str]:
+        yield "What each job cost, with the first seed:" if self._has_seeds else "What each job cost:"
+        yield markdown_table(*budget_cells(self.of_first_seed), texts=1)
+        if any(report.traffic for report in self.of_first_seed):
+            yield markdown_table(*traffic_cells(self.of_first_seed), texts=2)
 
     def _rows(self) -> list[tuple[str, ...]]:
         starts = {f"{report.base_val_loss:.4f}" for report in self.reports}
@@ -138,6 +145,11 @@ class Comparison:
         for report in self.reports:
             found.setdefault(report.job, []).append(report)
         return found
+
+    @property
+    def of_first_seed(self) -> list[JobReport]:
+        """One report for each job."""
+        return [seeds[0] for seeds in self.jobs.values()]
 
     @property
     def _has_seeds(self) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fedsft_assets.federation.protocol.phases import phase_of
+from fedsft_assets.federation.protocol.costs import is_cost
 from fedsft_assets.federation.protocol.points import Point
 
 if TYPE_CHECKING:
@@ -67,6 +67,6 @@ def values_of(point: Point) -> list[tuple[str, Value]]:
         own = [(JOB, value(point.name, point.value))]
         return [*own, (JOB, value("round", float(point.round)))] if point.name == "val_loss" else own
     own = [(point.site, value(point.name, point.value))]
-    if point.step is None and not phase_of(point.name):
+    if point.step is None and not is_cost(point.name):
         own.append((JOB, value(f"{point.name}.{point.site}", point.value)))
     return own

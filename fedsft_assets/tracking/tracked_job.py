@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+from fedsft_assets.federation.protocol.costs import CPU_SECONDS, PEAK_MEMORY, RECEIVED, SENT
 from fedsft_assets.federation.protocol.job_report import MODEL_FILE, JobReport
 from fedsft_assets.federation.protocol.phases import metric_name
 from fedsft_assets.federation.protocol.points import Point
@@ -113,6 +114,14 @@ class TrackedJob:
             "seconds": report.seconds,
             **{metric_name(phase): seconds for phase, seconds in report.phases.items()},
         }
+        costs = {
+            "steps": report.steps,
+            SENT: report.sent,
+            RECEIVED: report.received,
+            CPU_SECONDS: report.cpu_seconds,
+            PEAK_MEMORY: report.peak_memory,
+        }
+        results |= {name: float(value) for name, value in costs.items() if value is not None}
         if report.epsilon is not None and report.releases is not None:
             results |= {"epsilon": report.epsilon, "releases": float(report.releases)}
         tags = {

@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
+import psutil
 import pytest
 
 from fedsft_assets.execution import ExecutedJob, execute_job
 from fedsft_assets.federation.protocol.job_report import MODEL_FILE, JobReport
 from fedsft_assets.federation.runtimes.poc.system import PocSystem
 from fedsft_assets.federation.runtimes.processes import marked_processes
+from fedsft_assets.model.language_model import LanguageModel
 from fedsft_assets.process_env import home_environment
 from fedsft_assets.specs.runtime import SIMULATOR, PocSettings, RuntimeSettings
 from fedsft_assets.store import Store, split_file
@@ -44,6 +46,26 @@ def _execute(job: str, store: Store, runtime: RuntimeSettings = SIMULATOR) -> Ex
     return execute_job(
         current(store.job_folder(job)), store, TINY, tracking, {"dagster.run_id": "none"}, runtime=runtime
     )
+
+
+def _require_costs(report: JobReport, archive: Path) -> None:
+    """Each site got the model once more than it sent it, and losses became known while bytes and time went by."""
+    assert report.traffic is not None
+    assert sorted(report.traffic) == ["site-1", "site-2", "site-3"]
+    size = sum(weight.nbytes for weight in LanguageModel.load(archive).distinct_parameters().values())
+    for traffic in report.traffic.values():
+        assert traffic["received"] == pytest.approx(size * (ROUNDS + 1), rel=0.05)
+        assert traffic["sent"] == pytest.approx(size * ROUNDS, rel=0.05)
+    assert report.transferred is not None
+    assert report.transferred == sorted(report.transferred)
+    assert report.transferred[0] > 3 * size
+    assert report.transferred[-1] == sum(sum(one.values()) for one in report.traffic.values())
+    assert report.elapsed is not None
+    assert 0 < report.elapsed[0] < report.elapsed[-1] < report.seconds
+    assert report.cpu_seconds is not None
+    assert report.cpu_seconds > report.phases["train"]
+    assert report.peak_memory is not None
+    assert size < report.peak_memory < psutil.virtual_memory().total
 
 
 def _in_a_new_process(archive: Path, records: Path, prompt: str) -> dict[str, object]:
@@ -91,6 +113,8 @@ def test_federated_job_ends_with_a_checkpoint_that_is_tracked_and_registered(
     assert len(report.val_loss) == len(report.samples) == ROUNDS + 1
     assert report.samples == [0, *(3 * 6 * 8 * k for k in range(1, ROUNDS + 1))]
     assert report.best_val_loss < report.base_val_loss
+    assert report.steps == 3 * 6 * ROUNDS
+    _require_costs(report, current(store.checkpoint(job)) / MODEL_FILE)
     for site in ("site-1", "site-2", "site-3"):
         assert any(line.startswith(f"{job} · {site} · round {ROUNDS} of {ROUNDS}") for line in caplog.messages)
     assert list((store.home / "flare").rglob("site_states/**/*.pt")) == []  # optimizers of a job that has ended

@@ -135,6 +135,31 @@ def test_verdicts_come_first_in_words_and_then_what_differs_in_budgets(evaluatio
     ]
 
 
+def test_costs_are_in_tables_of_their_own_and_said_where_they_differ(evaluations: list[Path]) -> None:
+    traffic = {"site-1": {"sent": 30_000_000, "received": 40_000_000}, "site-2": {"sent": 0, "received": 5_000_000}}
+    costs = {"steps": 200, "cpu_seconds": 50.0, "peak_memory": 700_000_000, "traffic": traffic}
+    federated = replace(REPORTS[0], **costs)
+    other = replace(
+        REPORTS[1], **{**costs, "steps": 400, "cpu_seconds": 51.0, "traffic": {"site-1": traffic["site-1"]}}
+    )
+    result = compare([federated, other, *REPORTS[2:]], evaluations)
+    assert result.sentences[-1] == (
+        "the jobs over all data also differ in optimizer steps (200 of fedavg to 400 of combined), MB sent to sites"
+        " (40.0 of combined to 45.0 of fedavg)"
+    )
+    *_, title, budgets, sites = result.markdown().split("\n\n")
+    assert title == "What each job cost:"
+    rows = _cells(budgets)
+    assert rows[0][4:7] + rows[0][-2:] == ["MB up", "MB down", "seconds", "CPU seconds", "peak memory, MB"]
+    assert rows[2] == ["alpaca", "2", "unknown", "12,345,678", "unknown", "unknown", "62", "unknown", "unknown"]
+    assert rows[-1] == ["fedavg", "3", "200", "12,345,678", "30.0", "45.0", "62", "50", "700.0"]
+    assert _cells(sites)[2:] == [
+        ["combined", "site-1", "30.0", "40.0"],
+        ["fedavg", "site-1", "30.0", "40.0"],
+        ["fedavg", "site-2", "0.0", "5.0"],
+    ]
+
+
 def test_study_without_a_federated_job_has_no_verdict(evaluations: list[Path]) -> None:
     assert compare(REPORTS[1:], [folder for folder in evaluations if folder.name != "fedavg"]).sentences == []
 
@@ -172,7 +197,7 @@ def test_jobs_from_different_base_models_are_not_compared(evaluations: list[Path
 
 def test_jobs_beside_different_validation_splits_are_compared_by_test_loss(evaluations: list[Path]) -> None:
     odd = replace(REPORTS[2], validation_digest="0123456789abcdef", val_loss=[7.5, 6.5])
-    _, jobs, note, _ = compare([*REPORTS[:2], odd], evaluations).markdown().split("\n\n")
+    _, jobs, note, *_ = compare([*REPORTS[:2], odd], evaluations).markdown().split("\n\n")
     assert note.startswith("Validation losses are over 2 validation splits, as data has changed between the jobs")
     assert _cells(jobs)[2][:7] == ["base model", "", "", "", "", "", "7.2500"]
 

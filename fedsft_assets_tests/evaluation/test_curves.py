@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsft_assets.evaluation.curves import plot
+from fedsft_assets.evaluation.curves import XAxis, plot
 from fedsft_assets.federation.protocol.job_report import JobReport
 from fedsft_assets_tests.evaluation.test_comparison import REPORTS
 
@@ -37,6 +37,24 @@ def test_plot_shows_the_curve_of_each_job(tmp_path: Path) -> None:
     one, same, other = ((tmp_path / f"{name}.png").read_bytes() for name in ("one", "same", "other"))
     assert one == same
     assert one != other
+
+
+@pytest.mark.parametrize("over", ["bytes", "seconds"])
+def test_curves_are_drawn_over_what_is_asked_for(tmp_path: Path, over: XAxis) -> None:
+    """A change of it in one job changes the picture, as does not knowing it."""
+    known = replace(REPORTS[0], transferred=[1, 2, 3, 4], elapsed=[1.0, 2.0, 3.0, 4.0])
+    field = {"bytes": "transferred", "seconds": "elapsed"}[over]
+    reports = {
+        "one": known,
+        "same": replace(known),
+        "other": replace(known, **{field: [1, 2, 3, 40]}),
+        "unknown": replace(known, **{field: None}),
+    }
+    for name, report in reports.items():
+        plot([report, *REPORTS[1:]], tmp_path / name, over)
+    pictures = {name: (tmp_path / name).read_bytes() for name in reports}
+    assert pictures["one"] == pictures["same"]
+    assert len(set(pictures.values())) == 3
 
 
 def test_curves_over_another_validation_split_have_a_panel_of_their_own(tmp_path: Path) -> None:

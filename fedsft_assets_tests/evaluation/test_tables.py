@@ -41,7 +41,29 @@ def test_curves_and_budgets_are_of_current_checkpoints(home: Path) -> None:
     assert curves["records"].tolist() == REPORT.samples
     assert curves["validation_split"].unique().tolist() == [REPORT.validation_digest]
     (budget,) = tables.budgets().to_dict("records")
-    assert (budget["job"], budget["tokens"], budget["records"]) == ("fedavg", REPORT.tokens, REPORT.samples[-1])
+    assert budget == {
+        "job": "fedavg",
+        "kind": REPORT.kind,
+        "seed": 1234,
+        "rounds": REPORT.rounds,
+        "steps": REPORT.steps,
+        "tokens": REPORT.tokens,
+        "records": REPORT.samples[-1],
+        "bytes_up": 8_000_001,
+        "bytes_down": 12_000_002,
+        "seconds": REPORT.seconds,
+        "cpu_seconds": REPORT.cpu_seconds,
+        "peak_memory": REPORT.peak_memory,
+    }
+    assert curves["bytes"].tolist() == REPORT.transferred
+    assert curves["seconds"].tolist() == REPORT.elapsed
+
+
+def test_traffic_is_that_of_each_site(home: Path) -> None:
+    assert Tables(home).traffic().to_numpy().tolist() == [
+        ["fedavg", 1234, "site-1", 8_000_000, 12_000_000],
+        ["fedavg", 1234, "site-2", 1, 2],
+    ]
 
 
 def test_home_without_evaluations_says_what_to_do(tmp_path: Path) -> None:

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from fedsft_assets.federation.job_folder import JobFolder
+from fedsft_assets.federation.protocol.costs import is_cost
 from fedsft_assets.federation.protocol.job_report import JobReport, global_curve
 from fedsft_assets.federation.protocol.journal import JOURNAL_FILE, RoundDone, Started, from_line
 from fedsft_assets.federation.protocol.messages import LAST_MODEL
-from fedsft_assets.federation.protocol.phases import phase_of
 from fedsft_assets.federation.protocol.points import Point
 from fedsft_assets.federation.protocol.tail import Tail
 from fedsft_assets.federation.server.curves import merged_val_loss
@@ -182,4 +182,4 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
 def _of_curves(journal: Path) -> list[Point]:
     """Points as they stand in a journal, also those that are there twice."""
     entries = map(from_line, Tail(journal).new_lines())
-    return [entry for entry in entries if isinstance(entry, Point) and not phase_of(entry.name)]
+    return [entry for entry in entries if isinstance(entry, Point) and not is_cost(entry.name)]

@@ -21,8 +21,9 @@ import torch
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 
 from fedsft_assets.federation.job_folder import JobFolder, round_limits
+from fedsft_assets.federation.protocol.costs import is_cost
 from fedsft_assets.federation.protocol.messages import BEST_MODEL, KIND_KEY, TRAIN_TASK, VERSION, VERSION_KEY, Kind
-from fedsft_assets.federation.protocol.phases import PhaseClock, phase_of
+from fedsft_assets.federation.protocol.phases import PhaseClock
 from fedsft_assets.federation.protocol.points import Point, points_to_data
 from fedsft_assets.federation.server.controller import FederatedSFT
 from fedsft_assets.federation.site.trainer import SiteTrainer
@@ -111,7 +112,7 @@ def main() -> None:
     job = JobFolder.read(job_folder)
     rounds = _Rounds(job.spec, job.located_plans, missed, job.home, into)
     rounds.run()
-    points = [point for point in rounds.of_the_missing if not phase_of(point.name)]
+    points = [point for point in rounds.of_the_missing if not is_cost(point.name)]
     (into / POINTS_OF_THE_MISSING).write_text(json.dumps([asdict(point) for point in points]))
     command = [sys.executable, "-m", "fedsft_assets.federation.supervisor.checkpoint"]
     made_of_it = make_checkpoint(command, dict(os.environ), job_folder, into / BEST_MODEL, testing_file, into)

@@ -17,6 +17,7 @@ from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey
 from nvflare.fuel.f3.message import Message
 from nvflare.private.defs import CellMessageHeaderKeys
 
+from fedsft_assets.federation.protocol.costs import SERVER_CPU_SECONDS
 from fedsft_assets.federation.protocol.journal import JOURNAL_FILE, Entry, from_line
 from fedsft_assets.federation.protocol.messages import (
     KIND_KEY,
@@ -201,6 +202,14 @@ class Server(FederatedSFT):
 
     @property
     def entries(self) -> list[Entry]:
+        """The journal without the server's CPU seconds, which are never the same."""
+        return [entry for entry in self._journaled() if not _is_cpu(entry)]
+
+    @property
+    def cpu_seconds(self) -> list[Point]:
+        return [entry for entry in self._journaled() if isinstance(entry, Point) and _is_cpu(entry)]
+
+    def _journaled(self) -> list[Entry]:
         path = self.journal.path if self.journal.path.exists() else self.folder / "job" / JOURNAL_FILE
         return [from_line(line) for line in path.read_text().splitlines()]
 
@@ -213,6 +222,10 @@ class Server(FederatedSFT):
     def left(self, name: str) -> Weights:
         weights: Weights = torch.load(self.folder / "job" / name, weights_only=True)
         return weights
+
+
+def _is_cpu(entry: Entry) -> bool:
+    return isinstance(entry, Point) and entry.name == SERVER_CPU_SECONDS
 
 
 BASE = weights(0)

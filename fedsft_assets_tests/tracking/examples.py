@@ -38,6 +38,12 @@ REPORT = JobReport(
     job_id="job",
     status="finished",
     missed={},
+    steps=8,
+    traffic={"site-1": {"sent": 100, "received": 150}, "site-2": {"sent": 120, "received": 150}},
+    cpu_seconds=20.5,
+    peak_memory=700_000_000,
+    elapsed=[1.0, 2.0, 3.0],
+    transferred=[100, 300, 520],
 )
 RESULTS = {
     "test_loss": 2.25,
@@ -48,6 +54,11 @@ RESULTS = {
     "tokens_trained": 700,
     "seconds": 12.5,
     "system/train_seconds": 1.0,
+    "steps": 8.0,
+    "system/sent_bytes": 220.0,
+    "system/received_bytes": 300.0,
+    "system/cpu_seconds": 20.5,
+    "system/peak_memory_bytes": 700_000_000.0,
 }
 
 
@@ -72,6 +83,8 @@ def job_points(rounds: int = ROUNDS) -> list[Point]:
                 add("train_loss", 5 - k - step / 10, k + 1, 2 * seen, None, step)
     for site in SITES:
         add("system/train_seconds", 1.5, rounds, 32 * rounds, site)
+        add("system/sent_bytes", 110.0, rounds, 32 * rounds, site)
+    add("system/server_cpu_seconds", 0.5, rounds, 64 * rounds)
     return points
 
 

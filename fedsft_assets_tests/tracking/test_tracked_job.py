@@ -64,9 +64,13 @@ def test_curves_share_the_axis_of_records_trained_on(tracking: Tracking, store: 
     assert curve(tracking, "fedavg", "train_loss") == [(32, 4.9), (64, 4.8), (96, 3.9), (128, 3.8)]
     for site in SITES:
         assert curve(tracking, f"fedavg {site}", "val_loss") == [(0, 7.0), (32, 2.0), (64, 2.5)]
+        assert curve(tracking, f"fedavg {site}", "system/sent_bytes") == [(64, 110.0)]
         assert curve(tracking, f"fedavg {site}", "train_loss") == [(16, 4.9), (32, 4.8), (48, 3.9), (64, 3.8)]
         assert curve(tracking, "fedavg", f"val_loss.{site}") == [(0, 7.0), (32, 2.0), (64, 2.5)]
         assert curve(tracking, "fedavg", f"train_loss.{site}") == []
+    metrics = runs(tracking)["fedavg"].data.metrics
+    assert metrics["system/server_cpu_seconds"] == 0.5
+    assert not any(name.startswith("system/") and name.endswith(tuple(SITES)) for name in metrics)
     assert stored(tracking) == expected(job_points())
 
 

@@ -1,7 +1,7 @@
 """The report of a finished job, stored beside its checkpoint as `report.json`."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Self
 
@@ -26,6 +26,10 @@ class JobReport:
     job ran, `status` is its final status there. `history` is the id of the execution: one unbroken chain of server
     states. `epsilon` is the most privacy that any site has spent, if the job has a privacy filter, for `releases` noisy
     changes, including those of earlier executions over the same data. `seed` is the job's.
+
+    `steps`, `traffic`, `cpu_seconds` and `peak_memory` are the job's costs (see `costs.Costs`). `elapsed[k]` is the
+    part of `seconds` until `val_loss[k]` was known, by the server's clock, and `transferred[k]` the bytes sent and
+    received by all sites until then. All of these are None in a report of an earlier version of this package.
     """
 
     job: str
@@ -50,6 +54,22 @@ class JobReport:
     history: str = ""
     releases: int | None = None
     seed: int | None = None
+    steps: int | None = None
+    traffic: dict[str, dict[str, int]] | None = None
+    cpu_seconds: float | None = None
+    peak_memory: int | None = None
+    elapsed: list[float] | None = None
+    transferred: list[int] | None = None
+
+    @property
+    def sent(self) -> int | None:
+        """Bytes from all sites to the server."""
+        return None if self.traffic is None else sum(one["sent"] for one in self.traffic.values())
+
+    @property
+    def received(self) -> int | None:
+        """Bytes from the server to all sites."""
+        return None if self.traffic is None else sum(one["received"] for one in self.traffic.values())
 
     @property
     def base_val_loss(self) -> float:
@@ -75,11 +95,15 @@ class JobReport:
 
 @dataclass(frozen=True)
 class Curve:
-    """The loss curve of the global model, and the number of tokens trained on."""
+    """The loss curve of the global model, and the number of tokens trained on.
+
+    `times` are those at which the losses were known, in seconds since the epoch.
+    """
 
     samples: list[int]
     val_loss: list[float]
     tokens: int
+    times: list[float] = field(default_factory=list, compare=False)
 
     @property
     def best_round(self) -> int:
@@ -97,4 +121,4 @@ def global_curve(points: list[Point], spec: JobSpec) -> Curve:
         )
     ordered = [losses[k] for k in range(spec.rounds + 1)]
     tokens = sum(p.tokens or 0 for p in points if p.name == TRAIN_LOSS and p.site is None)
-    return Curve([p.samples for p in ordered], [p.value for p in ordered], tokens)
+    return Curve([p.samples for p in ordered], [p.value for p in ordered], tokens, [p.time for p in ordered])

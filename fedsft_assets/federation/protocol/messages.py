@@ -4,7 +4,7 @@ from enum import StrEnum
 
 from fedsft_assets import __version__
 
-VERSION = "5"  # of the protocol; must be equal at server and sites
+VERSION = "6"  # of the protocol; must be equal at server and sites
 
 TRAIN_TASK = "train"
 VALIDATE_TASK = "validate"

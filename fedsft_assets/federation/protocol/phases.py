@@ -10,7 +10,8 @@ from fedsft_assets.federation.protocol.points import Point
 # Start time of the job in seconds since the epoch; set if sites run on the submitter's machine.
 JOB_STARTED = "FEDSFT_JOB_STARTED"
 PHASES = ("start", "import", "load", "tokenize", "train", "validate", "transfer")
-_PREFIX, _SUFFIX = "system/", "_seconds"  # MLflow groups metrics with this prefix separately, after the losses
+PREFIX = "system/"  # MLflow groups metrics with this prefix separately, after the losses
+_SUFFIX = "_seconds"
 
 
 class PhaseClock:
@@ -46,13 +47,13 @@ class PhaseClock:
 
 def metric_name(phase: str) -> str:
     """Name of the metric for the seconds of a phase."""
-    return f"{_PREFIX}{phase}{_SUFFIX}"
+    return f"{PREFIX}{phase}{_SUFFIX}"
 
 
 def phase_of(metric: str) -> str | None:
-    """The phase of a metric, or None if it is not a phase metric."""
-    phase = metric.removeprefix(_PREFIX).removesuffix(_SUFFIX)
-    return phase if metric == metric_name(phase) else None
+    """The phase whose seconds a site reports by this metric, or None for another metric."""
+    phase = metric.removeprefix(PREFIX).removesuffix(_SUFFIX)
+    return phase if phase in PHASES and metric == metric_name(phase) else None
 
 
 def longest_phases(points: Iterable[Point]) -> dict[str, float]:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from fedsft_assets.federation.protocol.costs import COSTS_OF_A_SITE
 from fedsft_assets.federation.protocol.messages import (
     FAILURE_KEY,
     FIRST_KEY,
@@ -18,7 +19,7 @@ from fedsft_assets.federation.protocol.messages import (
     SAMPLES_KEY,
     TOKENS_KEY,
 )
-from fedsft_assets.federation.protocol.phases import PHASES, phase_of
+from fedsft_assets.federation.protocol.phases import phase_of
 from fedsft_assets.federation.protocol.points import TRAIN_LOSS, VAL_LOSS, VAL_LOSS_LOCAL, Point
 from fedsft_assets.specs.job import Precision
 from fedsft_assets.specs.plan import LocalWork
@@ -31,9 +32,13 @@ _SHOWN, _QUOTED = 80, 200  # characters of an invalid value shown
 
 
 def _metric(name: str) -> str:
-    if name not in (TRAIN_LOSS, VAL_LOSS, VAL_LOSS_LOCAL) and phase_of(name) not in PHASES:
+    if name not in (TRAIN_LOSS, VAL_LOSS, VAL_LOSS_LOCAL) and not _is_cost(name):
         raise ValueError("expected the name of a metric of this package")
     return name
+
+
+def _is_cost(name: str) -> bool:
+    return phase_of(name) is not None or name in COSTS_OF_A_SITE
 
 
 def _one_line(text: str) -> str:
@@ -274,8 +279,8 @@ def _exactly(score: ScoreMessage, name: str, count: int) -> list[PointMessage]:
 
 
 def _require_only(score: ScoreMessage, losses: Sequence[str]) -> None:
-    """Allow only these losses, and at most one point per phase."""
+    """Allow only these losses, and at most one point per phase and other cost."""
     names = [point.name for point in score.points if point.name not in losses]
     for name in names:
-        _require(phase_of(name) is not None, name, None, "a point", "none in this task")
+        _require(_is_cost(name), name, None, "a point", "none in this task")
         _require(names.count(name) == 1, name, None, f"{names.count(name)} points", "1")

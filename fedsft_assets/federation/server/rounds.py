@@ -6,11 +6,15 @@ Independent of how messages are transported.
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fedsft_assets.federation.protocol.costs import SERVER_CPU_SECONDS
 from fedsft_assets.federation.protocol.journal import JOURNAL_FILE, Finished, Journal, Progress, RoundDone
 from fedsft_assets.federation.protocol.messages import BEST_MODEL, LAST_MODEL, Wire
+from fedsft_assets.federation.protocol.meter import Meter
+from fedsft_assets.federation.protocol.phases import round_to_ms
 from fedsft_assets.federation.protocol.site_messages import RoundLimits, ScoreMessage, points_of
 from fedsft_assets.federation.server.curves import merged_train_loss, merged_val_loss
 from fedsft_assets.federation.server.global_model import GlobalModel
@@ -35,8 +39,9 @@ class Rounds:
         all_needed: bool,
         max_update_ratio: float | None,
     ) -> None:
-        """Raises ValueError if the state or the journal is unreadable."""
+        """Raises ValueError if the state or the journal is unreadable, MeterError naming a file, and OSError."""
         self.state = ServerState(folder)
+        self._meter = Meter(folder, "server")
         self.journal = Journal(folder / JOURNAL_FILE)
         self.global_model = GlobalModel(self.state, wire, algorithm, sites)
         self.review = Review(
@@ -71,7 +76,8 @@ class Rounds:
         progress = self.state.progress
         points = [point for site, score in scores.items() for point in points_of(site, score.points)]
         merged = merged_val_loss(points, progress.finished, sum(progress.samples.values()))
-        self.journal.add([merged])
+        cpu = round_to_ms(self._meter.read().cpu_seconds)
+        self.journal.add([merged, replace(merged, name=SERVER_CPU_SECONDS, value=cpu)])
         if progress.finished > 0 and (progress.best_loss is None or merged.value < progress.best_loss):
             progress.best_loss, progress.best_round = merged.value, progress.finished
 

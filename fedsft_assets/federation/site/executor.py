@@ -5,6 +5,7 @@ This one takes nothing from the job: if the site's `class_allow_list` has only t
 commands.
 """
 
+from pathlib import Path
 from typing import Any
 
 from nvflare.apis.event_type import EventType
@@ -16,7 +17,10 @@ from nvflare.fuel.f3.message import Message
 
 from fedsft_assets.federation.connections.local_driver import require_local_driver
 from fedsft_assets.federation.connections.site_answers import answer_only_what_jobs_need
+from fedsft_assets.federation.connections.traffic import count_traffic
 from fedsft_assets.federation.protocol.messages import PROGRESS_CHANNEL, PROGRESS_TOPIC
+from fedsft_assets.federation.protocol.meter import Meter
+from fedsft_assets.federation.protocol.state_folder import site_state_folder
 from fedsft_assets.process_env import forget_secrets
 
 PLAN = "config/plan.json"  # in the site's part of the job folder
@@ -43,8 +47,15 @@ class InstalledTrainer(ClientAPIExecutor):
             cell = fl_ctx.get_engine().get_cell().core_cell
             answer_only_what_jobs_need(cell)
             server = FQCN.join([FQCN.ROOT_SERVER, fl_ctx.get_job_id()])
+            count_traffic(cell, _traffic_meter(fl_ctx))
             cell.register_request_cb(PROGRESS_CHANNEL, PROGRESS_TOPIC, _forward, cell=cell, server=server)
         super().handle_event(event_type, fl_ctx)
+
+
+def _traffic_meter(fl_ctx: FLContext) -> Meter:
+    """The meter of this process, beside those of the site's trainer, which reports what they have counted."""
+    run_dir = Path(fl_ctx.get_engine().get_workspace().get_run_dir(fl_ctx.get_job_id()))
+    return Meter(site_state_folder(run_dir, fl_ctx.get_identity_name()), "connection")
 
 
 def _forward(message: Message, cell: Any, server: str) -> Message:

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING
 import psutil
 
 from fedsft_assets.federation.protocol.messages import other_version
+from fedsft_assets.federation.protocol.meter import Meter
 from fedsft_assets.federation.protocol.phases import JOB_STARTED, PhaseClock
+from fedsft_assets.federation.protocol.state_folder import site_state_folder
 from fedsft_assets.federation.site.cpu_slots import turn
 from fedsft_assets.federation.site.failure_log import FAILURE_MARK
 from fedsft_assets.federation.site.files import with_own_files
@@ -58,7 +60,6 @@ def _work(plan: SitePlan) -> None:
 
         from fedsft_assets.federation.connections.local_driver import use_local_driver
         from fedsft_assets.federation.site.global_model import ExchangeError
-        from fedsft_assets.federation.site.state import site_state_folder
         from fedsft_assets.federation.site.trainer import SiteTrainer
         from fedsft_assets.federation.transport import TensorEndpoint, tensor_streams
         from fedsft_assets.memory import keep_message_memory
@@ -72,8 +73,10 @@ def _work(plan: SitePlan) -> None:
             raise ExchangeError(f"{plan.site}: {wrong}")
         with clock.phase("load"):
             plan = with_own_files(plan, os.environ)
+        state = site_state_folder(Path.cwd().parent, plan.site)
+        meter = Meter(state, f"rank-{_rank()}")
         reporter = Reporter(plan.site, send_through_site)
-        trainer = SiteTrainer(plan, clock, reporter.report, site_state_folder(Path.cwd().parent, plan.site))
+        trainer = SiteTrainer(plan, clock, reporter.report, state, meter)
         endpoint.deltas = trainer.exchange
         gc.freeze()  # what is loaded by now stays: collections need not look through it again
         followers = Followers() if plan.training.devices > 1 else None
@@ -114,8 +117,12 @@ def _is_end_of_job(error: Exception) -> bool:
     return isinstance(error, TrainerSessionError)
 
 
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
 def _leads() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
+    return _rank() == 0
 
 
 def _give_up(why: str) -> None:

@@ -5,7 +5,6 @@ job, once the server can no longer resume the execution.
 """
 
 import contextlib
-import os
 import shutil
 import time
 from collections.abc import Collection
@@ -14,8 +13,6 @@ from typing import Any
 
 import torch
 
-from fedsft_assets.federation.protocol.messages import SITE_STATE_ROOT
-from fedsft_assets.federation.protocol.state_folder import execution_folder
 from fedsft_assets.federation.protocol.whole_file import whole_file
 
 _SECONDS_TO_BE_KNOWN = 600.0  # the server's list of executions may be as old as its message
@@ -71,12 +68,3 @@ class SiteState:
 
     def _path(self, finished_rounds: int) -> Path:
         return self._folder / f"{self._rank}-{finished_rounds:06d}.pt"
-
-
-def site_state_folder(run_dir: Path, site: str) -> Path:
-    """Folder of a site's state for the execution that the job in `run_dir` belongs to.
-
-    Under FEDSFT_SITE_STATE if set, otherwise beside the jobs in the site's workspace.
-    """
-    root = Path(os.environ.get(SITE_STATE_ROOT) or run_dir.parent / "fedsft")
-    return execution_folder(run_dir / "meta.json", root, run_dir.name) / site

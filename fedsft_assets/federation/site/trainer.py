@@ -18,6 +18,7 @@ from fedsft_assets.federation.protocol.messages import (
     Kind,
     Wire,
 )
+from fedsft_assets.federation.protocol.meter import Meter
 from fedsft_assets.federation.protocol.phases import PhaseClock
 from fedsft_assets.federation.protocol.points import TRAIN_LOSS, VAL_LOSS, VAL_LOSS_LOCAL, Point
 from fedsft_assets.federation.site.global_model import ExchangeError, SiteExchange, Weight
@@ -45,13 +46,16 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 
 class SiteTrainer:
-    """Lives across rounds; `clock` accounts for time by phase, `tell` receives progress.
+    """Lives across rounds; `clock` accounts for time by phase, `meter` for the rest, `tell` receives progress.
 
     `state` is the folder from which a restarted trainer resumes.
     """
 
-    def __init__(self, plan: SitePlan, clock: PhaseClock, tell: Tell, state: Path | None = None) -> None:
+    def __init__(
+        self, plan: SitePlan, clock: PhaseClock, tell: Tell, state: Path | None = None, meter: Meter | None = None
+    ) -> None:
         self.plan, self.clock, self._tell = plan, clock, tell
+        self._meter = meter or Meter()
         self.first_digest: str | None = None
         self._wire = Wire(plan.wire)
         with clock.phase("load"):
@@ -237,8 +241,9 @@ class SiteTrainer:
             loss = mean_loss(self.model, self.validation, self.plan.training, self.devices, self._show_validated)
         samples = self._samples(finished_rounds)
         points = [Point(name, loss.loss, finished_rounds, samples, self.plan.site, tokens=loss.tokens)]
-        if name == VAL_LOSS:  # time by phase since the last one
+        if name == VAL_LOSS:  # the costs of all that came before
             points += self.clock.points(finished_rounds, samples, self.plan.site)
+            points += self._meter.read_all().points(finished_rounds, samples, self.plan.site)
         self._say(f"{name} {loss.loss:.4f} after {finished_rounds} of {self.plan.rounds} rounds", points)
         return loss.loss
 
@@ -263,6 +268,7 @@ class SiteTrainer:
 
     def _say(self, text: str, points: list[Point] | None = None) -> None:
         self._last_line, self._tokens_since = time.monotonic(), 0
+        self._meter.read()  # noted in its file
         if self.devices.rank == 0:
             self._tell(text, points or [])
 

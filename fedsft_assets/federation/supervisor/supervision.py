@@ -6,9 +6,11 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Generator, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 from fedsft_assets.federation.job_folder import JobFolder
+from fedsft_assets.federation.protocol.costs import costs_of
 from fedsft_assets.federation.protocol.events import Event, JobError
 from fedsft_assets.federation.protocol.job_report import MODEL_FILE, JobReport, global_curve
 from fedsft_assets.federation.protocol.journal import EntryError, Missed, Progress, Regroup
@@ -151,6 +153,7 @@ class Supervision:
         except ValueError as error:  # the server reports success, but its journal is incomplete
             raise JobError(f"FLARE job {self._record.now.job_id}: {error}") from error
         epsilon, releases = self._charges.spent()
+        costs = costs_of(points, spec.rounds, {(one.site, one.round) for one in self.history.missed})
         with publish_folder(into) as folder:
             made = make_checkpoint(
                 *self._runtime.command("fedsft_assets.federation.supervisor.checkpoint"),
@@ -182,6 +185,8 @@ class Supervision:
                 history=self._record.now.id,
                 releases=releases,
                 seed=spec.seed,
+                **asdict(costs),
+                elapsed=[round_to_ms(self._record.seconds_at(time)) for time in curve.times],
             )
             report.write(folder)
         self._record.save(checkpoint=file_digest(into / MODEL_FILE))

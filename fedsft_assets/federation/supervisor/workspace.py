@@ -26,6 +26,8 @@ _NAME_LENGTH = 16  # hexadecimal digits of a subject's digest in the name of its
 class Execution:
     """The state of an execution: `rounds` finished, `seconds` spent in all attempts so far.
 
+    `attempts` has, for each attempt, its start in seconds since the epoch and the seconds of all earlier ones.
+
     `subject` says what is executed. `submissions` counts submissions, `job_id` is the FLARE job of the last one, once
     known; `stopped`: its server gave up, or has lost the result. `status` is the runtime's status of a successful job,
     set once its files are in the workspace; `checkpoint` is the digest of the archive built from them; `ended`: nothing
@@ -39,6 +41,7 @@ class Execution:
     stopped: bool = False
     rounds: int = 0
     seconds: float = 0.0
+    attempts: list[list[float]] = field(default_factory=list)
     status: str | None = None
     checkpoint: str | None = None
     ended: bool = False
@@ -191,6 +194,7 @@ class ExecutionRecord:
         assert execution, "run_job begins an execution before it starts a supervisor"
         self._workspace, self._execution = workspace, execution
         self._begun, self._seconds_before = time.monotonic(), execution.seconds
+        self._attempts = [*execution.attempts, [time.time(), execution.seconds]]
 
     @property
     def now(self) -> Execution:
@@ -202,9 +206,16 @@ class ExecutionRecord:
         """Total time of the execution so far, over all attempts."""
         return self._seconds_before + time.monotonic() - self._begun
 
+    def seconds_at(self, moment: float) -> float:
+        """The part of `seconds` until a moment in seconds since the epoch; pauses between attempts do not count."""
+        ends = [*(before for _, before in self._attempts[1:]), self.seconds]
+        attempts = zip(self._attempts, ends, strict=True)
+        passed = [min(before + moment - begun, end) for (begun, before), end in attempts if begun <= moment]
+        return passed[-1] if passed else 0.0
+
     def save(self, **changes: object) -> None:
         """Update these fields and save."""
-        changed = replace(self._execution, seconds=self.seconds, **changes)  # type: ignore[arg-type]
+        changed = replace(self._execution, seconds=self.seconds, attempts=self._attempts, **changes)  # type: ignore[arg-type]
         self._execution = self._workspace.save(changed)
 
     def begin_anew(self) -> None:

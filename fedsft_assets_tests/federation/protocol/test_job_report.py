@@ -39,11 +39,20 @@ REPORT = JobReport(
     job_id="7",
     status="FINISHED:COMPLETED",
     missed={"site-1": [2]},
+    seed=1234,
+    steps=2,
+    traffic={"site-1": {"sent": 8_000_000, "received": 12_000_000}, "site-2": {"sent": 1, "received": 2}},
+    cpu_seconds=2.5,
+    peak_memory=700_000_000,
+    elapsed=[0.5, 1.0, 1.25],
+    transferred=[4_000_002, 12_000_003, 20_000_003],
 )
 
 
 def test_curve_is_that_of_the_global_model_with_the_tokens_of_all_sites() -> None:
-    assert global_curve(POINTS, SPEC) == Curve([0, 16, 32], [7.0, 2.0, 2.5], tokens=150)
+    curve = global_curve(POINTS, SPEC)
+    assert curve == Curve([0, 16, 32], [7.0, 2.0, 2.5], tokens=150)
+    assert curve.times == [point.time for point in POINTS if point.name == "val_loss" and not point.site]
 
 
 def test_curve_does_not_depend_on_the_order_of_points() -> None:
@@ -79,3 +88,9 @@ def test_report_is_the_same_after_a_trip_through_its_file(tmp_path: Path) -> Non
 
 def test_report_knows_base_best_and_last() -> None:
     assert (REPORT.base_val_loss, REPORT.best_val_loss, REPORT.last_val_loss) == (7.0, 2.0, 2.5)
+
+
+def test_report_knows_what_all_sites_sent_and_received() -> None:
+    assert (REPORT.sent, REPORT.received) == (8_000_001, 12_000_002)
+    unknown = replace(REPORT, traffic=None)
+    assert (unknown.sent, unknown.received) == (None, None)

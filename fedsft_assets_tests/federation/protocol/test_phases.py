@@ -36,4 +36,5 @@ def test_only_seconds_of_a_phase_are_taken_for_them() -> None:
     assert phase_of(metric_name("load")) == "load"
     assert phase_of("seconds") is None
     assert phase_of("system/cpu_utilization_percentage") is None
+    assert phase_of("system/cpu_seconds") is None
     assert phase_of("val_loss") is None

@@ -140,6 +140,17 @@ def test_whole_job_is_in_the_journal_in_its_order(tmp_path: Path) -> None:
     assert server.panics == []
 
 
+def test_cpu_seconds_of_the_server_are_told_with_each_score_and_go_on_in_the_next_process(tmp_path: Path) -> None:
+    Server(tmp_path, [Site("site-1")], num_rounds=2).run()
+    points = Server(tmp_path, [Site("site-1")], num_rounds=2).cpu_seconds
+    assert [point.round for point in points] == [0, 1, 2]
+    assert [point.value for point in points] == sorted(point.value for point in points)
+    assert 0 < points[-1].value <= time.process_time()
+    later = Server(tmp_path, [Site("site-1")], num_rounds=3)
+    later.run()
+    assert later.cpu_seconds[-1].value > 2 * points[0].value  # as if this process were another one
+
+
 # The global model.
 
 

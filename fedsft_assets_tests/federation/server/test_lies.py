@@ -179,6 +179,14 @@ LIES: Mapping[str, tuple[Lie, str]] = {
         _points(lambda p: [*p, {**p[0], "name": "system/train_seconds", "value": -1.0}]),
         "system/",
     ),
+    "CPU seconds of the server": (
+        _points(lambda p: [*p, {**p[0], "name": "system/server_cpu_seconds"}]),
+        "points.5.name: found",
+    ),
+    "fewer bytes than none": (
+        _points(lambda p: [*p, {**p[0], "name": "system/sent_bytes", "value": -1.0}]),
+        "system/",
+    ),
     "another tensor": (
         lambda result: result.params.update(extra=torch.ones(1)),
         "tensors differ from those of the global model: extra",

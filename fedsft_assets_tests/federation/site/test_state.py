@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fedsft_assets.federation.protocol.messages import EXECUTION_KEY, SITE_STATE_ROOT
-from fedsft_assets.federation.site.state import SiteState, site_state_folder
+from fedsft_assets.federation.protocol.state_folder import site_state_folder
+from fedsft_assets.federation.site.state import SiteState
 from fedsft_assets_tests.small_disk import fill, small_disk, why_not
 
 CPU = torch.device("cpu")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from nvflare.apis.fl_constant import FLMetaKey
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 
+from fedsft_assets.federation.protocol.costs import COSTS_OF_A_SITE, CPU_SECONDS, PEAK_MEMORY, is_cost
 from fedsft_assets.federation.protocol.messages import (
     FIRST_KEY,
     KIND_KEY,
@@ -20,7 +22,7 @@ from fedsft_assets.federation.protocol.messages import (
     VERSION_KEY,
     Kind,
 )
-from fedsft_assets.federation.protocol.phases import PhaseClock, metric_name, phase_of
+from fedsft_assets.federation.protocol.phases import PhaseClock, metric_name
 from fedsft_assets.federation.protocol.points import Point, points_to_data
 from fedsft_assets.federation.protocol.site_messages import PointMessage, RoundLimits, points_of
 from fedsft_assets.federation.server.aggregation import TokenWeightedAverage
@@ -366,7 +368,7 @@ def test_every_value_is_told_once_in_its_order(make_trainer: MakeTrainer, heard:
     for number in range(2):
         heard.clear()
         trainer.train(_sent(base, number))
-        measured = [point for point in heard.points if not phase_of(point.name)]
+        measured = [point for point in heard.points if not is_cost(point.name)]
         assert [point.name for point in measured] == ["val_loss", "train_loss", "train_loss", "val_loss_local"]
         assert len({point.identity for point in heard.points}) == len(heard.points)
 
@@ -374,6 +376,17 @@ def test_every_value_is_told_once_in_its_order(make_trainer: MakeTrainer, heard:
 def test_seconds_of_every_phase_are_told(make_trainer: MakeTrainer, heard: Heard, base: Weights) -> None:
     make_trainer().train(_sent(base))
     assert {metric_name(phase) for phase in ("load", "tokenize", "validate")} <= {point.name for point in heard.points}
+
+
+def test_costs_are_told_with_the_score_of_the_model_that_came(
+    make_trainer: MakeTrainer, heard: Heard, base: Weights
+) -> None:
+    make_trainer().train(_sent(base, 1))
+    costs = {point.name: point for point in heard.points if point.name in COSTS_OF_A_SITE}
+    assert {(point.round, point.samples) for point in costs.values()} == {(1, 8)}
+    assert costs.keys() == set(COSTS_OF_A_SITE)
+    assert 0 < costs[CPU_SECONDS].value <= time.process_time()
+    assert costs[PEAK_MEMORY].value > 1 << 20
 
 
 def test_what_is_told_names_round_and_step(make_trainer: MakeTrainer, heard: Heard, base: Weights) -> None:

@@ -3,12 +3,13 @@
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from fedsft_assets.federation.supervisor.workspace import Execution, Workspace, Workspaces
+from fedsft_assets.federation.supervisor.workspace import Execution, ExecutionRecord, Workspace, Workspaces
 
 SUBJECT = {"runtime": "simulator", "job_folder": "a", "base_model": "b"}
 
@@ -32,6 +33,24 @@ def test_execution_is_taken_up_again_with_all_that_is_known_of_it(workspace: Wor
     workspace.journal.write_text("")
     assert Workspace(workspace.folder).resume_or_create(dict(SUBJECT)) == known
     assert workspace.journal.exists()
+
+
+def test_run_time_until_a_moment_leaves_out_pauses_between_attempts(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "time", lambda: 1000.0)
+    workspace.resume_or_create(SUBJECT)
+    first = ExecutionRecord(workspace)
+    assert first.seconds_at(1000.0) == 0.0
+    workspace.save(replace(first.now, seconds=50.0, attempts=[[1000.0, 0.0]]))
+    monkeypatch.setattr(time, "time", lambda: 5000.0)
+    second = ExecutionRecord(workspace)
+    monkeypatch.setattr(time, "monotonic", lambda: second._begun + 30.0)
+    second.save()
+    assert workspace.execution() == second.now
+    assert second.now.attempts == [[1000.0, 0.0], [5000.0, 50.0]]
+    moments = [900.0, 1000.0, 1020.0, 1050.0, 4000.0, 5000.0, 5010.0, 5030.0, 9999.0]
+    assert [second.seconds_at(moment) for moment in moments] == [0, 0, 20, 50, 50, 50, 60, 80, 80]
 
 
 @pytest.mark.parametrize("changed", ["runtime", "job_folder", "base_model"])
