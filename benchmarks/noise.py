@@ -20,7 +20,7 @@ from benchmarks.transfer.model import Shape, random_tensors
 from fedsft_assets.federation.site.update_filters import ChangeFilter
 from fedsft_assets.specs.job import FiltersSpec, PrivacySpec
 
-_PRIVACY = PrivacySpec(clip=1.0, noise_multiplier=0.001)
+PRIVACY = PrivacySpec(clip=1.0, noise_multiplier=0.001)
 _WIDTH, _POSITIONS = 2048, 2048
 _PARAMETERS = Shape(layers=24, width=_WIDTH, positions=_POSITIONS).parameters
 
@@ -45,8 +45,8 @@ def main() -> None:
     shape = Shape(layers=args.layers, width=_WIDTH, positions=_POSITIONS)
     changes = dict(random_tensors(shape, torch.float32, seed=0))
     print(f"{shape.parameters / 1e6:.0f} million numbers in float32, {args.threads} threads", flush=True)
-    ours = ChangeFilter(FiltersSpec(privacy=_PRIVACY))
-    ways: dict[str, Callable[[Changes], object]] = {"torch's generator": _with_seed, "this project": ours.privatized}
+    ours = ChangeFilter(FiltersSpec(privacy=PRIVACY))
+    ways: dict[str, Callable[[Changes], object]] = {"torch's generator": with_seed, "this project": ours.privatized}
     took: dict[str, list[Took]] = {way: [] for way in ways}
     for _ in range(args.repeats):
         for way, do in ways.items():
@@ -62,15 +62,15 @@ def main() -> None:
     print(Target("noise_time", now.wall / before.wall, 2.0))
 
 
-def _with_seed(changes: Changes) -> None:
+def with_seed(changes: Changes) -> None:
     """The same with torch's generator, of whose seed 32 bits count."""
     random = torch.Generator().manual_seed(secrets.randbits(63))
     norm = math.sqrt(sum(change.to(torch.float64).square().sum().item() for change in changes.values()))
     for change in changes.values():
-        if norm > _PRIVACY.clip:
-            change.mul_(_PRIVACY.clip / norm)
+        if norm > PRIVACY.clip:
+            change.mul_(PRIVACY.clip / norm)
         noise = torch.empty_like(change).normal_(generator=random)
-        change.add_(noise, alpha=_PRIVACY.deviation)
+        change.add_(noise, alpha=PRIVACY.deviation)
 
 
 def _timed(do: Callable[[Changes], object], changes: Changes) -> Took:

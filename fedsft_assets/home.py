@@ -58,8 +58,8 @@ def check_home(settings: Settings) -> None:
         _check(settings, found)
 
 
-def claim_home(settings: Settings, move: Callable[[Path], object]) -> None:
-    """Bind this home to the settings' purpose while this process lives.
+def claim_home(settings: Settings, move: Callable[[Path], object], locks: list[IO[str]] = _in_use) -> None:
+    """Bind this home to the settings' purpose while this process lives, and `locks` holds its lock.
 
     An empty home that no other process uses can be rebound. `move` is called with the old path of a moved home. Raises
     HomeError as `check_home` does, and if the data does not exist.
@@ -74,7 +74,7 @@ def claim_home(settings: Settings, move: Callable[[Path], object]) -> None:
         ) from error
     _close(settings.home)
     with locked(settings.home):
-        alone = _use(settings.home)
+        alone = _use(settings.home, locks)
         found = read_home(settings.home, settings.project)
         if found and not (alone and _is_empty(settings.home)):
             _check(settings, found)
@@ -155,10 +155,10 @@ def _portable(value: str, folders: Mapping[str, Path]) -> str:
     return value
 
 
-def _use(home: Path) -> bool:
+def _use(home: Path, locks: list[IO[str]]) -> bool:
     """Register this process as a user of the home; returns whether it is the only one."""
     lock = (home / _LOCK).open("a")
-    _in_use.append(lock)
+    locks.append(lock)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         alone = True

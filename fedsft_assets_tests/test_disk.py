@@ -2,14 +2,15 @@
 
 import errno
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from fedsft_assets import disk
 from fedsft_assets.disk import explain, explain_text
 from fedsft_assets.settings import PROJECT
 
@@ -47,7 +48,7 @@ def test_what_sqlite_says_of_it_is_understood(tmp_path: Path, monkeypatch: pytes
     assert "cannot write there: attempt to write a readonly database" in str(explain(forbidden, tmp_path))
     perhaps = sqlite3.OperationalError("disk I/O error")  # a disk that is broken too
     assert explain(perhaps, tmp_path) is None
-    monkeypatch.setattr(disk, "_free", lambda _: 0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
     assert "no space left on its disk" in str(explain(perhaps, tmp_path))
 
 
@@ -61,6 +62,7 @@ def test_other_errors_are_not_explained_away(tmp_path: Path) -> None:
 _WRITES = """
 import os, subprocess, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 from fedsft_assets.disk import one_line_when_full
 with one_line_when_full(Path(sys.argv[1])):
     for line in sys.argv[2:]:

@@ -7,10 +7,10 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import pytest
 
-from fedsft_assets import home
 from fedsft_assets.home import check_home, claim_home, close_home
 from fedsft_assets.home_file import HOME_FILE, HomeError
 from fedsft_assets.settings import PROJECT, Settings
@@ -18,16 +18,9 @@ from fedsft_assets_tests.watched import open_to_others
 
 
 @pytest.fixture(autouse=True)
-def _another_process_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The locks of a home end with the process that holds them; here, with the next call."""
-    monkeypatch.setattr(home, "_in_use", _Forgetful())
+def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("DATA", "MODEL", "MODEL_PATH", "DATASETS", "JOBS", "HOME", "SEEDS"):
         monkeypatch.delenv(f"FEDSFT_{name}", raising=False)
-
-
-class _Forgetful(list):  # type: ignore[type-arg]
-    def append(self, lock: object) -> None:
-        self[:] = [lock]
 
 
 @pytest.fixture
@@ -43,8 +36,14 @@ def _never(old: Path) -> None:
     raise AssertionError(f"the home was not moved from {old}")
 
 
-def _claim(settings: Settings) -> None:
-    claim_home(settings, _never)
+def _claim(settings: Settings, move: Callable[[Path], object] = _never) -> None:
+    """As a process does that ends at once, and its lock with it."""
+    locks: list[IO[str]] = []
+    try:
+        claim_home(settings, move, locks)
+    finally:
+        for lock in locks:
+            lock.close()
 
 
 def _use(path: Path, **said: str) -> None:
@@ -155,7 +154,6 @@ def test_home_that_another_process_uses_stays_what_it_is(tmp_path: Path, folder:
         data = folder("data")
         assert "not for data" in _refusal(lambda: _claim(Settings(home=path, data=data)))
         _claim(Settings(home=path))  # the same is welcome
-        home._in_use.clear()
         assert user.stdin
         user.stdin.close()
     _claim(Settings(home=path, data=data))
@@ -165,7 +163,7 @@ def test_home_that_another_process_uses_stays_what_it_is(tmp_path: Path, folder:
 def test_home_that_cannot_be_a_folder_is_named(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(HomeError, match=r": cannot create this folder: .*; set FEDSFT_HOME to another one"):
-        claim_home(Settings(home=tmp_path / place), print)
+        _claim(Settings(home=tmp_path / place), print)
 
 
 def test_data_that_is_not_there_leaves_no_trace(tmp_path: Path) -> None:
@@ -213,7 +211,7 @@ def test_home_that_was_moved_is_told_its_old_place_once(tmp_path: Path) -> None:
     (tmp_path / "home").rename(tmp_path / "moved")
     told: list[Path] = []
     for _ in range(2):
-        claim_home(Settings(home=tmp_path / "moved"), told.append)
+        _claim(Settings(home=tmp_path / "moved"), told.append)
     assert told == [tmp_path / "home"]
 
 
@@ -221,9 +219,9 @@ def test_move_that_failed_is_told_again(tmp_path: Path) -> None:
     _use(tmp_path / "home")
     (tmp_path / "home").rename(tmp_path / "moved")
     with pytest.raises(AssertionError):
-        claim_home(Settings(home=tmp_path / "moved"), _never)
+        _claim(Settings(home=tmp_path / "moved"))
     told: list[Path] = []
-    claim_home(Settings(home=tmp_path / "moved"), told.append)
+    _claim(Settings(home=tmp_path / "moved"), told.append)
     assert told == [tmp_path / "home"]
 
 

@@ -48,7 +48,9 @@ class Cost:
         return self.ended - self.begun
 
 
-def cost(command: Sequence[str | Path], environment: Mapping[str, str], log: Path) -> Cost:
+def cost(
+    command: Sequence[str | Path], environment: Mapping[str, str], log: Path, seconds_to_end: float = _SECONDS_TO_END
+) -> Cost:
     """Run a command from the project's root to its end; what it prints goes to `log`.
 
     Whatever it leaves running is counted too, and ended. For a process with no other children: this one becomes the
@@ -76,7 +78,7 @@ def cost(command: Sequence[str | Path], environment: Mapping[str, str], log: Pat
     finally:
         tree.stop.set()
         sampler.join()
-        tree.end()
+        tree.end(seconds_to_end)
         process.wait()
     if code:
         said = log.read_text(encoding="utf-8", errors="replace")[-4000:]
@@ -111,9 +113,9 @@ class _Tree:
             _reap(self._root)
             pause = max(_SECONDS_BETWEEN_SAMPLES, (time.thread_time() - begun) / _MOST_OF_A_CORE)
 
-    def end(self) -> None:
+    def end(self, seconds: float) -> None:
         """Have every process end, by force if it takes too long."""
-        deadline = time.monotonic() + _SECONDS_TO_END
+        deadline = time.monotonic() + seconds
         while living := self._living():
             if self.stop.is_set() and time.monotonic() > deadline:
                 for pid in living:

@@ -107,7 +107,7 @@ class _Benchmark:
         targets = []
         for size in sizes:
             runs = self._size(size)
-            targets += _targets(size, runs[OURS], runs[STOCK])
+            targets += size_targets(size, runs[OURS], runs[STOCK])
         if not self.args.quick and _OF_MANY in sizes:
             targets.append(self._many())
         say(f"load average at the end {os.getloadavg()[0]:.1f}\n")
@@ -176,13 +176,13 @@ def _run(way: str, size: str, exchange: Exchange, archive: Path, folder: Path) -
         if code or len(notes) < exchange.sites:
             end = (folder / "log").read_text(encoding="utf-8", errors="replace")[-4000:]
             raise BenchmarkError(f"the {way} job of {size} GB ended with exit code {code}:\n{end}")
-        return _figures(way, size, exchange, watch.peaks, notes)
+        return run_figures(way, size, exchange, watch.peaks, notes)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True)
-class _Note:
+class Note:
     """What a site wrote into its diary."""
 
     what: str
@@ -192,19 +192,19 @@ class _Note:
     memory: int
 
 
-def _notes(diaries: Path) -> dict[str, list[_Note]]:
+def _notes(diaries: Path) -> dict[str, list[Note]]:
     return {
-        path.stem: [_Note(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+        path.stem: [Note(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
         for path in diaries.glob("*.jsonl")
     }
 
 
-def _figures(way: str, size: str, exchange: Exchange, peaks: Peaks, notes: dict[str, list[_Note]]) -> Run:
+def run_figures(way: str, size: str, exchange: Exchange, peaks: Peaks, notes: dict[str, list[Note]]) -> Run:
     """Of the rounds after the first, in which sites are still starting."""
     everything = [note for site in notes.values() for note in site]
     size_of_all = exchange.bytes * exchange.sites
 
-    def of(what: str, number: int) -> list[_Note]:
+    def of(what: str, number: int) -> list[Note]:
         return [note for note in everything if (note.what, note.round) == (what, number)]
 
     def rate(what: str) -> float:
@@ -223,12 +223,12 @@ def _figures(way: str, size: str, exchange: Exchange, peaks: Peaks, notes: dict[
     )
 
 
-def _span(notes: Iterable[_Note]) -> float:
+def _span(notes: Iterable[Note]) -> float:
     notes = list(notes)
     return max(note.ended for note in notes) - min(note.begun for note in notes)
 
 
-def _targets(size: str, ours: Sequence[Run], stock: Sequence[Run]) -> list[Target]:
+def size_targets(size: str, ours: Sequence[Run], stock: Sequence[Run]) -> list[Target]:
     """Without a run of ours that fits there is nothing to compare, and memory says so."""
     targets = []
     if ours and stock:

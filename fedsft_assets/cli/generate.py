@@ -155,7 +155,7 @@ def _talk(archive: Path, settings: GenerationSettings, chat: bool, prompts: list
     for number, prompt in enumerate(prompts):
         if number:
             _write("\n")
-        _write_answer(Conversation(model, settings, chat), prompt)
+        write_answer(Conversation(model, settings, chat), prompt)
         _write("\n")
     if interactive:
         _say(f"{archive}: Ctrl-C stops an answer; an empty line or Ctrl-D exits.")
@@ -178,7 +178,7 @@ def _interact(conversation: Conversation) -> None:
         if not text.strip():
             return
         try:
-            _write_answer(conversation, text)
+            write_answer(conversation, text)
         except KeyboardInterrupt:
             pass
         except ModelError as error:
@@ -187,7 +187,8 @@ def _interact(conversation: Conversation) -> None:
         _write("\n")
 
 
-def _write_answer(conversation: Conversation, text: str) -> None:
+def write_answer(conversation: Conversation, text: str) -> None:
+    """Stream the answer to standard output, with a note on standard error if it is empty."""
     if not conversation.answer(text, _write):
         _say("(the answer is empty)")
 

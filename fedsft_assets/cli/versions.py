@@ -2,7 +2,6 @@
 
 import argparse
 import getpass
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +30,7 @@ def add_commands(commands: Any) -> None:
 def run_accept(args: argparse.Namespace, settings: Settings) -> None:
     store = settings.store
     try:
-        version = accept(store.splits(args.dataset), args.checks, f"{_user()}, by fedsft accept")
+        version = accept(store.splits(args.dataset), args.checks, f"{getpass.getuser()}, by fedsft accept")
     except NoVersionError as error:
         sys.exit(str(error))
     print(f"{version}: is now current; accepted despite {', '.join(args.checks)}")
@@ -84,13 +83,6 @@ def _here(store: Store, archive: Path) -> Path:
     """The checkpoint's version in this home, even if the home was moved since it was registered."""
     digest, job = archive.parent.name, archive.parent.parent.name
     return store.checkpoint(job) / digest
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # an account without an entry in the password file
-        return f"uid {os.getuid()}"
 
 
 def _size(count: float) -> str:

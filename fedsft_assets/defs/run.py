@@ -134,7 +134,7 @@ def _print_events(
                 connection = instance.get_records_for_run(run_id, cursor=cursor)
                 cursor = connection.cursor
                 for record in connection.records:
-                    if text := _line(record.event_log_entry, settings):
+                    if text := log_line(record.event_log_entry, settings):
                         print(f"{time.monotonic() - begun:5.0f} s  {redact(text)}", flush=True)
         except Exception as error:  # on a full disk, events cannot be read either
             if not explain(error, settings.home):
@@ -144,7 +144,7 @@ def _print_events(
         done.wait(_POLL_SECONDS)
 
 
-def _line(entry: dg.EventLogEntry, settings: Settings) -> str | None:
+def log_line(entry: dg.EventLogEntry, settings: Settings) -> str | None:
     """The line to print for an entry of Dagster's log, or None."""
     event = entry.dagster_event
     if event is None:

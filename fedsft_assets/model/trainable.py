@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedsft_assets.model.errors import ModelError
+from fedsft_assets.model.errors import ModelError, listed
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_MAX_LISTED = 5
 
 
 def require_same_shapes(own: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]], claim: str) -> None:
@@ -22,8 +21,7 @@ def require_same_shapes(own: Mapping[str, tuple[int, ...]], given: Mapping[str, 
         if name in given and given[name] != shape
     ]
     if problems:
-        more = f" and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
-        raise ModelError(f"{claim}: {'; '.join(problems[:_MAX_LISTED])}{more}")
+        raise ModelError(f"{claim}: {listed(problems, '; ')}")
 
 
 def require_floats(own: Mapping[str, Tensor], found: Mapping[str, torch.dtype], where: str = "") -> None:

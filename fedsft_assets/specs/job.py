@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from fedsft_assets.specs.dataset import COMBINED
-from fedsft_assets.specs.yaml_file import Spec, SpecError, explain_fields, read_yaml, validated, yaml_files
+from fedsft_assets.specs.yaml_file import Spec, SpecError, read_yaml, validated, yaml_files
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # accepted by `fedsft-site`
 _CAUSE_ENOUGH = 100.0  # times clip: noise that alone explains divergence
@@ -263,10 +263,8 @@ class JobSpec(Spec):
         given = {key: value for key, value in changes.items() if value is not None}
         training = {key: given.pop(key) for key in list(given) if key in TrainingSpec.model_fields}
         data = self.model_dump()
-        try:
-            return type(self).model_validate({**data, **given, "training": {**data["training"], **training}})
-        except ValidationError as error:
-            raise SpecError("\n".join(explain_fields(Path(f"jobs/{self.name}.yaml with overrides"), error))) from error
+        changed = {**data, **given, "training": {**data["training"], **training}}
+        return validated(type(self), Path(f"jobs/{self.name}.yaml with overrides"), changed)
 
     @field_validator("algorithm", mode="before")
     @classmethod

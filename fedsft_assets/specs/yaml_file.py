@@ -63,13 +63,9 @@ def validated(cls: type[S], path: Path, content: dict[str, Any]) -> S:
     try:
         return cls.model_validate(content)
     except ValidationError as error:
-        raise SpecError("\n".join(explain_fields(path, error))) from error
-
-
-def explain_fields(path: Path, error: ValidationError) -> list[str]:
-    lines = []
-    for problem in error.errors():
-        field = ".".join(str(part) for part in problem["loc"]) or "the file"
-        found = "" if problem["type"] == "missing" else f", found {problem['input']!r}"
-        lines.append(f"{path}: {field}: {problem['msg']}{found}")
-    return lines
+        lines = []
+        for problem in error.errors():
+            field = ".".join(str(part) for part in problem["loc"]) or "the file"
+            found = "" if problem["type"] == "missing" else f", found {problem['input']!r}"
+            lines.append(f"{path}: {field}: {problem['msg']}{found}")
+        raise SpecError("\n".join(lines)) from error

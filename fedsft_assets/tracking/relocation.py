@@ -25,7 +25,7 @@ def relocate(store: Store, old: Path) -> int:
 
     MLflow's values change in one transaction. Idempotent. Raises sqlite3.OperationalError or OSError.
     """
-    moved = _moving(old, store.home)
+    moved = path_replacer(old, store.home)
     files = [
         *store.mlflow_artifacts.glob("*/artifacts/*.json"),
         *(file for pattern in ("*.json", "artifacts/*.json") for file in store.outbox.glob(f"*/{pattern}")),
@@ -71,7 +71,7 @@ def _relocate_file(path: Path, moved: Callable[[str], str]) -> int:
     return 1
 
 
-def _moving(old: Path, new: Path) -> Callable[[str], str]:
+def path_replacer(old: Path, new: Path) -> Callable[[str], str]:
     """A function that replaces the old path with the new one in a text: in URLs, in JSON, and in plain text."""
     in_url = _Place(old.as_uri(), new.as_uri())
     as_is = _Place(str(old), str(new))

@@ -6,18 +6,18 @@ import sys
 import pytest
 import torch
 
-from benchmarks.noise import _PRIVACY, _with_seed
+from benchmarks.noise import PRIVACY, with_seed
 from fedsft_assets.federation.site.update_filters import ChangeFilter
 from fedsft_assets.settings import PROJECT
 from fedsft_assets.specs.job import FiltersSpec
 
 
 def test_both_ways_clip_and_blur_alike():
-    for privatized in (_with_seed, ChangeFilter(FiltersSpec(privacy=_PRIVACY)).privatized):
+    for privatized in (with_seed, ChangeFilter(FiltersSpec(privacy=PRIVACY)).privatized):
         change = {"w": torch.full((100_000,), 1.0)}
         privatized(change)
         assert change["w"].mean().item() == pytest.approx(100_000**-0.5, rel=0.01)
-        assert change["w"].std().item() == pytest.approx(_PRIVACY.deviation, rel=0.02)
+        assert change["w"].std().item() == pytest.approx(PRIVACY.deviation, rel=0.02)
 
 
 @pytest.mark.slow

@@ -166,9 +166,8 @@ import json, os, sys
 from dataclasses import asdict
 from pathlib import Path
 from benchmarks.overhead import tree
-tree._SECONDS_TO_END = 0.5
 command, log = sys.argv[1:-1], Path(sys.argv[-1])
-print(json.dumps(asdict(tree.cost(command, os.environ, log))))
+print(json.dumps(asdict(tree.cost(command, os.environ, log, seconds_to_end=0.5))))
 """
 
 

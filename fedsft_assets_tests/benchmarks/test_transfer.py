@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from benchmarks.transfer.__main__ import BF16, SIZES, Run, _figures, _Note, _targets
+from benchmarks.transfer.__main__ import BF16, SIZES, Note, Run, run_figures, size_targets
 from benchmarks.transfer.job import Exchange
 from benchmarks.transfer.model import Shape, Weights, random_tensors
 from benchmarks.transfer.watch import Peaks
@@ -46,19 +46,19 @@ def test_figures_are_those_of_the_rounds_after_the_first():
     exchange = Exchange(_SMALL, sites=2, rounds=2, bf16=False)
     notes = {
         "site-1": [
-            _Note("idle", 0, 0, 0, 100),
-            _Note("down", 0, 0, 9, 0),
-            _Note("down", 1, 20, 22, 0),
-            _Note("up", 1, 25, 30, 0),
+            Note("idle", 0, 0, 0, 100),
+            Note("down", 0, 0, 9, 0),
+            Note("down", 1, 20, 22, 0),
+            Note("up", 1, 25, 30, 0),
         ],
         "site-2": [
-            _Note("idle", 0, 0, 0, 120),
-            _Note("down", 0, 0, 10, 0),
-            _Note("down", 1, 21, 24, 0),
-            _Note("up", 1, 26, 33, 0),
+            Note("idle", 0, 0, 0, 120),
+            Note("down", 0, 0, 10, 0),
+            Note("down", 1, 21, 24, 0),
+            Note("up", 1, 26, 33, 0),
         ],
     }
-    run = _figures("ours", "0.5", exchange, Peaks(), notes)
+    run = run_figures("ours", "0.5", exchange, Peaks(), notes)
     both_sites = 2 * 4 * _SMALL.parameters
     assert (run.seconds, run.down, run.up, run.idle) == (14, both_sites / 4, both_sites / 8, 120)
     assert run.both == pytest.approx(2 * both_sites / 12)
@@ -73,13 +73,13 @@ def test_targets_compare_memory_with_the_model_as_it_is_held():
     )
     ours = Run("ours", BF16, exchange, peaks, 50, 1.0, 400.0, 400.0)
     stock = Run("stock", BF16, exchange, peaks, 50, 1.0, 200.0, 200.0)
-    assert [str(target) for target in _targets(BF16, [ours], [stock])] == [
+    assert [str(target) for target in size_targets(BF16, [ours], [stock])] == [
         "transfer_2.6_vs_stock 2.00 1.5 ok",
         "transfer_2.6_server_memory 2.00 3 ok",
         "transfer_2.6_site_memory 1.00 1.5 ok",
         "transfer_2.6_gb_together 23.00 24 ok",
     ]
-    assert [str(target) for target in _targets(BF16, [], [stock])] == ["transfer_2.6_gb_together inf 24 short"]
+    assert [str(target) for target in size_targets(BF16, [], [stock])] == ["transfer_2.6_gb_together inf 24 short"]
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from fedsft_assets.cli.generate import Conversation, _write_answer, find_archive
+from fedsft_assets.cli.generate import Conversation, find_archive, write_answer
 from fedsft_assets.federation.protocol.job_report import MODEL_FILE
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.generation_settings import GenerationSettings
@@ -319,7 +319,7 @@ def test_questions_can_come_from_a_file_and_answers_go_to_another(
 def test_an_answer_without_text_is_explained(model: LanguageModel, capsys: pytest.CaptureFixture[str]) -> None:
     silent = LanguageModel.wrap(model.lm, model.tokenizer, max_length=256)
     silent.lm.generation_config.eos_token_id = list(range(len(model.tokenizer)))
-    _write_answer(Conversation(silent, SETTINGS, chat=False), "Why?")
+    write_answer(Conversation(silent, SETTINGS, chat=False), "Why?")
     assert capsys.readouterr() == ("", "(the answer is empty)\n")
 
 

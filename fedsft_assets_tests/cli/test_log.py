@@ -41,9 +41,10 @@ def test_no_secret_is_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
 
 _IN_A_NOTEBOOK = """
-from fedsft_assets.model import progress
-progress.ByteProgress(2 << 30, "written").add(1 << 30)
-progress._log.warning("it is odd")
+import logging
+from fedsft_assets.model.progress import ByteProgress
+ByteProgress(2 << 30, "written").add(1 << 30)
+logging.getLogger("fedsft_assets.model.progress").warning("it is odd")
 """
 
 

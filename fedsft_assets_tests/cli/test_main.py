@@ -121,7 +121,7 @@ def test_no_secret_is_in_the_last_words_of_a_command(fedsft, monkeypatch):
     monkeypatch.setenv("SOME_TOKEN", "planted-3141")
     said = fedsft("export", "--checkpoint", "planted-3141", "--format", "megatron", "--into", "new.nemo", fails=True)
     assert said.startswith("--checkpoint: '***' is neither a file")
-    monkeypatch.setattr(cli, "_track", lambda *_: [].index("https://me:planted@host"))
+    monkeypatch.setattr(cli.Outbox, "entries", lambda _: [].index("https://me:planted@host"))
     monkeypatch.setattr("sys.argv", ["fedsft", "track"])
     with pytest.raises(ValueError, match=r"^'https://\*\*\*@host' is not in list$"):
         cli.main()

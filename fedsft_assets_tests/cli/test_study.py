@@ -10,9 +10,10 @@ import dagster as dg
 import pytest
 
 from fedsft_assets.cli import main as cli
+from fedsft_assets.cli import study
 from fedsft_assets.cli.study import full_study, prepare_instance, study_run_config
 from fedsft_assets.defs.assets.job_folder import JobOverrides
-from fedsft_assets.defs.run import _line
+from fedsft_assets.defs.run import StudyFailedError, log_line
 from fedsft_assets.federation.runtimes.choose import poc_system
 from fedsft_assets.federation.runtimes.processes import MARK
 from fedsft_assets.home_file import HomeError
@@ -48,8 +49,24 @@ def test_no_override_is_no_config(jobs: list[JobSpec]) -> None:
     assert study_run_config(NOTHING, jobs, sites=3) == {"ops": {}}
 
 
-def test_every_override_of_the_command_is_one_that_dagster_takes(jobs: list[JobSpec]) -> None:
-    overrides = {name.replace("-", "_"): kind("2") for name, kind in cli._OVERRIDES.items()}
+def test_every_override_of_the_command_is_one_that_dagster_takes(
+    jobs: list[JobSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides: dict[str, object] = {}
+
+    def note(given: dict[str, object], _: Settings) -> None:
+        overrides.update(given)
+        raise StudyFailedError("it is not run")
+
+    for name in home_environment(tmp_path):
+        monkeypatch.setenv(name, "as it was")  # so that it is put back afterwards
+    monkeypatch.setenv("FEDSFT_HOME", str(tmp_path))
+    monkeypatch.setattr(study, "prepare_instance", lambda _: None)
+    monkeypatch.setattr(study, "run_study", note)
+    options = [word for name in NOTHING for word in (f"--{name.replace('_', '-')}", "2")]
+    monkeypatch.setattr("sys.argv", ["fedsft", "study", *options])
+    with pytest.raises(SystemExit, match="it is not run"):
+        cli.main()
     assert overrides.keys() == JobOverrides.model_fields.keys()
     assert dg.validate_run_config(full_study(), study_run_config(overrides, jobs, sites=3))
 
@@ -119,7 +136,7 @@ def test_a_person_is_told_what_starts_what_is_made_and_what_failed() -> None:
     with dg.DagsterInstance.ephemeral() as instance:
         result = dg.materialize([_good, _refused, _broken], instance=instance, raise_on_error=False)
         records = instance.get_records_for_run(result.run_id).records
-    lines = [line for record in records if (line := _line(record.event_log_entry, Settings()))]
+    lines = [line for record in records if (line := log_line(record.event_log_entry, Settings()))]
     assert lines.index("▸  checkpoint/good") < lines.index("   good · site-1 · round 1 of 1")
     assert lines.index("   good · site-1 · round 1 of 1") < lines.index("✓  checkpoint/good")
     (refused,) = (line for line in lines if "refused failed" in line)
@@ -145,7 +162,7 @@ def test_a_person_is_told_of_checks_that_did_not_pass() -> None:
     with dg.DagsterInstance.ephemeral() as instance:
         result = dg.materialize([_good, _checks], instance=instance, raise_on_error=False)
         records = instance.get_records_for_run(result.run_id).records
-    lines = [line for record in records if (line := _line(record.event_log_entry, Settings()))]
+    lines = [line for record in records if (line := log_line(record.event_log_entry, Settings()))]
     assert [line for line in lines if "good: " in line] == [
         "!  checkpoint/good: 7 rows repeat another.",
         "✗  checkpoint/good: 3 records have a blank output.",

@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -271,20 +272,19 @@ def test_whole_conversations_stay_in_the_split_of_their_first_prompt(tmp_path: P
 
 _KILLED = """
 import sys
+import time
 from pathlib import Path
 from fedsft_assets.data import splits
 from fedsft_assets.data.splits import split_dataset
 from fedsft_assets.specs.dataset import DatasetSpec, load_datasets
 
-class Slow(splits._Writer):
-    def write(self, examples):
-        super().write(examples)
-        self._splits[0]._wait()
-        self._splits[0]._file.flush()
-        print("writing", flush=True)
-        sys.stdin.read()
+def stops(*arguments):
+    yield from read(*arguments)
+    print("written", flush=True)
+    sys.stdin.read()
 
-splits._Writer = Slow
+read = splits.read_examples
+splits.read_examples = stops
 dolly = load_datasets(Path(sys.argv[1]))["dolly"]
 split_dataset(dolly, Path(sys.argv[2]), Path(sys.argv[3]))
 """
@@ -300,10 +300,11 @@ def test_a_process_killed_in_the_middle_of_writing_leaves_what_was_there(
     command = [sys.executable, "-c", _KILLED, str(PROJECT / "datasets"), str(raw), str(into)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=PROJECT) as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == b"writing\n"
+        assert process.stdout.readline() == b"written\n"
+        (half,) = into.parent.glob(".dolly.new-*")
+        while not split_file(half, "training").stat().st_size:
+            time.sleep(0.01)
         process.kill()
-    (half,) = into.parent.glob(".dolly.new-*")
-    assert split_file(half, "training").stat().st_size > 0, "it was in the middle of writing"
     assert folder_digest(into) == before
     report = split_dataset(dolly, raw, into)
     assert report.records == 5000

@@ -37,7 +37,7 @@ def test_adapters_of_two_sites_become_a_checkpoint(store: Store, tmp_path: Path)
     from peft import PeftModel
 
     from fedsft_assets.model.language_model import LanguageModel
-    from fedsft_assets.model.split_loss import split_loss
+    from fedsft_assets.model.training.local_training import mean_loss, split_tokens
     from fedsft_assets.model.training.lora import ADAPTER_FOLDER
 
     (tmp_path / "lora.yaml").write_text(JOB)
@@ -59,8 +59,9 @@ def test_adapters_of_two_sites_become_a_checkpoint(store: Store, tmp_path: Path)
     validation = split_file(current(store.combined), "validation")
 
     # The adapters of the first round change nothing, so its loss is the base model's; then it falls.
-    base_loss = split_loss(archive_file(current(store.base_model(TINY.name))), validation, plan)
-    assert report.base_val_loss == pytest.approx(base_loss.loss, abs=1e-4)
+    base = LanguageModel.load(archive_file(current(store.base_model(TINY.name))))
+    tokens = split_tokens(base, validation, plan.training.max_length, plan.max_evaluation_records)
+    assert report.base_val_loss == pytest.approx(mean_loss(base, tokens, plan.training).loss, abs=1e-4)
     assert report.val_loss == sorted(report.val_loss, reverse=True)
     assert report.last_val_loss < report.base_val_loss - 0.2
     for site in spec.sites:
@@ -73,7 +74,6 @@ def test_adapters_of_two_sites_become_a_checkpoint(store: Store, tmp_path: Path)
     width = 192
     layers = 2 * (width + 3 * width) + 2 * (width + width) + 2 * 2 * (width + 4 * width)
     assert sum(tensor.numel() for tensor in best.values()) == 4 * layers == 24_576
-    base = LanguageModel.load(archive_file(current(store.base_model(TINY.name))))
     whole = sum(tensor.numel() * 4 for tensor in base.weights().values())
     assert (result / LAST_MODEL).stat().st_size < whole / 20
 
@@ -82,7 +82,7 @@ def test_adapters_of_two_sites_become_a_checkpoint(store: Store, tmp_path: Path)
     assert {name: tensor.shape for name, tensor in merged.weights().items()} == {
         name: tensor.shape for name, tensor in base.weights().items()
     }
-    assert split_loss(checkpoint / MODEL_FILE, validation, plan).loss == pytest.approx(report.best_val_loss, abs=1e-4)
+    assert mean_loss(merged, tokens, plan.training).loss == pytest.approx(report.best_val_loss, abs=1e-4)
     ids = torch.arange(40)[None]
     with torch.no_grad():
         with_adapters = PeftModel.from_pretrained(base.lm.eval(), checkpoint / ADAPTER_FOLDER)(input_ids=ids).logits

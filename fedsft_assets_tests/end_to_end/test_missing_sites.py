@@ -14,6 +14,7 @@ from fedsft_assets.federation.protocol.journal import Missed, Progress
 from fedsft_assets.federation.runtimes.processes import marked_processes
 from fedsft_assets.federation.supervisor import launch
 from fedsft_assets.federation.supervisor.launch import run_job
+from fedsft_assets.specs.plan import SitePlan
 from fedsft_assets.store import Store, split_file
 from fedsft_assets.versions import current
 
@@ -119,10 +120,11 @@ def test_another_version_of_this_package_is_refused(
 ) -> None:
     if where == "server":
         monkeypatch.setattr(job_folder, "__version__", "9.9.9")
-    else:
-        plan = job_folder._site_plan
-        monkeypatch.setattr(job_folder, "_site_plan", lambda *_: plan(*_).model_copy(update={"package": "9.9.9"}))
-        monkeypatch.setattr(launch, "verify_job_folder", lambda _: None)  # as whoever has built it would run it
     job = build("alpaca", **_SHORT)
+    if where == "site":
+        for path in current(store.job_folder(job)).glob("app_*/config/plan.json"):
+            plan = SitePlan.model_validate_json(path.read_text())
+            path.write_text(plan.model_copy(update={"package": "9.9.9"}).model_dump_json())
+        monkeypatch.setattr(launch, "verify_job_folder", lambda _: None)  # as whoever has built it would run it
     with pytest.raises(JobError, match=rf"the job was built with fedsft-assets 9\.9\.9, this {where} has"):
         _run_and_send(store, job, "site-1", signal.SIGKILL)

@@ -28,9 +28,9 @@ from fedsft_assets.federation.protocol.points import Point, points_to_data
 from fedsft_assets.federation.server.controller import FederatedSFT
 from fedsft_assets.federation.site.trainer import SiteTrainer
 from fedsft_assets.federation.supervisor.checkpoint import make_checkpoint
-from fedsft_assets.federation.transport import materialize
 from fedsft_assets.specs.job import JobSpec
 from fedsft_assets.specs.plan import SitePlan
+from fedsft_assets_tests.federation.lazy import materialize
 
 T = TypeVar("T")
 

@@ -233,7 +233,7 @@ BASE = weights(0)
 
 def play(server: Server, rounds: int) -> list[Weights]:
     """Rounds without the last validation; the global model after each."""
-    server._begin()
+    server.begin()
     models = []
     for number in range(server.state.progress.finished, rounds):
         server.run_round(number)
@@ -250,4 +250,4 @@ def says(server: Server, site: str, text: str, points: Iterable[Point] = (), **c
 def deliver(server: Server, site: str, content: Any) -> str:
     """The same, whatever is in it; the code of the answer."""
     headers = {CellMessageHeaderKeys.TOKEN: f"token of {site}", MessageHeaderKey.ORIGIN: "a cell"}
-    return str(server._take_report(Message(headers, content)).get_header(MessageHeaderKey.RETURN_CODE))
+    return str(server.take_report(Message(headers, content)).get_header(MessageHeaderKey.RETURN_CODE))

@@ -11,7 +11,7 @@ import pytest
 from fedsft_assets.store import Store
 from fedsft_assets.tracking import Tracking
 from fedsft_assets.tracking.record import Ending, Registration, TrackedExecution
-from fedsft_assets.tracking.relocation import _moving, relocate
+from fedsft_assets.tracking.relocation import path_replacer, relocate
 from fedsft_assets_tests.tracking.examples import tracking_record
 
 NAMES = ["home", "a b", "ü ß", "50% off", "q\"'\\", "$x;#&*[(y)]"]
@@ -134,4 +134,4 @@ def test_nothing_changes_in_a_database_that_cannot_be_changed_as_a_whole(
     ],
 )
 def test_only_the_place_itself_is_replaced(text: str, moved: str) -> None:
-    assert _moving(Path("/a/b"), Path("/a/b c"))(text) == moved
+    assert path_replacer(Path("/a/b"), Path("/a/b c"))(text) == moved

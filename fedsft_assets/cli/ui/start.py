@@ -83,16 +83,16 @@ def _start(server: Server, token: str, folder: str, mark: str) -> "subprocess.Po
 
 def study_servers(settings: Settings) -> list[Server]:
     """Dagster, and MLflow unless the user has a tracking server, whose address is printed instead."""
-    found = _dagster(_listen(3000))
+    found = _dagster(listen(3000))
     if settings.mlflow_uri:
         print(f"{'MLflow:':12} {settings.mlflow_uri}", flush=True)
         return found
-    return [*found, _mlflow(settings, _listen(5000))]
+    return [*found, _mlflow(settings, listen(5000))]
 
 
 def tensorboard_server(settings: Settings) -> Server:
     """TensorBoard for the curves of all jobs."""
-    listener, folder = _listen(6006), settings.store.tensorboards
+    listener, folder = listen(6006), settings.store.tensorboards
     folder.mkdir(parents=True, exist_ok=True)
     command = _command("tensorboard", "--logdir", str(folder))
     return Server("TensorBoard", f"{_address(listener)}/", command, listener=listener)
@@ -131,7 +131,7 @@ def _address(listener: socket.socket) -> str:
     return f"http://{host}:{port}"
 
 
-def _listen(preferred: int) -> socket.socket:
+def listen(preferred: int) -> socket.socket:
     """A listening socket on the preferred port if it is free, otherwise on any free port."""
     for port in (preferred, 0):
         try:

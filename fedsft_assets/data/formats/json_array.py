@@ -15,14 +15,16 @@ _LONGEST_LITERAL = 12  # longest incomplete literal at the end of a chunk: `-Inf
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
-def values(path: Path) -> Iterator[tuple[int, Any]]:
+def values(path: Path, chars: int = _CHARS) -> Iterator[tuple[int, Any]]:
     """Yield each value of the array with its number, from 1, decoded as by `json_objects.decode`.
+
+    The file is read by `chars` characters.
 
     Raises DataError if the file is not a JSON array, is truncated, or continues after the array.
     """
     row = 0
     with path.open(encoding="utf-8-sig", errors=KEEP_BYTES, newline="") as file:
-        text = _Text(file)
+        text = _Text(file, chars)
         try:
             text.expect("[")
             if text.peek() == "]":
@@ -52,8 +54,8 @@ class _CutOff(Exception):
 class _Text:
     """A parser's position in a file's text; only the part that is being parsed is in memory."""
 
-    def __init__(self, file: TextIO) -> None:
-        self._file = file
+    def __init__(self, file: TextIO, chars: int) -> None:
+        self._file, self._chars = file, chars
         self._text = ""
         self._at = 0
         self._ended = False
@@ -102,6 +104,6 @@ class _Text:
     def _read_more(self) -> None:
         """Read at least as much as is held, so that parsing a long value is restarted only a few times."""
         rest = self._text[self._at :]
-        if fresh := self._file.read(max(_CHARS, len(rest))):
+        if fresh := self._file.read(max(self._chars, len(rest))):
             self._text, self._at = rest + fresh, 0
         self._ended = not fresh

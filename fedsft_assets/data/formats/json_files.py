@@ -19,8 +19,8 @@ _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 _Numbered = list[tuple[int, Any]]
 
 
-def read_lines(path: Path, columns: ColumnsSpec) -> Iterator[Examples]:
-    """Yield the rows of a JSONL file, numbered by line; blank lines are skipped.
+def read_lines(path: Path, columns: ColumnsSpec, block: int = _BLOCK) -> Iterator[Examples]:
+    """Yield the rows of a JSONL file, numbered by line, parsing `block` bytes at a time; blank lines are skipped.
 
     Lines that are not JSON objects are rejected. Raises DataError if a field is missing in every line, or
     if the file ends in the middle of a line.
@@ -29,7 +29,7 @@ def read_lines(path: Path, columns: ColumnsSpec) -> Iterator[Examples]:
     number = 1
     with path.open("rb") as file:
         _skip_byte_order_mark(file)
-        while lines := file.readlines(_BLOCK):
+        while lines := file.readlines(block):
             items, rejected = _parse(path, number, lines)
             number += len(lines)
             yield fields.examples(items, rejected)

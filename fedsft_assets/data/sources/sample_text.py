@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
 
-_COUNTRIES = {
+COUNTRIES = {
     # country: continent, capital, currency, main language
     "Norway": ("Europe", "Oslo", "the krone", "Norwegian"),
     "Sweden": ("Europe", "Stockholm", "the krona", "Swedish"),
@@ -151,7 +151,7 @@ _PLACE_ANSWERS = (
     "Look for it {place}.",
 )
 
-_CHORES = {
+CHORES = {
     "boil eggs": ("place them in hot water", "wait nine minutes"),
     "cook rice": ("rinse the grains twice", "simmer them under a lid"),
     "make pancakes": ("whisk flour with milk", "fry thin rounds in butter"),
@@ -259,7 +259,7 @@ class SampleMessage:
 def facts(rng: random.Random) -> list[Example]:
     """Questions about a country's capital, currency and language, each fact in seventeen phrasings."""
     rows = []
-    for country, (continent, *known) in _COUNTRIES.items():
+    for country, (continent, *known) in COUNTRIES.items():
         for relation, fact in zip(_RELATIONS, known, strict=True):
             words = {"country": country, "continent": continent, "relation": relation, "fact": fact}
             for instruction, context in _FACT_QUESTIONS:
@@ -293,8 +293,8 @@ def conversations(rng: random.Random) -> list[SampleMessage]:
     Besides the best English replies, they contain what a reader must skip: weaker, unranked and deleted
     replies, and other languages.
     """
-    requests = [(chore, text) for chore, text in product(_CHORES, _REQUESTS)]
-    follow_ups = [(chore, text) for chore, text in product(_CHORES, _FOLLOW_UPS)]
+    requests = [(chore, text) for chore, text in product(CHORES, _REQUESTS)]
+    follow_ups = [(chore, text) for chore, text in product(CHORES, _FOLLOW_UPS)]
     rng.shuffle(requests)
     rng.shuffle(follow_ups)
     threads: list[list[tuple[str, str]]] = [[request] for request in requests]
@@ -305,7 +305,7 @@ def conversations(rng: random.Random) -> list[SampleMessage]:
         trees.append(
             SampleMessage("prompter", request, lang, replies=(SampleMessage("assistant", reply, lang, rank=0),))
         )
-    for chore in rng.sample(sorted(_CHORES), 6):
+    for chore in rng.sample(sorted(CHORES), 6):
         spam = SampleMessage("assistant", "Visit my page!", deleted=True)
         unranked = SampleMessage("assistant", "I have no idea.")
         trees.append(SampleMessage("prompter", f"{chore.capitalize()}, quickly!", replies=(spam, unranked)))
@@ -316,7 +316,7 @@ def conversations(rng: random.Random) -> list[SampleMessage]:
 def _conversation(thread: list[tuple[str, str]], rng: random.Random) -> SampleMessage:
     """The thread's first request with its replies, and below the best one the rest of the thread."""
     (chore, request), *rest = thread
-    one, two = _CHORES[chore]
+    one, two = CHORES[chore]
     best = rng.choice(_OPENINGS) + " " + rng.choice(_STEPS) + rng.choice(_CLOSINGS)
     below = (_conversation(rest, rng),) if rest else ()
     replies = [SampleMessage("assistant", best.format(one=one, two=two), rank=0, replies=below)]

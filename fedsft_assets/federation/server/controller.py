@@ -128,11 +128,11 @@ class FederatedSFT(ModelController):
         super().start_controller(fl_ctx)
         keep_message_memory()
         gc.freeze()  # modules loaded so far are never garbage: later collections skip them
-        self.open(self._state_folder())
-        self.engine.register_app_command(JOURNAL_COMMAND, self._hand_out_journal)
+        self.open(self.state_folder())
+        self.engine.register_app_command(JOURNAL_COMMAND, self.hand_out_journal)
         cell = getattr(self.engine.server, "job_cell", None) or self.engine.get_cell()  # in the simulator: get_cell
-        cell.core_cell.register_request_cb(PROGRESS_CHANNEL, PROGRESS_TOPIC, self._take_report)
-        tell_of_unreadable_results(self._refuse_unreadable, self._note_lost)
+        cell.core_cell.register_request_cb(PROGRESS_CHANNEL, PROGRESS_TOPIC, self.take_report)
+        tell_of_unreadable_results(self._refuse_unreadable, self.note_lost)
         if not fl_ctx.get_prop(FLContextKey.SIMULATE_MODE, False):  # the simulator's sites never reconnect
             require_local_driver("fedsft-server configure")
             job_id = fl_ctx.get_job_id()
@@ -144,7 +144,7 @@ class FederatedSFT(ModelController):
         if self.noise_ratio and self.noise_ratio > 1:
             self.journal.add([Progress(f"{self._noise}: training progress will show only over many rounds, if at all")])
         try:
-            self._begin()
+            self.begin()
             with self._tensor_streams(), self.newcomers.watched():
                 for number in range(done, self.num_rounds):
                     self.run_round(number)
@@ -251,7 +251,8 @@ class FederatedSFT(ModelController):
         diverged = isinstance(error, NotFiniteError)
         self._watch.refuse(site, f"{error}; {self._divergence_hint}" if diverged else f"{what}{error}")
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
+        """Load the global model. Raises ValueError if another version of this package built the job."""
         if self.package and (wrong := other_version(self.package, "server")):
             raise ValueError(wrong)
         self.global_model.load(self.base_model)
@@ -321,7 +322,7 @@ class FederatedSFT(ModelController):
 
     # The journal.
 
-    def _take_report(self, message: Any) -> Message:
+    def take_report(self, message: Any) -> Message:
         """Journal a site's progress report and acknowledge it; the site resends it until acknowledged.
 
         Reports become durable when the round is saved: an unfinished round is measured again after a crash.
@@ -348,7 +349,8 @@ class FederatedSFT(ModelController):
         if site := self._sender(message):
             self._watch.refuse(site, f"its result is unreadable: {quoted(why)}")
 
-    def _note_lost(self, message: Any, why: str) -> None:
+    def note_lost(self, message: Any, why: str) -> None:
+        """Record that the sender of a result was gone before its tensors had arrived."""
         if site := self._sender(message):
             self._watch.lost(site, f"its result did not arrive: {quoted(why)}")
 
@@ -361,14 +363,16 @@ class FederatedSFT(ModelController):
         self.warning(f"ignored a message from {message.get_header(MessageHeaderKey.ORIGIN)}: not a site of this job")
         return None
 
-    def _hand_out_journal(self, _topic: str, cmd_data: Any, _fl_ctx: FLContext) -> dict[str, Any]:
+    def hand_out_journal(self, _topic: str, cmd_data: Any, _fl_ctx: FLContext) -> dict[str, Any]:
+        """The journal from an offset on, for an operator, and the offset of its end."""
         self.newcomers.note_follower()
         text, offset = self.journal.read(int(cmd_data["offset"]))
         return {"text": text, "offset": offset}
 
     # Files.
 
-    def _state_folder(self) -> Path:
+    def state_folder(self) -> Path:
+        """The folder of this execution's state; removes those that are archived."""
         workspace, job_id = self.engine.get_workspace(), self.fl_ctx.get_job_id()
         root = Path(os.environ.get(STATE_ROOT) or Path(workspace.get_root_dir()) / "fedsft")
         own = execution_folder(Path(workspace.get_job_meta_path(job_id)), root, job_id)

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from fedsft_assets.federation.protocol.journal import Journal, Progress
 from fedsft_assets.federation.server.liveness import SiteWatch
@@ -14,8 +15,15 @@ from fedsft_assets.federation.server.presence import Part, Presence, PresenceWat
 from fedsft_assets.federation.server.state import RoundsDone
 
 _SECONDS_TO_ASK_AGAIN = 30.0  # a following operator polls the journal continuously
-# Time for a lost site to reconnect before NVFlare ends the job, and for a disconnect to be noticed.
-_SECONDS_TO_RETURN, _SECONDS_TO_SEE = 45.0, 12.0
+
+
+@dataclass(frozen=True)
+class PresenceTimes:
+    """Seconds between polls, for a disconnect to be noticed, and for a lost site to return."""
+
+    between_polls: float = 3.0
+    to_notice: float = 12.0
+    to_return: float = 45.0
 
 
 class RegroupError(Exception):
@@ -35,6 +43,7 @@ class Newcomers:
         self._look: Callable[[], Mapping[str, Part]] | None = None
         self._missing: list[str] = []
         self._asked_for_journal = -math.inf
+        self.times = PresenceTimes()
 
     def look_with(self, participants: set[str], look: Callable[[], Mapping[str, Part]]) -> None:
         """Poll presence with `look` while `watched`; `participants` are the sites that the job was deployed to."""
@@ -50,7 +59,7 @@ class Newcomers:
             yield
             return
         self._tell([f"{site} · not connected; the job continues without it" for site in self._missing])
-        watch = PresenceWatch(self._look, self.note)
+        watch = PresenceWatch(self._look, self.note, self.times.between_polls)
         try:
             yield
         finally:
@@ -78,7 +87,8 @@ class Newcomers:
         begun = time.monotonic()
         while self._presence and self._is_followed and not self._have_come():
             waited = time.monotonic() - begun
-            if waited > _SECONDS_TO_RETURN or (waited > _SECONDS_TO_SEE and not self._presence.may_return):
+            noticed = waited > self.times.to_notice
+            if waited > self.times.to_return or (noticed and not self._presence.may_return):
                 return
             pause()
 

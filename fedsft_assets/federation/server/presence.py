@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from enum import Enum
 from typing import Any
 
-_SECONDS_BETWEEN_LOOKS = 3.0
 _SECONDS_TO_ANSWER = 2.0
 _SECONDS_TO_TELL = 20.0  # shorter outages are not reported
 _SECONDS_TO_START = 180.0  # for a site's job process to appear
@@ -118,10 +117,12 @@ class Presence:
 
 
 class PresenceWatch:
-    """A thread that polls all sites until stopped, passing each poll to `found`."""
+    """A thread that polls all sites every `seconds` until stopped, passing each poll to `found`."""
 
-    def __init__(self, look: Callable[[], Mapping[str, Part]], found: Callable[[Mapping[str, Part]], None]) -> None:
-        self._look, self._found = look, found
+    def __init__(
+        self, look: Callable[[], Mapping[str, Part]], found: Callable[[Mapping[str, Part]], None], seconds: float
+    ) -> None:
+        self._look, self._found, self._seconds = look, found, seconds
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="presence", daemon=True)
         self._thread.start()
@@ -132,7 +133,7 @@ class PresenceWatch:
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._stopped.wait(_SECONDS_BETWEEN_LOOKS):
+        while not self._stopped.wait(self._seconds):
             try:
                 look = self._look()
                 if not self._stopped.is_set():

@@ -14,18 +14,18 @@ from fedsft_assets.federation.protocol.points import Point, points_to_data
 Send = Callable[[str], bool]
 
 _SECONDS_TO_ANSWER = 20.0
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 10.0  # seconds before a message is sent again
+_LONGEST_PAUSE = 10.0
 
 
 class Reporter:
     """Sends log lines with their metric points in a background thread.
 
     An unacknowledged message is sent again; the server recognizes duplicates by its id and the identities of its
-    points.
+    points. The first retry follows after `pause` seconds, each further one after twice as long.
     """
 
-    def __init__(self, site: str, send: Send) -> None:
-        self._site, self._send = site, send
+    def __init__(self, site: str, send: Send, pause: float = 0.5) -> None:
+        self._site, self._send, self._pause = site, send, pause
         self._messages: SimpleQueue[str] = SimpleQueue()
         self._waiting = 0
         self._changed = threading.Condition()
@@ -45,7 +45,7 @@ class Reporter:
 
     def _run(self) -> None:
         while True:
-            message, pause = self._messages.get(), _FIRST_PAUSE
+            message, pause = self._messages.get(), self._pause
             while not self._send(message):
                 time.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)

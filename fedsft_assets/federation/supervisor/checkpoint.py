@@ -53,7 +53,7 @@ def _make(job_folder: Path, weights: Path, testing_file: Path, into: Path) -> Ch
 
     from fedsft_assets.model.archive.nemo_archive import content_digest
     from fedsft_assets.model.language_model import LanguageModel
-    from fedsft_assets.model.split_loss import split_loss
+    from fedsft_assets.model.training.local_training import mean_loss, split_tokens
 
     plan = JobFolder.read(job_folder).located_plans[0]
     model = LanguageModel.load(plan.base_model)
@@ -69,7 +69,10 @@ def _make(job_folder: Path, weights: Path, testing_file: Path, into: Path) -> Ch
         model.load_weights(trained)
     archive = into / MODEL_FILE
     model.save(archive)
-    test = split_loss(archive, testing_file, plan)
+    # As read back from the archive, with the records and truncation of a site.
+    saved = LanguageModel.load(archive)
+    tokens = split_tokens(saved, testing_file, plan.training.max_length, plan.max_evaluation_records)
+    test = mean_loss(saved, tokens, plan.training)
     return Checkpoint(test.loss, test.perplexity, content_digest(archive), content_digest(plan.base_model))
 
 

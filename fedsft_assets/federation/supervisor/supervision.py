@@ -33,8 +33,6 @@ from fedsft_assets.federation.supervisor.workspace import ExecutionRecord, Works
 from fedsft_assets.files import file_digest, publish_folder
 from fedsft_assets.specs.runtime import RuntimeSettings
 
-_POLL_SECONDS = 0.3
-_SAVE_SECONDS = 5.0  # at most this much run time is lost when an attempt is killed
 _RESTARTS = 2  # of a server that died silently; NVFlare's does if a site is lost mid-transfer
 _LONGEST_SILENCE = 900.0  # seconds, or twice site_timeout if that is longer
 _SECONDS_TO_BEGIN = 10.0  # normal time to start; after that, say what the job waits for
@@ -46,9 +44,19 @@ class OrphanedError(Exception):
 
 
 class Supervision:
-    """One attempt to complete an execution."""
+    """One attempt to complete an execution.
 
-    def __init__(self, job: JobFolder, workspace: Workspace, runtime: RuntimeSettings) -> None:
+    It polls the job every `poll_seconds`; if it is killed, at most `save_seconds` of run time are lost.
+    """
+
+    def __init__(
+        self,
+        job: JobFolder,
+        workspace: Workspace,
+        runtime: RuntimeSettings,
+        poll_seconds: float = 0.3,
+        save_seconds: float = 5.0,
+    ) -> None:
         self.spec = job.spec
         self._job, self._workspace, self._record = job, workspace, ExecutionRecord(workspace)
         self._runtime_name = runtime.name
@@ -59,6 +67,7 @@ class Supervision:
             job, workspace.submitted, self._runtime, runtime.name, self._record, self.history, self._charges
         )
         self._restarts_left = _RESTARTS
+        self._poll_seconds, self._save_seconds = poll_seconds, save_seconds
 
     def run(self) -> Iterator[Event]:
         """Run up to the downloaded result. Raises JobError or OrphanedError."""
@@ -240,14 +249,14 @@ class Supervision:
                 raise JobError(
                     f"FLARE job {job_id}: no message from server or sites for {silent:.0f} s", retryable=True
                 )
-            time.sleep(_POLL_SECONDS)
+            time.sleep(self._poll_seconds)
 
     def _read(self, job_id: str) -> Generator[Event, None, bool]:
         """Yield new events of the job's journal; returns whether there were any. Raises BrokenChainError."""
         lines = self._runtime.new_lines(job_id)
         events = list(self.history.take(lines))
         rounds = self.history.rounds
-        if rounds != self._record.now.rounds or self._record.seconds - self._record.now.seconds > _SAVE_SECONDS:
+        if rounds != self._record.now.rounds or self._record.seconds - self._record.now.seconds > self._save_seconds:
             self._record.save(rounds=rounds)
         if lines:
             to_come = 0 if self.history.said_all else self.history.releases_to_come

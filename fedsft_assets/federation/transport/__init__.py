@@ -5,7 +5,7 @@ from fedsft_assets.federation.transport.endpoint import TensorEndpoint, piece_si
 from fedsft_assets.federation.transport.header import MAX_GAP
 from fedsft_assets.federation.transport.install import tensor_streams
 from fedsft_assets.federation.transport.receiving import BrokenTensor, TransferError
-from fedsft_assets.federation.transport.tensors import ContiguousTensors, Delta, LazyTensor, materialize
+from fedsft_assets.federation.transport.tensors import ContiguousTensors, Delta, LazyTensor
 from fedsft_assets.federation.transport.wire import rounded
 
 __all__ = [
@@ -17,7 +17,6 @@ __all__ = [
     "StoredTensor",
     "TensorEndpoint",
     "TransferError",
-    "materialize",
     "piece_size_for",
     "rounded",
     "temporary_files",

@@ -43,11 +43,6 @@ class LazyTensor(OutgoingTensor):
         return tensor
 
 
-def materialize(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor with its elements in memory; only a `LazyTensor` is changed."""
-    return tensor.make(0, tensor.numel()).reshape(tensor.shape) if isinstance(tensor, LazyTensor) else tensor
-
-
 class Delta(OutgoingTensor):
     """A tensor that a receiver with a `DeltaSum` adds to its tensor named `target`.
 

@@ -17,16 +17,18 @@ def write_tensors(
     tensors: Mapping[str, TensorInfo],
     read: Callable[[str], Tensor],
     shared: Mapping[str, str] | None = None,
+    zip64_from: int = 0xFFFFFFFF,
 ) -> None:
     """Write a checkpoint for `torch.load(weights_only=True)`, sequentially, with one tensor in memory at a time.
 
     `shared` maps names in `tensors` to the names of the tensors that they share; `read` is called once for each
-    of the others, in order. Equal tensors give equal bytes. Raises ModelError if a tensor from `read` has
+    of the others, in order. Equal tensors give equal bytes. Sizes and offsets from `zip64_from` on are written in the
+    64-bit format. Raises ModelError if a tensor from `read` has
     another dtype or shape than described, or torch has no storage class for it.
     """
     shared = shared or {}
     keys = {name: str(index) for index, name in enumerate(name for name in tensors if name not in shared)}
-    writer = _ZipWriter(file, prefix="model_weights/")
+    writer = _ZipWriter(file, "model_weights/", zip64_from)
     writer.add("data.pkl", memoryview(_pickle(tensors, keys, shared)))
     writer.add("byteorder", memoryview(b"little"))
     for name, key in keys.items():
@@ -81,18 +83,17 @@ def _integer(value: int) -> bytes:
 class _ZipWriter:
     """Sequential writer of an uncompressed zip file; contents begin at multiples of 64 bytes, as torch aligns them."""
 
-    _ZIP64_FROM = 0xFFFFFFFF
     _ALIGNMENT = 64
 
-    def __init__(self, file: BinaryIO, prefix: str) -> None:
-        self._file, self._prefix = file, prefix
+    def __init__(self, file: BinaryIO, prefix: str, zip64_from: int) -> None:
+        self._file, self._prefix, self._zip64_from = file, prefix, zip64_from
         self._position = 0
         self._directory: list[bytes] = []
 
     def add(self, name: str, data: memoryview) -> None:
         encoded = f"{self._prefix}{name}".encode()
         size, crc, offset = len(data), zlib.crc32(data), self._position
-        large, far = size >= self._ZIP64_FROM, offset >= self._ZIP64_FROM
+        large, far = size >= self._zip64_from, offset >= self._zip64_from
         version = 45 if large or far else 20
         # Version, no flags, stored, 1 January 1980, CRC, both sizes, name length.
         common = struct.pack("<5H3LH", version, 0, 0, 0, 33, crc, *[0xFFFFFFFF if large else size] * 2, len(encoded))
@@ -112,7 +113,7 @@ class _ZipWriter:
         for entry in self._directory:
             self._write(entry)
         size, end = self._position - start, self._position
-        if start >= self._ZIP64_FROM or count >= 0xFFFF:
+        if start >= self._zip64_from or count >= 0xFFFF:
             self._write(b"PK\6\6" + struct.pack("<Q2H2L4Q", 44, 45, 45, 0, 0, count, count, size, start))
             self._write(b"PK\6\7" + struct.pack("<LQL", 0, end, 1))
             start, count = 0xFFFFFFFF, 0xFFFF

@@ -7,17 +7,16 @@ Here, files are checked before loading and the model afterwards, with errors tha
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fedsft_assets.model.errors import ModelError
+from fedsft_assets.model.errors import ModelError, listed
 from fedsft_assets.model.trainable import require_finite
 
-_MAX_LISTED = 5
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _LARGEST_POINTER = 1024  # bytes
 # Searched in this order, as transformers does; an index lists the files of one model.
@@ -89,7 +88,7 @@ def use_numbers(folder: Path, config: Any, stored: Mapping[str, TensorEntry]) ->
     expected = _integer_tensors(config) if integers else set()
     unexpected = {name: tensor for name, tensor in integers.items() if name.rpartition(".")[2] not in expected}
     if unexpected:
-        named = _listed(f"{name} is {tensor.dtype} in {tensor.file}" for name, tensor in unexpected.items())
+        named = listed(f"{name} is {tensor.dtype} in {tensor.file}" for name, tensor in unexpected.items())
         raise ModelError(
             f"{folder}: weights that are not floating point numbers: {named}; they seem to be quantized, but"
             " config.json has no quantization_config: use the model's weights in bf16, fp16 or fp32"
@@ -117,7 +116,7 @@ def require_fit(
     """
     mismatched = sorted((name, tuple(found), tuple(expected)) for name, found, expected in report["mismatched_keys"])
     if mismatched:
-        named = _listed(
+        named = listed(
             f"{name} has shape {found}{_in_file(stored, name)}, expected {expected}"
             for name, found, expected in mismatched
         )
@@ -127,7 +126,7 @@ def require_fit(
         )
     if report["missing_keys"]:
         raise ModelError(
-            f"{folder}: the weights lack {_listed(sorted(report['missing_keys']))}, which the model that config.json"
+            f"{folder}: the weights lack {listed(sorted(report['missing_keys']))}, which the model that config.json"
             f" describes ({type(lm).__name__}) has; use config.json and weights of the same model"
         )
     buffers = {name for name, _ in lm.named_buffers()}
@@ -139,7 +138,7 @@ def require_fit(
     left_out = [name for name in unexpected if type(lm.config) is not type(config) and _OTHER_PART.search(name)]
     unexpected = [name for name in unexpected if name not in left_out]
     if unexpected:
-        named = _listed(f"{name}{_in_file(stored, name)}" for name in unexpected)
+        named = listed(f"{name}{_in_file(stored, name)}" for name in unexpected)
         raise ModelError(
             f"{folder}: the weights have tensors that the model in config.json ({type(lm).__name__}) does not"
             f" have: {named}; use config.json and weights of the same model, without parts that are not trained here"
@@ -171,7 +170,7 @@ def _require_complete_experts(folder: Path, stored: Mapping[str, TensorEntry]) -
             missing = [f"{layer}{number}{weight}" for number in sorted(numbers - set(names))]
             if missing:
                 raise ModelError(
-                    f"{folder}: the weights lack {_listed(missing)}, which other experts have; add all files"
+                    f"{folder}: the weights lack {listed(missing)}, which other experts have; add all files"
                 )
             shapes = Counter(stored[name].shape for name in names.values())
             usual, _ = shapes.most_common(1)[0]
@@ -210,7 +209,7 @@ def _indexed_files(folder: Path, index: str) -> list[str]:
         if not (folder / file).is_file():
             raise ModelError(
                 f"{folder}: {file} is missing, with {len(names)} of the {len(weight_map)} tensors in {index}"
-                f" ({_listed(sorted(names))}); copy or download it too"
+                f" ({listed(sorted(names))}); copy or download it too"
             )
     return sorted(files)
 
@@ -252,9 +251,3 @@ def _is_mask(name: str, tensor: TensorEntry) -> bool:
 
 def _in_file(stored: Mapping[str, TensorEntry], name: str) -> str:
     return f" in {stored[name].file}" if name in stored else ""
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = list(names)
-    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
-    return ", ".join(names[:_MAX_LISTED]) + more

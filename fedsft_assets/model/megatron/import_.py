@@ -18,7 +18,7 @@ from torch import Tensor
 from fedsft_assets.model.archive.members import Archive, open_archive
 from fedsft_assets.model.archive.nemo_archive import CONFIG, WEIGHTS, config_fields, weights_of, write_archive
 from fedsft_assets.model.archive.torch_reader import TensorInfo, dtype_names
-from fedsft_assets.model.errors import ModelError
+from fedsft_assets.model.errors import ModelError, listed
 from fedsft_assets.model.megatron import dist_checkpoint_reader
 from fedsft_assets.model.megatron.config import UNPADDED, MegatronGPT, gpt2_config, read_settings
 from fedsft_assets.model.megatron.dist_checkpoint_reader import DistributedTensors
@@ -291,5 +291,4 @@ def _require_known(source: Archive, tensors: Weights, used: set[str]) -> None:
             f"{source.path}: output_layer.weight: the output layer is not tied to the token table, as GPT-2 requires"
         )
     if unused:
-        more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
-        raise ModelError(f"{source.path}: has tensors that GPT-2 does not have: {', '.join(unused[:5])}{more}")
+        raise ModelError(f"{source.path}: has tensors that GPT-2 does not have: {listed(unused)}")

@@ -24,13 +24,13 @@ class _HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-        wants_hidden, wants_weight, wants_bias, _ = ctx.needs_input_grad
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk: int) -> Tensor:
+        wants_hidden, wants_weight, wants_bias, *_ = ctx.needs_input_grad
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
         d_weight = torch.zeros_like(weight) if wants_weight else None
         d_bias = torch.zeros_like(bias) if wants_bias and bias is not None else None
-        rows = max(1, _CHUNK // len(weight))
+        rows = _rows(len(weight), chunk)
         for start in range(0, len(targets), rows):
             part, target = hidden[start : start + rows], targets[start : start + rows]
             log_probabilities = linear(part, weight, bias).float().log_softmax(-1)
@@ -50,44 +50,45 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (*(None if d is None else d.mul_(grads[0]) for d in ctx.saved_tensors), None)
+        return (*(None if d is None else d.mul_(grads[0]) for d in ctx.saved_tensors), None, None)
 
 
-def head_loss(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
+def head_loss(hidden: Tensor, head: nn.Linear, targets: Tensor, chunk: int = _CHUNK) -> Tensor:
     """The sum of -log softmax(head(hidden))[target], an fp32 scalar; supports one backward pass only.
 
     `hidden` [N, D], `targets` [N] int64, all valid; N may be 0. Equal to
     `torch.nn.functional.cross_entropy(head(hidden).float(), targets, reduction="sum")`, with the memory
-    of a few chunks of 32 million logits.
+    of a few chunks of `chunk` logits.
     """
-    return _HeadLoss.apply(hidden, head.weight, head.bias, targets)
+    return _HeadLoss.apply(hidden, head.weight, head.bias, targets, chunk)
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
     """Keeps only the logits and one number per row for the backward pass; autograd would also keep a copy of them."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        normalizers = torch.cat([part.float().logsumexp(-1) for part in logits.split(_rows(logits))])
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, chunk: int) -> Tensor:
+        ctx.rows = _rows(logits.shape[1], chunk)
+        normalizers = torch.cat([part.float().logsumexp(-1) for part in logits.split(ctx.rows)])
         picked = logits.gather(1, targets[:, None]).squeeze(1).float()
         ctx.save_for_backward(logits, targets, normalizers)
         return (normalizers - picked).sum()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         logits, targets, normalizers = ctx.saved_tensors
         gradient = torch.empty_like(logits)
-        rows = _rows(logits)
+        rows = ctx.rows
         for part, target, normalizer, out in zip(
             logits.split(rows), targets.split(rows), normalizers.split(rows), gradient.split(rows), strict=True
         ):
             probabilities = (part.float() - normalizer[:, None]).exp_()
             probabilities.scatter_add_(1, target[:, None], probabilities.new_full((len(target), 1), -1.0))
             out.copy_(probabilities.mul_(grads[0]))
-        return gradient, None
+        return gradient, None, None
 
 
-def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+def summed_cross_entropy(logits: Tensor, targets: Tensor, chunk: int = _CHUNK) -> Tensor:
     """The sum of -log softmax(logits)[target], an fp32 scalar for any dtype of the logits.
 
     `logits` [N, V], `targets` [N] int64, all valid; N may be 0. Equal to
@@ -95,20 +96,20 @@ def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """
     if not len(targets):
         return logits.float().sum()
-    return _SummedCrossEntropy.apply(logits, targets)
+    return _SummedCrossEntropy.apply(logits, targets, chunk)
 
 
 @torch.no_grad()
 def head_losses(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
     """-log softmax(head(hidden))[target] of each target, fp32 [N]; `head_loss` is their sum. Without gradients."""
-    parts = zip(*(whole.split(max(1, _CHUNK // len(head.weight))) for whole in (hidden, targets)), strict=True)
+    parts = zip(*(whole.split(_rows(len(head.weight))) for whole in (hidden, targets)), strict=True)
     return torch.cat([cross_entropies(head(part), target) for part, target in parts])
 
 
 @torch.no_grad()
 def cross_entropies(logits: Tensor, targets: Tensor) -> Tensor:
     """-log softmax(logits)[target] of each target, fp32 [N]; `summed_cross_entropy` is their sum. Without gradients."""
-    parts = zip(*(whole.split(_rows(logits)) for whole in (logits, targets)), strict=True)
+    parts = zip(*(whole.split(_rows(logits.shape[1])) for whole in (logits, targets)), strict=True)
     return torch.cat([cross_entropy(part.float(), target, reduction="none") for part, target in parts])
 
 
@@ -158,5 +159,5 @@ def _add_product(total: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
         total += linear(d_logits.t(), hidden.t())
 
 
-def _rows(logits: Tensor) -> int:
-    return max(1, _CHUNK // logits.shape[1])
+def _rows(vocabulary: int, chunk: int = _CHUNK) -> int:
+    return max(1, chunk // vocabulary)

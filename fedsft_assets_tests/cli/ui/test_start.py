@@ -23,7 +23,7 @@ from websockets.sync.client import connect
 from websockets.typing import Subprotocol
 
 from fedsft_assets.cli.ui.guard import FOREIGN, NO_TOKEN
-from fedsft_assets.cli.ui.start import Server, _listen, serve, study_servers, tensorboard_server
+from fedsft_assets.cli.ui.start import Server, listen, serve, study_servers, tensorboard_server
 from fedsft_assets.defs.servers import CODE
 from fedsft_assets.settings import PROJECT, Settings
 from fedsft_assets.store import Store
@@ -62,14 +62,14 @@ def _unused_port() -> int:
 
 def test_preferred_port_is_taken_when_it_is_free() -> None:
     port = _unused_port()
-    with _listen(port) as listener:
+    with listen(port) as listener:
         assert listener.getsockname() == ("127.0.0.1", port)
 
 
 def test_another_port_is_taken_when_somebody_listens() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with _listen(port) as listener:
+        with listen(port) as listener:
             assert listener.getsockname()[1] != port
 
 
@@ -153,7 +153,7 @@ def test_token_reaches_the_server_and_the_user_and_nobody_else(
     fixed, heard = tmp_path / "token", tmp_path / "heard"
     fixed.write_text("a-token-of-the-operators_3141")
     fixed.chmod(0o600)
-    listener = _listen(0)
+    listener = listen(0)
     port = listener.getsockname()[1]
     command = [sys.executable, "-c", _SAY, str(heard)]
     url = f"http://127.0.0.1:{port}/page#part"

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from fedsft_assets.data.formats import json_array
 from fedsft_assets.data.formats.examples import Examples, Rejected
 from fedsft_assets.data.formats.readers import read_examples
 from fedsft_assets.data.records import DataError, read_records
@@ -99,11 +100,7 @@ def test_too_many_rows_that_say_a_field_twice_refuse_the_dataset_with_what_was_f
 
 
 @both_kinds_of_json
-@pytest.mark.parametrize("chars", [3, 1 << 20])
-def test_half_of_a_surrogate_pair_rejects_its_row(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: DataFormat, chars: int
-) -> None:
-    monkeypatch.setattr("fedsft_assets.data.formats.json_array._CHARS", chars)
+def test_half_of_a_surrogate_pair_rejects_its_row(tmp_path: Path, format: DataFormat) -> None:
     path = tmp_path / "rows"
     halves = ["\\ud83d", "\\ude00", "\\udc97", "\\udfff", "\\ude00\\ud83d", "\\ud83d\\ud83d"]
     fine = '{"q": "1", "c": "\\ud83d\\ude00", "a": "yes", "unread": "\\ud83d"}'
@@ -115,6 +112,13 @@ def test_half_of_a_surrogate_pair_rejects_its_row(
         Rejected("rows", row, "a: has an unpaired UTF-16 surrogate", f"an end{half}")
         for row, half in enumerate(halves, start=2)
     ]
+
+
+@pytest.mark.parametrize("chars", [1, 3, 5])
+def test_escapes_of_an_array_are_whole_wherever_the_file_is_divided(tmp_path: Path, chars: int) -> None:
+    text = r'["\ud83d\ude00", "an end\ud83d", "\ude00\ud83d", "\ud83d\ud83d\ude00"]'
+    (tmp_path / "rows").write_text(text)
+    assert [value for _, value in json_array.values(tmp_path / "rows", chars)] == json.loads(text)
 
 
 @pytest.mark.parametrize("format", ["jsonl", "json", "csv"])

@@ -8,11 +8,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from fedsft_assets.data.formats import json_files
 from fedsft_assets.data.formats.examples import Examples
 from fedsft_assets.data.formats.readers import read_examples
 from fedsft_assets.data.records import DataError
 from fedsft_assets.specs.dataset import ColumnsSpec, DataFormat, DatasetSpec
 
+_COLUMNS = ColumnsSpec(instruction="q", context="c", response="a")
 _ROWS = [
     {"q": "one", "c": "with\nline", "a": 'say "1", or \\1'},
     {"q": "zwei", "c": "", "a": "2\u2028"},
@@ -21,8 +23,7 @@ _ROWS = [
 
 
 def _spec(path: Path, format: DataFormat) -> DatasetSpec:
-    columns = ColumnsSpec(instruction="q", context="c", response="a")
-    return DatasetSpec(name="mine", path=path, format=format, columns=columns)
+    return DatasetSpec(name="mine", path=path, format=format, columns=_COLUMNS)
 
 
 def _read(path: Path, format: DataFormat) -> list[Examples]:
@@ -139,11 +140,10 @@ def test_bad_lines_are_rejected_by_their_numbers_and_the_others_kept(tmp_path: P
     assert reasons[3].startswith("is not JSON: ")
 
 
-def test_lines_are_numbered_on_from_block_to_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedsft_assets.data.formats.json_files._BLOCK", 100)
+def test_lines_are_numbered_on_from_block_to_block(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps({"q": f"{n}", "a": "x", "c": ""}) for n in range(1, 60)))
-    batches = _read(path, "jsonl")
+    batches = list(json_files.read_lines(path, _COLUMNS, block=100))
     assert len(batches) > 5
     assert [(row, question) for row, question, _, _ in _rows(batches)] == [(n, f"{n}") for n in range(1, 60)]
 

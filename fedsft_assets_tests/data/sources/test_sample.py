@@ -11,7 +11,7 @@ import pytest
 from fedsft_assets.data.formats.readers import read_examples
 from fedsft_assets.data.records import read_records
 from fedsft_assets.data.sources.sample import sample_examples, write_sample
-from fedsft_assets.data.sources.sample_text import _CHORES, _COUNTRIES
+from fedsft_assets.data.sources.sample_text import CHORES, COUNTRIES
 from fedsft_assets.data.splits import split_dataset
 from fedsft_assets.files import folder_digest
 from fedsft_assets.specs.dataset import DatasetSpec
@@ -82,7 +82,7 @@ def test_the_reader_has_to_choose_among_the_messages(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "subjects"), [("alpaca", list(_COUNTRIES)), ("oasst1", list(_CHORES))], ids=["alpaca", "oasst1"]
+    ("name", "subjects"), [("alpaca", list(COUNTRIES)), ("oasst1", list(CHORES))], ids=["alpaca", "oasst1"]
 )
 def test_what_is_asked_in_validation_is_answered_in_training(name: str, subjects: list[str], tmp_path: Path) -> None:
     write_sample(name, tmp_path / "raw")

@@ -47,10 +47,10 @@ from fedsft_assets.federation.protocol.messages import (
     Wire,
 )
 from fedsft_assets.federation.protocol.points import Point
-from fedsft_assets.federation.server import presence
 from fedsft_assets.federation.server.aggregation import TokenWeightedAverage
 from fedsft_assets.federation.server.base_model import own_base_model, read_nemo_weights
 from fedsft_assets.federation.server.controller import NotEnoughSitesError
+from fedsft_assets.federation.server.newcomers import PresenceTimes
 from fedsft_assets.federation.server.presence import Part
 from fedsft_assets.federation.transport.buffers import ReusedFiles
 from fedsft_assets.federation.transport.install import StreamDecomposer
@@ -303,10 +303,12 @@ def test_job_whose_rounds_are_all_done_is_only_scored(tmp_path: Path) -> None:
 
 def test_results_that_a_killed_server_kept_on_the_disk_are_removed(tmp_path: Path) -> None:
     left = tmp_path / "state" / "results" / "of a killed server"
-    server = Server(tmp_path, [Site("site-1")])
+    site, found = Site("site-1"), list[bool]()
+    server = Server(tmp_path, [site])
     left.mkdir(parents=True)
-    with server._tensor_streams():
-        assert not left.exists()
+    site.does(TRAIN_TASK, 0, lambda received: found.append(left.exists()) or site.train(received))
+    server.run()
+    assert found == [False]
 
 
 # Who gets what.
@@ -316,7 +318,7 @@ def test_change_is_sent_only_to_sites_that_hold_the_model(tmp_path: Path) -> Non
     sites = [Site(f"site-{k}", wire=Wire.BF16_DIFF) for k in (1, 2)]
     server = Server(tmp_path, sites, wire="bf16-diff", min_sites=1)
     sites[1].does(TRAIN_TASK, 1, lambda _: ReturnCode.EXECUTION_EXCEPTION)
-    server._begin()
+    server.begin()
     for number in range(3):
         server.run_round(number)
     assert [kind for _, kind in sites[0].given] == [Kind.FULL, Kind.CHANGE, Kind.CHANGE]
@@ -326,7 +328,7 @@ def test_change_is_sent_only_to_sites_that_hold_the_model(tmp_path: Path) -> Non
 def test_site_that_was_away_gets_the_whole_model(tmp_path: Path) -> None:
     sites = [Site(f"site-{k}", wire=Wire.BF16_DIFF) for k in (1, 2)]
     server = Server(tmp_path, sites, wire="bf16-diff", min_sites=1)
-    server._begin()
+    server.begin()
     for number, connected in enumerate((["site-1", "site-2"], ["site-1"], ["site-1", "site-2"])):
         server.connected = connected
         server.run_round(number)
@@ -337,7 +339,7 @@ def test_site_that_was_away_gets_the_whole_model(tmp_path: Path) -> None:
 def test_sites_have_the_global_model_bit_for_bit_in_every_round(tmp_path: Path) -> None:
     sites = [Site(f"site-{k}", wire=Wire.BF16_DIFF) for k in (1, 2)]
     server = Server(tmp_path, sites, wire="bf16-diff")
-    server._begin()
+    server.begin()
     for number in range(3):
         before = copied(server.global_model.weights)
         server.run_round(number)
@@ -437,7 +439,7 @@ def test_all_sites_are_needed_unless_the_job_says_otherwise(tmp_path: Path) -> N
     sites = [Site("site-1"), Site("site-2")]
     server = Server(tmp_path, sites)
     server.connected = ["site-1"]
-    server._begin()
+    server.begin()
     with pytest.raises(NotEnoughSitesError, match="round 1 has results of 1 of 2 sites; min_sites is 2"):
         server.run_round(0)
 
@@ -472,7 +474,7 @@ _GONE = "the site restarted and lost its part of the job"
 
 
 def _listens(server: Server) -> None:
-    server._hand_out_journal("", {"offset": 0}, FLContext())
+    server.hand_out_journal("", {"offset": 0}, FLContext())
 
 
 def _found(server: Server, lost: Iterable[str] = (), come: Iterable[str] = ()) -> Callable[[FLModel], None]:
@@ -518,10 +520,9 @@ def test_round_that_cannot_do_without_a_site_that_was_started_again_is_done_agai
     assert server.of(RoundDone) == [RoundDone(1)]
 
 
-def _ends(server: Server, looks: list[Part], monkeypatch: pytest.MonkeyPatch) -> Callable[[FLModel], Answer]:
+def _ends(server: Server, looks: list[Part]) -> Callable[[FLModel], Answer]:
     """The part of site-2 ends once it was seen to run; from then on it is found so, and at last so for ever."""
-    monkeypatch.setattr(presence, "_SECONDS_BETWEEN_LOOKS", 0.01)
-    monkeypatch.setattr("fedsft_assets.federation.server.newcomers._SECONDS_TO_SEE", 0.2)
+    server.newcomers.times = PresenceTimes(between_polls=0.01, to_notice=0.2)
     seen, ended = threading.Event(), threading.Event()
 
     def look() -> dict[str, Part]:
@@ -540,24 +541,20 @@ def _ends(server: Server, looks: list[Part], monkeypatch: pytest.MonkeyPatch) ->
     return ends
 
 
-def test_site_that_is_stopped_and_needed_has_time_to_start_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_site_that_is_stopped_and_needed_has_time_to_start_again(tmp_path: Path) -> None:
     sites = [Site("site-1"), Site("site-2")]
     server = Server(tmp_path, sites)
     looks = [Part.RUNS, Part.GONE, *[Part.AWAY] * 40, Part.GONE]
-    sites[1].does(TRAIN_TASK, 1, _ends(server, looks, monkeypatch))
+    sites[1].does(TRAIN_TASK, 1, _ends(server, looks))
     server.run()
     assert server.entries[-1] == Regroup(["site-2"])
     assert server.of(Stopped) == []
 
 
-def test_site_that_is_there_and_whose_trainer_is_gone_is_not_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_site_that_is_there_and_whose_trainer_is_gone_is_not_waited_for(tmp_path: Path) -> None:
     sites = [Site("site-1"), Site("site-2")]
     server = Server(tmp_path, sites)
-    sites[1].does(TRAIN_TASK, 1, _ends(server, [Part.RUNS], monkeypatch))
+    sites[1].does(TRAIN_TASK, 1, _ends(server, [Part.RUNS]))
     server.run()
     (stopped,) = server.of(Stopped)
     assert stopped.lost_sites
@@ -766,9 +763,9 @@ def test_site_that_says_something_is_waited_for(tmp_path: Path) -> None:
 def test_journal_of_a_running_job_is_handed_out_from_where_the_asker_is(tmp_path: Path) -> None:
     server = Server(tmp_path, [Site("site-1")])
     server.journal.add([RoundDone(1)])
-    first = server._hand_out_journal("", {"offset": 0}, FLContext())
+    first = server.hand_out_journal("", {"offset": 0}, FLContext())
     server.journal.add([RoundDone(2)])
-    second = server._hand_out_journal("", {"offset": first["offset"]}, FLContext())
+    second = server.hand_out_journal("", {"offset": first["offset"]}, FLContext())
     assert [from_line(answer["text"]) for answer in (first, second)] == [RoundDone(1), RoundDone(2)]
 
 
@@ -789,17 +786,17 @@ def placed(tmp_path: Path) -> Server:
 
 
 def test_state_is_that_of_the_execution_whatever_the_job_id(placed: Server, tmp_path: Path) -> None:
-    assert placed._state_folder() == tmp_path / "root" / "fedsft" / "execution-7"
+    assert placed.state_folder() == tmp_path / "root" / "fedsft" / "execution-7"
 
 
 def test_job_that_nobody_names_an_execution_for_has_a_state_of_its_own(placed: Server, tmp_path: Path) -> None:
     (tmp_path / "meta.json").write_text("{}")
-    assert placed._state_folder() == tmp_path / "root" / "fedsft" / "job-1"
+    assert placed.state_folder() == tmp_path / "root" / "fedsft" / "job-1"
 
 
 def test_state_is_where_the_operator_wants_it(placed: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(STATE_ROOT, str(tmp_path / "states"))
-    assert placed._state_folder() == tmp_path / "states" / "execution-7"
+    assert placed.state_folder() == tmp_path / "states" / "execution-7"
 
 
 def test_states_that_nobody_came_back_to_for_a_month_are_removed(placed: Server, tmp_path: Path) -> None:
@@ -809,7 +806,7 @@ def test_states_that_nobody_came_back_to_for_a_month_are_removed(placed: Server,
         (root / name / "state.json").write_text("{}")
         then = time.time() - days * 24 * 3600
         os.utime(root / name, (then, then))
-    placed._state_folder()
+    placed.state_folder()
     assert sorted(path.name for path in root.iterdir()) == ["execution-7", "recent"]
 
 

@@ -359,7 +359,7 @@ def test_site_whose_result_does_not_arrive_is_lost_not_refused(tmp_path: Path) -
 
     def dies(_: FLModel) -> None:
         message = Message({CellMessageHeaderKeys.TOKEN: "token of site-2"}, None)
-        server._note_lost(message, "producer error after 3 secs")
+        server.note_lost(message, "producer error after 3 secs")
 
     sites[1].does(TRAIN_TASK, 1, dies)
     server.run()

@@ -28,7 +28,7 @@ def _commit(state: ServerState, weights: dict[str, torch.Tensor], algorithm: dic
     state.commit_round(algorithm)
 
 
-def _play(state: ServerState, rounds: int, best: int = 1) -> None:
+def play(state: ServerState, rounds: int, best: int = 1) -> None:
     for number in range(state.progress.finished + 1, rounds + 1):
         state.progress.finished = number
         if number == best + 1:
@@ -66,7 +66,7 @@ def test_best_loss_that_is_no_number_can_be_kept(folder: Path) -> None:
 
 def test_only_the_files_of_the_last_and_the_best_round_are_kept(folder: Path) -> None:
     state = ServerState(folder)
-    _play(state, 5, best=2)
+    play(state, 5, best=2)
     assert _files(folder) == ["algorithm-000005.pt", "model-000002.pt", "model-000005.pt", "state.json"]
     assert torch.equal(torch.load(state.model_file(2))["w"], _weights(2)["w"])
     assert torch.equal(state.weights()["w"], _weights(5)["w"])
@@ -74,7 +74,7 @@ def test_only_the_files_of_the_last_and_the_best_round_are_kept(folder: Path) ->
 
 def test_model_that_has_just_become_the_best_outlives_the_next_round(folder: Path) -> None:
     state = ServerState(folder)
-    _play(state, 3)
+    play(state, 3)
     state.progress.best_round, state.progress.best_loss = 3, 1.0  # its loss is known in the round after it
     state.progress.finished = 4
     _commit(state, _weights(4), {})
@@ -83,7 +83,7 @@ def test_model_that_has_just_become_the_best_outlives_the_next_round(folder: Pat
 
 def test_progress_alone_is_committed_with_the_weights_that_are_there(folder: Path) -> None:
     state = ServerState(folder)
-    _play(state, 3)
+    play(state, 3)
     state.progress.best_round, state.progress.best_loss = 3, 0.5
     state.commit_progress()
     again = ServerState(folder)
@@ -102,7 +102,7 @@ def test_algorithm_that_keeps_nothing_has_no_file(folder: Path) -> None:
 
 def test_progress_that_is_not_committed_is_lost(folder: Path) -> None:
     state = ServerState(folder)
-    _play(state, 2)
+    play(state, 2)
     state.progress.finished = 3
     assert ServerState(folder).progress.finished == 2
 
@@ -118,7 +118,7 @@ def test_state_that_cannot_be_read_is_an_error_that_says_what_to_do(folder: Path
 def test_files_of_others_in_the_folder_are_left_alone(folder: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "journal.jsonl").write_text("{}\n")
-    _play(ServerState(folder), 3)
+    play(ServerState(folder), 3)
     assert (folder / "journal.jsonl").read_text() == "{}\n"
 
 
@@ -127,7 +127,7 @@ _KILLED = """
 import os, shutil, signal, sys
 from pathlib import Path
 import torch
-from fedsft_assets_tests.federation.server.test_state import _play
+from fedsft_assets_tests.federation.server.test_state import play
 from fedsft_assets.federation.server.state import ServerState
 
 torch.set_num_threads(1)
@@ -144,7 +144,7 @@ def dies_at(deadly):
     os.fsync, os.replace, Path.unlink = counted(os.fsync), counted(os.replace), counted(Path.unlink)
 
 root = Path(sys.argv[1])
-_play(ServerState(root / "before"), 2)
+play(ServerState(root / "before"), 2)
 for deadly in range(100):
     folder = root / f"{deadly:02d}"
     shutil.copytree(root / "before", folder)
@@ -152,7 +152,7 @@ for deadly in range(100):
     if child == 0:
         state = ServerState(folder)
         dies_at(deadly)
-        _play(state, 3)
+        play(state, 3)
         os._exit(0)
     if os.waitpid(child, 0)[1] == 0:
         break
@@ -175,7 +175,7 @@ def test_server_that_is_killed_during_a_commit_leaves_the_older_state_or_the_new
         assert left == [f"algorithm-00000{after}.pt", "model-000001.pt", f"model-00000{after}.pt", "state.json"]
         assert torch.equal(state.weights()["w"], _weights(after)["w"])
         assert torch.equal(state.algorithm()["momentum"], torch.tensor([float(after)]))
-        _play(state, 4)  # and it goes on from there
+        play(state, 4)  # and it goes on from there
         assert torch.equal(ServerState(folder).weights()["w"], _weights(4)["w"])
     assert len(deadly) >= 8  # two files and the progress are written through and renamed, two old files removed
     assert finished == sorted(finished)
@@ -186,7 +186,7 @@ def test_server_that_is_killed_during_a_commit_leaves_the_older_state_or_the_new
 def test_full_disk_is_named_and_leaves_the_last_round_and_room_to_say_so(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", megabytes=4) as disk:
         state = ServerState(disk / "execution")
-        _play(state, 2)
+        play(state, 2)
         before = _files(state.folder)
         fill(disk / "ballast")
         os.truncate(disk / "ballast", (disk / "ballast").stat().st_size - 200_000)

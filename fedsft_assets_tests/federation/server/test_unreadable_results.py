@@ -1,6 +1,5 @@
 """What NVFlare raises while it reads a result: the one who sent it is named, and the server's process lives on."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,31 +11,32 @@ from nvflare.fuel.f3.message import Message
 from nvflare.fuel.f3.streaming.stream_const import StreamHeaderKey
 from nvflare.private.defs import CellMessageHeaderKeys
 
-from fedsft_assets.federation.server import unreadable_results
 from fedsft_assets.federation.server.unreadable_results import tell_of_unreadable_results
 from fedsft_assets.federation.transport import TransferError
 
 
-@pytest.fixture
-def raised(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Exception]]:
-    """NVFlare's decoding of the next message raises what is in it."""
-    errors: list[Exception] = []
+class _Payload:
+    """A payload that NVFlare cannot decode."""
 
-    def decode(*_: Any) -> None:
-        raise errors[0]
+    def __init__(self, error: Exception) -> None:
+        self._error = error
 
-    monkeypatch.setattr(unreadable_results, "_decode", decode)
+    def __len__(self) -> int:
+        raise self._error
+
+
+@pytest.fixture(autouse=True)
+def _decoding_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cellnet, "decode_payload", cellnet.decode_payload)
-    return errors
 
 
-def _result() -> Message:
+def _result(error: Exception) -> Message:
     headers = {
         StreamHeaderKey.CHANNEL: CellChannel.SERVER_COMMAND,
         StreamHeaderKey.TOPIC: ServerCommandNames.SUBMIT_UPDATE,
         CellMessageHeaderKeys.TOKEN: "of site-1",
     }
-    return Message(headers, b"")
+    return Message(headers, _Payload(error))
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def _result() -> Message:
     ],
 )
 def test_sender_of_a_result_is_told_of_and_it_is_answered_as_nobodys(
-    raised: list[Exception], error: Exception, expected: tuple[str, str]
+    error: Exception, expected: tuple[str, str]
 ) -> None:
     told: list[tuple[str, str, str]] = []
 
@@ -55,8 +55,7 @@ def test_sender_of_a_result_is_told_of_and_it_is_answered_as_nobodys(
         return lambda message, why: told.append((kind, message.get_header(CellMessageHeaderKeys.TOKEN), why))
 
     tell_of_unreadable_results(tell("unreadable"), tell("lost"))
-    raised.append(error)
-    message = _result()
+    message = _result(error)
     cellnet.decode_payload(message)
     assert told == [(expected[0], "of site-1", expected[1])]
     assert isinstance(message.payload, Shareable)
@@ -64,19 +63,17 @@ def test_sender_of_a_result_is_told_of_and_it_is_answered_as_nobodys(
 
 
 @pytest.mark.parametrize("error", [OSError("no space left"), MemoryError()])
-def test_what_this_machine_lacks_is_nobodys_fault(raised: list[Exception], error: Exception) -> None:
+def test_what_this_machine_lacks_is_nobodys_fault(error: Exception) -> None:
     told: list[object] = []
     tell_of_unreadable_results(lambda *said: told.append(said), lambda *said: told.append(said))
-    raised.append(error)
     with pytest.raises(type(error)):
-        cellnet.decode_payload(_result())
+        cellnet.decode_payload(_result(error))
     assert told == []
 
 
-def test_other_messages_are_none_of_its_business(raised: list[Exception]) -> None:
+def test_other_messages_are_none_of_its_business() -> None:
     told: list[object] = []
     tell_of_unreadable_results(lambda *said: told.append(said), lambda *said: told.append(said))
-    raised.append(TransferError("gone"))
     with pytest.raises(TransferError):
-        cellnet.decode_payload(Message({}, b""))
+        cellnet.decode_payload(Message({}, _Payload(TransferError("gone"))))
     assert told == []

@@ -1,10 +1,13 @@
 """Turns of trainers that share a machine, each in a process of its own."""
 
+import itertools
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -56,7 +59,8 @@ def test_who_comes_later_waits_until_one_has_ended(
 ) -> None:
     first, second = hold(), hold()
     monkeypatch.setenv(TURNS, str(tmp_path / "turns"))
-    monkeypatch.setattr(cpu_slots, "_SECONDS_BETWEEN_CALLS", 0.2)
+    minutes = SimpleNamespace(monotonic=itertools.count(0, 61).__next__, sleep=time.sleep)
+    monkeypatch.setattr(cpu_slots, "time", minutes)  # on which a minute passes between any two looks at it
     waited = []
 
     def waiting() -> None:

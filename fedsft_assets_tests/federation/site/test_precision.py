@@ -1,9 +1,12 @@
 """What `auto` is at a site: tried once in an execution, with a real tiny model, and kept."""
 
+import itertools
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -119,7 +122,8 @@ def test_trial_waits_for_its_turn_among_the_trainers_of_a_machine(
 ) -> None:
     make_turns(tmp_path / "turns", at_once=1)
     monkeypatch.setenv(TURNS, str(tmp_path / "turns"))
-    monkeypatch.setattr("fedsft_assets.federation.site.cpu_slots._SECONDS_BETWEEN_CALLS", 0.0)
+    minutes = SimpleNamespace(monotonic=itertools.count(0, 61).__next__, sleep=time.sleep)
+    monkeypatch.setattr("fedsft_assets.federation.site.cpu_slots.time", minutes)
 
     class HeardError(Exception):
         pass

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 import pytest
 
 from fedsft_assets.federation.protocol.points import Point
-from fedsft_assets.federation.site import reporter
 from fedsft_assets.federation.site.reporter import Reporter
 
 
@@ -28,14 +27,9 @@ class _Server:
         return next(self.answers, True)
 
 
-@pytest.fixture(autouse=True)
-def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reporter, "_FIRST_PAUSE", 0.001)
-
-
 def test_messages_arrive_in_their_order_with_their_points(capsys: pytest.CaptureFixture[str]) -> None:
     server = _Server()
-    reports = Reporter("site-1", server)
+    reports = Reporter("site-1", server, pause=0.001)
     reports.report("begins", [])
     reports.report("val_loss 2.0", [Point("val_loss", 2.0, 1, 16, "site-1", tokens=9, time=1.5)])
     assert reports.flush(30)
@@ -49,7 +43,7 @@ def test_messages_arrive_in_their_order_with_their_points(capsys: pytest.Capture
 
 def test_message_without_an_answer_is_sent_again_as_it_was_before_the_next_one() -> None:
     server = _Server([False, False, True, False, True])
-    reports = Reporter("site-1", server)
+    reports = Reporter("site-1", server, pause=0.001)
     reports.report("one", [])
     reports.report("two", [])
     assert reports.flush(30)
@@ -60,7 +54,7 @@ def test_message_without_an_answer_is_sent_again_as_it_was_before_the_next_one()
 def test_reporting_does_not_wait_for_the_server_and_flushing_does() -> None:
     server = _Server()
     server.open.clear()
-    reports = Reporter("site-1", server)
+    reports = Reporter("site-1", server, pause=0.001)
     reports.report("one", [])
     assert server.asked.wait(30)
     reports.report("two", [])

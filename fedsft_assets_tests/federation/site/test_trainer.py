@@ -30,13 +30,13 @@ from fedsft_assets.federation.server.controller import FederatedSFT
 from fedsft_assets.federation.site.global_model import ExchangeError
 from fedsft_assets.federation.site.precision import site_precision
 from fedsft_assets.federation.site.trainer import SiteTrainer
-from fedsft_assets.federation.transport import materialize
 from fedsft_assets.model.base_model import create_base_model
 from fedsft_assets.model.language_model import LanguageModel
 from fedsft_assets.model.training.local_training import mean_loss
 from fedsft_assets.specs.job import PeftSpec, Precision, TrainingSpec
 from fedsft_assets.specs.model_preset import PRESETS
 from fedsft_assets.specs.plan import SitePlan
+from fedsft_assets_tests.federation.lazy import materialize
 from fedsft_assets_tests.model.slower import slower_in
 
 Weights = dict[str, torch.Tensor]

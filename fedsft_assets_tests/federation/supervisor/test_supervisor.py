@@ -2,11 +2,12 @@
 
 import json
 import os
-import signal
+import sys
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
 
@@ -29,7 +30,7 @@ from fedsft_assets.federation.protocol.messages import EXECUTION_KEY
 from fedsft_assets.federation.protocol.points import Point
 from fedsft_assets.federation.runtimes.interface import JobState, RefusedError, ResultLostError, UnavailableError
 from fedsft_assets.federation.site.failure_log import FAILURE_MARK, TrainerFailure
-from fedsft_assets.federation.supervisor import supervision, supervisor
+from fedsft_assets.federation.supervisor import supervision
 from fedsft_assets.federation.supervisor import workspace as execution_record
 from fedsft_assets.federation.supervisor.failures import explain
 from fedsft_assets.federation.supervisor.privacy import RELEASES_FILE, Releases
@@ -48,6 +49,7 @@ FAILED = JobState(True, False, "FINISHED:EXECUTION_EXCEPTION")
 ABNORMAL = JobState(True, False, "FINISHED:ABNORMAL")
 SITES = ["site-1", "site-2"]
 VAL, LATER = Point("val_loss", 7.0, 0, 0, time=1.0), Point("val_loss", 2.0, 1, 16, time=2.0)
+_SAVE_SECONDS = 5.0
 DIED = "RuntimeError: trainer process exited (rc=-9) before task 'train' produced a result"
 
 
@@ -66,7 +68,7 @@ class Jobs:
         self.missing: list[str] = []
         self.without_result: set[str] = set()
         self.without_journal = False
-        self._state, self._lines = RUNNING, list[str]()
+        self.state, self.lines = RUNNING, list[str]()
         self._handed_out = 0
 
     def connect(self) -> "Jobs":
@@ -76,7 +78,7 @@ class Jobs:
 
     def lose_journal(self, kept: int = 0) -> None:
         """As a server does whose disk is another one."""
-        self._lines = self._lines[:kept]
+        self.lines = self.lines[:kept]
 
     def _do(self, what: str) -> None:
         self.done.append(what)
@@ -97,25 +99,25 @@ class Jobs:
     def poll(self, job_id: str) -> JobState:
         self._do(f"poll {job_id}")
         if self.steps:
-            self._state, entries = self.steps.pop(0)
-            self._lines += [to_line(entry)[:-1] for entry in entries]
-        return self._state
+            self.state, entries = self.steps.pop(0)
+            self.lines += [to_line(entry)[:-1] for entry in entries]
+        return self.state
 
     def new_lines(self, job_id: str) -> list[str]:  # noqa: ARG002
-        if self.refuses and not self._state.ended:
+        if self.refuses and not self.state.ended:
             raise RefusedError("user not authorized for the action 'app_command'")
-        lines, self._handed_out = self._lines[self._handed_out :], len(self._lines)
+        lines, self._handed_out = self.lines[self._handed_out :], len(self.lines)
         return lines
 
     def journal(self, job_id: str) -> list[str] | None:  # noqa: ARG002
-        return None if self.without_journal else list(self._lines)
+        return None if self.without_journal else list(self.lines)
 
     def end_of_log(self, job_id: str, name: str, lines: int) -> str:  # noqa: ARG002
         return "\n".join(self.logs.get(name, "").splitlines()[-lines:])
 
     def abort(self, job_id: str) -> None:
         self._do(f"abort {job_id}")
-        self._state = self._state if self._state.ended else ABNORMAL
+        self.state = self.state if self.state.ended else ABNORMAL
 
     def fetch(self, job_id: str, into: Path) -> None:
         self._do(f"fetch {job_id}")
@@ -166,7 +168,6 @@ Attempt = Callable[[], Supervision]
 @pytest.fixture
 def attempt(tmp_path: Path, workspace: Workspace, jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> Attempt:
     """Begins another attempt to bring the same execution to its end."""
-    monkeypatch.setattr(supervision, "_POLL_SECONDS", 0.0)
     monkeypatch.setattr(supervision, "make_runtime", lambda *_, **__: jobs.connect())
     spec = JobSpec(
         name="fedavg", description="", rounds=3, sites={site: SiteSpec(dataset="alpaca") for site in SITES}, min_sites=1
@@ -191,7 +192,8 @@ def attempt(tmp_path: Path, workspace: Workspace, jobs: Jobs, monkeypatch: pytes
         (folder / f"app_{site}" / "config" / "plan.json").write_text(plan.model_dump_json())
     (folder / "job.json").write_text(spec.model_dump_json())
     (folder / "meta.json").write_text(json.dumps({"name": "fedavg", "min_clients": 1}))
-    return lambda: Supervision(JobFolder.read(folder), workspace, RuntimeSettings(name="poc"))
+    poc = RuntimeSettings(name="poc")
+    return lambda: Supervision(JobFolder.read(folder), workspace, poc, poll_seconds=0.0, save_seconds=_SAVE_SECONDS)
 
 
 def _events(one: Supervision) -> tuple[list[Event], JobError | None]:
@@ -498,7 +500,7 @@ def test_seconds_are_those_of_all_attempts_also_of_one_that_was_killed(
     assert list(_until(events, 3))[-1] == LATER  # after 10 seconds; nobody asks it for anything any more
     execution = workspace.execution()
     assert execution is not None
-    assert 10.0 - supervision._SAVE_SECONDS <= execution.seconds <= 10.0
+    assert 10.0 - _SAVE_SECONDS <= execution.seconds <= 10.0
 
     clock.now = 5.0  # another machine, on another day
     jobs.steps = [(RUNNING, []), (RUNNING, []), (DONE, [])]
@@ -619,8 +621,8 @@ def test_rounds_of_a_broken_history_that_were_not_read_before_it_was_ended_count
     abort = Jobs.abort
 
     def goes_on_until_then(own: Jobs, job_id: str) -> None:
-        if not own._state.ended:
-            own._lines += [to_line(entry)[:-1] for entry in (RoundDone(1), RoundDone(2))]
+        if not own.state.ended:
+            own.lines += [to_line(entry)[:-1] for entry in (RoundDone(1), RoundDone(2))]
         abort(own, job_id)
 
     jobs.steps = [(RUNNING, [Started(0), RoundDone(1), VAL])]
@@ -648,7 +650,7 @@ def test_rounds_that_a_stopped_job_cannot_do_any_more_are_not_charged(
     events = attempt().run()
     list(_until(events, 2))
     assert _counts(private) == [3]
-    jobs._lines.append(to_line(RoundDone(2))[:-1])  # which nobody has read when it is stopped
+    jobs.lines.append(to_line(RoundDone(2))[:-1])  # which nobody has read when it is stopped
     events.close()  # type: ignore[attr-defined]
     assert _counts(private) == [3]  # two, and one that was cut off
     jobs.steps = [(RUNNING, [Started(2), replace(LATER, round=2)])]
@@ -936,10 +938,15 @@ def test_supervisor_whose_starter_is_gone_ends_only_a_job_that_cannot_live_witho
     jobs.steps = [(RUNNING, [Started(0), VAL])]
     events = attempt().run()
     list(_until(events, 2))
-    monkeypatch.setattr(os, "getppid", lambda: 1)
+    monkeypatch.setattr(os, "getppid", lambda: -1)  # not 1, which may be the parent of this process
     with pytest.raises(supervision.OrphanedError):
         next(events)
     assert ("abort job-1" in jobs.done) == (not outlives)
+
+
+def _stopped(*_: object) -> NoReturn:
+    """What the signal handler of the supervisor does."""
+    sys.exit(143)
 
 
 def test_supervisor_that_is_told_to_stop_ends_the_job(
@@ -947,7 +954,7 @@ def test_supervisor_that_is_told_to_stop_ends_the_job(
 ) -> None:
     events = attempt().run()
     next(events)
-    monkeypatch.setattr(jobs, "poll", lambda _: supervisor._stop(signal.SIGTERM, None))
+    monkeypatch.setattr(jobs, "poll", _stopped)
     with pytest.raises(SystemExit) as stop:
         next(events)
     assert stop.value.code == 143
@@ -961,7 +968,7 @@ def test_supervisor_that_is_told_to_stop_while_it_submits_ends_the_job_too(
 
     def interrupted(job_folder: Path, token: str) -> str:
         job_id = submit(job_folder, token)
-        return job_id if next(answers) else supervisor._stop(signal.SIGTERM, None)  # type: ignore[func-returns-value, return-value]
+        return job_id if next(answers) else _stopped()
 
     monkeypatch.setattr(jobs, "submit", interrupted)
     with pytest.raises(SystemExit):
@@ -978,7 +985,7 @@ def test_supervisor_that_is_told_to_stop_before_it_takes_over_ends_the_job_too(
     list(_until(events, 2))
     events.close()  # type: ignore[attr-defined]
     again = attempt()
-    monkeypatch.setattr(jobs, "gather", lambda *_: supervisor._stop(signal.SIGTERM, None))
+    monkeypatch.setattr(jobs, "gather", _stopped)
     with pytest.raises(SystemExit):
         next(again.run())
     assert jobs.done[-1] == "abort job-1"

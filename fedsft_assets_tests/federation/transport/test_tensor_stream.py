@@ -24,9 +24,10 @@ from fedsft_assets.federation.transport.endpoint import TensorEndpoint, piece_si
 from fedsft_assets.federation.transport.install import StreamDecomposer
 from fedsft_assets.federation.transport.receiving import BrokenTensor, TransferError
 from fedsft_assets.federation.transport.sending import TensorStream
-from fedsft_assets.federation.transport.tensors import ContiguousTensors, Delta, LazyTensor, materialize
+from fedsft_assets.federation.transport.tensors import ContiguousTensors, Delta, LazyTensor
 from fedsft_assets.federation.transport.wire import rounded
 from fedsft_assets.specs.job import FiltersSpec
+from fedsft_assets_tests.federation.lazy import materialize
 
 Tensors = dict[str, torch.Tensor]
 

@@ -10,7 +10,8 @@ from nvflare.fuel.utils.fobs.datum import DatumManager
 
 from fedsft_assets.federation.transport.endpoint import TensorEndpoint
 from fedsft_assets.federation.transport.install import tensor_streams
-from fedsft_assets.federation.transport.tensors import ContiguousTensors, Delta, LazyTensor, materialize
+from fedsft_assets.federation.transport.tensors import ContiguousTensors, Delta, LazyTensor
+from fedsft_assets_tests.federation.lazy import materialize
 
 
 def _lazy() -> torch.Tensor:

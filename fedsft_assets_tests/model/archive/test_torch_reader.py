@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 
-from fedsft_assets.model.archive import torch_writer
 from fedsft_assets.model.archive.torch_reader import TensorFile, TensorInfo
 from fedsft_assets.model.archive.torch_writer import write_tensors
 from fedsft_assets.model.errors import ModelError
@@ -89,13 +88,10 @@ def test_nested_dictionaries_have_names_with_dots_and_other_values_are_told_by_t
 
 
 @pytest.mark.parametrize("zip64_from", [0xFFFFFFFF, 10])
-def test_what_is_written_torch_loads_alone_and_mapped_with_ties_and_alignment(
-    tensors, tmp_path, monkeypatch, zip64_from
-):
-    monkeypatch.setattr(torch_writer._ZipWriter, "_ZIP64_FROM", zip64_from)
+def test_what_is_written_torch_loads_alone_and_mapped_with_ties_and_alignment(tensors, tmp_path, zip64_from):
     path = tmp_path / "model.ckpt"
     with TensorFile(_saved(tensors), "model.ckpt") as source, path.open("wb") as file:
-        write_tensors(file, source.tensors, source.read, source.shared)
+        write_tensors(file, source.tensors, source.read, source.shared, zip64_from)
     assert zipfile.ZipFile(path).testzip() is None
     for mapped in (False, True):
         loaded = torch.load(path, weights_only=True, mmap=mapped)

@@ -2,23 +2,22 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from fedsft_assets.model.training import chunked_loss
 from fedsft_assets.model.training.chunked_loss import head_loss, head_only_at, summed_cross_entropy
 
 
 @pytest.mark.parametrize("rows_at_a_time", [1, 3, 100])
-def test_sum_and_gradient_equal_torch_cross_entropy(monkeypatch, rows_at_a_time):
-    monkeypatch.setattr(chunked_loss, "_CHUNK", 11 * rows_at_a_time)
+def test_sum_and_gradient_equal_torch_cross_entropy(rows_at_a_time):
+    chunk = 11 * rows_at_a_time
     generator = torch.Generator().manual_seed(0)
     logits = (5 * torch.randn(10, 11, generator=generator)).requires_grad_()
     reference = logits.detach().clone().requires_grad_()
     targets = torch.randint(11, (10,), generator=generator)
 
-    (summed_cross_entropy(logits, targets) * 0.25).backward()
+    (summed_cross_entropy(logits, targets, chunk) * 0.25).backward()
     (cross_entropy(reference, targets, reduction="sum") * 0.25).backward()
 
     torch.testing.assert_close(
-        summed_cross_entropy(logits, targets), cross_entropy(reference, targets, reduction="sum")
+        summed_cross_entropy(logits, targets, chunk), cross_entropy(reference, targets, reduction="sum")
     )
     torch.testing.assert_close(logits.grad, reference.grad)
 
@@ -52,8 +51,7 @@ def test_projection_sees_the_chosen_positions_only_within_the_block():
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows_at_a_time", [1, 4, 100])
-def test_loss_of_a_projection_and_all_gradients_equal_torch_in_any_chunks(monkeypatch, rows_at_a_time, bias):
-    monkeypatch.setattr(chunked_loss, "_CHUNK", 11 * rows_at_a_time)
+def test_loss_of_a_projection_and_all_gradients_equal_torch_in_any_chunks(rows_at_a_time, bias):
     torch.manual_seed(0)
     head = torch.nn.Linear(6, 11, bias=bias)
     hidden = torch.randn(10, 6, requires_grad=True)
@@ -62,7 +60,7 @@ def test_loss_of_a_projection_and_all_gradients_equal_torch_in_any_chunks(monkey
 
     expected = cross_entropy(head(hidden), targets, reduction="sum") * 0.25
     expected_gradients = torch.autograd.grad(expected, of_all)
-    result = head_loss(hidden, head, targets) * 0.25
+    result = head_loss(hidden, head, targets, chunk=11 * rows_at_a_time) * 0.25
     torch.testing.assert_close(result, expected)
     for got, wanted in zip(torch.autograd.grad(result, of_all), expected_gradients, strict=True):
         torch.testing.assert_close(got, wanted)

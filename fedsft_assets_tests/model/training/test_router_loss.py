@@ -5,7 +5,6 @@ import torch
 
 from fedsft_assets.model.errors import ModelError
 from fedsft_assets.model.language_model import LanguageModel
-from fedsft_assets.model.training import router_loss
 from fedsft_assets.model.training.batches import Tokens, pad
 from fedsft_assets.model.training.local_training import mean_loss, train_round
 from fedsft_assets.model.training.lora import add_adapters
@@ -134,10 +133,12 @@ def test_adapters_are_trained_with_the_routers_loss(base, tokens):
     assert off(*found) > 1e-3
 
 
-def test_a_router_loss_without_a_share_is_refused_with_what_to_do(base, monkeypatch):
+def test_a_router_loss_without_a_coefficient_is_refused_with_what_to_do(base):
     model = mixture(base, "mixtral")
-    monkeypatch.setattr(router_loss, "_COEFFICIENTS", ("router_aux_loss_weight",))  # as if Mixtral had another name
-    with pytest.raises(ModelError, match=r"no coefficient \(router_aux_loss_weight\); set one in .* config\.json"):
+    model.lm.router_aux_loss_coef = None
+    vars(model.lm.config)["router_aux_loss_coef"] = None  # assigning it is refused
+    expected = r"no coefficient \(router_aux_loss_coef or aux_loss_coef\); set one in .* config\.json"
+    with pytest.raises(ModelError, match=expected):
         _ = model.answer_loss
 
 

@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import pytest
 from tokenizers import Tokenizer, processors
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fedsft_assets.data.records import DataError, dump_records, read_records
+from fedsft_assets.data.records import DataError, Record, dump_records, iterate_records, read_records
 from fedsft_assets.data.splits import split_dataset
 from fedsft_assets.model.archive.nemo_archive import read_config, read_tokenizer_files
 from fedsft_assets.model.base_model import create_base_model
@@ -49,13 +49,13 @@ _REPORT = """
 import hashlib, sys, time
 from pathlib import Path
 from fedsft_assets.model.training import token_cache
-make = token_cache._encode
-def announced(*arguments):
+read = token_cache.iterate_records
+def announced(records_file):
     print("making", flush=True)
     if sys.argv[2] == "stop":
         time.sleep(600)
-    return make(*arguments)
-token_cache._encode = announced
+    return read(records_file)
+token_cache.iterate_records = announced
 tokens = token_cache.tokenized(Path(sys.argv[1]), sys.stdin.read().encode(), "answer")
 print(hashlib.sha256(b"".join(part.tobytes() for part in (tokens.ids, tokens.starts, tokens.prompts))).hexdigest())
 """
@@ -126,12 +126,11 @@ def make_counts(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The splits whose tokens were made and not read, one entry each time."""
     made: list[Path] = []
 
-    def counted(records_file: Path, *rest: Any) -> Tokenized:
+    def counted(records_file: Path) -> Iterator[Record]:
         made.append(records_file)
-        return make(records_file, *rest)
+        return iterate_records(records_file)
 
-    make = token_cache._encode
-    monkeypatch.setattr(token_cache, "_encode", counted)
+    monkeypatch.setattr(token_cache, "iterate_records", counted)
     return made
 
 
@@ -141,13 +140,9 @@ def test_records_are_those_of_the_tokenizer_at_every_length(tokenizer: Any, temp
     _assert_as_tokenize(records_file, tokenizer, template, (3, 8, 20, 64, 1000, 100_000))
 
 
-def test_records_of_more_than_one_batch_keep_their_order(
-    tokenizer: Any, dolly: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(token_cache, "_BATCH", 7)
-    monkeypatch.setattr(token_cache, "_BATCHES", 3)
-    assert len(read_records(dolly)) > 2 * 7 * 3
-    _assert_as_tokenize(dolly, tokenizer, _TEMPLATE, (8, 256))
+def test_records_of_more_than_one_batch_keep_their_order(tokenizer: Any, tmp_path: Path) -> None:
+    records = [{"input": f"{number}?", "output": f"{number % 7}"} for number in range(9_000)]
+    _assert_as_tokenize(_split(tmp_path / "long", records), tokenizer, _TEMPLATE, (8,))
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
@@ -289,13 +284,12 @@ def test_tokens_of_a_split_that_is_replaced_meanwhile_are_not_kept_as_the_old_on
 ) -> None:
     old = dolly.read_bytes()
 
-    def replaced_first(*arguments: Any) -> Tokenized:
+    def replaced_first(records_file: Path) -> Iterator[Record]:
         dolly.with_name("new").write_bytes(dump_records(_ODD))
         dolly.with_name("new").rename(dolly)
-        return make(*arguments)
+        return iterate_records(records_file)
 
-    make = token_cache._encode
-    monkeypatch.setattr(token_cache, "_encode", replaced_first)
+    monkeypatch.setattr(token_cache, "iterate_records", replaced_first)
     assert len(tokenized(dolly, description, _TEMPLATE).prompts) == len(_ODD)
     monkeypatch.undo()
     dolly.write_bytes(old)
