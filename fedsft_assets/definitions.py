@@ -36,7 +36,7 @@ defs = dg.Definitions(
         *map(checkpoint_asset, jobs),
         base_model_evaluation,
         *map(evaluation_asset, jobs),
-        comparison_asset(jobs),
+        comparison_asset(jobs, datasets),
         inference_asset(jobs, load_prompts(settings.prompts)),
     ],
     asset_checks=[*data_checks(datasets), nemo_checks(jobs)],

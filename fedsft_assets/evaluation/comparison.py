@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast, get_args
 
-from tabulate import tabulate
-
+from fedsft_assets.evaluation.markdown import markdown_table
 from fedsft_assets.evaluation.matrix import loss_matrix
 from fedsft_assets.evaluation.record_scores import Evaluation, common_records, read_losses
 from fedsft_assets.federation.protocol.job_report import JobReport
-from fedsft_assets.files import publish_file
 from fedsft_assets.model.perplexity import perplexity
 from fedsft_assets.specs.job import BASE_MODEL, JobKind
 
@@ -37,8 +35,7 @@ _HEADERS = (
     "seconds",
 )
 
-
-_SHOWN_BASE_MODEL = "the base model"
+SHOWN_BASE_MODEL = "the base model"
 
 
 class NotComparableError(ValueError):
@@ -51,12 +48,14 @@ class Comparison:
 
     `matrix` has the test loss of each model, the base model among them, on each dataset (see `loss_matrix`),
     `scores` that on all of them with its interval, `verdicts` who is better than whom, by names as they are shown.
+    `losses` are those of each record that all models were scored on (see `record_scores`).
     """
 
     matrix: pd.DataFrame
     reports: list[JobReport]
     scores: dict[str, Estimate]
     verdicts: list[Verdict]
+    losses: pd.DataFrame
 
     def markdown(self) -> str:
         """The verdicts and tables in Markdown, readable in a terminal too."""
@@ -96,7 +95,7 @@ class Comparison:
     def _rows(self) -> list[tuple[str, ...]]:
         starts = {f"{report.base_val_loss:.4f}" for report in self.reports}
         start = starts.pop() if len(starts) == 1 else ""
-        base = ("base model", "", "", "", start, "", *self._scores(_SHOWN_BASE_MODEL), "")
+        base = ("base model", "", "", "", start, "", *self._scores(SHOWN_BASE_MODEL), "")
         return [base, *(self._row(report) for report in self.reports)]
 
     def _row(self, report: JobReport) -> tuple[str, ...]:
@@ -146,8 +145,8 @@ def compare(reports: Sequence[JobReport], evaluations: Sequence[Path]) -> Compar
     ordered = sorted(reports, key=lambda report: sort_key(report.kind, report.job))
     losses = common_records(read_losses(evaluations))
     matrix = loss_matrix(losses).loc[[BASE_MODEL, *(report.job for report in ordered)]]
-    scores = by_prompt(_as_scores(losses))
-    return Comparison(matrix, ordered, score_jobs(scores), _verdicts(ordered, scores))
+    scores = by_prompt(as_scores(losses[losses["first"]]))
+    return Comparison(matrix, ordered, score_jobs(scores), _verdicts(ordered, scores), losses)
 
 
 def _require_one(digests: Mapping[str, str], otherwise: str, again: str) -> None:
@@ -162,28 +161,15 @@ def _verdicts(reports: Sequence[JobReport], scores: PromptLosses) -> list[Verdic
     from fedsft_assets.evaluation.statistics.verdicts import judge, pairs_that_matter
 
     kinds = {report.job: cast("JobKind", report.kind) for report in reports}
-    return judge(compare_pairs(scores, pairs_that_matter(kinds, _SHOWN_BASE_MODEL)))
+    return judge(compare_pairs(scores, pairs_that_matter(kinds, SHOWN_BASE_MODEL)))
 
 
-def _as_scores(losses: pd.DataFrame) -> pd.DataFrame:
-    """Each record once, as the statistics take them: jobs have one seed, and the base model has none."""
-    records = losses[losses["first"]]
+def as_scores(records: pd.DataFrame) -> pd.DataFrame:
+    """Losses as the statistics take them, each record once: jobs have one seed, and the base model has none."""
     base = records["model"] == BASE_MODEL
-    return records.assign(job=records["model"].mask(base, _SHOWN_BASE_MODEL), seed=(~base).map({True: 1, False: None}))
+    return records.assign(job=records["model"].mask(base, SHOWN_BASE_MODEL), seed=(~base).map({True: 1, False: None}))
 
 
 def sort_key(kind: str, job: str) -> tuple[int, str]:
     """Sort key of jobs in tables and plots: local, centralized, federated, then by name."""
     return get_args(JobKind).index(kind), job
-
-
-def write_table(comparison: Comparison, path: Path) -> None:
-    """Write the table as a Markdown file."""
-    with publish_file(path) as fresh:
-        fresh.write_text(comparison.markdown() + "\n", encoding="utf-8")
-
-
-def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]], texts: int) -> str:
-    """A Markdown table; the first `texts` columns are texts, the others numbers."""
-    align = (*["left"] * texts, *["right"] * (len(headers) - texts))
-    return tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True, colalign=align)

@@ -1,4 +1,7 @@
-"""`evaluation/<job>` and `evaluation/base_model`: the loss of a model on each record of the testing splits."""
+"""`evaluation/<job>` and `evaluation/base_model`: the loss of a model on each record of the testing splits.
+
+With its answers to a sample of these records.
+"""
 
 from pathlib import Path
 
@@ -10,6 +13,7 @@ from fedsft_assets.defs.failures import as_dagster_failure
 from fedsft_assets.defs.resources import ModelResource, StoreResource
 from fedsft_assets.evaluation.matrix import loss_matrix
 from fedsft_assets.evaluation.record_scores import LOSSES_FILE, Evaluation, evaluate
+from fedsft_assets.evaluation.sample_answers import AnswerScores, answer_sample, sample, write_answers
 from fedsft_assets.execution import CheckpointInputs
 from fedsft_assets.federation.job_folder import JobFolder
 from fedsft_assets.federation.protocol.job_report import MODEL_FILE, JobReport
@@ -71,11 +75,16 @@ def _evaluated(
     most: int | None,
 ) -> dg.MaterializeResult[Path]:
     """A version of the evaluation of this model."""
+    from fedsft_assets.model.language_model import LanguageModel
+
     with as_dagster_failure(ModelError, DataError):
-        losses = evaluate(archive, store, combined, training, most)
+        model = LanguageModel.load(archive)
+        losses = evaluate(model, store, combined, training, most)
+        answers = answer_sample(model, sample(combined))
     with adding(store.evaluation(name)) as addition:
         losses.to_parquet(addition.folder / LOSSES_FILE, index=False)
         Evaluation(name, digest, SplitReport.read(combined).digest, training.max_length).write(addition.folder)
+        write_answers(answers, addition.folder)
     path = addition.version / LOSSES_FILE
     (row,) = loss_matrix(losses.assign(model=name)).to_dict("records")
     return dg.MaterializeResult(
@@ -83,6 +92,7 @@ def _evaluated(
         data_version=dg.DataVersion(file_digest(path)),
         metadata={
             **{f"loss on {dataset}": round(loss, 4) for dataset, loss in row.items()},
+            **{f"answers: {name}": round(value, 4) for name, value in AnswerScores.of(answers)._asdict().items()},
             "records": int(losses["first"].sum()),
             "answer tokens": int(losses.loc[losses["first"], "tokens"].sum()),
             "path": dg.MetadataValue.path(path),
