@@ -24,6 +24,7 @@ from fedsft_assets.specs.job import BASE_MODEL
 
 _TILES = {"local": "Best site alone", "centralized": "All data in one place", "federated": "Federated"}
 _MOST_SENTENCES = 8  # more are folded away
+_MOST_ROWS = 15  # of a table; longer ones scroll
 _MOST_BESIDE = 8  # answers to one prompt that are shown at once
 
 
@@ -85,8 +86,9 @@ def _content(study: Study) -> dict[str, Any]:
         "sentences": comparison.sentences,
         "outcomes": _outcomes(study),
         "most_sentences": _MOST_SENTENCES,
+        "most_rows": _MOST_ROWS,
         "datasets": list(scores),
-        "rows": heat_map(study.models, scores, jobs),
+        "rows": heat_map(list(_rows(study)), scores, jobs),
         "kinds": {report.job: report.kind for report in comparison.reports},
         "charts": list(_charts(comparison.reports)),
         "gain_sentences": gain_sentences(study.gains),
@@ -100,6 +102,15 @@ def _content(study: Study) -> dict[str, Any]:
         "first": _first(study),
         "not_run": list(study.not_run()),
     }
+
+
+def _rows(study: Study) -> Iterator[str]:
+    """The base model, the recommended one, then all others."""
+    yield BASE_MODEL
+    chosen = study.recommendation.job
+    if chosen:
+        yield chosen
+    yield from (model for model in study.models if model not in (BASE_MODEL, chosen))
 
 
 def _tiles(study: Study) -> Iterator[Tile]:

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -33,18 +34,22 @@ _WORDS = re.compile(r"[^\W_]+")
 
 @dataclass(frozen=True)
 class SampleAnswer:
-    """An answer to the `prompt` of one record, by its digest as in `record_scores`.
-
-    `exact` says whether it is the `reference`, the record's own answer, but for white space at the ends; `rouge_l` is
-    the F-measure of ROUGE-L, 0 to 1: the longest common subsequence of their words.
-    """
+    """An answer to the `prompt` of one record, by its digest as in `record_scores`; `reference` is the record's own."""
 
     record: str
     prompt: str
     reference: str
     answer: str
-    exact: bool
-    rouge_l: float
+
+    @property
+    def exact(self) -> bool:
+        """Whether it is the reference but for white space at the ends."""
+        return self.answer.strip() == self.reference.strip()
+
+    @cached_property
+    def rouge_l(self) -> float:
+        """The F-measure of ROUGE-L, 0 to 1: the longest common subsequence of its and the reference's words."""
+        return rouge_l(self.reference, self.answer)
 
 
 class AnswerScores(NamedTuple):
@@ -70,16 +75,13 @@ def sample(combined: Path, records: int = SAMPLE_RECORDS) -> dict[str, Record]:
 
 
 def answer_sample(model: LanguageModel, asked: Mapping[str, Record]) -> list[SampleAnswer]:
-    """Generate and score the model's answers, each by the likeliest tokens."""
-    answers = model.generate([record["input"] for record in asked.values()], SAMPLE_SETTINGS)
-    return [score(digest, record, answer) for (digest, record), answer in zip(asked.items(), answers, strict=True)]
-
-
-def score(digest: str, record: Record, answer: str) -> SampleAnswer:
-    """Compare an answer with the record's own."""
-    reference = record["output"]
-    exact = answer.strip() == reference.strip()
-    return SampleAnswer(digest, record["input"], reference, answer, exact, rouge_l(reference, answer))
+    """Generate the model's answers, each by the likeliest tokens."""
+    prompts = [record["input"] for record in asked.values()]
+    answers = model.generate(prompts, SAMPLE_SETTINGS, batch_size=SAMPLE_RECORDS)
+    return [
+        SampleAnswer(digest, record["input"], record["output"], answer)
+        for (digest, record), answer in zip(asked.items(), answers, strict=True)
+    ]
 
 
 def rouge_l(reference: str, answer: str) -> float:

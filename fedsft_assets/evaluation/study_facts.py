@@ -12,7 +12,7 @@ from fedsft_assets.store import Store
 from fedsft_assets.versions import versions_of
 
 NOT_STATED = "not stated"
-_GENERATED = "generated text, free of the published terms"
+_GENERATED = "generated sample: the published license does not apply"
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,6 @@ class DatasetFacts:
     version: str
     counts: Mapping[str, int]
     dropped: int
-
-    @property
-    def generated(self) -> bool:
-        return self.license == _GENERATED
 
 
 @dataclass(frozen=True)

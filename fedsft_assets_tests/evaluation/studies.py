@@ -10,7 +10,7 @@ from fedsft_assets.evaluation.answers import Answers
 from fedsft_assets.evaluation.comparison import compare
 from fedsft_assets.evaluation.prompts import ExamplePrompt
 from fedsft_assets.evaluation.record_scores import LOSSES_FILE, Evaluation
-from fedsft_assets.evaluation.sample_answers import score
+from fedsft_assets.evaluation.sample_answers import SampleAnswer
 from fedsft_assets.evaluation.study import Study
 from fedsft_assets.evaluation.study_facts import BaseModelFacts, DatasetFacts
 from fedsft_assets.evaluation.tasks import TaskResult
@@ -91,14 +91,14 @@ def study(
         DatasetFacts("alpaca", "Alpaca", "the hub", "CC BY-NC 4.0", "a" * 64, {"training": 1000, "testing": 20}, 3),
         DatasetFacts("dolly", "Dolly", "a copy", "CC BY-SA 3.0", "d" * 64, {"training": 2000, "testing": 20}, 0),
     ]
-    asked = {f"record {number}": {"input": f"What is {number}?", "output": str(number)} for number in (1, 2)}
+    asked = {f"record {number}": (f"What is {number}?", str(number)) for number in (1, 2)}
     return Study(
         comparison=compare(reports, folders),
         specs={report.job: spec_of(report, ["alpaca", "dolly"]) for report in reports},
         base_model=BaseModelFacts("tiny", "a tiny model", "b" * 64),
         data=datasets,
         samples={
-            model: [score(digest, record, text) for digest, record in asked.items()]  # type: ignore[arg-type]
+            model: [SampleAnswer(digest, *record, text) for digest, record in asked.items()]
             for model, text in (texts or {}).items()
         },
         answers=answers,

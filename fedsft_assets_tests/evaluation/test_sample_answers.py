@@ -9,15 +9,19 @@ from fedsft_assets.evaluation.record_scores import Evaluation
 from fedsft_assets.evaluation.sample_answers import (
     SAMPLE_FILE,
     AnswerScores,
+    SampleAnswer,
     read_answers,
     rouge_l,
     sample,
-    score,
     scores_table,
     write_answers,
 )
 
 RECORDS = [Record(input=f"What is {number}?", output=str(number)) for number in range(50)]
+
+
+def _answer(record: Record, text: str) -> SampleAnswer:
+    return SampleAnswer("a" * 16, record["input"], record["output"], text)
 
 
 def _split(folder: Path, records: list[Record]) -> Path:
@@ -72,12 +76,12 @@ def test_words_of_english_texts_are_those_of_the_package() -> None:
 
 def test_answer_is_exact_but_for_white_space_at_its_ends() -> None:
     record = Record(input="Capital of Norway?", output="Oslo.\n")
-    assert score("a", record, " Oslo.").exact
-    assert not score("a", record, "oslo.").exact
+    assert _answer(record, " Oslo.").exact
+    assert not _answer(record, "oslo.").exact
 
 
 def test_answers_are_read_by_model_and_earlier_evaluations_have_none(tmp_path: Path) -> None:
-    answers = [score("a" * 16, RECORDS[1], "1"), score("b" * 16, RECORDS[2], "<script>ü")]
+    answers = [_answer(RECORDS[1], "1"), _answer(RECORDS[2], "<script>ü")]
     for model in ("base_model", "fedavg"):
         folder = tmp_path / model
         folder.mkdir()
@@ -88,7 +92,7 @@ def test_answers_are_read_by_model_and_earlier_evaluations_have_none(tmp_path: P
 
 
 def test_scores_are_means_over_the_sample() -> None:
-    answers = [score("a", RECORDS[1], "1"), score("b", RECORDS[2], "3")]
+    answers = [_answer(RECORDS[1], "1"), _answer(RECORDS[2], "3")]
     assert AnswerScores.of(answers) == (0.5, 0.5)
     assert "| fedavg" in (table := scores_table({"fedavg": answers}))
     assert table.splitlines()[2].split("|")[2:4] == ["          0.50 ", "     0.500 "]

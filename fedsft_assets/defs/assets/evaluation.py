@@ -13,7 +13,7 @@ from fedsft_assets.defs.failures import as_dagster_failure
 from fedsft_assets.defs.resources import ModelResource, StoreResource
 from fedsft_assets.evaluation.matrix import loss_matrix
 from fedsft_assets.evaluation.record_scores import LOSSES_FILE, Evaluation, evaluate
-from fedsft_assets.evaluation.sample_answers import AnswerScores, answer_sample, sample, write_answers
+from fedsft_assets.evaluation.sample_answers import answer_sample, sample, write_answers
 from fedsft_assets.execution import CheckpointInputs
 from fedsft_assets.federation.job_folder import JobFolder
 from fedsft_assets.federation.protocol.job_report import MODEL_FILE, JobReport
@@ -92,7 +92,6 @@ def _evaluated(
         data_version=dg.DataVersion(file_digest(path)),
         metadata={
             **{f"loss on {dataset}": round(loss, 4) for dataset, loss in row.items()},
-            **{f"answers: {name}": round(value, 4) for name, value in AnswerScores.of(answers)._asdict().items()},
             "records": int(losses["first"].sum()),
             "answer tokens": int(losses.loc[losses["first"], "tokens"].sum()),
             "path": dg.MetadataValue.path(path),
