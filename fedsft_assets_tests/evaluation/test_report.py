@@ -121,6 +121,9 @@ def test_same_study_gives_the_same_bytes(found: Study, tmp_path: Path) -> None:
 def test_licenses_are_beside_the_models_that_were_trained_on_the_data(found: Study) -> None:
     text = _Page(render(found)).text
     assert "It was trained on data under these terms: CC BY-NC 4.0 (alpaca); CC BY-SA 3.0 (dolly)." in text
+    rows = "".join(text.split("Data, licenses and base model")[1].split())
+    assert "alpacaAlpacaCCBY-NC4.01,000" in rows
+    assert "fedavgalpaca,dollyCCBY-NC4.0(alpaca);CCBY-SA3.0(dolly)" in rows
 
 
 def test_what_is_missing_is_said(folders: list[Path]) -> None:
