@@ -53,7 +53,7 @@ def recommend(comparison: Comparison, gains: Sequence[SiteGain]) -> Recommendati
     reasons = [_over_others(best, len(federated), of_kind["local"], verdicts, loss)]
     if losing := [gain.site for gain in gains if gain.job == best.job and gain.own_is_better]:
         reasons.append(
-            f"For questions like its own alone, a site's own model is still measurably better at {_names(losing)}"
+            f"At {_names(losing)}, a model of the site alone is still measurably better on questions like the site's own"
         )
     elif of_kind["centralized"]:
         bound = of_kind["centralized"][0]

@@ -45,7 +45,7 @@ def test_site_whose_own_model_is_better_on_its_own_data_is_named(tmp_path: Path)
     table.to_parquet(file)
     found = study(REPORTS, folders).recommendation
     assert found.job == "fedavg"
-    said = "For questions like its own alone, a site's own model is still measurably better at site-1"
+    said = "At site-1, a model of the site alone is still measurably better on questions like the site's own"
     assert found.reasons[1:] == [said]
 
 
