@@ -53,7 +53,7 @@ def recommend(comparison: Comparison, gains: Sequence[SiteGain]) -> Recommendati
     reasons = [_over_others(best, len(federated), of_kind["local"], verdicts, loss)]
     if losing := [gain.site for gain in gains if gain.job == best.job and gain.own_is_better]:
         reasons.append(
-            f"At {_names(losing)}, a model of the site alone is still measurably better on questions like the site's own"
+            f"At {_names(losing)}, the site's own model is still measurably better on questions like its own"
         )
     elif of_kind["centralized"]:
         bound = of_kind["centralized"][0]

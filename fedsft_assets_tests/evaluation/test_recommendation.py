@@ -45,7 +45,7 @@ def test_site_whose_own_model_is_better_on_its_own_data_is_named(tmp_path: Path)
     table.to_parquet(file)
     found = study(REPORTS, folders).recommendation
     assert found.job == "fedavg"
-    said = "At site-1, a model of the site alone is still measurably better on questions like the site's own"
+    said = "At site-1, the site's own model is still measurably better on questions like its own"
     assert found.reasons[1:] == [said]
 
 
