@@ -42,7 +42,7 @@ defs = dg.Definitions(
         *(checkpoint_asset(job, seeds) for job in jobs),
         base_model_evaluation_asset(base_seeds),
         *(evaluation_asset(job, seeds) for job in jobs),
-        comparison_asset(jobs),
+        comparison_asset(jobs, datasets),
         inference_asset(jobs, load_prompts(settings.prompts)),
     ],
     asset_checks=[*data_checks(datasets), nemo_checks(jobs)],

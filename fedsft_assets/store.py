@@ -10,7 +10,7 @@ from pathlib import Path
 SPLITS = ("training", "validation", "testing")
 HOME_FOLDERS = (
     *("raw", "downloads", "processed", "combined", "base_models", "job_folders", "checkpoints", "evaluations"),
-    *("made", "reports"),
+    *("made", "reports", "tasks"),
     *("flare", "tracking", "tensorboard", "mlartifacts", "cache", "dagster", "poc"),
 )
 """All folders created at the top of a home; users may have others there."""
@@ -78,6 +78,10 @@ class Store:
     def report(self, name: str) -> Path:
         """The folder of all versions of the report `comparison` or `inference`."""
         return self.reports / name
+
+    def tasks(self, checkpoint_digest: str) -> Path:
+        """The folder of what a checkpoint scores in benchmark tasks."""
+        return self.home / "tasks" / checkpoint_digest
 
     @property
     def tokenizers(self) -> Path:

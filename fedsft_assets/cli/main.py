@@ -154,6 +154,7 @@ def _study(args: argparse.Namespace, settings: Settings) -> None:
     comparison, inference = (short(made_by(store, run_id, [report])) for report in ("comparison", "inference"))
     print(f"\n{(comparison / 'comparison.md').read_text(encoding='utf-8')}")
     for title, path in (
+        ("report", comparison / "report.html"),
         ("plot", comparison / "comparison.png"),
         ("answers", inference / "inference.md"),
         ("checkpoints", store.home / "checkpoints"),

@@ -50,8 +50,11 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
         scratch = cache if cache.is_dir() else None  # an archive is scored without a home, too
         results = score_tasks(archive, tasks, args.questions, args.limit, args.batch_size, scratch)
         digest = content_digest(archive)
+        report = TaskReport(digest, tuple(results))
         if args.into:
-            TaskReport(digest, tuple(results)).write(args.into)
+            report.write(args.into)
+        if settings.home.is_dir():
+            report.add_to(settings.store.tasks(digest))
     except (TasksError, ModelError, SpecError, OSError) as error:
         sys.exit(str(error))
     print(task_table({args.checkpoint: results}))

@@ -1,14 +1,17 @@
-"""The answers of several models to the same prompts, side by side in one Markdown table."""
+"""The answers of several models to the same prompts, side by side in one Markdown table, and as JSON."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Self
 
 from fedsft_assets.evaluation.prompts import ExamplePrompt
 from fedsft_assets.files import publish_file
 from fedsft_assets.model.generation_settings import GenerationSettings
 
+ANSWERS_FILE = "inference.json"
 _NO_TEXT = "*(no text)*"
 _MARKUP = re.compile(r"[\\`*_\[\]<>|~&$]")
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f]")
@@ -16,11 +19,15 @@ _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f]")
 
 @dataclass(frozen=True)
 class Answers:
-    """The answers of each model, by name, to each of the prompts."""
+    """The answers of each model, by name, to each of the prompts.
+
+    `versions` are the names of the versions of those models that are jobs' checkpoints.
+    """
 
     prompts: Sequence[ExamplePrompt]
     models: Mapping[str, Sequence[str]]
     settings: GenerationSettings
+    versions: Mapping[str, str] = field(default_factory=dict)
 
     def markdown(self) -> str:
         """A table with a row per model and a column per prompt, markup escaped; contexts in the last row."""
@@ -31,17 +38,33 @@ class Answers:
                 ["*asked after*", *(_cell(prompt.context) if prompt.context else "" for prompt in self.prompts)]
             )
         table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-        return f"{table}\n\n{self._how()}, at most {self.settings.max_new_tokens} new tokens."
+        return f"{table}\n\n{self.how}."
 
     def write(self, path: Path) -> None:
         """Write the table as a Markdown file."""
         with publish_file(path) as fresh:
             fresh.write_text(self.markdown() + "\n", encoding="utf-8")
 
-    def _how(self) -> str:
+    def write_json(self, path: Path) -> None:
+        """Write all of it for `read_json`."""
+        prompts = [prompt.model_dump() for prompt in self.prompts]
+        content = {**asdict(self), "prompts": prompts}
+        with publish_file(path) as fresh:
+            fresh.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read_json(cls, path: Path) -> Self:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        prompts = [ExamplePrompt(**prompt) for prompt in content["prompts"]]
+        return cls(prompts, content["models"], GenerationSettings(**content["settings"]), content["versions"])
+
+    @property
+    def how(self) -> str:
+        """How the answers were made."""
+        most = f"at most {self.settings.max_new_tokens} new tokens"
         if not self.settings.temperature:
-            return "Greedy"
-        return f"Sampled at temperature {self.settings.temperature:g} with seed {self.settings.seed}"
+            return f"Greedy, {most}"
+        return f"Sampled at temperature {self.settings.temperature:g} with seed {self.settings.seed}, {most}"
 
 
 def answer(archives: Mapping[str, Path], prompts: Sequence[ExamplePrompt], settings: GenerationSettings) -> Answers:

@@ -9,13 +9,11 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, cast, get_args
 
-from tabulate import tabulate
-
 from fedsft_assets.evaluation.budgets import budget_cells, differing_budgets, traffic_cells
+from fedsft_assets.evaluation.markdown import markdown_table
 from fedsft_assets.evaluation.matrix import loss_matrix
 from fedsft_assets.evaluation.record_scores import Evaluation, common_records, read_losses
 from fedsft_assets.federation.protocol.job_report import JobReport
-from fedsft_assets.files import publish_file
 from fedsft_assets.model.perplexity import perplexity
 from fedsft_assets.specs.job import BASE_MODEL, JobKind
 
@@ -41,8 +39,7 @@ _HEADERS = (
     "seconds",
 )
 
-
-_SHOWN_BASE_MODEL = "the base model"
+SHOWN_BASE_MODEL = "the base model"
 
 
 class NotComparableError(ValueError):
@@ -51,16 +48,20 @@ class NotComparableError(ValueError):
 
 @dataclass(frozen=True)
 class Comparison:
-    """The jobs in the order of the table, local, centralized, federated, with a report for each seed.
+    """The jobs in the order of the table: local, centralized, federated.
 
+    `runs` has the reports of each job, one for each seed, `reports` those of the first seed.
     `matrix` has the test loss of each model, the base model among them, on each dataset (see `loss_matrix`),
     `scores` that on all of them with its interval, `verdicts` who is better than whom, by names as they are shown.
+    `losses` are those of each record that all models were scored on (see `record_scores`).
     """
 
     matrix: pd.DataFrame
     reports: list[JobReport]
     scores: dict[str, Estimate]
     verdicts: list[Verdict]
+    losses: pd.DataFrame
+    runs: dict[str, list[JobReport]]
 
     def markdown(self) -> str:
         """The verdicts and tables in Markdown, readable in a terminal too."""
@@ -77,7 +78,7 @@ class Comparison:
     def _budgets(self) -> list[str]:
         from fedsft_assets.evaluation.statistics.verdicts import BUDGET_TOLERANCE, unequal_budgets
 
-        tokens = {job: round(mean(report.tokens for report in seeds)) for job, seeds in self.jobs.items()}
+        tokens = {job: round(mean(report.tokens for report in seeds)) for job, seeds in self.runs.items()}
         local = {report.job for report in self.reports if report.kind == "local"}
         pairs = [(verdict.job, verdict.other) for verdict in self.verdicts]
         said = unequal_budgets(tokens, [(job, other) for job, other in pairs if other not in local])
@@ -87,18 +88,20 @@ class Comparison:
             said.append(
                 f"a local job trains on its site's data alone: {fewest:,} to {most:,} answer tokens beside {theirs}"
             )
-        return said + differing_budgets(self.of_first_seed, BUDGET_TOLERANCE)
+        return said + differing_budgets(self.reports, BUDGET_TOLERANCE)
 
     def _notes(self) -> Iterator[str]:
         """What to mind where jobs have several seeds, or were trained beside different validation splits."""
         if self._has_seeds:
-            seeds = sorted({report.seed for report in self.reports if report.seed is not None})
+            seeds = sorted(
+                {report.seed for reports in self.runs.values() for report in reports if report.seed is not None}
+            )
             yield (
                 f"Every job was trained with the seeds {', '.join(map(str, seeds))}; values are means over them. The"
                 " interval has both sources of variance, the records and the seeds; the deviation is that of the test"
                 " loss over seeds."
             )
-        splits = {report.validation_digest for report in self.reports}
+        splits = {report.validation_digest for reports in self.runs.values() for report in reports}
         if len(splits) > 1:
             yield (
                 f"Validation losses are over {len(splits)} validation splits, as data has changed between the jobs:"
@@ -107,15 +110,15 @@ class Comparison:
 
     def _costs(self) -> Iterator[str]:
         yield "What each job cost, with the first seed:" if self._has_seeds else "What each job cost:"
-        yield markdown_table(*budget_cells(self.of_first_seed), texts=1)
-        if any(report.traffic for report in self.of_first_seed):
-            yield markdown_table(*traffic_cells(self.of_first_seed), texts=2)
+        yield markdown_table(*budget_cells(self.reports), texts=1)
+        if any(report.traffic for report in self.reports):
+            yield markdown_table(*traffic_cells(self.reports), texts=2)
 
     def _rows(self) -> list[tuple[str, ...]]:
         starts = {f"{report.base_val_loss:.4f}" for report in self.reports}
         start = starts.pop() if len(starts) == 1 else ""
-        base = ("base model", "", "", "", start, "", *self._scores(_SHOWN_BASE_MODEL), "")
-        return [base, *(self._row(seeds) for seeds in self.jobs.values())]
+        base = ("base model", "", "", "", start, "", *self._scores(SHOWN_BASE_MODEL), "")
+        return [base, *(self._row(seeds) for seeds in self.runs.values())]
 
     def _row(self, seeds: Sequence[JobReport]) -> tuple[str, ...]:
         """One job, trained with these seeds."""
@@ -139,21 +142,8 @@ class Comparison:
         return f"{found.value:.4f}", interval, *over_seeds, f"{perplexity(found.value):.3f}"
 
     @property
-    def jobs(self) -> dict[str, list[JobReport]]:
-        """The reports of each job, one for each seed."""
-        found: dict[str, list[JobReport]] = {}
-        for report in self.reports:
-            found.setdefault(report.job, []).append(report)
-        return found
-
-    @property
-    def of_first_seed(self) -> list[JobReport]:
-        """One report for each job."""
-        return [seeds[0] for seeds in self.jobs.values()]
-
-    @property
     def _has_seeds(self) -> bool:
-        return any(len(seeds) > 1 for seeds in self.jobs.values())
+        return any(len(seeds) > 1 for seeds in self.runs.values())
 
     def _matrix_markdown(self) -> str:
         rows = [
@@ -180,9 +170,11 @@ def compare(reports: Sequence[JobReport], evaluations: Sequence[Path]) -> Compar
     _require_evaluations_of(reports, evaluated)
     ordered = sorted(reports, key=lambda report: (*sort_key(report.kind, report.job), report.seed or 0))
     losses = common_records(read_losses(evaluations))
-    matrix = loss_matrix(losses).loc[[BASE_MODEL, *dict.fromkeys(report.job for report in ordered)]]
-    scores = by_prompt(_as_scores(losses))
-    return Comparison(matrix, ordered, score_jobs(scores), _verdicts(ordered, scores))
+    runs = {job: [report for report in ordered if report.job == job] for job in dict.fromkeys(r.job for r in ordered)}
+    matrix = loss_matrix(losses).loc[[BASE_MODEL, *runs]]
+    scores = by_prompt(as_scores(losses[losses["first"]]))
+    reports = [seeds[0] for seeds in runs.values()]
+    return Comparison(matrix, reports, score_jobs(scores), _verdicts(reports, scores), losses, runs)
 
 
 def _require_evaluations_of(reports: Sequence[JobReport], evaluations: Sequence[Evaluation]) -> None:
@@ -216,27 +208,14 @@ def _verdicts(reports: Sequence[JobReport], scores: PromptLosses) -> list[Verdic
     from fedsft_assets.evaluation.statistics.verdicts import judge, pairs_that_matter
 
     kinds = {report.job: cast("JobKind", report.kind) for report in reports}
-    return judge(compare_pairs(scores, pairs_that_matter(kinds, _SHOWN_BASE_MODEL)))
+    return judge(compare_pairs(scores, pairs_that_matter(kinds, SHOWN_BASE_MODEL)))
 
 
-def _as_scores(losses: pd.DataFrame) -> pd.DataFrame:
-    """Each record once, as the statistics take them."""
-    records = losses[losses["first"]]
-    return records.assign(job=records["model"].mask(records["model"] == BASE_MODEL, _SHOWN_BASE_MODEL))
+def as_scores(records: pd.DataFrame) -> pd.DataFrame:
+    """Losses as the statistics take them."""
+    return records.assign(job=records["model"].mask(records["model"] == BASE_MODEL, SHOWN_BASE_MODEL))
 
 
 def sort_key(kind: str, job: str) -> tuple[int, str]:
     """Sort key of jobs in tables and plots: local, centralized, federated, then by name."""
     return get_args(JobKind).index(kind), job
-
-
-def write_table(comparison: Comparison, path: Path) -> None:
-    """Write the table as a Markdown file."""
-    with publish_file(path) as fresh:
-        fresh.write_text(comparison.markdown() + "\n", encoding="utf-8")
-
-
-def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]], texts: int) -> str:
-    """A Markdown table; the first `texts` columns are texts, the others numbers."""
-    align = (*["left"] * texts, *["right"] * (len(headers) - texts))
-    return tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True, colalign=align)

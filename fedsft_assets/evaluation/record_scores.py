@@ -18,12 +18,14 @@ import pyarrow as pa
 from fedsft_assets.data.hashing import byte_hashes, prompt_hashes
 from fedsft_assets.data.records import DataError, iterate_records
 from fedsft_assets.data.split_report import SplitReport
-from fedsft_assets.model.record_losses import record_losses
+from fedsft_assets.model.record_losses import losses_of
 from fedsft_assets.specs.plan import ResolvedTraining
 from fedsft_assets.store import Store, split_file
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from fedsft_assets.model.language_model import LanguageModel
 
 LOSSES_FILE = "losses.parquet"
 _INPUTS_FILE = "evaluation.json"
@@ -62,7 +64,7 @@ def scored_records(store: Store, combined: Path, most: int | None = None) -> pd.
     """
     import pandas as pd
 
-    lines = _lines(split_file(combined, "testing"))[:most]
+    lines = split_lines(split_file(combined, "testing"))[:most]
     places = {digest: row for row, digest in enumerate(byte_hashes(lines).tolist())}
     records = iterate_records(split_file(combined, "testing"))
     inputs = [record["input"] for record in islice(records, len(lines))]
@@ -70,7 +72,7 @@ def scored_records(store: Store, combined: Path, most: int | None = None) -> pd.
     parts = SplitReport.read(combined).parts
     found = []
     for dataset, version in sorted(parts.items()):
-        own = byte_hashes(_lines(split_file(store.processed(dataset) / version, "testing")))
+        own = byte_hashes(split_lines(split_file(store.processed(dataset) / version, "testing")))
         rows = np.unique([places[digest] for digest in own.tolist() if digest in places]).astype(np.int64)
         found.append(pd.DataFrame({"row": rows, "dataset": dataset}))
     table = pd.concat(found).sort_values(["row", "dataset"], ignore_index=True)
@@ -85,14 +87,14 @@ def scored_records(store: Store, combined: Path, most: int | None = None) -> pd.
 
 
 def evaluate(
-    archive: Path, store: Store, combined: Path, training: ResolvedTraining, most: int | None = None
+    model: LanguageModel, store: Store, combined: Path, training: ResolvedTraining, most: int | None = None
 ) -> pd.DataFrame:
     """The rows of `scored_records`, each with `tokens`, the record's answer tokens, and `loss`, their sum in nats.
 
-    Each record is scored once. Raises ModelError or DataError.
+    Each record is scored once. Raises DataError.
     """
     table = scored_records(store, combined, most)
-    scores = record_losses(archive, split_file(combined, "testing"), training, most)
+    scores = losses_of(model, split_file(combined, "testing"), training, most)
     rows = table["row"].to_numpy()
     return table.drop(columns="row").assign(tokens=scores.tokens[rows], loss=scores.losses[rows])
 
@@ -118,7 +120,7 @@ def common_records(losses: pd.DataFrame) -> pd.DataFrame:
     return losses[scored_by == len(losses[["model", "seed"]].drop_duplicates())]
 
 
-def _lines(path: Path) -> list[bytes]:
+def split_lines(path: Path) -> list[bytes]:
     """The records of a split as they are written."""
     try:
         return [line for line in path.read_bytes().splitlines() if line.strip()]

@@ -15,13 +15,14 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from fedsft_assets.evaluation.comparison import NotComparableError, markdown_table
+from fedsft_assets.evaluation.comparison import NotComparableError
+from fedsft_assets.evaluation.markdown import markdown_table
 from fedsft_assets.evaluation.task_data import PUBLISHED_TASKS, TasksError, with_local_questions
-from fedsft_assets.files import publish_file
+from fedsft_assets.files import locked, publish_file
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -78,6 +79,15 @@ class TaskReport:
     def write(self, folder: Path) -> None:
         with publish_file(folder / TASKS_FILE) as path:
             path.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
+
+    def add_to(self, folder: Path) -> None:
+        """Write the results among those that the folder has; a task's results replace its earlier ones."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder):
+            new = {result.task for result in self.results}
+            earlier = type(self).read(folder).results if (folder / TASKS_FILE).exists() else ()
+            kept = tuple(result for result in earlier if result.task not in new)
+            replace(self, results=(*kept, *self.results)).write(folder)
 
 
 def score_tasks(

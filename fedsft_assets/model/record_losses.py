@@ -1,4 +1,4 @@
-"""The loss of a `.nemo` archive on each record: what everything that is said of a model's quality is computed from."""
+"""The loss of a model on each record: what everything that is said of a model's quality is computed from."""
 
 from __future__ import annotations
 
@@ -21,23 +21,14 @@ class RecordLosses(NamedTuple):
     losses: npt.NDArray[np.float64]
 
 
-def record_losses(
-    archive: Path, records_file: Path, training: ResolvedTraining, most: int | None = None
-) -> RecordLosses:
-    """Load the archive and score the first `most` records of a JSONL split, each once, as the sites of a job do.
-
-    Records are cut to the length of `training`. Where the precision is `auto`, it is fp32 on a CPU. Raises
-    ModelError for an archive that cannot be loaded, DataError for a split that cannot be read.
-    """
-    from fedsft_assets.model.language_model import LanguageModel
-
-    return losses_of(LanguageModel.load(archive), records_file, training, most)
-
-
 def losses_of(
     model: LanguageModel, records_file: Path, training: ResolvedTraining, most: int | None = None
 ) -> RecordLosses:
-    """The same with a model that is loaded."""
+    """Score the first `most` records of a JSONL split, each once, as the sites of a job do.
+
+    Records are cut to the length of `training`. Where the precision is `auto`, it is fp32 on a CPU. Raises DataError
+    for a split that cannot be read.
+    """
     import torch
 
     from fedsft_assets.model.training.batches import evaluation_batches, micro_batches

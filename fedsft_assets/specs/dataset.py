@@ -58,6 +58,7 @@ class DatasetSpec(Spec):
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]*$")]
     title: str = ""
+    license: Annotated[str, Field(description="the license of the data, for whoever uses a model trained on it")] = ""
     hub: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$", description="a dataset repository of the hub")] | None = (
         None
     )

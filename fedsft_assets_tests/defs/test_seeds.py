@@ -75,7 +75,7 @@ def _assets() -> list[dg.AssetsDefinition | dg.AssetSpec]:
         *(checkpoint_asset(job, SEEDS) for job in jobs),
         base_model_evaluation_asset(SEEDS),
         *(evaluation_asset(job, SEEDS) for job in jobs),
-        comparison_asset(jobs),
+        comparison_asset(jobs, list(DATASETS.values())),
     ]
 
 

@@ -121,6 +121,13 @@ def test_file_holds_what_is_shown(tmp_path: Path) -> None:
     assert (tmp_path / "reports" / "inference.md").read_text(encoding="utf-8") == answers.markdown() + "\n"
 
 
+def test_answers_are_read_as_they_were_written(tmp_path: Path) -> None:
+    settings = GenerationSettings(max_new_tokens=9, temperature=0.7, seed=3)
+    answers = Answers(PROMPTS, {"fedavg": ["c", "ü\nd"]}, settings, {"fedavg": "a" * 64})
+    answers.write_json(tmp_path / "inference.json")
+    assert Answers.read_json(tmp_path / "inference.json") == answers
+
+
 @pytest.fixture(scope="module")
 def archives(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     torch.set_num_threads(1)

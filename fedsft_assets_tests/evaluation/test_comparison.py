@@ -4,72 +4,19 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 
-from fedsft_assets.evaluation.comparison import NotComparableError, compare, write_table
-from fedsft_assets.evaluation.record_scores import LOSSES_FILE, Evaluation
-from fedsft_assets.federation.protocol.job_report import JobReport
+from fedsft_assets.evaluation.comparison import NotComparableError, compare
+from fedsft_assets.evaluation.record_scores import LOSSES_FILE
 from fedsft_assets.model.perplexity import perplexity
-
-RECORDS = 40
-TEST_LOSSES = {"base_model": 7.25, "fedavg": 1.0, "combined": 0.9, "oasst1": 6.4, "alpaca": 6.2}
-
-
-def _report(job: str, kind: str, val_loss: list[float], best_round: int) -> JobReport:
-    return JobReport(
-        job=job,
-        kind=kind,
-        rounds=len(val_loss) - 1,
-        best_round=best_round,
-        tokens=12_345_678,
-        samples=[16 * k for k in range(len(val_loss))],
-        val_loss=val_loss,
-        test_loss=0.0,
-        perplexity=0.0,
-        seconds=61.6,
-        phases={"train": 1.0},
-        checkpoint_digest=job,
-        base_model_digest="b" * 64,
-        validation_digest="v" * 64,
-        runtime="simulator",
-        job_id="simulate_job",
-        status="finished",
-        missed={},
-        seed=1234,
-    )
-
-
-REPORTS = [
-    _report("fedavg", "federated", [7.0, 1.2, 0.9, 1.1], 2),
-    _report("combined", "centralized", [7.0, 1.0, 0.8], 2),
-    _report("oasst1", "local", [7.0, 6.5], 1),
-    _report("alpaca", "local", [7.0, 6.1, 7.5], 1),
-]
+from fedsft_assets_tests.evaluation.studies import REPORTS, TEST_LOSSES, evaluation
 
 
 @pytest.fixture
 def evaluations(tmp_path: Path) -> list[Path]:
     """Of the base model and of all jobs, on records of two datasets."""
-    return [_evaluation(tmp_path / "evaluations" / model, model, loss) for model, loss in TEST_LOSSES.items()]
-
-
-def _evaluation(folder: Path, model: str, loss: float, testing_split: str = "t" * 64, seed: int = 1234) -> Path:
-    folder.mkdir(parents=True)
-    if model == "base_model":
-        Evaluation(model, "b" * 64, testing_split, 256).write(folder)
-    else:
-        Evaluation(model, model, testing_split, 256, seed).write(folder)  # digests are those of the reports
-    spread = np.random.default_rng(len(model)).uniform(0.9, 1.1, RECORDS)
-    tokens = np.resize([10, 30], RECORDS)
-    names = [f"record {number}" for number in range(RECORDS)]
-    losses = {"dataset": np.resize(["dolly", "alpaca"], RECORDS), "record": names, "prompt": names, "first": True}
-    sums = tokens * spread
-    pd.DataFrame({**losses, "tokens": tokens, "loss": sums * loss * tokens.sum() / sums.sum()}).to_parquet(
-        folder / LOSSES_FILE
-    )
-    return folder
+    return [evaluation(tmp_path / "evaluations" / model, model, loss) for model, loss in TEST_LOSSES.items()]
 
 
 def _cells(table: str) -> list[list[str]]:
@@ -179,13 +126,6 @@ def test_second_table_has_the_loss_of_each_model_on_each_dataset(evaluations: li
     assert [row[0] for row in rows[1:]] == ["alpaca", "oasst1", "combined", "fedavg"]
 
 
-def test_table_is_written_as_it_is_shown(tmp_path: Path, evaluations: list[Path]) -> None:
-    result = compare(REPORTS, evaluations)
-    path = tmp_path / "reports" / "comparison.md"
-    write_table(result, path)
-    assert path.read_text() == result.markdown() + "\n"
-
-
 def test_jobs_from_different_base_models_are_not_compared(evaluations: list[Path]) -> None:
     odd = replace(REPORTS[2], base_model_digest="0123456789abcdef")
     with pytest.raises(NotComparableError) as error:
@@ -205,7 +145,7 @@ def test_jobs_beside_different_validation_splits_are_compared_by_test_loss(evalu
 def test_models_that_were_evaluated_on_different_records_are_not_compared(
     tmp_path: Path, evaluations: list[Path]
 ) -> None:
-    odd = _evaluation(tmp_path / "odd", "fedavg", 1.0, testing_split="0123456789abcdef")
+    odd = evaluation(tmp_path / "odd", "fedavg", 1.0, testing_split="0123456789abcdef")
     others = [folder for folder in evaluations if folder.name != "fedavg"]
     with pytest.raises(NotComparableError, match=r"more than one testing split .*fedavg: 0123456789ab.*evaluations"):
         compare(REPORTS, [*others, odd])
@@ -213,7 +153,7 @@ def test_models_that_were_evaluated_on_different_records_are_not_compared(
 
 def test_job_with_several_seeds_has_one_line_of_means(evaluations: list[Path], tmp_path: Path) -> None:
     others = [
-        _evaluation(tmp_path / "second" / model, model, loss + 0.1, seed=1235)
+        evaluation(tmp_path / "second" / model, model, loss + 0.1, seed=1235)
         for model, loss in TEST_LOSSES.items()
         if model != "base_model"
     ]
@@ -233,7 +173,7 @@ def test_job_with_several_seeds_has_one_line_of_means(evaluations: list[Path], t
 
 def test_evaluation_of_another_seed_is_not_taken_for_this_one(evaluations: list[Path], tmp_path: Path) -> None:
     second = [replace(report, seed=1235, checkpoint_digest=f"{report.job} again") for report in REPORTS]
-    others = [_evaluation(tmp_path / "second" / report.job, report.job, 1.0, seed=1235) for report in REPORTS]
+    others = [evaluation(tmp_path / "second" / report.job, report.job, 1.0, seed=1235) for report in REPORTS]
     with pytest.raises(NotComparableError, match="the evaluations of fedavg, combined, oasst1, alpaca are of other"):
         compare([*REPORTS, *second], [*evaluations, *others])
 

@@ -8,7 +8,7 @@ import pytest
 
 from fedsft_assets.evaluation.curves import XAxis, plot
 from fedsft_assets.federation.protocol.job_report import JobReport
-from fedsft_assets_tests.evaluation.test_comparison import REPORTS
+from fedsft_assets_tests.evaluation.studies import REPORTS
 
 
 def _png_size(path: Path) -> tuple[int, int]:

@@ -209,6 +209,7 @@ def test_the_command_prints_writes_and_logs_what_a_checkpoint_scores(
     said = fedsft("--tasks", "piqa,winogrande", "--data", "data", "--limit", "3", "--into", "scores")
     report = TaskReport.read(Path("scores"))
     assert report.checkpoint_digest == digest
+    assert TaskReport.read(home.tasks(digest)) == report
     assert [(one.task, one.metric, one.samples) for one in report.results] == [
         *(("piqa", "acc", 3), ("piqa", "acc_norm", 3), ("winogrande", "acc", 3)),
     ]
@@ -337,6 +338,13 @@ def test_a_report_is_read_as_it_was_written(tmp_path: Path) -> None:
     report = TaskReport("ab" * 32, (_RESULT, replace(_RESULT, stderr=None, scores=())))
     report.write(tmp_path)
     assert TaskReport.read(tmp_path) == report
+
+
+def test_results_of_a_task_replace_its_earlier_ones_and_no_others(tmp_path: Path) -> None:
+    first, other, again = _RESULT, replace(_RESULT, task="another"), replace(_RESULT, value=0.75)
+    TaskReport("ab" * 32, (first, other)).add_to(tmp_path / "tasks")
+    TaskReport("ab" * 32, (again,)).add_to(tmp_path / "tasks")
+    assert TaskReport.read(tmp_path / "tasks").results == (other, again)
 
 
 def test_metrics_have_names_that_mlflow_takes_and_new_scores_follow_old_ones(home: Store) -> None:

@@ -43,7 +43,7 @@ def source_version(dataset: DatasetSpec, source: str) -> str:
     folder = _folder(dataset, source)
     if folder is not None:
         return folder_digest(folder, dataset.file_names)
-    if _is_sampled(dataset, source):
+    if is_sampled(dataset, source):
         return _sample_digest(dataset.name)
     assert dataset.hub is not None, "DatasetSpec ensures it"
     return _hub_version(dataset.hub, hub.resolve(dataset.hub, dataset.revision))
@@ -57,7 +57,7 @@ def fetch(dataset: DatasetSpec, source: str, into: Path, downloads: Path) -> Fet
     resumes. Raises DataError naming the source's file.
     """
     folder, version = _folder(dataset, source), None
-    if folder is None and not _is_sampled(dataset, source):
+    if folder is None and not is_sampled(dataset, source):
         folder, version = _download(dataset, downloads)
     with publish_folder(into) as fresh:
         if folder is None:
@@ -95,7 +95,8 @@ def _folder(dataset: DatasetSpec, source: str) -> Path | None:
     return folder
 
 
-def _is_sampled(dataset: DatasetSpec, source: str) -> bool:
+def is_sampled(dataset: DatasetSpec, source: str) -> bool:
+    """Whether the dataset is read from the embedded sample."""
     return source == SAMPLE and dataset.hub is not None and dataset.name in SAMPLED
 
 

@@ -1,4 +1,7 @@
-"""`evaluation/<job>` and `evaluation/base_model`: the loss of a model on each record of the testing splits."""
+"""`evaluation/<job>` and `evaluation/base_model`: the loss of a model on each record of the testing splits.
+
+With its answers to a sample of these records.
+"""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +14,7 @@ from fedsft_assets.defs.failures import as_dagster_failure
 from fedsft_assets.defs.resources import ModelResource, StoreResource
 from fedsft_assets.evaluation.matrix import loss_matrix
 from fedsft_assets.evaluation.record_scores import LOSSES_FILE, Evaluation, evaluate
+from fedsft_assets.evaluation.sample_answers import answer_sample, sample, write_answers
 from fedsft_assets.execution import CheckpointInputs
 from fedsft_assets.federation.job_folder import JobFolder
 from fedsft_assets.federation.protocol.job_report import MODEL_FILE, JobReport
@@ -83,12 +87,17 @@ def _evaluated(
     model: _Scored, store: Store, combined: Path, training: ResolvedTraining, most: int | None
 ) -> dg.MaterializeResult[Path]:
     """A version of the evaluation of this model."""
+    from fedsft_assets.model.language_model import LanguageModel
+
     with as_dagster_failure(ModelError, DataError):
-        losses = evaluate(model.archive, store, combined, training, most)
+        loaded = LanguageModel.load(model.archive)
+        losses = evaluate(loaded, store, combined, training, most)
+        answers = answer_sample(loaded, sample(combined))
     split = SplitReport.read(combined).digest
     with adding(store.evaluation(model.name)) as addition:
         losses.to_parquet(addition.folder / LOSSES_FILE, index=False)
         Evaluation(model.name, model.digest, split, training.max_length, model.seed).write(addition.folder)
+        write_answers(answers, addition.folder)
     path = addition.version / LOSSES_FILE
     (row,) = loss_matrix(losses.assign(model=model.name, seed=model.seed)).to_dict("records")
     return dg.MaterializeResult(

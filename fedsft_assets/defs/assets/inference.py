@@ -1,6 +1,7 @@
 """`inference`: the answers of the base model and every checkpoint to the same prompts."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import dagster as dg
@@ -9,7 +10,7 @@ from pydantic import Field
 from fedsft_assets.defs.failures import as_dagster_failure
 from fedsft_assets.defs.resources import StoreResource
 from fedsft_assets.defs.seeds import by_seed
-from fedsft_assets.evaluation.answers import answer
+from fedsft_assets.evaluation.answers import ANSWERS_FILE, answer
 from fedsft_assets.evaluation.comparison import sort_key
 from fedsft_assets.evaluation.prompts import ExamplePrompt, parse_prompts
 from fedsft_assets.federation.protocol.job_report import MODEL_FILE
@@ -57,14 +58,19 @@ def inference_asset(jobs: Sequence[JobSpec], examples: Sequence[ExamplePrompt]) 
         config: InferenceConfig, store: StoreResource, **versions: Path | dict[str, Path]
     ) -> dg.MaterializeResult[Path]:
         ordered = sorted(jobs, key=lambda job: sort_key(job.kind, job.name))
-        made = {job.name: by_seed(versions[f"checkpoint_{job.name}"])[0] / MODEL_FILE for job in ordered}
-        archives = {"base model": archive_file(by_seed(versions["base_model"])[0]), **made}
+        checkpoints = {job.name: by_seed(versions[f"checkpoint_{job.name}"])[0] for job in ordered}
+        archives = {
+            "base model": archive_file(by_seed(versions["base_model"])[0]),
+            **{job: folder / MODEL_FILE for job, folder in checkpoints.items()},
+        }
         with as_dagster_failure(ModelError, SpecError):
             prompts = parse_prompts(Path("launchpad"), config.model_dump(include={"prompts"}))
             settings = GenerationSettings(config.max_new_tokens, config.temperature, seed=config.seed)
             answers = answer(archives, prompts, settings)
+        names = {job: checkpoint.name for job, checkpoint in checkpoints.items()}
         with adding(store.files.report("inference")) as addition:
             answers.write(addition.folder / "inference.md")
+            replace(answers, versions=names).write_json(addition.folder / ANSWERS_FILE)
         table = addition.version / "inference.md"
         return dg.MaterializeResult(
             value=addition.version,

@@ -8,10 +8,12 @@ import pytest
 from fedsft_assets.defs.assets.comparison import comparison_asset
 from fedsft_assets.defs.assets.evaluation import base_model_evaluation_asset, evaluation_asset
 from fedsft_assets.defs.resources import resources
+from fedsft_assets.evaluation.sample_answers import SAMPLE_RECORDS, read_answers, sample
 from fedsft_assets.evaluation.tables import Tables
+from fedsft_assets.evaluation.tasks import TaskReport, TaskResult
 from fedsft_assets.execution import CheckpointInputs
 from fedsft_assets.federation.job_folder import JobFolder
-from fedsft_assets.federation.protocol.job_report import MODEL_FILE
+from fedsft_assets.federation.protocol.job_report import MODEL_FILE, JobReport
 from fedsft_assets.model.archive.nemo_archive import content_digest
 from fedsft_assets.settings import PROJECT, Settings
 from fedsft_assets.specs.job import JobSpec
@@ -47,7 +49,12 @@ def _materialize(store: Store) -> dg.ExecuteInProcessResult:
     keys = [dg.AssetKey("base_model"), dg.AssetKey("combined"), *(dg.AssetKey(["checkpoint", job]) for job in JOBS)]
     there = [dg.AssetSpec(key).with_io_manager_key("io_manager") for key in keys]
     return dg.materialize(
-        [*there, base_model_evaluation_asset(), *map(evaluation_asset, jobs), comparison_asset(jobs)],
+        [
+            *there,
+            base_model_evaluation_asset(),
+            *map(evaluation_asset, jobs),
+            comparison_asset(jobs, list(DATASETS.values())),
+        ],
         resources=resources(Settings(home=store.home)),
         raise_on_error=False,
     )
@@ -61,6 +68,30 @@ def test_models_are_scored_alike_whatever_their_jobs_were_trained_with(store: St
     assert (losses.groupby(["dataset", "record"])["tokens"].nunique() == 1).all()
     matrix = tables.matrix()
     assert (matrix.max() - matrix.min()).max() < 1e-6  # they have the same weights
+
+
+def test_comparison_has_a_report_with_answers_of_all_models_to_the_same_records(store: Store) -> None:
+    result = _materialize(store)
+    (materialization,) = result.asset_materializations_for_node("comparison")
+    report = current(store.report("comparison")) / "report.html"
+    assert materialization.metadata["report"].value == str(report)
+    page = report.read_text(encoding="utf-8")
+    assert "the embedded sample" in page
+    answers = read_answers([current(store.evaluation(model)) for model in ("base_model", *JOBS)])
+    sampled = {tuple(one.record for one in found) for found in answers.values()}
+    assert sampled == {tuple(sample(current(store.combined)))}
+    assert {len(found) for found in answers.values()} == {SAMPLE_RECORDS}
+    assert "| answers to 20 test records" in (report.parent / "comparison.md").read_text(encoding="utf-8")
+
+
+def test_comparison_shows_what_the_home_keeps_of_benchmark_tasks(store: Store) -> None:
+    digest = JobReport.read(current(store.checkpoint("fedavg"))).checkpoint_digest
+    result = TaskResult("piqa", "acc", 0.625, 0.01, 50, 1838, 0, "1.0", "lm-eval 0.4.13")
+    TaskReport(digest, (result,)).add_to(store.tasks(digest))
+    assert _materialize(store).success
+    version = current(store.report("comparison"))
+    assert "0.6250 ± 0.0100" in (version / "report.html").read_text(encoding="utf-8")
+    assert "0.6250 ± 0.0100" in (version / "comparison.md").read_text(encoding="utf-8")
 
 
 def test_each_evaluation_waits_for_its_model_and_the_splits() -> None:

@@ -11,6 +11,7 @@ from fedsft_assets.defs.assets.inference import inference_asset
 from fedsft_assets.defs.resources import resources
 from fedsft_assets.evaluation.answers import Answers
 from fedsft_assets.evaluation.prompts import ExamplePrompt
+from fedsft_assets.evaluation.study import kept_answers
 from fedsft_assets.federation.protocol.job_report import MODEL_FILE
 from fedsft_assets.files import file_digest
 from fedsft_assets.model.generation_settings import GenerationSettings
@@ -93,6 +94,11 @@ def test_all_models_answer_side_by_side(store: Store, materialize: Callable[...,
     assert found["answers"] == Answers(QUESTIONS, models, settings).markdown()
     assert table.read_text(encoding="utf-8") == found["answers"] + "\n"
     assert found["tags"]["dagster/data_version"] == file_digest(table)
+    versions = {job: current(store.checkpoint(job)).name for job in ("alpaca", "dolly", "oasst1", "combined", "fedavg")}
+    kept = kept_answers(store, versions)
+    assert kept is not None
+    assert kept.markdown() == found["answers"]
+    assert kept_answers(store, {**versions, "fedavg": "another version"}) is None
 
 
 def test_other_prompts_and_sampling_can_be_asked_for(
