@@ -74,9 +74,9 @@ class CountingProxy:
     def _forward(self, source: socket.socket, target: socket.socket, direction: str) -> None:
         with suppress(OSError):  # closed by either end
             while content := source.recv(_AT_ONCE):
-                target.sendall(content)
                 with self._lock:
-                    self._counts[direction] += len(content)
+                    self._counts[direction] += len(content)  # before anybody can know that it has arrived
+                target.sendall(content)
         for one in (source, target):
             with suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)

@@ -10,8 +10,8 @@ from fedsft_assets.federation.protocol.meter import Meter
 def count_traffic(cell: Any, meter: Meter) -> None:
     """From now on, count the frames between a cell, NVFlare's `CoreCell`, and the server.
 
-    A frame is counted when it is handed to its connection, or arrives, in full: tensors, messages and heartbeats with
-    their headers, but not what the connection adds (TLS, HTTP/2 or WebSocket, TCP).
+    A frame is counted once its connection has taken it, or when it arrives, in full: tensors, messages and heartbeats
+    with their headers, but not what the connection adds (TLS, HTTP/2 or WebSocket, TCP).
     """
     manager = cell.communicator.conn_manager
     process_frame, begin = manager.process_frame, manager.handle_new_connection
@@ -25,9 +25,9 @@ def count_traffic(cell: Any, meter: Meter) -> None:
         send_frame = connection.send_frame
 
         def sent(frame: Any) -> None:
+            send_frame(frame)
             if _leads_to_server(manager.sfm_conns.get(connection.name)):
                 meter.sent(len(frame))
-            send_frame(frame)
 
         connection.send_frame = sent
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from nvflare.fuel.f3.cellnet.cell import Cell
 from nvflare.fuel.f3.cellnet.core_cell import CoreCell
+from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey, ReturnCode
 from nvflare.fuel.f3.message import Message
 from nvflare.fuel.f3.stats_pool import StatsPoolManager
 from nvflare.private.fed.utils.fed_utils import nvflare_fobs_initialize
@@ -73,15 +74,15 @@ def connect() -> Iterator[Callable[[int], Cell]]:
 
 
 def _exchange(cell: Cell, peer: str) -> None:
-    message = Message(payload={"wanted": _DOWN, "sent": bytes(_UP)})
-    reply = cell.core_cell.send_request("test", "echo", peer, message, timeout=60.0)
-    assert len(reply.payload) == _DOWN
-
-
-def _wait_for(cell: Cell, peer: str) -> None:
+    """Send and get the bytes, as soon as there is a connection."""
     deadline = time.monotonic() + 60
-    while cell.core_cell.communicator.find_endpoint(peer) is None:
-        assert time.monotonic() < deadline, f"no connection with {peer}"
+    while True:
+        message = Message(payload={"wanted": _DOWN, "sent": bytes(_UP)})
+        reply = cell.core_cell.send_request("test", "echo", peer, message, timeout=60.0)
+        if reply.get_header(MessageHeaderKey.RETURN_CODE) == ReturnCode.OK:
+            assert len(reply.payload) == _DOWN
+            return
+        assert time.monotonic() < deadline, reply.headers
         time.sleep(0.05)
 
 
@@ -92,24 +93,27 @@ def test_frames_with_the_server_are_what_the_socket_carries(
     start("server", port)
     with CountingProxy(port) as proxy:
         cell = connect(proxy.port)
-        _wait_for(cell, "server")
+        _exchange(cell, "server")
         before = proxy.carried
         count_traffic(cell.core_cell, meter)
         for _ in range(2):
             _exchange(cell, "server")
         _require(meter, proxy.carried - before, exchanges=2)
-        proxy.disconnect()
-        _wait_for_another_connection(proxy, cell)
+        _disconnect(proxy, cell)
         _exchange(cell, "server")
         _require(meter, proxy.carried - before, exchanges=3)
+        assert proxy.connections == 2
 
 
-def _wait_for_another_connection(proxy: CountingProxy, cell: Cell) -> None:
+def _disconnect(proxy: CountingProxy, cell: Cell) -> None:
+    """End the connection, and wait until the cell knows."""
+    connections = cell.core_cell.communicator.conn_manager.sfm_conns
+    (name,) = connections
+    proxy.disconnect()
     deadline = time.monotonic() + 60
-    while proxy.connections < 2:
-        assert time.monotonic() < deadline, "the cell does not connect again"
+    while name in connections:
+        assert time.monotonic() < deadline, "the cell does not see that its connection has ended"
         time.sleep(0.05)
-    _wait_for(cell, "server")
 
 
 def _require(meter: Meter, carried: Carried, exchanges: int) -> None:

@@ -144,7 +144,7 @@ def own_clock(monkeypatch: pytest.MonkeyPatch) -> OwnClock:
             clock.now += step
 
         for module in (supervision, execution_record):
-            monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=clock, sleep=sleep))
+            monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=clock, time=clock, sleep=sleep))
         return clock
 
     return begin
