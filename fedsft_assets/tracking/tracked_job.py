@@ -15,6 +15,7 @@ from fedsft_assets.federation.protocol.job_report import MODEL_FILE, JobReport
 from fedsft_assets.federation.protocol.phases import metric_name
 from fedsft_assets.federation.protocol.points import Point
 from fedsft_assets.store import Store
+from fedsft_assets.tracking.datasets import UsedSplit
 from fedsft_assets.tracking.delivery import Delivery
 from fedsft_assets.tracking.journal_points import JournalPoints
 from fedsft_assets.tracking.mlflow_store import ANSWER_SECONDS, Tracking, limit_requests, timed_out
@@ -53,7 +54,7 @@ class TrackedJob:
     for at most `tracking.patience` seconds; what is undelivered by then stays in the store's outbox. `record` is the
     file of the last execution in the same workspace. If it has the same `execution_id`, this is another attempt and its
     MLflow runs are resumed. If it has a different one whose process died without ending it, that one is closed as
-    KILLED. `spent` returns the cost of an unsuccessful execution as metrics by name.
+    KILLED. `spent` returns the cost of an unsuccessful execution as metrics by name. `splits` are MLflow's datasets.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class TrackedJob:
         record: Path,
         journal: Path,
         spent: Spent = lambda _: {},
+        splits: Sequence[UsedSplit] = (),
     ) -> None:
         self._tracking = tracking
         self._spent = spent
@@ -82,7 +84,8 @@ class TrackedJob:
         else:
             close_as_killed(self._record, self._outbox, spent=spent)
             values = {name: str(value) for name, value in params.items()}
-            self._execution = TrackedExecution(execution_id, job, sites, values, tags, note, round(time.time(), 3))
+            begun = round(time.time(), 3)
+            self._execution = TrackedExecution(execution_id, job, sites, values, tags, note, begun, splits=list(splits))
         self._execution.write(self._record)  # before anything is created under its id
         delivery = Delivery(tracking, self._execution, self._save)
         self._events = _EventThread(store.tensorboard(job), self._points)
@@ -98,9 +101,8 @@ class TrackedJob:
     def finish(self, report: JobReport, checkpoint: Path, artifacts: list[Path], model: str, data: str) -> Registered:
         """Deliver everything and end the MLflow runs as FINISHED.
 
-        `checkpoint` is the folder of the archive and its report, to be registered as a version of `model`. The alias
-        `champion` is set to the version with the lowest test loss among those scored on the same `data` (a digest).
-        Raises OSError if the outbox cannot be written.
+        `checkpoint` is the folder of the archive and its report, to be registered as a version of `model`, which was
+        scored on the combined splits with the digest `data`. Raises OSError if the outbox cannot be written.
         """
         archive = checkpoint / MODEL_FILE
         results = {

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from mlflow.entities import LoggedModelStatus
 
 from fedsft_assets.federation.protocol.points import Point
 from fedsft_assets.store import Store
@@ -31,7 +32,7 @@ from fedsft_assets_tests.tracking.server import HOST, Proxy, TrackingServer, unu
 
 pytestmark = pytest.mark.slow
 
-CHANGES = ("create", "log-batch", "set-", "update", "PUT ", "delete")
+CHANGES = ("create", "log-batch", "set-", "update", "PUT ", "PATCH ", "log-", "delete")
 
 
 def _is_change(line: str) -> bool:
@@ -53,7 +54,12 @@ def _assert_complete(tracking: Tracking, points: list[Point], status: str = "FIN
     assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["checkpoint.json", "report.json"]
     (version,) = client.search_model_versions("name = 'fedsft-tiny'")
     assert version.run_id == run.info.run_id
-    assert client.get_model_version_by_alias("fedsft-tiny", "champion").version == version.version
+    (model,) = client.search_logged_models([run.info.experiment_id])
+    assert (model.source_run_id, model.status) == (run.info.run_id, LoggedModelStatus.READY)
+    assert version.source == model.artifact_location
+    assert {file.path for file in client.list_logged_model_artifacts(model.model_id)} >= {"MLmodel", "model.nemo"}
+    assert [output.model_id for output in client.get_run(run.info.run_id).outputs.model_outputs] == [model.model_id]
+    assert sorted(metric.key for metric in model.metrics) == sorted(RESULTS)
 
 
 def test_server_that_is_down_at_the_start_gets_everything_when_it_is_up(
