@@ -25,7 +25,7 @@ from fedsft_assets.specs.model_preset import ModelPreset
 from fedsft_assets.specs.plan import SitePlan
 from fedsft_assets.specs.runtime import SIMULATOR, RuntimeSettings
 from fedsft_assets.store import Store, split_file
-from fedsft_assets.tracking import Outbox, Registered, TrackedJob, Tracking
+from fedsft_assets.tracking import Outbox, Registered, TrackedJob, Tracking, registered_model
 from fedsft_assets.tracking.datasets import Context, UsedSplit
 from fedsft_assets.tracking.journal_points import JournalPoints
 from fedsft_assets.tracking.record import TrackedExecution
@@ -135,7 +135,7 @@ def execute_job(
                 inputs.write(addition.folder)
             folder = addition.version
             artifacts = [folder / REPORT_FILE, job.path / SPEC_FILE, folder / CHART_FILE]
-            registered = tracked.finish(report, folder, artifacts, model=f"fedsft-{preset.name}", data=data)
+            registered = tracked.finish(report, folder, artifacts, model=registered_model(preset.name), data=data)
         make_current(folder)
         workspace.end()
     return ExecutedJob(report, folder, folder / CHART_FILE, registered)

@@ -220,7 +220,7 @@ def _tensorboard(_: argparse.Namespace, settings: Settings) -> None:
 
 def _track(_: argparse.Namespace, settings: Settings) -> None:
     outbox = Outbox(settings.store.outbox)
-    if not outbox.entries():
+    if outbox.is_empty:
         print("no pending MLflow records")
         return
     remaining = outbox.deliver(Tracking.of(settings), answer_seconds=_PATIENT_SECONDS)

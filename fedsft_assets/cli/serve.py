@@ -11,7 +11,7 @@ from fedsft_assets.credentials import redact
 from fedsft_assets.settings import Settings
 from fedsft_assets.specs.model_preset import model_preset
 from fedsft_assets.specs.yaml_file import SpecError
-from fedsft_assets.tracking import Tracking
+from fedsft_assets.tracking import Tracking, registered_model
 from fedsft_assets.tracking.lookup import NoModelError, find_version, model_folder
 
 _PREFERRED_PORT = 5001
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     tracking = Tracking.of(settings)
     try:
         listener = _listen_at(args.port) if args.port else None
-        version = find_version(tracking, f"fedsft-{model_preset(settings.model).name}", args.job)
+        version = find_version(tracking, registered_model(model_preset(settings.model).name), args.job)
         print(f"{version.name} version {version.version}, of job {version.tags.get('job')}", flush=True)
         with model_folder(tracking, version, settings.home / "cache" / "served_model") as folder:
             serve(settings, [model_server(folder, listener, _PREFERRED_PORT, _EXAMPLE)])

@@ -40,8 +40,8 @@ def find_version(tracking: Tracking, model: str, job: str | None = None) -> Mode
     except MlflowException as error:
         if 400 <= error.get_http_status_code() < 500:
             raise NoModelError(
-                f"{model} in {tracking.uri}: has no version with the alias {CHAMPION!r}; `comparison` sets it for a model"
-                " that is better than the base model. Name a job to serve its newest version"
+                f"{model} in {tracking.uri}: has no version with the alias {CHAMPION!r}; `comparison` sets it for a"
+                " model that is better than the base model. Name a job to serve its newest version"
             ) from None
         raise
 
@@ -59,9 +59,9 @@ def model_folder(tracking: Tracking, version: ModelVersion, downloads: Path) -> 
         return
     if own or source.startswith("runs:"):
         raise NoModelError(
-            f"{version.name} version {version.version}: was registered by an earlier version of fedsft, as the path of an"
-            f" archive; ask it with fedsft-generate --checkpoint {version.tags.get('archive', source)}, or train the job"
-            " again"
+            f"{version.name} version {version.version}: was registered by an earlier version of fedsft, as the path of"
+            f" an archive; ask it with fedsft-generate --checkpoint {version.tags.get('archive', source)}, or train"
+            " the job again"
         )
     from mlflow.artifacts import download_artifacts
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 EXPERIMENT = "fedsft"
-CHAMPION = "champion"
+CHAMPION, CHALLENGER = "champion", "challenger"  # aliases of versions
 ANSWER_SECONDS = 10
 _SQLITE = "sqlite:///"
 _TIMEOUT, _RETRIES = "MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
@@ -84,6 +84,11 @@ class Tracking:
                 if existing is None:
                     raise error
                 return str(existing.experiment_id)
+
+
+def registered_model(preset: str) -> str:
+    """The name of the registered model that has the checkpoints of all jobs that start from this preset."""
+    return f"fedsft-{preset}"
 
 
 def _make_store(database: Path, artifacts: Path | None) -> None:

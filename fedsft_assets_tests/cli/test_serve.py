@@ -51,7 +51,11 @@ def _register(store: Store, tracking: Tracking) -> None:
 @pytest.fixture(scope="module")
 def home(store: Store) -> Path:
     """The home with the checkpoint registered in its own store, as no champion."""
-    _register(store, Tracking(store.mlflow_uri, store.mlflow_artifacts))
+    tracking = Tracking(store.mlflow_uri, store.mlflow_artifacts)
+    _register(store, tracking)
+    archive = store.checkpoint("oasst1") / "version" / MODEL_FILE
+    tags = {"job": "oasst1", "archive": str(archive)}
+    tracking.client().create_model_version("fedsft-tiny", archive.as_uri(), tags=tags)  # as earlier versions did
     return store.home
 
 
@@ -133,7 +137,8 @@ def test_model_of_a_server_is_downloaded_and_the_copy_removed_at_the_end(
     ("arguments", "says"),
     [
         ((), "has no version with the alias 'champion'"),
-        (("dolly",), "no version of job 'dolly'; it has versions of fedavg"),
+        (("dolly",), "no version of job 'dolly'; it has versions of fedavg, oasst1"),
+        (("oasst1",), "fedsft-tiny version 2: was registered by an earlier version of fedsft"),
         (("fedavg", "--port", "99999"), "--port: 99999 cannot be used"),
     ],
 )

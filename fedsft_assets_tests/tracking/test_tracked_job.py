@@ -11,6 +11,7 @@ from fedsft_assets.federation.protocol.journal import to_line
 from fedsft_assets.federation.protocol.points import Point
 from fedsft_assets.store import Store
 from fedsft_assets.tracking import Outbox, Tracking
+from fedsft_assets.tracking.datasets import UsedSplit
 from fedsft_assets_tests.tracking.examples import (
     REPORT,
     RESULTS,
@@ -150,6 +151,38 @@ def test_finished_job_has_its_results_artifacts_and_status(tracking: Tracking, s
     assert json.loads(listed.read_text())["checkpoint.path"] == str(checkpoint / MODEL_FILE)
     assert Outbox(store.outbox).entries() == []
     assert list(store.outbox.iterdir()) == []
+
+
+def test_datasets_are_inputs_of_the_mlflow_run_and_results_belong_to_the_model_and_its_split(
+    tracking: Tracking, store: Store, checkpoint: Path
+) -> None:
+    digest = "d" * 64
+    splits = [
+        UsedSplit("dolly", "training", "e" * 64, "/processed/dolly/training.jsonl"),
+        UsedSplit("combined", "testing", digest, "/combined/testing.jsonl"),
+    ]
+    for attempt in ("first", "second"):  # the second finds all of it there
+        with track(tracking, store, "the execution", splits=splits) as job:
+            job.finish(REPORT, checkpoint, [], model="fedsft-tiny", data=digest)
+            assert job.run_id, attempt
+    client = tracking.client()
+    used = client.get_run(job.run_id).inputs.dataset_inputs
+    assert sorted((one.dataset.name, one.dataset.digest, one.tags[0].value) for one in used) == [
+        ("combined/testing", digest[:36], "testing"),
+        ("dolly/training", "e" * 36, "training"),
+    ]
+    (best,) = client.search_logged_models(
+        [tracking.experiment_id()],
+        filter_string="metrics.test_loss < 3",
+        datasets=[{"dataset_name": "combined/testing", "dataset_digest": digest[:36]}],
+        order_by=[{"field_name": "metrics.test_loss", "ascending": True}],
+    )
+    found = {metric.key: (metric.value, metric.dataset_name) for metric in best.metrics}
+    assert {name: value for name, (value, _) in found.items()} == RESULTS
+    assert found["test_loss"] == (2.25, "combined/testing")
+    assert found["best_val_loss"] == (2.0, "combined/validation")
+    assert found["seconds"] == (12.5, None)
+    assert len(best.metrics) == len(RESULTS)
 
 
 def test_execution_is_as_long_in_mlflow_as_it_was(tracking: Tracking, store: Store, checkpoint: Path) -> None:

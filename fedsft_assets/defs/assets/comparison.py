@@ -5,9 +5,10 @@ from pathlib import Path
 
 import dagster as dg
 
+from fedsft_assets.champion import move_champion
 from fedsft_assets.defs.failures import as_dagster_failure
 from fedsft_assets.defs.metadata import image
-from fedsft_assets.defs.resources import StoreResource
+from fedsft_assets.defs.resources import MLflowResource, ModelResource, StoreResource
 from fedsft_assets.evaluation.comparison import NotComparableError, compare, write_table
 from fedsft_assets.evaluation.curves import plot
 from fedsft_assets.evaluation.statistics.prompt_losses import ScoresError
@@ -31,11 +32,15 @@ def comparison_asset(jobs: Sequence[JobSpec]) -> dg.AssetsDefinition:
         },
         description="All jobs and the base model side by side: losses, intervals and verdicts.",
     )
-    def comparison(store: StoreResource, **versions: Path) -> dg.MaterializeResult[Path]:
+    def comparison(
+        store: StoreResource, model: ModelResource, mlflow: MLflowResource, **versions: Path
+    ) -> dg.MaterializeResult[Path]:
         files = store.files
+        evaluations = [versions[f"evaluation_{name}"] for name in (BASE_MODEL, *names)]
         reports = [JobReport.read(versions[f"checkpoint_{name}"]) for name in names]
         with as_dagster_failure(NotComparableError, ScoresError):
-            result = compare(reports, [versions[f"evaluation_{name}"] for name in (BASE_MODEL, *names)])
+            result = compare(reports, evaluations)
+            champion = move_champion(evaluations, files, model.load(), mlflow.tracking)
         with adding(files.report("comparison")) as addition:
             write_table(result, addition.folder / "comparison.md")
             plot(result.reports, addition.folder / "comparison.png")
@@ -46,6 +51,7 @@ def comparison_asset(jobs: Sequence[JobSpec]) -> dg.AssetsDefinition:
             metadata={
                 "table": dg.MetadataValue.md(result.markdown()),
                 "validation loss": image(chart),
+                "champion": dg.MetadataValue.md(champion.markdown()),
                 **{f"{report.job}: best validation loss": round(report.best_val_loss, 4) for report in result.reports},
                 "base model's test loss": round(float(result.matrix[COMBINED].loc[BASE_MODEL]), 4),
                 "table file": dg.MetadataValue.path(table),
