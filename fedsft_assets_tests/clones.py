@@ -33,7 +33,7 @@ sites:
   site-3: {dataset: oasst1}
 rounds: 1
 max_local_steps: 8
-max_evaluation_records: 4
+max_evaluation_records: 20
 """
 _NOT_CLONED = (".git", ".venv", ".fedsft*", "__pycache__", ".*_cache", "build", "*.egg-info")
 # What a developer's shell may have set, and a reader's has not.

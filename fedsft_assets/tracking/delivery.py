@@ -47,7 +47,7 @@ class Delivery:
         self._tracking = tracking
         self._execution = execution
         self._save = save
-        self._experiment = ""
+        self.experiment = ""
         self._known_points: set[Hashable] = set()
         self._wanted: defaultdict[str, dict[Hashable, Value]] = defaultdict(dict)
         self._unsent: defaultdict[str, dict[Hashable, Value]] = defaultdict(dict)
@@ -72,7 +72,7 @@ class Delivery:
         `running`: the job is still running.
         """
         client = self._tracking.client()
-        self._experiment = self._tracking.experiment_id()
+        self.experiment = self._tracking.experiment_id()
         found = self._find(client)
         for role in (JOB, *self._execution.sites):
             candidates = found.get(role, {})
@@ -134,7 +134,7 @@ class Delivery:
         run_id, model = self._execution.runs[JOB], None
         if what := ending.registration:
             most = self._tracking.largest_upload
-            registry = ModelRegistry(client, self._experiment, self._execution, run_id, ending, what, most)
+            registry = ModelRegistry(client, self.experiment, self._execution, run_id, ending, what, most)
             model = registry.logged_model()
         self._once("results", partial(self._log_results, client, ending, model))
         for artifact in artifacts:
@@ -178,7 +178,7 @@ class Delivery:
         """The MLflow runs with this execution's tag, by role and run id, oldest first."""
         found: defaultdict[str, dict[str, Run]] = defaultdict(dict)
         query = f"tags.`{EXECUTION_TAG}` = '{self._execution.id}'"
-        for run in client.search_runs([self._experiment], query, order_by=["attributes.start_time ASC"]):
+        for run in client.search_runs([self.experiment], query, order_by=["attributes.start_time ASC"]):
             found[run.data.tags.get("site", JOB)][run.info.run_id] = run
         return found
 
@@ -192,7 +192,7 @@ class Delivery:
         else:
             name = f"{execution.job} {role}"
             own = {"site": role, MLFLOW_PARENT_RUN_ID: execution.runs[JOB]}
-        return client.create_run(self._experiment, round(execution.begun * 1000), {**tags, **own}, name)
+        return client.create_run(self.experiment, round(execution.begun * 1000), {**tags, **own}, name)
 
     def _renew(self, client: MlflowClient, run: Run, running: bool) -> None:
         """Update an existing run's tags for this attempt, and set it to RUNNING if it had ended."""

@@ -39,12 +39,15 @@ _log = logging.getLogger(__name__)
 class Registered:
     """The registered model, version and MLflow run of a finished job.
 
-    `version` and `run_id` are None until the tracking server has answered.
+    `version` and `run_id` are None until the tracking server has answered, and the addresses of their pages also if
+    MLflow is no server.
     """
 
     model: str
     version: str | None
     run_id: str | None
+    run_url: str | None = None
+    version_url: str | None = None
 
 
 class TrackedJob:
@@ -128,7 +131,15 @@ class TrackedJob:
         with self._record_lock:
             self._record.unlink(missing_ok=True)
         self._deliver(entry, self._tracking.patience)
-        return Registered(model, self._delivery.version, self.run_id)
+        version, run_id, pages = self._delivery.version, self.run_id, f"{self._tracking.uri.rstrip('/')}/#"
+        experiment = self._delivery.experiment if self._tracking.over_http else ""
+        return Registered(
+            model,
+            version,
+            run_id,
+            f"{pages}/experiments/{experiment}/runs/{run_id}" if experiment and run_id else None,
+            f"{pages}/models/{model}/versions/{version}" if experiment and version else None,
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -238,6 +249,11 @@ class _DeliveryThread(threading.Thread):
         self._settled = threading.Event()
         self._delivered = False
         self._given_up = threading.Event()
+
+    @property
+    def experiment(self) -> str:
+        """Id of the experiment; empty until the tracking server has answered."""
+        return self._delivery.experiment
 
     def deliver(self, entry: Entry, patience: float) -> bool:
         """Deliver the rest of the outbox entry, waiting up to `patience` seconds; returns whether all is delivered."""

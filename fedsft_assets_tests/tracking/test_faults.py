@@ -74,7 +74,10 @@ def test_server_that_is_down_at_the_start_gets_everything_when_it_is_up(
         write(store, points[10:])
         until(lambda: curve(tracking, "fedavg", "val_loss"), "points arrive while the job runs")
         registered = finish(job, checkpoint)
-    assert (registered.version, registered.run_id) == ("1", runs(tracking)["fedavg"].info.run_id)
+    run = runs(tracking)["fedavg"].info
+    assert (registered.version, registered.run_id) == ("1", run.run_id)
+    assert registered.run_url == f"{server.url}/#/experiments/{run.experiment_id}/runs/{run.run_id}"
+    assert registered.version_url == f"{server.url}/#/models/fedsft-tiny/versions/1"
     (said,) = caplog.messages
     assert "training continues" in said
     _assert_complete(tracking, points)
@@ -149,6 +152,39 @@ def test_nothing_is_doubled_when_requests_are_served_after_they_were_given_up(
         creations = [line for line in proxy.served if "runs/create" in line]
     assert len(creations) == 4  # one too many, whose run is removed
     _assert_complete(tracking, points)
+
+
+def test_upload_that_breaks_is_repeated_and_holds_nobody_up(
+    running_server: TrackingServer, store: Store, checkpoint: Path
+) -> None:
+    """The archive is on its way when the job's patience ends, and its process does."""
+    tracking, points = Tracking(running_server.url), job_points()
+
+    def forward(line: str) -> str:
+        return "hold" if line.startswith("PUT ") and "model.nemo" in line else "pass"
+
+    with Proxy(running_server.port, forward) as proxy:
+        command = [sys.executable, "-c", _FINISHED, proxy.url, str(store.home), str(checkpoint)]
+        write(store, points)
+        subprocess.run(command, check=True)
+        assert any("model.nemo" in line for line in proxy.requests)
+    (model,) = tracking.client().search_logged_models([tracking.experiment_id()])
+    assert model.status == LoggedModelStatus.PENDING
+    assert tracking.client().search_model_versions("name = 'fedsft-tiny'") == []
+    assert Outbox(store.outbox).deliver(tracking) == []
+    _assert_complete(tracking, points)
+
+
+_FINISHED = """
+import sys
+from pathlib import Path
+from fedsft_assets.store import Store
+from fedsft_assets.tracking import Tracking
+from fedsft_assets_tests.tracking.examples import finish, track
+url, home, checkpoint = sys.argv[1:]
+with track(Tracking(url, patience=8), Store(Path(home))) as job:
+    assert finish(job, Path(checkpoint)).version is None
+"""
 
 
 def test_a_silent_server_holds_nobody_up(

@@ -23,6 +23,7 @@ from fedsft_assets.cli.ui.guard import guarded
 from fedsft_assets.defs.servers import run_daemon, serve_code, webserver
 
 _SECONDS_TO_ANSWER = 3  # for pending requests when a server stops
+_SECONDS_OF_ANSWERS = 3600
 _POLL_SECONDS = 0.1
 
 
@@ -156,8 +157,11 @@ def _tensorboard(args: argparse.Namespace, start: Start) -> None:
 
 def _model(args: argparse.Namespace, start: Start) -> None:
     """A model of MLflow's, with the interface of `mlflow models serve`."""
+    from mlflow.environment_variables import MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT
     from mlflow.pyfunc import load_model, scoring_server
 
+    if not MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT.is_set():  # long answers, and others before them, take their time
+        MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT.set(_SECONDS_OF_ANSWERS)
     _serve(scoring_server.init(load_model(args.folder)), start)
 
 

@@ -94,6 +94,8 @@ def _result(executed: ExecutedJob) -> dg.MaterializeResult[Path]:
             "path": dg.MetadataValue.path(executed.folder / MODEL_FILE),
             "MLflow run": registered.run_id or NOT_YET,
             "registered as": f"{registered.model} version {registered.version or NOT_YET}",
+            **({"MLflow run's page": dg.MetadataValue.url(registered.run_url)} if registered.run_url else {}),
+            **({"model's page": dg.MetadataValue.url(registered.version_url)} if registered.version_url else {}),
             "validation loss by round": curve(report.samples, report.val_loss),
         },
     )
