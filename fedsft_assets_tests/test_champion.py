@@ -14,7 +14,7 @@ from fedsft_assets.model.archive.nemo_archive import content_digest
 from fedsft_assets.specs.job import BASE_MODEL, TrainingSpec
 from fedsft_assets.store import Store, archive_file
 from fedsft_assets.tracking import CHALLENGER, CHAMPION, Outbox, Tracking
-from fedsft_assets.versions import current, versions_of
+from fedsft_assets.versions import adding, current, versions_of
 from fedsft_assets_tests.prepared import TINY, made_current, prepare_home
 from fedsft_assets_tests.tracking.server import HOST, unused_port
 
@@ -90,8 +90,12 @@ def test_champion_of_another_split_is_scored_again_before_it_is_compared(trackin
     version = _register(tracking, content_digest(archive), archive)
     tracking.client().set_registered_model_alias(MODEL, CHAMPION, version)
     _register_jobs(tracking, store)
+    before = Evaluation(RESCORED, content_digest(archive), "another split", TRAINING.max_length)
+    with adding(store.evaluation(RESCORED)) as earlier:
+        shutil.copyfile(current(store.evaluation("fedavg")) / LOSSES_FILE, earlier.folder / LOSSES_FILE)
+        before.write(earlier.folder)
     made = move_champion(_evaluations(store), store, TINY, tracking)
-    (again,) = versions_of(store.evaluation(RESCORED))
+    (again,) = [one for one in versions_of(store.evaluation(RESCORED)) if Evaluation.read(one) != before]
     pd.testing.assert_frame_equal(
         read_losses([again]).drop(columns="model"),
         read_losses([current(store.evaluation(BASE_MODEL))]).drop(columns="model"),
@@ -101,7 +105,8 @@ def test_champion_of_another_split_is_scored_again_before_it_is_compared(trackin
     tracking.client().set_registered_model_alias(MODEL, CHAMPION, version)
     written = again.stat().st_mtime_ns
     move_champion(_evaluations(store), store, TINY, tracking)
-    assert [path.stat().st_mtime_ns for path in versions_of(store.evaluation(RESCORED))] == [written]
+    assert again.stat().st_mtime_ns == written
+    assert len(versions_of(store.evaluation(RESCORED))) == 2
 
 
 def test_champion_that_cannot_be_scored_stays(tracking: Tracking, store: Store) -> None:
