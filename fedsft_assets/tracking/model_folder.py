@@ -89,7 +89,7 @@ def _signature() -> ModelSignature:
         outputs=Schema([ColSpec(DataType.string)]),
         params=ParamSchema(
             [
-                ParamSpec("max_new_tokens", DataType.long, 256),
+                ParamSpec("max_new_tokens", DataType.long, model_loader.MAX_NEW_TOKENS),
                 ParamSpec("temperature", DataType.double, 0.0),
                 ParamSpec("top_k", DataType.long, 0),
                 ParamSpec("top_p", DataType.double, 1.0),

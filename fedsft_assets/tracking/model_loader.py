@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ARCHIVE, REFERENCE, PACKAGE = "model.nemo", "archive.json", "fedsft_assets.zip"
+MAX_NEW_TOKENS = 256  # the default of `fedsft-generate`
 _OPTIONS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
 
 _log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ class AnsweringModel:
 
         params = params or {}
         given = {name: params[name] for name in _OPTIONS if params.get(name) is not None}
-        settings = GenerationSettings(**{"max_new_tokens": 256, **given})
+        settings = GenerationSettings(**{"max_new_tokens": MAX_NEW_TOKENS, **given})
         chat = bool(params.get("chat", False))
         with self._lock:
             return [self._model.generate([prompt], settings, chat=chat)[0] for prompt in _prompts(data)]
