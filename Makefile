@@ -35,7 +35,7 @@ FEDSFT := $(BIN)/python -m fedsft_assets.cli
 # Fields of a job in place of those in jobs/*.yaml, for example OVERRIDES="--rounds 3 --max-local-steps 12".
 OVERRIDES ?=
 
-.PHONY: setup lock demo study test test-all test-long faults rivals lint ui tensorboard clean
+.PHONY: setup lock demo study test test-all test-long faults rivals lint ui serve tensorboard clean
 
 setup: $(READY)
 
@@ -86,6 +86,11 @@ study: setup
 
 ui: setup
 	$(FEDSFT) ui $(PURPOSE)
+
+# JOB=fedavg serves that job's newest version instead of the champion.
+JOB ?=
+serve: setup
+	$(FEDSFT) serve $(if $(value JOB),"$$JOB")
 
 tensorboard: setup
 	$(FEDSFT) tensorboard

@@ -20,12 +20,14 @@ from fedsft_assets.federation.supervisor.launch import held_workspace, read_job_
 from fedsft_assets.federation.supervisor.privacy import RELEASES_FILE, Releases, ReleasesError
 from fedsft_assets.federation.supervisor.workspace import Workspaces
 from fedsft_assets.files import folder_digest, link_or_copy
+from fedsft_assets.specs.dataset import COMBINED
 from fedsft_assets.specs.job import JobSpec, PrivacySpec
 from fedsft_assets.specs.model_preset import ModelPreset
 from fedsft_assets.specs.plan import SitePlan
 from fedsft_assets.specs.runtime import SIMULATOR, RuntimeSettings
 from fedsft_assets.store import Store, split_file
-from fedsft_assets.tracking import Outbox, Registered, TrackedJob, Tracking
+from fedsft_assets.tracking import Outbox, Registered, TrackedJob, Tracking, registered_model
+from fedsft_assets.tracking.datasets import Context, UsedSplit
 from fedsft_assets.tracking.journal_points import JournalPoints
 from fedsft_assets.tracking.record import TrackedExecution
 from fedsft_assets.tracking.tracked_job import close_as_killed
@@ -135,6 +137,7 @@ def execute_job(
             workspace.tracking_record,
             workspace.journal,
             lambda execution: privacy_spent(store, execution),
+            used_splits(job, combined, data),
         ) as tracked:
             report: JobReport | None = None
             for event in run_job(
@@ -159,10 +162,26 @@ def execute_job(
                 inputs.write(addition.folder)
             folder = addition.version
             artifacts = [folder / REPORT_FILE, job.path / SPEC_FILE, folder / CHART_FILE]
-            registered = tracked.finish(report, folder, artifacts, model=f"fedsft-{preset.name}", data=data)
+            registered = tracked.finish(report, folder, artifacts, model=registered_model(preset.name), data=data)
         make_current(folder)
         workspace.end()
     return ExecutedJob(report, folder, registered)
+
+
+def used_splits(job: JobFolder, combined: Path, data: str) -> list[UsedSplit]:
+    """What the sites train on, each dataset once, and the combined splits, with the digest `data`."""
+    own = {
+        job.spec.sites[plan.site].dataset: UsedSplit(
+            job.spec.sites[plan.site].dataset,
+            "training",
+            plan.training_file.parent.name if plan.training_file.parent.name != combined.name else data,
+            str(plan.training_file),
+        )
+        for plan in job.located_plans
+    }
+    contexts: tuple[Context, ...] = ("validation", "testing")
+    shared = [UsedSplit(COMBINED, context, data, str(split_file(combined, context))) for context in contexts]
+    return [*own.values(), *shared]
 
 
 def close_abandoned(store: Store, job: str) -> None:

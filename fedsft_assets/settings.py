@@ -80,6 +80,9 @@ class Settings(BaseSettings):
     tracking_patience: float = Field(
         default=60.0, ge=0, description="seconds that a finished job waits for a tracking server that does not answer"
     )
+    largest_upload: float = Field(
+        default=10.0, ge=0, description="GB of the largest archive that is sent to a tracking server with its model"
+    )
     ui_token_file: Path | None = Field(
         default=None, description="file with the token of the web interfaces; None generates one at every start"
     )

@@ -33,7 +33,7 @@ sites:
   site-3: {dataset: oasst1}
 rounds: 1
 max_local_steps: 8
-max_evaluation_records: 4
+max_evaluation_records: 20
 """
 _NOT_CLONED = (".git", ".venv", ".fedsft*", "__pycache__", ".*_cache", "build", "*.egg-info")
 # What a developer's shell may have set, and a reader's has not.
@@ -54,10 +54,11 @@ elif sys.argv[1:2] != ["-c"]:
 
 @dataclass(frozen=True)
 class Page:
-    """Pages that are served at `url`, for whoever has the token."""
+    """Pages that are served at `url`, for whoever has the token. The page `probe` is there when they are ready."""
 
     url: str
     token: str
+    probe: str = ""
 
     @property
     def base(self) -> str:
@@ -65,7 +66,9 @@ class Page:
 
     def status(self, token: str = "") -> int:
         """The HTTP status that a request with this token gets; 0 while nobody answers."""
-        request = urllib.request.Request(self.base, headers={"Authorization": f"Bearer {token}"} if token else {})
+        request = urllib.request.Request(
+            f"{self.base}{self.probe}", headers={"Authorization": f"Bearer {token}"} if token else {}
+        )
         try:
             with urllib.request.urlopen(request, timeout=30) as answer:
                 return int(answer.status)
@@ -157,16 +160,23 @@ class Clone:
 
         while _READY not in (text := printed.read_text()):
             wait("no links were printed")
-        links = [line.split(":", 1) for line in text.splitlines() if ": " in line and "http://127.0.0.1:" in line]
+        links = [
+            line.split(":", 1)
+            for line in text.splitlines()
+            if ": " in line and "http://127.0.0.1:" in line and not line.startswith("curl ")
+        ]
         files = [
             line.split()[-1] for line in text.splitlines() if line.startswith("append ?token=… with the token in ")
         ]
         fixed = Path(files[0]).read_text().strip() if files else ""
-        pages = {}
-        for title, link in links:
-            token = fixed or parse_qs(urlsplit(link).query)["token"][0]
-            pages[title] = page = Page(link.strip(), token)
-            while page.status(token) != 200:
+        pages = {
+            title: Page(link.strip(), fixed or parse_qs(urlsplit(link).query)["token"][0]) for title, link in links
+        }
+        for line in text.splitlines():
+            if line.startswith("curl "):  # what asks a model
+                pages["model"] = Page(line.split()[2], line.split()[-1].rstrip('"'), "/ping")
+        for title, page in pages.items():
+            while page.status(page.token) != 200:
                 wait(f"{title} does not answer")
         return pages
 

@@ -61,18 +61,20 @@ def closure(wanted: Iterable[str]) -> set[str]:
     return found
 
 
-def environment_of(wanted: Iterable[str], folder: Path) -> Path:
-    """A virtual environment in `folder` with this project and the requirements; gives its folder of programs."""
+def environment_of(wanted: Iterable[str], folder: Path, with_project: bool = True) -> Path:
+    """A virtual environment in `folder` with the requirements and this project; gives its folder of programs."""
     venv.create(folder, with_pip=False, symlinks=True)
     packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
-    (packages / "fedsft_assets").symlink_to(PROJECT / "fedsft_assets")
+    if with_project:
+        (packages / "fedsft_assets").symlink_to(PROJECT / "fedsft_assets")
     names = closure(wanted)
     for found in distributions(path=[sysconfig.get_path("purelib")]):
         name = canonicalize_name(found.metadata["Name"])
         if name in names:
             _link(found.files or [], packages)
             _programs({point.name: point.value for point in found.entry_points.select(group="console_scripts")}, folder)
-    _programs(_project()["scripts"], folder)
+    if with_project:
+        _programs(_project()["scripts"], folder)
     return folder / "bin"
 
 

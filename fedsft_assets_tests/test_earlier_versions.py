@@ -1,6 +1,7 @@
 """What an earlier version has left, in archives, startup kits and job folders, is taken or gets a clear error."""
 
 import json
+import shutil
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from fedsft_assets.files import file_digest, folder_digest
 from fedsft_assets.model.archive.nemo_archive import CONFIG
 from fedsft_assets.model.nemo_model import SFTModel
 from fedsft_assets.store import Store
+from fedsft_assets.tracking import Outbox, Tracking
+from fedsft_assets.tracking.registry import local_folder
 from fedsft_assets.versions import adding, current, make_current
 from fedsft_assets_tests.federation.protocol.test_job_report import REPORT
 from fedsft_assets_tests.prepared import build_job, prepare_home
@@ -95,3 +98,44 @@ def test_job_folder_of_another_version_is_not_run(tmp_path: Path) -> None:
         JobFolderError, match=r"was built with fedsft-assets 0\.1\.0, but .* is installed; build it again"
     ):
         verify_job_folder(folder)
+
+
+_EXECUTION = {
+    "id": "one",
+    "job": "fedavg",
+    "sites": ["site-1"],
+    "params": {"rounds": "1"},
+    "tags": {"dagster.run_id": "abc"},
+    "note": "FedAvg",
+    "begun": 1.7e9,
+    "runs": {},
+    "ended": False,
+}
+
+
+@pytest.mark.parametrize("archive_is_there", [True, False])
+def test_what_waited_for_the_tracking_server_before_models_were_logged_is_delivered_as_a_model(
+    tmp_path: Path, empty_mlflow_database: Path, archive_is_there: bool
+) -> None:
+    store = Store(tmp_path / "home")
+    entry = store.outbox / "one"
+    (entry / "artifacts").mkdir(parents=True)
+    (entry / "artifacts" / "checkpoint.json").write_text("{}")
+    (entry / "execution.json").write_text(json.dumps(_EXECUTION))
+    point = {"name": "val_loss", "value": 2.0, "round": 1, "samples": 8, "site": None, "step": None, "tokens": None}
+    (entry / "points.jsonl").write_text(json.dumps({**point, "time": 1.7e9}) + "\n")
+    archive = store.checkpoint("fedavg") / "version" / "model.nemo"
+    registration = {"model": "m", "archive": str(archive), "digest": "c" * 64, "test_loss": 2.5, "data": "d" * 64}
+    ending = {"status": "FINISHED", "at": 1.7e9 + 1, "results": {"test_loss": 2.5}, "tags": {}}
+    (entry / "ending.json").write_text(json.dumps({**ending, "registration": registration}))
+    if archive_is_there:
+        archive.parent.mkdir(parents=True)
+        archive.write_text("weights")
+    shutil.copyfile(empty_mlflow_database, store.home / "mlflow.db")
+    tracking = Tracking(store.mlflow_uri, store.mlflow_artifacts)
+    assert Outbox(store.outbox).deliver(tracking) == []
+    client = tracking.client()
+    (version,) = client.search_model_versions("name = 'm'")
+    files = {file.name for file in local_folder(str(version.source)).iterdir()}  # type: ignore[union-attr]
+    assert {"MLmodel", "model.nemo" if archive_is_there else "archive.json"} <= files
+    assert [metric.value for metric in client.get_metric_history(version.run_id, "val_loss")] == [2.0]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, get_args
 
 from pydantic import ValidationError
 
-from fedsft_assets.cli import poc, tasks, versions
+from fedsft_assets.cli import poc, serve, tasks, versions
 from fedsft_assets.cli.generate import find_archive
 from fedsft_assets.cli.log import shown_log
 from fedsft_assets.cli.ui.token import TokenFileError
@@ -82,6 +82,7 @@ def _main() -> None:
     take.add_argument("--into", required=True, type=Path, help="the .nemo archive to write")
     take.add_argument("--max-length", type=int, default=1024, help="maximum tokens of a record (default: 1024)")
     tasks.add_commands(commands)
+    serve.add_commands(commands)
     poc.add_commands(commands)
     versions.add_commands(commands)
     args = parser.parse_args()
@@ -91,6 +92,7 @@ def _main() -> None:
         "export": _export,
         "import": _import,
         "tasks": tasks.run,
+        "serve": serve.run,
         "poc": poc.run,
         "accept": versions.run_accept,
         "prune": versions.run_prune,
@@ -220,7 +222,7 @@ def _tensorboard(_: argparse.Namespace, settings: Settings) -> None:
 
 def _track(_: argparse.Namespace, settings: Settings) -> None:
     outbox = Outbox(settings.store.outbox)
-    if not outbox.entries():
+    if outbox.is_empty:
         print("no pending MLflow records")
         return
     remaining = outbox.deliver(Tracking.of(settings), answer_seconds=_PATIENT_SECONDS)

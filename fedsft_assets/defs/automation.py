@@ -70,7 +70,7 @@ def new_data_sensor(datasets: Sequence[DatasetSpec], jobs: Sequence[JobSpec], fi
 )
 def undelivered_tracking(store: StoreResource, mlflow: MLflowResource) -> dg.SkipReason:
     outbox, begun = Outbox(store.files.outbox), time.monotonic()
-    if not outbox.entries():
+    if outbox.is_empty:
         return dg.SkipReason("no pending MLflow records")
     remaining = outbox.deliver(mlflow.tracking, stop=lambda: time.monotonic() - begun > _DELIVERY_SECONDS)
     return dg.SkipReason(

@@ -92,10 +92,12 @@ class MLflowResource(dg.ConfigurableResource):
     uri: str
     artifacts: str | None = None
     patience: float = 60.0
+    largest_upload: float = 10.0
 
     @property
     def tracking(self) -> Tracking:
-        return Tracking(self.uri, Path(self.artifacts) if self.artifacts else None, self.patience)
+        artifacts = Path(self.artifacts) if self.artifacts else None
+        return Tracking(self.uri, artifacts, self.patience, self.largest_upload)
 
 
 class VersionIOManager(dg.ConfigurableIOManager):
@@ -211,5 +213,6 @@ def resources(
             uri=tracking.uri,
             artifacts=str(tracking.artifacts) if tracking.artifacts else None,
             patience=tracking.patience,
+            largest_upload=tracking.largest_upload,
         ),
     }

@@ -4,8 +4,17 @@ Points are read from the job's journal. A thread of `TrackedJob` sends each one 
 tracking server or this process fails; what is undelivered when a job ends is kept in the `Outbox`.
 """
 
-from fedsft_assets.tracking.mlflow_store import CHAMPION, EXPERIMENT, Tracking
+from fedsft_assets.tracking.mlflow_store import CHALLENGER, CHAMPION, EXPERIMENT, Tracking, registered_model
 from fedsft_assets.tracking.outbox import Outbox
 from fedsft_assets.tracking.tracked_job import Registered, TrackedJob
 
-__all__ = ["CHAMPION", "EXPERIMENT", "Outbox", "Registered", "TrackedJob", "Tracking"]
+__all__ = [
+    "CHALLENGER",
+    "CHAMPION",
+    "EXPERIMENT",
+    "Outbox",
+    "Registered",
+    "TrackedJob",
+    "Tracking",
+    "registered_model",
+]

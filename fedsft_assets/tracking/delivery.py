@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from fedsft_assets.federation.protocol.points import Point
-from fedsft_assets.tracking.mlflow_store import CHAMPION, Tracking
+from fedsft_assets.tracking.datasets import dataset_inputs, scored_split
+from fedsft_assets.tracking.mlflow_store import Tracking
 from fedsft_assets.tracking.mlflow_values import JOB, Value, value_of, values_of
-from fedsft_assets.tracking.record import Ending, Registration, TrackedExecution
+from fedsft_assets.tracking.record import Ending, TrackedExecution
+from fedsft_assets.tracking.registry import EXECUTION_TAG, ModelRegistry
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
-    from mlflow.entities.model_registry import ModelVersion
+    from mlflow.entities import LoggedModel, Run
 
-EXECUTION_TAG = "fedsft.execution"
 _METRICS = 500  # per call; MLflow's limits are 1,000 and 1 MB
 _PARAMS = 100  # per call: MLflow's limit
 _READINGS = 5
@@ -47,7 +47,7 @@ class Delivery:
         self._tracking = tracking
         self._execution = execution
         self._save = save
-        self._experiment = ""
+        self.experiment = ""
         self._known_points: set[Hashable] = set()
         self._wanted: defaultdict[str, dict[Hashable, Value]] = defaultdict(dict)
         self._unsent: defaultdict[str, dict[Hashable, Value]] = defaultdict(dict)
@@ -67,12 +67,12 @@ class Delivery:
                     self._wanted[role][value.identity] = self._unsent[role][value.identity] = value
 
     def open(self, running: bool) -> None:
-        """Find or create the MLflow runs with their parameters and tags. Call first, and after every failure.
+        """Find or create the MLflow runs with their parameters, datasets and tags. Call first, and after every failure.
 
         `running`: the job is still running.
         """
         client = self._tracking.client()
-        self._experiment = self._tracking.experiment_id()
+        self.experiment = self._tracking.experiment_id()
         found = self._find(client)
         for role in (JOB, *self._execution.sites):
             candidates = found.get(role, {})
@@ -88,6 +88,9 @@ class Delivery:
                 self._done.clear()
                 self._save(self._execution)
         self._once("parameters", partial(self._log_params, client))
+        if self._execution.splits:
+            inputs = dataset_inputs(self._execution.splits)
+            self._once("datasets", partial(client.log_inputs, self._execution.runs[JOB], inputs))
 
     def send(self) -> None:
         """Send everything that MLflow is not known to have."""
@@ -128,12 +131,18 @@ class Delivery:
         Each step is done once per execution: a repeated call continues where the last one failed.
         """
         client = self._tracking.client()
-        run_id = self._execution.runs[JOB]
-        self._once("results", partial(self._log_results, client, ending))
+        run_id, model = self._execution.runs[JOB], None
+        if what := ending.registration:
+            most = self._tracking.largest_upload
+            registry = ModelRegistry(client, self.experiment, self._execution, run_id, ending, what, most)
+            model = registry.logged_model()
+        self._once("results", partial(self._log_results, client, ending, model))
         for artifact in artifacts:
             self._once(f"artifact {artifact.name}", partial(client.log_artifact, run_id, str(artifact)))
-        if ending.registration:
-            self._once("version", partial(self._register, client, ending.registration))
+        if model:
+            registry.publish(model, self._once)
+            self.version = registry.version(model)
+            self._once("stray models", partial(registry.remove_strays, model.model_id))
         self._once("strays", partial(self._remove_strays, client))
         for role in (*self._execution.sites, JOB):
             of_role, at = self._execution.runs[role], round(ending.at * 1000)
@@ -146,7 +155,8 @@ class Delivery:
             self._done.add(step)
             self.progress += 1
 
-    def _log_results(self, client: MlflowClient, ending: Ending) -> None:
+    def _log_results(self, client: MlflowClient, ending: Ending, model: LoggedModel | None) -> None:
+        """Log the results, which belong to the model and to the splits that it was scored on, too."""
         from mlflow.entities import Metric, RunTag
 
         run_id, at = self._execution.runs[JOB], round(ending.at * 1000)
@@ -155,17 +165,20 @@ class Delivery:
             for name in ending.results
             for metric in client.get_metric_history(run_id, name)
         }
-        results = [
-            Value(name, number, at, 0) for name, number in ending.results.items()
-        ]  # MLflow shows values at step 0 as bars
-        metrics: list[Metric] = [value.metric for value in results if value.identity not in existing]
+        of_model = {metric.key for metric in model.metrics or []} if model else set(ending.results)
+        metrics = []
+        for name, number in ending.results.items():
+            value = Value(name, number, at, 0)  # MLflow shows values at step 0 as bars
+            if value.identity not in existing or name not in of_model:  # what the run has already is merged
+                scored_on = scored_split(name, ending.registration.data) if ending.registration else (None, None)
+                metrics.append(Metric(name, number, at, 0, model.model_id if model else None, *scored_on))
         client.log_batch(run_id, metrics=metrics, tags=[RunTag(k, v) for k, v in ending.tags.items()])
 
     def _find(self, client: MlflowClient) -> dict[str, dict[str, Run]]:
         """The MLflow runs with this execution's tag, by role and run id, oldest first."""
         found: defaultdict[str, dict[str, Run]] = defaultdict(dict)
         query = f"tags.`{EXECUTION_TAG}` = '{self._execution.id}'"
-        for run in client.search_runs([self._experiment], query, order_by=["attributes.start_time ASC"]):
+        for run in client.search_runs([self.experiment], query, order_by=["attributes.start_time ASC"]):
             found[run.data.tags.get("site", JOB)][run.info.run_id] = run
         return found
 
@@ -179,7 +192,7 @@ class Delivery:
         else:
             name = f"{execution.job} {role}"
             own = {"site": role, MLFLOW_PARENT_RUN_ID: execution.runs[JOB]}
-        return client.create_run(self._experiment, round(execution.begun * 1000), {**tags, **own}, name)
+        return client.create_run(self.experiment, round(execution.begun * 1000), {**tags, **own}, name)
 
     def _renew(self, client: MlflowClient, run: Run, running: bool) -> None:
         """Update an existing run's tags for this attempt, and set it to RUNNING if it had ended."""
@@ -206,65 +219,12 @@ class Delivery:
                 self._unsent[role].pop(value_of(metric).identity, None)
         self._uncertain.discard(role)
 
-    def _register(self, client: MlflowClient, what: Registration) -> None:
-        """Register the checkpoint as a model version, unless it is one, and update the alias of the best version.
-
-        The champion has the lowest test loss among versions scored on the same data.
-        """
-        from mlflow.exceptions import MlflowException
-
-        try:
-            client.create_registered_model(
-                what.model, description="Checkpoints of all jobs that start from one base model."
-            )
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-        run_id = self._execution.runs[JOB]
-        versions = list(_versions(client, what.model))
-        own = sorted((v for v in versions if self._is_of(v, what)), key=lambda v: int(v.version))
-        if not own:
-            tags = {
-                "job": self._execution.job,
-                "test_loss": repr(what.test_loss),
-                "data": what.data,
-                "digest": what.digest,
-                "archive": what.archive,
-                EXECUTION_TAG: self._execution.id,
-            }
-            # A tracking server only accepts sources among a run's artifacts; `archive` has the checkpoint's path.
-            source = f"runs:/{run_id}/checkpoint.json" if self._tracking.over_http else Path(what.archive).as_uri()
-            own = [
-                client.create_model_version(what.model, source=source, run_id=run_id, tags=tags, await_creation_for=0)
-            ]
-            versions = list(_versions(client, what.model))
-        for extra in own[1:]:  # created by a request that timed out
-            client.delete_model_version(what.model, extra.version)
-            versions.remove(extra)
-        rivals = [v for v in versions if v.tags.get("data") == what.data and v.tags.get("test_loss")]
-        best = min(rivals, key=lambda v: (float(v.tags["test_loss"]), int(v.version)))
-        client.set_registered_model_alias(what.model, CHAMPION, best.version)
-        self.version = str(own[0].version)
-
-    def _is_of(self, version: ModelVersion, what: Registration) -> bool:
-        return version.tags.get(EXECUTION_TAG) == self._execution.id and version.tags.get("digest") == what.digest
-
     def _remove_strays(self, client: MlflowClient) -> None:
         """Delete empty runs of this execution that were created by requests that timed out."""
         kept = set(self._execution.runs.values())
         for runs in self._find(client).values():
             for run_id in runs.keys() - kept:
                 client.delete_run(run_id)
-
-
-def _versions(client: MlflowClient, model: str) -> Iterator[ModelVersion]:
-    token = None
-    while True:
-        page = client.search_model_versions(f"name = '{model}'", page_token=token)
-        yield from page
-        token = page.token
-        if not token:
-            return
 
 
 def _batches(items: list[_Item], size: int) -> Iterator[list[_Item]]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 EXPERIMENT = "fedsft"
-CHAMPION = "champion"
+CHAMPION, CHALLENGER = "champion", "challenger"  # aliases of versions
 ANSWER_SECONDS = 10
 _SQLITE = "sqlite:///"
 _TIMEOUT, _RETRIES = "MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
@@ -34,12 +34,13 @@ class Tracking:
     """A tracking server or store, and the artifact folder of a new local store.
 
     `uri` never contains a password: credentials are kept separately in this process. `patience` is how many seconds a
-    finished job waits for delivery.
+    finished job waits for delivery. Archives of more than `largest_upload` GB are not sent to a server.
     """
 
     uri: str
     artifacts: Path | None = None
     patience: float = 60.0
+    largest_upload: float = 10.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "uri", take_credentials(self.uri))
@@ -48,7 +49,7 @@ class Tracking:
     def of(cls, settings: Settings) -> Self:
         """The tracking server named in the settings, otherwise the store in their home."""
         if settings.mlflow_uri:
-            return cls(settings.mlflow_uri, patience=settings.tracking_patience)
+            return cls(settings.mlflow_uri, None, settings.tracking_patience, settings.largest_upload)
         return cls(settings.store.mlflow_uri, settings.store.mlflow_artifacts, settings.tracking_patience)
 
     @property
@@ -83,6 +84,11 @@ class Tracking:
                 if existing is None:
                     raise error
                 return str(existing.experiment_id)
+
+
+def registered_model(preset: str) -> str:
+    """The name of the registered model that has the checkpoints of all jobs that start from this preset."""
+    return f"fedsft-{preset}"
 
 
 def _make_store(database: Path, artifacts: Path | None) -> None:

@@ -64,8 +64,7 @@ def values_of(point: Point) -> list[tuple[str, Value]]:
         return Value(name, number, timestamp, point.samples)
 
     if point.site is None:
-        own = [(JOB, value(point.name, point.value))]
-        return [*own, (JOB, value("round", float(point.round)))] if point.name == "val_loss" else own
+        return [(JOB, value(point.name, point.value))]
     own = [(point.site, value(point.name, point.value))]
     if point.step is None and not is_cost(point.name):
         own.append((JOB, value(f"{point.name}.{point.site}", point.value)))

@@ -21,6 +21,7 @@ from fedsft_assets.federation.protocol.points import Point
 from fedsft_assets.files import publish_folder
 from fedsft_assets.tracking.delivery import Delivery, NotKeptError
 from fedsft_assets.tracking.mlflow_store import ANSWER_SECONDS, Tracking, limit_requests
+from fedsft_assets.tracking.promotion import Promotions
 from fedsft_assets.tracking.record import Ending, TrackedExecution
 
 _EXECUTION = "execution.json"
@@ -79,6 +80,11 @@ class Outbox:
         except FileNotFoundError:
             return []
         return sorted(names, key=lambda name: self._age(self.folder / name))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is pending, neither executions nor decisions about champions."""
+        return not self.entries() and not Promotions(self.folder).pending()
 
     def put(
         self,
@@ -173,7 +179,28 @@ class Outbox:
                 reason = explained(error)
                 unreachable = "" if is_refusal(error) else reason
             remaining.append(Undelivered(job, self.folder / execution_id, reason))
+        return remaining + self.deliver_promotions(tracking, lambda: bool(unreachable) or stop())
+
+    def deliver_promotions(self, tracking: Tracking, stop: Callable[[], bool] = lambda: False) -> list[Undelivered]:
+        """Deliver the pending decisions about champions; returns those that remain. Starts none once `stop()`."""
+        promotions, remaining = Promotions(self.folder), []
+        for path in promotions.pending():
+            reason = "the tracking server does not answer, or no time is left"
+            try:
+                if not stop():
+                    promotions.deliver(tracking, path, self._registering())
+                    continue
+            except BlockingIOError:
+                reason = "another process is delivering it"
+            except Exception as error:  # keep it and try the others
+                reason = explained(error)
+            remaining.append(Undelivered(path.stem, path, reason))
         return remaining
+
+    def _registering(self) -> set[str]:
+        """Digests of the checkpoints that wait to be registered."""
+        pending = [entry for execution_id in self.entries() if (entry := self.get(execution_id))]
+        return {entry.ending.registration.digest for entry in pending if entry.ending.registration}
 
     @staticmethod
     def _age(folder: Path) -> float:

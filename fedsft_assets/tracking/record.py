@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from fedsft_assets.files import publish_file
+from fedsft_assets.tracking.datasets import UsedSplit
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -23,7 +24,7 @@ class TrackedExecution:
 
     `id` is a tag of its MLflow runs, so that they can be found if the answer to their creation was lost. `begun` is in
     seconds since the epoch. `runs` maps JOB and site names to the ids of known MLflow runs. `ended`: the last attempt
-    has ended, successfully or not.
+    has ended, successfully or not. `splits` are empty in records of an earlier version.
     """
 
     id: str
@@ -35,11 +36,14 @@ class TrackedExecution:
     begun: float
     runs: dict[str, str] = field(default_factory=dict)
     ended: bool = False
+    splits: list[UsedSplit] = field(default_factory=list)
 
     @classmethod
     def read(cls, path: Path) -> Self:
         """Raises FileNotFoundError, ValueError or TypeError."""
-        return cls(**json.loads(path.read_text(encoding="utf-8")))
+        data = json.loads(path.read_text(encoding="utf-8"))
+        splits = [UsedSplit(**split) for split in data.pop("splits", [])]
+        return cls(**data, splits=splits)
 
     def write(self, path: Path) -> None:
         write_json(path, asdict(self))

@@ -16,6 +16,7 @@ from fedsft_assets.federation.protocol.job_report import MODEL_FILE, JobReport
 from fedsft_assets.federation.protocol.phases import metric_name
 from fedsft_assets.federation.protocol.points import Point
 from fedsft_assets.store import Store
+from fedsft_assets.tracking.datasets import UsedSplit
 from fedsft_assets.tracking.delivery import Delivery
 from fedsft_assets.tracking.journal_points import JournalPoints
 from fedsft_assets.tracking.mlflow_store import ANSWER_SECONDS, Tracking, limit_requests, timed_out
@@ -39,12 +40,15 @@ _log = logging.getLogger(__name__)
 class Registered:
     """The registered model, version and MLflow run of a finished job.
 
-    `version` and `run_id` are None until the tracking server has answered.
+    `version` and `run_id` are None until the tracking server has answered, and the addresses of their pages also if
+    MLflow is no server.
     """
 
     model: str
     version: str | None
     run_id: str | None
+    run_url: str | None = None
+    version_url: str | None = None
 
 
 class TrackedJob:
@@ -54,7 +58,7 @@ class TrackedJob:
     for at most `tracking.patience` seconds; what is undelivered by then stays in the store's outbox. `record` is the
     file of the last execution in the same workspace. If it has the same `execution_id`, this is another attempt and its
     MLflow runs are resumed. If it has a different one whose process died without ending it, that one is closed as
-    KILLED. `spent` returns the cost of an unsuccessful execution as metrics by name.
+    KILLED. `spent` returns the cost of an unsuccessful execution as metrics by name. `splits` are MLflow's datasets.
     """
 
     def __init__(
@@ -70,6 +74,7 @@ class TrackedJob:
         record: Path,
         journal: Path,
         spent: Spent = lambda _: {},
+        splits: Sequence[UsedSplit] = (),
     ) -> None:
         self._tracking = tracking
         self._spent = spent
@@ -83,7 +88,8 @@ class TrackedJob:
         else:
             close_as_killed(self._record, self._outbox, spent=spent)
             values = {name: str(value) for name, value in params.items()}
-            self._execution = TrackedExecution(execution_id, job, sites, values, tags, note, round(time.time(), 3))
+            begun = round(time.time(), 3)
+            self._execution = TrackedExecution(execution_id, job, sites, values, tags, note, begun, splits=list(splits))
         self._execution.write(self._record)  # before anything is created under its id
         delivery = Delivery(tracking, self._execution, self._save)
         self._events = _EventThread(store.tensorboard(job), self._points)
@@ -99,9 +105,8 @@ class TrackedJob:
     def finish(self, report: JobReport, checkpoint: Path, artifacts: list[Path], model: str, data: str) -> Registered:
         """Deliver everything and end the MLflow runs as FINISHED.
 
-        `checkpoint` is the folder of the archive and its report, to be registered as a version of `model`. The alias
-        `champion` is set to the version with the lowest test loss among those scored on the same `data` (a digest).
-        Raises OSError if the outbox cannot be written.
+        `checkpoint` is the folder of the archive and its report, to be registered as a version of `model`, which was
+        scored on the combined splits with the digest `data`. Raises OSError if the outbox cannot be written.
         """
         archive = checkpoint / MODEL_FILE
         results = {
@@ -135,7 +140,15 @@ class TrackedJob:
         with self._record_lock:
             self._record.unlink(missing_ok=True)
         self._deliver(entry, self._tracking.patience)
-        return Registered(model, self._delivery.version, self.run_id)
+        version, run_id, pages = self._delivery.version, self.run_id, f"{self._tracking.uri.rstrip('/')}/#"
+        experiment = self._delivery.experiment if self._tracking.over_http else ""
+        return Registered(
+            model,
+            version,
+            run_id,
+            f"{pages}/experiments/{experiment}/runs/{run_id}" if experiment and run_id else None,
+            f"{pages}/models/{model}/versions/{version}" if experiment and version else None,
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -245,6 +258,11 @@ class _DeliveryThread(threading.Thread):
         self._settled = threading.Event()
         self._delivered = False
         self._given_up = threading.Event()
+
+    @property
+    def experiment(self) -> str:
+        """Id of the experiment; empty until the tracking server has answered."""
+        return self._delivery.experiment
 
     def deliver(self, entry: Entry, patience: float) -> bool:
         """Deliver the rest of the outbox entry, waiting up to `patience` seconds; returns whether all is delivered."""

@@ -82,8 +82,8 @@ PRINTS = {
     ".venv/bin/fedsft poc stop": r"^ended \d+ processes",
     "MLFLOW_TRACKING_URI=http://127.0.0.1:5000 MLFLOW_TRACKING_TOKEN=… python report.py": "fedsft-tiny",
 }
-PAGES_OF = {"ui": {"Dagster", "MLflow"}, "tensorboard": {"TensorBoard"}}
-_SERVES = re.compile(r"\bmake (ui|tensorboard)$")
+PAGES_OF = {"ui": {"Dagster", "MLflow"}, "tensorboard": {"TensorBoard"}, "serve": {"model"}}
+_SERVES = re.compile(r"\bmake (ui|tensorboard|serve)$")
 # A script of a reader's, as docs/security.md has one: which models are registered.
 REPORT = "import mlflow\nprint(*(model.name for model in mlflow.MlflowClient().search_registered_models()))\n"
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
+import mlflow
 import psutil
 import pytest
 
@@ -18,7 +19,7 @@ from fedsft_assets.model.language_model import LanguageModel
 from fedsft_assets.process_env import home_environment
 from fedsft_assets.specs.runtime import SIMULATOR, PocSettings, RuntimeSettings
 from fedsft_assets.store import Store, split_file
-from fedsft_assets.tracking import CHAMPION, Tracking
+from fedsft_assets.tracking import Tracking
 from fedsft_assets.versions import current
 from fedsft_assets_tests.prepared import TINY
 from fedsft_assets_tests.sockets import scanned
@@ -137,8 +138,18 @@ def test_federated_job_ends_with_a_checkpoint_that_is_tracked_and_registered(
     assert sorted(m.step for m in steps) == [3 * 8 * k for k in range(1, 6 * ROUNDS + 1)]
     child = client.get_metric_history(runs["fedavg site-2"].info.run_id, "train_loss")
     assert sorted(m.step for m in child) == [8 * k for k in range(1, 6 * ROUNDS + 1)]
-    champion = client.get_model_version_by_alias("fedsft-tiny", CHAMPION)
-    assert str(champion.version) == executed.registered.version
+    version = client.get_model_version("fedsft-tiny", executed.registered.version)
+    served = mlflow.pyfunc.load_model(version.source)  # the model's own folder
+    (answer,) = served.predict(["What is the capital of Norway?"], params={"max_new_tokens": 40})
+    assert answer == restored["answer"]
+    (used,) = [run.inputs.dataset_inputs for name, run in runs.items() if name == "fedavg"]
+    assert sorted((one.dataset.name, one.tags[0].value) for one in used) == [
+        ("alpaca/training", "training"),
+        ("combined/testing", "testing"),
+        ("combined/validation", "validation"),
+        ("dolly/training", "training"),
+        ("oasst1/training", "training"),
+    ]
     assert marked_processes(str(store.flare(job))) == []
     assert runtime != "poc" or poc.status().jobs == []
 

@@ -161,6 +161,9 @@ def differences_in_mlflow(store: Store, workspace: Workspace, sites: Iterable[st
     versions = client.search_model_versions(f"run_id = '{runs[JOB].info.run_id}'")
     if len(versions) != 1:
         differs.append(f"MLflow has {len(versions)} versions of the model")
+    models = client.search_logged_models(everywhere, f"tags.`{EXECUTION_TAG}` = '{execution.id}'")
+    if [model.status for model in models] != ["READY"]:
+        differs.append(f"MLflow has the logged models {[(model.model_id, str(model.status)) for model in models]}")
     wanted: defaultdict[tuple[str, str], Counter[Hashable]] = defaultdict(Counter)
     for point in JournalPoints(workspace.journal).read():
         for role, value in values_of(point):

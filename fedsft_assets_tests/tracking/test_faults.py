@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from mlflow.entities import LoggedModelStatus
 
 from fedsft_assets.federation.protocol.points import Point
 from fedsft_assets.store import Store
@@ -31,7 +32,7 @@ from fedsft_assets_tests.tracking.server import HOST, Proxy, TrackingServer, unu
 
 pytestmark = pytest.mark.slow
 
-CHANGES = ("create", "log-batch", "set-", "update", "PUT ", "delete")
+CHANGES = ("create", "log-batch", "set-", "update", "PUT ", "PATCH ", "log-", "delete")
 
 
 def _is_change(line: str) -> bool:
@@ -53,7 +54,12 @@ def _assert_complete(tracking: Tracking, points: list[Point], status: str = "FIN
     assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["checkpoint.json", "report.json"]
     (version,) = client.search_model_versions("name = 'fedsft-tiny'")
     assert version.run_id == run.info.run_id
-    assert client.get_model_version_by_alias("fedsft-tiny", "champion").version == version.version
+    (model,) = client.search_logged_models([run.info.experiment_id])
+    assert (model.source_run_id, model.status) == (run.info.run_id, LoggedModelStatus.READY)
+    assert version.source == model.artifact_location
+    assert {file.path for file in client.list_logged_model_artifacts(model.model_id)} >= {"MLmodel", "model.nemo"}
+    assert [output.model_id for output in client.get_run(run.info.run_id).outputs.model_outputs] == [model.model_id]
+    assert sorted(metric.key for metric in model.metrics) == sorted(RESULTS)
 
 
 def test_server_that_is_down_at_the_start_gets_everything_when_it_is_up(
@@ -68,7 +74,10 @@ def test_server_that_is_down_at_the_start_gets_everything_when_it_is_up(
         write(store, points[10:])
         until(lambda: curve(tracking, "fedavg", "val_loss"), "points arrive while the job runs")
         registered = finish(job, checkpoint)
-    assert (registered.version, registered.run_id) == ("1", runs(tracking)["fedavg"].info.run_id)
+    run = runs(tracking)["fedavg"].info
+    assert (registered.version, registered.run_id) == ("1", run.run_id)
+    assert registered.run_url == f"{server.url}/#/experiments/{run.experiment_id}/runs/{run.run_id}"
+    assert registered.version_url == f"{server.url}/#/models/fedsft-tiny/versions/1"
     (said,) = caplog.messages
     assert "training continues" in said
     _assert_complete(tracking, points)
@@ -143,6 +152,39 @@ def test_nothing_is_doubled_when_requests_are_served_after_they_were_given_up(
         creations = [line for line in proxy.served if "runs/create" in line]
     assert len(creations) == 4  # one too many, whose run is removed
     _assert_complete(tracking, points)
+
+
+def test_upload_that_breaks_is_repeated_and_holds_nobody_up(
+    running_server: TrackingServer, store: Store, checkpoint: Path
+) -> None:
+    """The archive is on its way when the job's patience ends, and its process does."""
+    tracking, points = Tracking(running_server.url), job_points()
+
+    def forward(line: str) -> str:
+        return "hold" if line.startswith("PUT ") and "model.nemo" in line else "pass"
+
+    with Proxy(running_server.port, forward) as proxy:
+        command = [sys.executable, "-c", _FINISHED, proxy.url, str(store.home), str(checkpoint)]
+        write(store, points)
+        subprocess.run(command, check=True)
+        assert any("model.nemo" in line for line in proxy.requests)
+    (model,) = tracking.client().search_logged_models([tracking.experiment_id()])
+    assert model.status == LoggedModelStatus.PENDING
+    assert tracking.client().search_model_versions("name = 'fedsft-tiny'") == []
+    assert Outbox(store.outbox).deliver(tracking) == []
+    _assert_complete(tracking, points)
+
+
+_FINISHED = """
+import sys
+from pathlib import Path
+from fedsft_assets.store import Store
+from fedsft_assets.tracking import Tracking
+from fedsft_assets_tests.tracking.examples import finish, track
+url, home, checkpoint = sys.argv[1:]
+with track(Tracking(url, patience=8), Store(Path(home))) as job:
+    assert finish(job, Path(checkpoint)).version is None
+"""
 
 
 def test_a_silent_server_holds_nobody_up(

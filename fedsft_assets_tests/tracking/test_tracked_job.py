@@ -1,4 +1,4 @@
-"""Tracking, with a real MLflow over a SQLite store: what a job's MLflow runs hold, and who is champion."""
+"""Tracking, with a real MLflow over a SQLite store: what a job's MLflow runs hold."""
 
 import json
 from dataclasses import replace
@@ -10,7 +10,8 @@ from fedsft_assets.federation.protocol.job_report import MODEL_FILE
 from fedsft_assets.federation.protocol.journal import to_line
 from fedsft_assets.federation.protocol.points import Point
 from fedsft_assets.store import Store
-from fedsft_assets.tracking import CHAMPION, Outbox, Tracking
+from fedsft_assets.tracking import Outbox, Tracking
+from fedsft_assets.tracking.datasets import UsedSplit
 from fedsft_assets_tests.tracking.examples import (
     REPORT,
     RESULTS,
@@ -60,7 +61,6 @@ def test_curves_share_the_axis_of_records_trained_on(tracking: Tracking, store: 
         write(store, job_points())
         finish(job, checkpoint)
     assert curve(tracking, "fedavg", "val_loss") == list(zip(REPORT.samples, REPORT.val_loss, strict=True))
-    assert curve(tracking, "fedavg", "round") == [(0, 0), (64, 1), (128, 2)]
     assert curve(tracking, "fedavg", "train_loss") == [(32, 4.9), (64, 4.8), (96, 3.9), (128, 3.8)]
     for site in SITES:
         assert curve(tracking, f"fedavg {site}", "val_loss") == [(0, 7.0), (32, 2.0), (64, 2.5)]
@@ -157,6 +157,38 @@ def test_finished_job_has_its_results_artifacts_and_status(tracking: Tracking, s
     assert list(store.outbox.iterdir()) == []
 
 
+def test_datasets_are_inputs_of_the_mlflow_run_and_results_belong_to_the_model_and_its_split(
+    tracking: Tracking, store: Store, checkpoint: Path
+) -> None:
+    digest = "d" * 64
+    splits = [
+        UsedSplit("dolly", "training", "e" * 64, "/processed/dolly/training.jsonl"),
+        UsedSplit("combined", "testing", digest, "/combined/testing.jsonl"),
+    ]
+    for attempt in ("first", "second"):  # the second finds all of it there
+        with track(tracking, store, "the execution", splits=splits) as job:
+            job.finish(REPORT, checkpoint, [], model="fedsft-tiny", data=digest)
+            assert job.run_id, attempt
+    client = tracking.client()
+    used = client.get_run(job.run_id).inputs.dataset_inputs
+    assert sorted((one.dataset.name, one.dataset.digest, one.tags[0].value) for one in used) == [
+        ("combined/testing", digest[:36], "testing"),
+        ("dolly/training", "e" * 36, "training"),
+    ]
+    (best,) = client.search_logged_models(
+        [tracking.experiment_id()],
+        filter_string="metrics.test_loss < 3",
+        datasets=[{"dataset_name": "combined/testing", "dataset_digest": digest[:36]}],
+        order_by=[{"field_name": "metrics.test_loss", "ascending": True}],
+    )
+    found = {metric.key: (metric.value, metric.dataset_name) for metric in best.metrics}
+    assert {name: value for name, (value, _) in found.items()} == RESULTS
+    assert found["test_loss"] == (2.25, "combined/testing")
+    assert found["best_val_loss"] == (2.0, "combined/validation")
+    assert found["seconds"] == (12.5, None)
+    assert len(best.metrics) == len(RESULTS)
+
+
 def test_execution_is_as_long_in_mlflow_as_it_was(tracking: Tracking, store: Store, checkpoint: Path) -> None:
     with track(tracking, store) as job:
         finish(job, checkpoint)
@@ -241,37 +273,12 @@ def test_all_jobs_share_one_experiment(tracking: Tracking) -> None:
     assert tracking.experiment_id() == tracking.experiment_id()
 
 
-def _register(tracking: Tracking, store: Store, checkpoint: Path, job: str, test_loss: float, data: str) -> str | None:
-    with track(tracking, store) as tracked:
-        report = replace(REPORT, job=job, test_loss=test_loss)
-        return tracked.finish(report, checkpoint, [], model="fedsft-tiny", data=data).version
-
-
-def test_champion_is_the_version_with_the_lowest_test_loss_on_the_same_data(
-    tracking: Tracking, store: Store, checkpoint: Path
-) -> None:
-    def champion() -> str:
-        version = tracking.client().get_model_version_by_alias("fedsft-tiny", CHAMPION)
-        return f"{version.tags['test_loss']} on {version.tags['data']}"
-
-    assert _register(tracking, store, checkpoint, "alpaca", 3.0, "old data") == "1"
-    assert champion() == "3.0 on old data"
-    assert _register(tracking, store, checkpoint, "fedavg", 1.0, "old data") == "2"
-    assert champion() == "1.0 on old data"
-    assert _register(tracking, store, checkpoint, "dolly", 10.0, "old data") == "3"
-    assert champion() == "1.0 on old data"
-    assert _register(tracking, store, checkpoint, "dolly", 9.5, "new data") == "4"
-    assert champion() == "9.5 on new data"
-    assert _register(tracking, store, checkpoint, "oasst1", 10.0, "new data") == "5"
-    assert champion() == "9.5 on new data"
-
-
 def test_registered_version_leads_to_its_checkpoint_and_mlflow_run(
     tracking: Tracking, store: Store, checkpoint: Path
 ) -> None:
     with track(tracking, store) as job:
         registered = finish(job, checkpoint)
     version = tracking.client().get_model_version("fedsft-tiny", registered.version)
-    assert (version.run_id, version.source) == (job.run_id, (checkpoint / MODEL_FILE).as_uri())
+    assert version.run_id == job.run_id
     assert (version.tags["job"], version.tags["archive"]) == ("fedavg", str(checkpoint / MODEL_FILE))
     assert (version.tags["test_loss"], version.tags["digest"]) == ("2.25", REPORT.checkpoint_digest)

@@ -23,6 +23,7 @@ from fedsft_assets.cli.ui.guard import guarded
 from fedsft_assets.defs.servers import run_daemon, serve_code, webserver
 
 _SECONDS_TO_ANSWER = 3  # for pending requests when a server stops
+_SECONDS_OF_ANSWERS = 3600
 _POLL_SECONDS = 0.1
 
 
@@ -71,8 +72,16 @@ def main() -> None:
     mlflow.add_argument("--backend-store-uri", required=True)
     mlflow.add_argument("--default-artifact-root", required=True)
     commands.add_parser("tensorboard").add_argument("--logdir", required=True)
+    commands.add_parser("model").add_argument("folder")
     args = parser.parse_args()
-    run = {"code": _code, "daemon": _daemon, "dagster": _dagster, "mlflow": _mlflow, "tensorboard": _tensorboard}
+    run = {
+        "code": _code,
+        "daemon": _daemon,
+        "dagster": _dagster,
+        "mlflow": _mlflow,
+        "tensorboard": _tensorboard,
+        "model": _model,
+    }
     # MLflow imports it too; no installed package replaces it.
     warnings.filterwarnings("ignore", message="starlette.middleware.wsgi is deprecated")
     with suppress(KeyboardInterrupt):
@@ -144,6 +153,16 @@ def _tensorboard(args: argparse.Namespace, start: Start) -> None:
     board = program.TensorBoard(server_class=Guarded)
     board.configure(logdir=args.logdir, window_title="fedsft", load_fast="false")
     board.main()
+
+
+def _model(args: argparse.Namespace, start: Start) -> None:
+    """A model of MLflow's, with the interface of `mlflow models serve`."""
+    from mlflow.environment_variables import MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT
+    from mlflow.pyfunc import load_model, scoring_server
+
+    if not MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT.is_set():  # long answers, and others before them, take their time
+        MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT.set(_SECONDS_OF_ANSWERS)
+    _serve(scoring_server.init(load_model(args.folder)), start)
 
 
 def _serve(app: Any, start: Start) -> None:

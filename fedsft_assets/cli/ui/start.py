@@ -1,6 +1,7 @@
-"""Starts the web interfaces of Dagster, MLflow and TensorBoard for one FEDSFT_HOME, on loopback, behind a token."""
+"""Starts web interfaces and models for one FEDSFT_HOME: Dagster, MLflow, TensorBoard; on loopback, behind a token."""
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -9,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 from fedsft_assets.cli.ui.process import Start
@@ -26,7 +28,8 @@ class Server:
     """A process of a web interface: its command, and its URL if it serves pages.
 
     It serves its pages on `listener`, which already listens, so that no other process can take the port. Only a process
-    that runs studies gets the secrets in the user's environment.
+    that runs studies gets the secrets in the user's environment. `request` is the body of a request to `url`, for a
+    server that is asked by programs instead of a browser.
     """
 
     title: str
@@ -34,6 +37,7 @@ class Server:
     command: list[str]
     needs_secrets: bool = False
     listener: socket.socket | None = None
+    request: str | None = None
 
 
 def serve(settings: Settings, servers: Sequence[Server]) -> None:
@@ -51,11 +55,13 @@ def serve(settings: Settings, servers: Sequence[Server]) -> None:
     with tempfile.TemporaryDirectory(prefix="fedsft-", ignore_cleanup_errors=True) as folder:
         try:
             for server in servers:
-                if server.url:
+                if server.request:
+                    print(_curl(server, token, settings.ui_token_file), flush=True)
+                elif server.url:
                     shown = server.url if settings.ui_token_file else link(server.url, token)
                     print(f"{server.title + ':':12} {shown}", flush=True)
                 running.append(_start(server, token, folder, mark))
-            if settings.ui_token_file:
+            if settings.ui_token_file and not any(server.request for server in servers):
                 print(f"append ?token=… with the token in {settings.ui_token_file}", flush=True)
             print("ready in half a minute; stop with Ctrl-C", flush=True)
             while all(process.poll() is None for process in running):
@@ -64,6 +70,15 @@ def serve(settings: Settings, servers: Sequence[Server]) -> None:
             pass
         finally:
             stop_marked(mark)
+
+
+def _curl(server: Server, token: str, token_file: Path | None) -> str:
+    """A command for bash that sends the server's request. The token is not among curl's arguments, which are public."""
+    header = f"Authorization: Bearer {f'$(cat {shlex.quote(str(token_file))})' if token_file else token}"
+    return (
+        f"curl -s {server.url} -H 'Content-Type: application/json' -H @- -d {shlex.quote(str(server.request))}"
+        f' <<< "{header}"'
+    )
 
 
 def _start(server: Server, token: str, folder: str, mark: str) -> "subprocess.Popen[bytes]":
@@ -96,6 +111,14 @@ def tensorboard_server(settings: Settings) -> Server:
     folder.mkdir(parents=True, exist_ok=True)
     command = _command("tensorboard", "--logdir", str(folder))
     return Server("TensorBoard", f"{_address(listener)}/", command, listener=listener)
+
+
+def model_server(folder: Path, listener: socket.socket | None, preferred: int, request: str) -> Server:
+    """The model in this folder, on the listener or the preferred port if it is free."""
+    listener = listener or listen(preferred)
+    return Server(
+        "model", f"{_address(listener)}/invocations", _command("model", str(folder)), listener=listener, request=request
+    )
 
 
 def _dagster(listener: socket.socket) -> list[Server]:

@@ -15,6 +15,7 @@ from fedsft_assets.federation.protocol.events import JobError
 from fedsft_assets.federation.protocol.job_report import MODEL_FILE, JobReport
 from fedsft_assets.federation.supervisor.launch import read_job_folder
 from fedsft_assets.specs.job import JobSpec
+from fedsft_assets.tracking import Registered
 
 GPU_TAGS = {
     "fedsft/needs": "gpu",
@@ -22,6 +23,9 @@ GPU_TAGS = {
 }
 
 NOT_YET = "(pending: the tracking server does not answer; deliver with `fedsft track`)"
+
+_RUN, _VERSION = "MLflow run", "registered as"
+_RUN_PAGE, _MODEL_PAGE = "MLflow run's page", "model's page"
 
 
 class RuntimeName(Enum):
@@ -75,16 +79,19 @@ def checkpoint_asset(spec: JobSpec, seeds: dg.PartitionsDefinition | None = None
                 tags={"dagster.run_id": context.run_id, "dagster.asset": context.asset_key.to_user_string()},
                 runtime=settings,
             )
-        registered = executed.registered
-        return _result(
-            executed.folder,
-            {
-                "MLflow run": registered.run_id or NOT_YET,
-                "registered as": f"{registered.model} version {registered.version or NOT_YET}",
-            },
-        )
+        return _result(executed.folder, _links(executed.registered))
 
     return checkpoint
+
+
+def _links(registered: Registered) -> dict[str, Any]:
+    """Where MLflow has the checkpoint."""
+    pages = {_RUN_PAGE: registered.run_url, _MODEL_PAGE: registered.version_url}
+    return {
+        _RUN: registered.run_id or NOT_YET,
+        _VERSION: f"{registered.model} version {registered.version or NOT_YET}",
+        **{name: dg.MetadataValue.url(url) for name, url in pages.items() if url},
+    }
 
 
 def _stored(version: Path, last: dg.EventLogEntry | None) -> dg.MaterializeResult[Path]:
@@ -93,7 +100,7 @@ def _stored(version: Path, last: dg.EventLogEntry | None) -> dg.MaterializeResul
     if last and last.asset_materialization:
         known = last.asset_materialization.metadata
         if known.get("path") == dg.MetadataValue.path(version / MODEL_FILE):
-            links = {name: known[name] for name in ("MLflow run", "registered as") if name in known}
+            links = {name: known[name] for name in (_RUN, _VERSION, _RUN_PAGE, _MODEL_PAGE) if name in known}
     return _result(version, {"trained": "in an earlier run, from the same inputs", **links})
 
 

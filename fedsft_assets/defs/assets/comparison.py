@@ -5,9 +5,10 @@ from pathlib import Path
 
 import dagster as dg
 
+from fedsft_assets.champion import move_champion
 from fedsft_assets.defs.failures import as_dagster_failure
 from fedsft_assets.defs.metadata import image
-from fedsft_assets.defs.resources import ModelResource, SourceResource, StoreResource
+from fedsft_assets.defs.resources import MLflowResource, ModelResource, SourceResource, StoreResource
 from fedsft_assets.defs.seeds import by_seed
 from fedsft_assets.evaluation.comparison import NotComparableError, compare
 from fedsft_assets.evaluation.curves import plot
@@ -43,13 +44,18 @@ def comparison_asset(jobs: Sequence[JobSpec], datasets: Sequence[DatasetSpec]) -
         description="All jobs and the base model side by side: which to use and why, losses, intervals and verdicts.",
     )
     def comparison(
-        store: StoreResource, source: SourceResource, model: ModelResource, **versions: Path | dict[str, Path]
+        store: StoreResource,
+        source: SourceResource,
+        model: ModelResource,
+        mlflow: MLflowResource,
+        **versions: Path | dict[str, Path],
     ) -> dg.MaterializeResult[Path]:
-        files = store.files
+        files, preset = store.files, model.load()
         checkpoints = {name: by_seed(versions[f"checkpoint_{name}"]) for name in names}
         evaluations = [by_seed(versions[f"evaluation_{name}"]) for name in (BASE_MODEL, *names)]
         with as_dagster_failure(NotComparableError, ScoresError):
-            study = _study(files, checkpoints, evaluations, datasets, source.data, model.load())
+            study = _study(files, checkpoints, evaluations, datasets, source.data, preset)
+            champion = move_champion([seeds[0] for seeds in evaluations], files, preset, mlflow.tracking)
         with adding(files.report("comparison")) as addition:
             study.write_markdown(addition.folder / "comparison.md")
             plot([one for seeds in study.comparison.runs.values() for one in seeds], addition.folder / "comparison.png")
@@ -63,6 +69,7 @@ def comparison_asset(jobs: Sequence[JobSpec], datasets: Sequence[DatasetSpec]) -
                 "report": dg.MetadataValue.path(report),
                 "table": dg.MetadataValue.md(study.markdown()),
                 "validation loss": image(chart),
+                "champion": dg.MetadataValue.md(champion.markdown()),
                 **{f"{one.job}: best validation loss": round(one.best_val_loss, 4) for one in result.reports},
                 "base model's test loss": round(float(result.matrix[COMBINED].loc[BASE_MODEL]), 4),
                 "table file": dg.MetadataValue.path(table),
