@@ -37,7 +37,21 @@ max_evaluation_records: 20
 """
 _NOT_CLONED = (".git", ".venv", ".fedsft*", "__pycache__", ".*_cache", "build", "*.egg-info")
 # What a developer's shell may have set, and a reader's has not.
-_DEVELOPERS = ("FEDSFT_", "PYTHON", "DAGSTER_", "PYTEST_", "MLFLOW_", "HF_", "MAKE", "MFLAGS", "DATA", "MODEL", "UV_")
+_DEVELOPERS = (
+    "FEDSFT_",
+    "PYTHON",
+    "DAGSTER_",
+    "PYTEST_",
+    "MLFLOW_",
+    "HF_",
+    "MAKE",
+    "MFLAGS",
+    "DATA",
+    "MODEL",
+    "SEEDS",
+    "JOB",
+    "UV_",
+)
 _READY = "ready in half a minute"
 _SECONDS_TO_SERVE = 600
 _RECORDER = """#!{python} -IS

@@ -59,6 +59,7 @@ PRINTS = {
     DEMO: _STUDY,
     "make test": r"\d+ passed",
     "FEDSFT_HOME=$PWD/.fedsft-mine make study DATA=/data/published MODEL=/models/my-hugging-face-model": _STUDY,
+    "FEDSFT_HOME=$PWD/.fedsft-seeds make study SEEDS=3": rf"^seed 1236$(?s:.*){_STUDY}",
     "FEDSFT_HOME=$PWD/.fedsft-published make study DATA=/data/published": _STUDY,
     "FEDSFT_HOME=$PWD/.fedsft-my-causal-lm make study MODEL=/models/my-causal-lm": _STUDY,
     '.venv/bin/fedsft-generate --checkpoint fedavg --prompt "What is the capital of Norway?"': r"\S",

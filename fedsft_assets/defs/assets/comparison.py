@@ -26,6 +26,7 @@ from fedsft_assets.specs.dataset import COMBINED, DatasetSpec
 from fedsft_assets.specs.job import BASE_MODEL, JobSpec
 from fedsft_assets.specs.model_preset import ModelPreset
 from fedsft_assets.store import Store
+from fedsft_assets.study_run import record_study
 from fedsft_assets.versions import adding
 
 
@@ -44,6 +45,7 @@ def comparison_asset(jobs: Sequence[JobSpec], datasets: Sequence[DatasetSpec]) -
         description="All jobs and the base model side by side: which to use and why, losses, intervals and verdicts.",
     )
     def comparison(
+        context: dg.AssetExecutionContext,
         store: StoreResource,
         source: SourceResource,
         model: ModelResource,
@@ -61,6 +63,8 @@ def comparison_asset(jobs: Sequence[JobSpec], datasets: Sequence[DatasetSpec]) -
             plot([one for seeds in study.comparison.runs.values() for one in seeds], addition.folder / "comparison.png")
             write_report(study, addition.folder / "report.html")
         table, chart, report = (addition.version / name for name in ("comparison.md", "comparison.png", "report.html"))
+        tags = {"dagster.run_id": context.run_id, "dagster.asset": context.asset_key.to_user_string()}
+        record_study(study, addition.version, tags, files, mlflow.tracking)
         result = study.comparison
         return dg.MaterializeResult(
             value=addition.version,

@@ -18,6 +18,8 @@ from fedsft_assets.model.archive.nemo_archive import content_digest
 from fedsft_assets.settings import PROJECT, Settings
 from fedsft_assets.specs.job import JobSpec
 from fedsft_assets.store import Store, archive_file
+from fedsft_assets.tracking import Outbox, Tracking
+from fedsft_assets.tracking.delivery import EXECUTION_TAG
 from fedsft_assets.versions import Verdict, current, judge
 from fedsft_assets_tests.federation.protocol.test_job_report import REPORT
 from fedsft_assets_tests.prepared import TINY, build_job, made_current, prepare_home
@@ -92,6 +94,24 @@ def test_comparison_shows_what_the_home_keeps_of_benchmark_tasks(store: Store) -
     version = current(store.report("comparison"))
     assert "0.6250 ± 0.0100" in (version / "report.html").read_text(encoding="utf-8")
     assert "0.6250 ± 0.0100" in (version / "comparison.md").read_text(encoding="utf-8")
+
+
+def test_mlflow_has_one_run_of_a_comparison_with_its_intervals_and_report(store: Store) -> None:
+    for _ in range(2):
+        assert _materialize(store).success
+    tracking, version = Tracking.of(Settings(home=store.home)), current(store.report("comparison"))
+    client = tracking.client()
+    query = f"tags.`{EXECUTION_TAG}` = '{version.name}'"
+    (run,) = client.search_runs([tracking.experiment_id()], query)
+    assert (run.info.run_name, run.info.status) == ("comparison", "FINISHED")
+    assert run.data.tags["dagster.asset"] == "comparison"
+    for model in ("fedavg", "base_model"):
+        low, value, high = (run.data.metrics[f"{model}/test_loss{end}"] for end in ("_low", "", "_high"))
+        assert low < value < high
+    assert len(client.get_metric_history(run.info.run_id, "fedavg/test_loss")) == 1
+    artifacts = {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert artifacts == {"report.html", "comparison.md", "comparison.png"}
+    assert Outbox(store.outbox).entries() == []
 
 
 def test_each_evaluation_waits_for_its_model_and_the_splits() -> None:
