@@ -68,7 +68,7 @@ class Comparison:
         said = "\n".join(f"- {sentence}." for sentence in self.sentences)
         headers = [header for header in _HEADERS if header != _DEVIATION or self._has_seeds]
         jobs = markdown_table(headers, self._rows(), texts=2)
-        return "\n\n".join([*([said] if said else []), jobs, *self._notes(), self._matrix_markdown(), *self._costs()])
+        return "\n\n".join([*([said] if said else []), jobs, *self.notes(), self._matrix_markdown(), *self._costs()])
 
     @property
     def sentences(self) -> list[str]:
@@ -90,7 +90,7 @@ class Comparison:
             )
         return said + differing_budgets(self.reports, BUDGET_TOLERANCE)
 
-    def _notes(self) -> Iterator[str]:
+    def notes(self) -> Iterator[str]:
         """What to mind where jobs have several seeds, or were trained beside different validation splits."""
         if self._has_seeds:
             seeds = sorted(

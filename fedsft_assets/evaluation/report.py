@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,13 @@ from fedsft_assets.model.perplexity import perplexity
 from fedsft_assets.specs.job import BASE_MODEL
 
 _TILES = {"local": "Best site alone", "centralized": "All data in one place", "federated": "Federated"}
+_COSTS: dict[str, Callable[[JobReport], str | None]] = {
+    "optimizer steps": lambda report: None if report.steps is None else f"{report.steps:,}",
+    "CPU time": lambda report: None if report.cpu_seconds is None else readable_duration(report.cpu_seconds),
+    "peak memory": lambda report: None if report.peak_memory is None else readable_size(report.peak_memory),
+    "sites sent": lambda report: None if report.sent is None else readable_size(report.sent),
+    "sites received": lambda report: None if report.received is None else readable_size(report.received),
+}
 _MOST_SENTENCES = 8  # more are folded away
 _MOST_ROWS = 15  # of a table; longer ones scroll
 _MOST_BESIDE = 8  # answers to one prompt that are shown at once
@@ -93,8 +100,7 @@ def _content(study: Study) -> dict[str, Any]:
         "charts": list(_charts(comparison.reports)),
         "gain_sentences": gain_sentences(study.gains),
         "perplexity": {model: perplexity(found.value) for model, found in scores["combined"].items()},
-        "traffic": {report.job: _traffic(report) for report in comparison.reports},
-        "extras": {name: _extra(comparison.reports, name) for name in ("cpu_seconds", "peak_memory")},
+        "costs": {name: show for name, show in _COSTS.items() if any(show(one) for one in comparison.reports)},
         "task_columns": _task_columns(study.tasks),
         "answer_scores": {model: AnswerScores.of(answers) for model, answers in study.samples.items()},
         "how": how(),
@@ -138,27 +144,6 @@ def _charts(reports: Sequence[JobReport]) -> Iterator[tuple[str, Chart, Chart]]:
     for split in dict.fromkeys(report.validation_digest for report in reports):
         own = [report for report in reports if report.validation_digest == split]
         yield split, chart(own, 760, 380, labels=True), chart(own, 350, 300, labels=False)
-
-
-def _traffic(report: JobReport) -> tuple[int, int] | None:
-    """Bytes that all sites have sent and received; None where the report does not say."""
-    traffic: Mapping[str, Mapping[str, int]] | None = getattr(report, "traffic", None)
-    if not traffic:
-        return None
-    return sum(site["sent"] for site in traffic.values()), sum(site["received"] for site in traffic.values())
-
-
-def _extra(reports: Sequence[JobReport], name: str) -> dict[str, float]:
-    """A measurement by job, of those reports that have it; the sum or the most of what is by site."""
-    found: dict[str, float] = {}
-    for report in reports:
-        value: float | Mapping[str, float] | None = getattr(report, name, None)
-        if isinstance(value, Mapping):
-            combine = max if name == "peak_memory" else sum
-            value = combine(value.values()) if value else None
-        if value:
-            found[report.job] = value
-    return found
 
 
 def _task_columns(

@@ -83,7 +83,11 @@ class Study:
     def not_run(self) -> Iterator[str]:
         """What the study does not know, in sentences without a full stop."""
         reports = self.comparison.reports
-        yield "One seed for each job: another training with another seed may differ"
+        if single := [job for job, seeds in self.comparison.runs.items() if len(seeds) == 1]:
+            jobs = "each job" if len(single) == len(self.comparison.runs) else _names(single)
+            yield f"One seed for {jobs}: another training with another seed may differ"
+        else:
+            yield "Costs, answers and benchmark tasks are those of the first seed alone"
         for kind, unknown in (
             ("federated", "what training together gives is not known"),
             ("local", "what a site reaches alone is not known"),

@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,7 +13,6 @@ from fedsft_assets.evaluation.heat_map import STEPS
 from fedsft_assets.evaluation.report import readable_duration, readable_size, render, write_report
 from fedsft_assets.evaluation.study import Study
 from fedsft_assets.evaluation.tasks import TaskResult
-from fedsft_assets.federation.protocol.job_report import JobReport
 from fedsft_assets.specs.job import BASE_MODEL
 from fedsft_assets_tests.evaluation.studies import (
     REPORTS,
@@ -146,20 +145,11 @@ def test_tasks_are_shown_by_model(folders: list[Path]) -> None:
     assert "score them again" in found.markdown()  # they were not asked the same
 
 
-@dataclass(frozen=True)
-class _Measured(JobReport):
-    """A report with all that may be measured."""
-
-    traffic: dict[str, dict[str, int]] | None = None
-    cpu_seconds: float | None = None
-    peak_memory: int | None = None
-
-
 def test_measurements_are_shown_where_a_report_has_them(folders: list[Path]) -> None:
     traffic = {"site-1": {"sent": 1_000_000, "received": 2_000_000}, "site-2": {"sent": 500_000, "received": 0}}
-    measured = _Measured(**vars(REPORTS[0]), traffic=traffic, cpu_seconds=7200.0, peak_memory=3_200_000_000)
+    measured = replace(REPORTS[0], steps=1200, traffic=traffic, cpu_seconds=7200.0, peak_memory=3_200_000_000)
     text = _Page(render(study([measured, *REPORTS[1:]], folders))).text
-    for shown in ("sites sent", "1.5 MB", "2.0 MB", "2.0 h", "3.2 GB", "not measured"):
+    for shown in ("optimizer steps", "1,200", "sites sent", "1.5 MB", "2.0 MB", "2.0 h", "3.2 GB", "not measured"):
         assert shown in text
     assert "sites sent" not in _Page(render(study(REPORTS, folders))).text
 
@@ -227,3 +217,15 @@ def test_sizes_are_readable(count: float, said: str) -> None:
 @pytest.mark.parametrize(("seconds", "said"), [(61.6, "62 s"), (600, "10 min"), (9000, "2.5 h")])
 def test_durations_are_readable(seconds: float, said: str) -> None:
     assert readable_duration(seconds) == said
+
+
+def test_study_over_several_seeds_says_so_and_shows_means(tmp_path: Path) -> None:
+    folders = [evaluation(tmp_path / model, model, loss) for model, loss in TEST_LOSSES.items()]
+    second = [replace(report, seed=1235) for report in REPORTS]
+    again = [evaluation(tmp_path / "2" / one.job, one.job, TEST_LOSSES[one.job] + 0.1, seed=1235) for one in second]
+    page = _Page(render(study([*REPORTS, *second], [*folders, *again])))
+    assert "Every job was trained with the seeds 1234, 1235; values are means over them." in page.text
+    assert "4 jobs" in page.text
+    assert "1.050" in page.text
+    assert "One seed for each job" not in page.text
+    assert "Costs, answers and benchmark tasks are those of the first seed alone" in page.text
