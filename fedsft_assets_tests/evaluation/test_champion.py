@@ -19,8 +19,8 @@ def _losses(means: Mapping[str, float], noise: float = 0.02, prompts: int = PROM
     for seed, (model, mean) in enumerate(means.items(), 1):
         own = np.random.default_rng(seed).normal(0, noise, prompts)
         loss = 20 * np.clip(mean * hardness + own - own.mean(), 0, None)
-        rows = {"model": model, "dataset": "dolly", "record": names, "prompt": names, "first": True, "tokens": 20}
-        tables.append(pd.DataFrame({**rows, "loss": loss}))
+        rows = {"model": model, "seed": None, "dataset": "dolly", "record": names, "prompt": names, "first": True}
+        tables.append(pd.DataFrame({**rows, "tokens": 20, "loss": loss}))
     return pd.concat(tables, ignore_index=True)
 
 
