@@ -11,6 +11,7 @@ from fedsft_assets.data.split_report import SplitReport
 from fedsft_assets.evaluation.champion import CHAMPION as RESCORED
 from fedsft_assets.evaluation.record_scores import LOSSES_FILE, Evaluation, evaluate, read_losses
 from fedsft_assets.model.archive.nemo_archive import content_digest
+from fedsft_assets.model.language_model import LanguageModel
 from fedsft_assets.specs.job import BASE_MODEL, TrainingSpec
 from fedsft_assets.store import Store, archive_file
 from fedsft_assets.tracking import CHALLENGER, CHAMPION, Outbox, Tracking
@@ -31,7 +32,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, empty_mlflow_database: Path) 
     store = prepare_home(tmp_path_factory.mktemp("home"))
     shutil.copyfile(empty_mlflow_database, store.home / "mlflow.db")
     base, combined = archive_file(current(store.base_model(TINY.name))), current(store.combined)
-    losses = evaluate(base, store, combined, TRAINING)
+    losses = evaluate(LanguageModel.load(base), store, combined, TRAINING)
     digests = {BASE_MODEL: content_digest(base), **{job: f"digest of {job}" for job in LOSSES}}
     for model, digest in digests.items():
         with made_current(store.evaluation(model)) as folder:
