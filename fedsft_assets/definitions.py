@@ -27,7 +27,7 @@ from fedsft_assets.specs.model_preset import has_random_weights
 settings = Settings()
 check_home(settings)
 datasets = list(load_datasets(settings.datasets).values())
-jobs = load_jobs(settings.jobs, [dataset.name for dataset in datasets])
+jobs = load_jobs(settings.jobs, [dataset.name for dataset in datasets if dataset.use == "training"])
 seeds = seed_partitions(settings.seeds)
 base_seeds = seeds if has_random_weights(settings.model) else None
 runs = study_jobs(seeds, base_seeds)

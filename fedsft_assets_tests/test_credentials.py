@@ -77,7 +77,10 @@ def test_what_urls_say_by_themselves_is_hidden_wherever_they_stand() -> None:
     assert redact("cannot reach 'http://me:secret@host:1/x': url: /y?a=1&api_key=abc (refused)") == (
         "cannot reach 'http://***@host:1/x': url: /y?a=1&api_key=*** (refused)"
     )
-    plain = "/home/me@work:x/jobs/a.yaml: sites.site-2.dataset: 'doly' is not a dataset; expected one of alpaca, http://host/a@b"
+    plain = (
+        "/home/me@work:x/jobs/a.yaml: sites.site-2.dataset: 'doly' is not a training dataset;"
+        " expected one of alpaca, http://host/a@b"
+    )
     assert redact(plain) == plain
 
 

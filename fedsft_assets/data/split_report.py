@@ -1,5 +1,6 @@
 """The report of a folder of splits, written beside them."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Self
 
@@ -57,10 +58,11 @@ class SplitReport(BaseModel):
         duplicates: int,
         rejected: int = 0,
         parts: dict[str, str] | None = None,
+        unused: Collection[str] = (),
     ) -> Self:
-        """Build the report of splits with these digests. Raises DataError if a split is empty."""
+        """Build the report of splits with these digests. Raises DataError if a split that is used is empty."""
         for split, count in counts.items():
-            if count == 0:
+            if count == 0 and split not in unused:
                 raise DataError(
                     f"{name}: the {split} split is empty, all splits together hold {sum(counts.values())} records; "
                     "add rows, or give that split a larger proportion"

@@ -40,15 +40,15 @@ def split_dataset(
 ) -> SplitReport:
     """Split the dataset's files in `raw` into three files in `into`, atomically.
 
-    Within a split, records keep the order of their rows. Exact duplicates are dropped and counted.
-    Unusable rows go to `rejected.jsonl` beside the splits, with row numbers and reasons. Raises DataError
-    if a file cannot be read, a split would be empty, or too many rows are unusable: these are then written
-    to `rejected` (default: `<into>.rejected.jsonl`), and the previous splits stay unchanged.
+    Within a split, records keep the order of their rows. Exact duplicates are dropped and counted. All records of a
+    dataset for testing are in its testing split. Unusable rows go to `rejected.jsonl` beside the splits, with their
+    numbers and reasons. Raises DataError if a file cannot be read, a split would be empty, or too many are unusable: these
+    are then written to `rejected` (default: `<into>.rejected.jsonl`), and the previous splits stay unchanged.
     """
     settings = settings or SplitSettings()
     refused = rejected or rejected_file(into)
     with publish_folder(into) as fresh:
-        with _Writer(fresh, settings) as writer:
+        with _Writer(fresh, settings, dataset.use == "testing") as writer:
             for examples in read_examples(dataset, raw):
                 writer.write(examples)
         too_many = writer.rejected > settings.max_rejected * writer.rows
@@ -64,6 +64,7 @@ def split_dataset(
             rows=writer.rows,
             duplicates=writer.duplicates,
             rejected=writer.rejected,
+            unused=[split for split in SPLITS if split != "testing"] if dataset.use == "testing" else [],
         )
         report.write(fresh)
     refused.unlink(missing_ok=True)
@@ -105,10 +106,10 @@ def _split_indexes(prompts: Hashes, settings: SplitSettings) -> npt.NDArray[np.i
 class _Writer:
     """Writes records to three open files, and unusable rows to a fourth, and keeps count."""
 
-    def __init__(self, folder: Path, settings: SplitSettings) -> None:
+    def __init__(self, folder: Path, settings: SplitSettings, testing_only: bool) -> None:
         self.counts = dict.fromkeys(SPLITS, 0)
         self.rows = self.duplicates = self.rejected = 0
-        self._settings = settings
+        self._settings, self._testing_only = settings, testing_only
         self._seen = Seen()
         self._files = ExitStack()
         self._splits = [self._files.enter_context(HashedFile(split_file(folder, split))) for split in SPLITS]
@@ -131,7 +132,7 @@ class _Writer:
         self._reject(usable.rejected)
         self.rows += len(usable.rows) + len(usable.rejected)
         inputs, prompts = to_inputs(usable.instruction, usable.context, self._settings.seed)
-        indexes = _split_indexes(prompts if usable.anchor is None else prompt_hashes(usable.anchor), self._settings)
+        indexes = self._indexes(prompts if usable.anchor is None else prompt_hashes(usable.anchor))
         pairs = list(zip(inputs.to_pylist(), usable.response.to_pylist(), strict=True))
         # Python's hash is salted per process, but these hashes never leave it.
         fresh = self._seen.first(np.fromiter(map(hash, pairs), np.int64, len(pairs)).view(np.uint64))
@@ -140,6 +141,12 @@ class _Writer:
             chosen = [Record(input=i, output=o) for i, o in compress(pairs, (fresh & (indexes == index)).tolist())]
             file.write(dump_records(chosen))
             self.counts[split] += len(chosen)
+
+    def _indexes(self, prompts: Hashes) -> npt.NDArray[np.intp]:
+        """The index in SPLITS of each prompt's split [N]."""
+        if self._testing_only:
+            return np.full(len(prompts), SPLITS.index("testing"))
+        return _split_indexes(prompts, self._settings)
 
     def explain_rejected(self, name: str, path: Path) -> str:
         first = "; ".join(f"{row.file} row {row.row}: {row.reason} ({row.found})" for row in self._first_rejected)

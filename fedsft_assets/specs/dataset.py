@@ -65,6 +65,9 @@ class DatasetSpec(Spec):
     revision: Annotated[str, Field(description="a commit, branch or tag of that repository")] = "main"
     path: Annotated[Path, Field(description="a file or folder")] | None = None
     files: Annotated[list[str], Field(min_length=1)] | None = None
+    use: Annotated[
+        Literal["training", "testing"], Field(description="testing: all records are test records, none is trained on")
+    ] = "training"
     format: DataFormat
     columns: ColumnsSpec | None = None
     conversations: ConversationsSpec | None = None

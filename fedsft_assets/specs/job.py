@@ -250,7 +250,7 @@ class JobSpec(Spec):
                     )
             elif site_spec.dataset not in known:
                 raise SpecError(
-                    f"{path}: sites.{site}.dataset: {site_spec.dataset!r} is not a dataset; expected one of"
+                    f"{path}: sites.{site}.dataset: {site_spec.dataset!r} is not a training dataset; expected one of"
                     f" {', '.join(known)}"
                 )
         return spec

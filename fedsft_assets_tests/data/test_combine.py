@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from fedsft_assets.data.combine import combine
+from fedsft_assets.data.quality import prompt_overlap
 from fedsft_assets.data.records import DataError, Record, read_records
 from fedsft_assets.data.split_report import SplitReport
 from fedsft_assets.data.splits import split_dataset
@@ -116,3 +117,28 @@ def test_long_and_short_lines_come_through_as_they_are(
     records = [record for split in SPLITS for record in read_records(split_file(tmp_path / "combined", split))]
     expected = [Record(input=row["instruction"] or "", output=row["response"] or "") for row in rows]
     assert sorted(records, key=lambda record: record["input"]) == sorted(expected, key=lambda record: record["input"])
+
+
+def test_dataset_for_testing_alone_is_in_no_split_but_the_testing_one(
+    processed: list[Path], dolly: DatasetSpec, write_dolly: WriteDolly, tmp_path: Path
+) -> None:
+    own = dolly.model_copy(update={"name": "mine", "use": "testing"})
+    report = split_dataset(own, write_dolly(_rows(range(40))), tmp_path / "mine")
+    assert report.counts == {"training": 0, "validation": 0, "testing": 40}
+    before = combine(processed, tmp_path / "combined")
+    after = combine([*processed, tmp_path / "mine"], tmp_path / "with mine")
+    for split in ("training", "validation"):
+        assert after.files[f"{split}.jsonl"] == before.files[f"{split}.jsonl"]
+    assert set(_records(tmp_path / "with mine", "testing")) == {
+        *_records(tmp_path / "combined", "testing"),
+        *_records(tmp_path / "mine", "testing"),
+    }
+
+
+def test_testing_records_that_others_train_on_are_found(source: Path, dolly: DatasetSpec, tmp_path: Path) -> None:
+    """A copy of a dataset is no test set for models that train on it."""
+    copied = dolly.model_copy(update={"name": "mine", "use": "testing"})
+    for dataset in (dolly, copied):
+        split_dataset(dataset, source / dolly.folder, tmp_path / dataset.name)
+    combine([tmp_path / "dolly", tmp_path / "mine"], tmp_path / "combined")
+    assert prompt_overlap([tmp_path / name for name in ("dolly", "mine", "combined")]).count > 0

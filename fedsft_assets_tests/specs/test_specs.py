@@ -78,7 +78,8 @@ def test_job_takes_its_name_from_its_file_and_defaults_for_the_rest(write_job: W
 def test_unknown_dataset_is_named_with_those_that_there_are(write_job: WriteJob) -> None:
     path = write_job(GOOD.replace("dolly", "doly"))
     assert _error(path) == (
-        f"{path}: sites.site-2.dataset: 'doly' is not a dataset; expected one of alpaca, dolly, oasst1, combined"
+        f"{path}: sites.site-2.dataset: 'doly' is not a training dataset; expected one of"
+        " alpaca, dolly, oasst1, combined"
     )
 
 

@@ -55,6 +55,11 @@ def combined_asset(datasets: Sequence[DatasetSpec]) -> dg.AssetsDefinition:
     return combined
 
 
+def _shown(report: SplitReport) -> str:
+    """The first split with records."""
+    return next(split for split, count in report.counts.items() if count)
+
+
 def _result(report: SplitReport, folder: Path, files: Store, preset: ModelPreset) -> dg.MaterializeResult[Path]:
     from fedsft_assets.model.preset_tokenizer import preset_tokenizer
     from fedsft_assets.model.training.lengths import token_lengths
@@ -72,6 +77,6 @@ def _result(report: SplitReport, folder: Path, files: Store, preset: ModelPreset
             "token lengths": image(chart),
             "dagster/row_count": report.records,
             "path": dg.MetadataValue.path(folder),
-            "preview": dg.MetadataValue.md(preview(iterate_records(split_file(folder, "training")))),
+            "preview": dg.MetadataValue.md(preview(iterate_records(split_file(folder, _shown(report))))),
         },
     )
