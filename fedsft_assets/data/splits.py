@@ -42,8 +42,9 @@ def split_dataset(
 
     Within a split, records keep the order of their rows. Exact duplicates are dropped and counted. All records of a
     dataset for testing are in its testing split. Unusable rows go to `rejected.jsonl` beside the splits, with their
-    numbers and reasons. Raises DataError if a file cannot be read, a split would be empty, or too many are unusable: these
-    are then written to `rejected` (default: `<into>.rejected.jsonl`), and the previous splits stay unchanged.
+    numbers and reasons. Raises DataError if a file cannot be read, a split would be empty, or too many rows are
+    unusable: these are then written to `rejected` (default: `<into>.rejected.jsonl`), and the previous splits stay
+    unchanged.
     """
     settings = settings or SplitSettings()
     refused = rejected or rejected_file(into)
