@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from fedsft_assets.evaluation.study import Study
+from fedsft_assets.evaluation.report.study import Study
 from fedsft_assets.store import Store
 from fedsft_assets.tracking import Outbox, Tracking
 from fedsft_assets.tracking.promotion import within

@@ -10,9 +10,9 @@ from fedsft_assets.evaluation.answers import Answers
 from fedsft_assets.evaluation.comparison import compare
 from fedsft_assets.evaluation.prompts import ExamplePrompt
 from fedsft_assets.evaluation.record_scores import LOSSES_FILE, Evaluation
+from fedsft_assets.evaluation.report.study import Study
+from fedsft_assets.evaluation.report.study_facts import BaseModelFacts, DatasetFacts
 from fedsft_assets.evaluation.sample_answers import SampleAnswer
-from fedsft_assets.evaluation.study import Study
-from fedsft_assets.evaluation.study_facts import BaseModelFacts, DatasetFacts
 from fedsft_assets.evaluation.tasks import TaskResult
 from fedsft_assets.federation.protocol.job_report import JobReport
 from fedsft_assets.model.generation_settings import GenerationSettings

@@ -13,11 +13,11 @@ from fedsft_assets.defs.seeds import by_seed
 from fedsft_assets.evaluation.comparison import NotComparableError, compare
 from fedsft_assets.evaluation.curves import plot
 from fedsft_assets.evaluation.record_scores import Evaluation
-from fedsft_assets.evaluation.report import write_report
+from fedsft_assets.evaluation.report.page import write_report
+from fedsft_assets.evaluation.report.study import Study, kept_answers, kept_tasks
+from fedsft_assets.evaluation.report.study_facts import BaseModelFacts, dataset_facts
 from fedsft_assets.evaluation.sample_answers import read_answers
 from fedsft_assets.evaluation.statistics.prompt_losses import ScoresError
-from fedsft_assets.evaluation.study import Study, kept_answers, kept_tasks
-from fedsft_assets.evaluation.study_facts import BaseModelFacts, dataset_facts
 from fedsft_assets.execution import CheckpointInputs
 from fedsft_assets.federation.job_folder import JobFolder
 from fedsft_assets.federation.protocol.job_report import JobReport

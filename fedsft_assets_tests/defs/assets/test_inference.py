@@ -11,7 +11,7 @@ from fedsft_assets.defs.assets.inference import inference_asset
 from fedsft_assets.defs.resources import resources
 from fedsft_assets.evaluation.answers import Answers
 from fedsft_assets.evaluation.prompts import ExamplePrompt
-from fedsft_assets.evaluation.study import kept_answers
+from fedsft_assets.evaluation.report.study import kept_answers
 from fedsft_assets.federation.protocol.job_report import MODEL_FILE
 from fedsft_assets.files import file_digest
 from fedsft_assets.model.generation_settings import GenerationSettings

@@ -10,12 +10,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fedsft_assets.evaluation.comparison import SHOWN_BASE_MODEL
-from fedsft_assets.evaluation.curve_chart import Chart, chart
-from fedsft_assets.evaluation.heat_map import heat_map
+from fedsft_assets.evaluation.report.curve_chart import Chart, chart
+from fedsft_assets.evaluation.report.heat_map import heat_map
+from fedsft_assets.evaluation.report.site_gains import dataset_scores, gain_sentences
+from fedsft_assets.evaluation.report.study import Study, shown
+from fedsft_assets.evaluation.report.study_facts import terms, trained_on
 from fedsft_assets.evaluation.sample_answers import AnswerScores, how
-from fedsft_assets.evaluation.site_gains import dataset_scores, gain_sentences
-from fedsft_assets.evaluation.study import Study, shown
-from fedsft_assets.evaluation.study_facts import terms, trained_on
 from fedsft_assets.evaluation.tasks import TaskResult
 from fedsft_assets.federation.protocol.job_report import JobReport
 from fedsft_assets.files import publish_file
@@ -66,7 +66,7 @@ def write_report(study: Study, path: Path) -> None:
 def render(study: Study) -> str:
     """The page as HTML; all text of the study in it is escaped."""
     environment = Environment(
-        loader=PackageLoader("fedsft_assets.evaluation", "templates"),
+        loader=PackageLoader("fedsft_assets.evaluation.report", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -5,8 +5,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from fedsft_assets.evaluation.recommendation import Recommendation
 from fedsft_assets.evaluation.record_scores import LOSSES_FILE
+from fedsft_assets.evaluation.report.recommendation import Recommendation
 from fedsft_assets.specs.job import BASE_MODEL
 from fedsft_assets_tests.evaluation.studies import REPORTS, evaluation, study
 

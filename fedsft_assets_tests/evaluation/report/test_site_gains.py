@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 
 from fedsft_assets.evaluation.record_scores import LOSSES_FILE
-from fedsft_assets.evaluation.site_gains import gain_sentences, gains_table
-from fedsft_assets.evaluation.study import Study
+from fedsft_assets.evaluation.report.site_gains import gain_sentences, gains_table
+from fedsft_assets.evaluation.report.study import Study
 from fedsft_assets_tests.evaluation.studies import REPORTS, TEST_LOSSES, evaluation, study
 
 

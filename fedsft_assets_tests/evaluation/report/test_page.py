@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from fedsft_assets.evaluation.curve_chart import chart
-from fedsft_assets.evaluation.heat_map import STEPS
-from fedsft_assets.evaluation.report import readable_duration, readable_size, render, write_report
-from fedsft_assets.evaluation.study import Study
+from fedsft_assets.evaluation.report.curve_chart import chart
+from fedsft_assets.evaluation.report.heat_map import STEPS
+from fedsft_assets.evaluation.report.page import readable_duration, readable_size, render, write_report
+from fedsft_assets.evaluation.report.study import Study
 from fedsft_assets.evaluation.tasks import TaskResult
 from fedsft_assets.specs.job import BASE_MODEL
 from fedsft_assets_tests.evaluation.studies import (
@@ -25,7 +25,7 @@ from fedsft_assets_tests.evaluation.studies import (
 )
 
 SCRIPT = "<script>alert(1)</script><img src=x onerror=alert(1)>&amp;"
-CSS = Path(__file__).parents[2] / "fedsft_assets" / "evaluation" / "templates" / "report.css"
+CSS = Path(__file__).parents[3] / "fedsft_assets" / "evaluation" / "report" / "templates" / "report.css"
 
 
 class _Page(HTMLParser):

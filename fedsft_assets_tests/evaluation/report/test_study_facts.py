@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fedsft_assets.data.split_report import SplitReport
-from fedsft_assets.evaluation.study_facts import NOT_STATED, dataset_facts, terms
+from fedsft_assets.evaluation.report.study_facts import NOT_STATED, dataset_facts, terms
 from fedsft_assets.specs.dataset import DatasetSpec
 from fedsft_assets.specs.job import JobSpec, SiteSpec
 from fedsft_assets.store import Store

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedsft_assets.evaluation.comparison import SHOWN_BASE_MODEL, Comparison
-from fedsft_assets.evaluation.site_gains import SiteGain
+from fedsft_assets.evaluation.report.site_gains import SiteGain
 from fedsft_assets.evaluation.statistics.verdicts import Verdict
 from fedsft_assets.federation.protocol.job_report import JobReport
 

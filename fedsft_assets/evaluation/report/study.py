@@ -9,10 +9,10 @@ from pathlib import Path
 
 from fedsft_assets.evaluation.answers import ANSWERS_FILE, Answers
 from fedsft_assets.evaluation.comparison import Comparison, NotComparableError
-from fedsft_assets.evaluation.recommendation import Recommendation, recommend
+from fedsft_assets.evaluation.report.recommendation import Recommendation, recommend
+from fedsft_assets.evaluation.report.site_gains import SiteGain, gains_table, site_gains
+from fedsft_assets.evaluation.report.study_facts import NOT_STATED, BaseModelFacts, DatasetFacts
 from fedsft_assets.evaluation.sample_answers import SampleAnswer, scores_table
-from fedsft_assets.evaluation.site_gains import SiteGain, gains_table, site_gains
-from fedsft_assets.evaluation.study_facts import NOT_STATED, BaseModelFacts, DatasetFacts
 from fedsft_assets.evaluation.tasks import TASKS_FILE, TaskReport, TaskResult, task_table
 from fedsft_assets.files import publish_file
 from fedsft_assets.specs.job import BASE_MODEL, JobSpec
