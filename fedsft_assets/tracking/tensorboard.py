@@ -7,7 +7,9 @@ a known one.
 
 from __future__ import annotations
 
+import logging
 import shutil
+import threading
 import time
 from collections.abc import Hashable, Iterable
 from contextlib import ExitStack, suppress
@@ -17,12 +19,18 @@ from typing import TYPE_CHECKING
 
 from fedsft_assets.federation.protocol.points import Point
 from fedsft_assets.files import locked
+from fedsft_assets.tracking.journal_points import JournalPoints
 from fedsft_assets.tracking.mlflow_values import JOB
+from fedsft_assets.tracking.outbox import explained
 
 if TYPE_CHECKING:
     from tensorboard.summary.writer.record_writer import RecordWriter
 
 _VERSION = "brain.Event:2"
+_TICK_SECONDS = 1.0  # between reads of the journal
+_DISK_SECONDS = 30.0
+
+_log = logging.getLogger(__name__)
 
 
 class EventFiles:
@@ -78,3 +86,30 @@ class EventFiles:
             writer.write(Event(wall_time=time.time(), file_version=_VERSION).SerializeToString())
             self._writers[role] = writer
         return self._writers[role]
+
+
+class EventThread(threading.Thread):
+    """Writes TensorBoard event files in the background: disks may be slow, too."""
+
+    def __init__(self, folder: Path, points: JournalPoints) -> None:
+        super().__init__(name="tensorboard", daemon=True)
+        self._folder, self._points = folder, points
+        self._ended = threading.Event()
+
+    def complete(self) -> None:
+        """Write the remaining points and end the thread."""
+        self._ended.set()
+        self.join(_DISK_SECONDS)
+
+    def run(self) -> None:
+        try:
+            files, written, ended = EventFiles(self._folder), 0, False
+            while not ended:
+                ended = self._ended.is_set()  # read before the points: the last read gets all
+                points = self._points.read(written)
+                files.add(points)
+                written += len(points)
+                self._ended.wait(_TICK_SECONDS)
+            files.close()
+        except Exception as error:  # not worth failing a job
+            _log.warning("TensorBoard event files in %s are incomplete: %s", self._folder, explained(error))

@@ -23,13 +23,12 @@ from fedsft_assets.tracking.mlflow_store import ANSWER_SECONDS, Tracking, limit_
 from fedsft_assets.tracking.mlflow_values import JOB
 from fedsft_assets.tracking.outbox import BusyError, Entry, Outbox, explained, is_refusal
 from fedsft_assets.tracking.record import Ending, Registration, Status, TrackedExecution
-from fedsft_assets.tracking.tensorboard import EventFiles
+from fedsft_assets.tracking.tensorboard import EventThread
 
 _TICK_SECONDS = 1.0  # between reads of the journal; new points are sent in one batch
 _FIRST_PAUSE, _LONGEST_PAUSE, _LONGEST_PAUSE_AT_END = 1.0, 30.0, 5.0  # seconds before a retry
 _LONGEST_ANSWER = 120
 _ENDED_PATIENCE = 10.0  # for a job that failed or was cancelled
-_DISK_SECONDS = 30.0
 
 Spent = Callable[[TrackedExecution], dict[str, float]]
 
@@ -92,7 +91,7 @@ class TrackedJob:
             self._execution = TrackedExecution(execution_id, job, sites, values, tags, note, begun, splits=list(splits))
         self._execution.write(self._record)  # before anything is created under its id
         delivery = Delivery(tracking, self._execution, self._save)
-        self._events = _EventThread(store.tensorboard(job), self._points)
+        self._events = EventThread(store.tensorboard(job), self._points)
         self._delivery = _DeliveryThread(tracking, self._outbox, self._execution, delivery, self._points)
         self._events.start()
         self._delivery.start()
@@ -204,33 +203,6 @@ def _read(path: Path) -> TrackedExecution | None:
         return TrackedExecution.read(path)
     except (FileNotFoundError, ValueError, TypeError):
         return None  # none, or from another version of this package
-
-
-class _EventThread(threading.Thread):
-    """Writes TensorBoard event files in the background: disks may be slow, too."""
-
-    def __init__(self, folder: Path, points: JournalPoints) -> None:
-        super().__init__(name="tensorboard", daemon=True)
-        self._folder, self._points = folder, points
-        self._ended = threading.Event()
-
-    def complete(self) -> None:
-        """Write the remaining points and end the thread."""
-        self._ended.set()
-        self.join(_DISK_SECONDS)
-
-    def run(self) -> None:
-        try:
-            files, written, ended = EventFiles(self._folder), 0, False
-            while not ended:
-                ended = self._ended.is_set()  # read before the points: the last read gets all
-                points = self._points.read(written)
-                files.add(points)
-                written += len(points)
-                self._ended.wait(_TICK_SECONDS)
-            files.close()
-        except Exception as error:  # not worth failing a job
-            _log.warning("TensorBoard event files in %s are incomplete: %s", self._folder, explained(error))
 
 
 class _DeliveryThread(threading.Thread):
