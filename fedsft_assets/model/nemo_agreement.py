@@ -1,5 +1,6 @@
 """Whether an archive is the same model to NeMo as to this package: what NeMo restores must give the same logits."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +40,7 @@ def agreement(archive: Path) -> Agreement:
     their tokenizers differ, or if a logit is no finite number.
     """
     own_tokens, own_logits = _look(LanguageModel.load(archive))
+    _silence_telemetry()
     from fedsft_assets.model.nemo_model import SFTModel
 
     nemos_tokens, nemos_logits = _look(SFTModel.load(archive).language_model)
@@ -53,6 +55,13 @@ def agreement(archive: Path) -> Agreement:
         difference=torch.stack(differences).max().item(),
         largest=torch.stack([logits.abs().max() for logits in own_logits]).max().item(),
     )
+
+
+def _silence_telemetry() -> None:
+    """NeMo's telemetry is off, and warns of that on import; errors are raised as errors."""
+    telemetry = logging.getLogger("nv_one_logger")
+    telemetry.addHandler(logging.NullHandler())
+    telemetry.propagate = False
 
 
 def _look(model: LanguageModel) -> tuple[list[list[int]], list[Tensor]]:
