@@ -12,6 +12,9 @@ from pathlib import Path
 
 from fedsft_assets.credentials import PASS, is_secret
 
+# Addresses of the web interfaces under which a process runs, for links between their pages.
+DAGSTER_PAGES, MLFLOW_PAGES = "FEDSFT_DAGSTER_PAGES", "FEDSFT_MLFLOW_PAGES"
+
 _NAMES = {
     *(PASS, "PATH", "HOME", "USER", "LOGNAME", "USERNAME", "SHELL", "PWD", "TERM", "TZ", "TMPDIR", "TEMP", "TMP"),
     *("LANG", "LANGUAGE", "HOSTNAME", "COLUMNS", "LINES", "NO_COLOR", "VIRTUAL_ENV", "CONDA_PREFIX"),

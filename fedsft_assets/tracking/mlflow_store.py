@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Self
 
 from fedsft_assets.credentials import as_given, redacted, take_credentials
 from fedsft_assets.files import locked_file, publish_file
+from fedsft_assets.process_env import MLFLOW_PAGES
 from fedsft_assets.settings import Settings
 
 if TYPE_CHECKING:
@@ -55,6 +56,12 @@ class Tracking:
     @property
     def over_http(self) -> bool:
         return self.uri.startswith(("http://", "https://"))
+
+    @property
+    def pages(self) -> str | None:
+        """The address of MLflow's pages, if it is known: that of the server, or of the pages of `fedsft ui`."""
+        address = self.uri if self.over_http else os.environ.get(MLFLOW_PAGES)
+        return f"{address.rstrip('/')}/#" if address else None
 
     def client(self) -> MlflowClient:
         """An MLflow client, with requests limited by `limit_requests`."""

@@ -139,8 +139,8 @@ class TrackedJob:
         with self._record_lock:
             self._record.unlink(missing_ok=True)
         self._deliver(entry, self._tracking.patience)
-        version, run_id, pages = self._delivery.version, self.run_id, f"{self._tracking.uri.rstrip('/')}/#"
-        experiment = self._delivery.experiment if self._tracking.over_http else ""
+        version, run_id, pages = self._delivery.version, self.run_id, self._tracking.pages
+        experiment = self._delivery.experiment if pages else ""
         return Registered(
             model,
             version,

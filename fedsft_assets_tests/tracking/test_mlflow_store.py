@@ -1,10 +1,14 @@
-"""How long MLflow may take to answer: as the user says, else as this project does, in every process of it."""
+"""How long MLflow may take to answer, in every process of this project, and where its pages are."""
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from fedsft_assets.process_env import MLFLOW_PAGES
+from fedsft_assets.tracking import Tracking
 
 _TIMEOUT, _RETRIES = "MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 _LIMITS = """
@@ -33,3 +37,14 @@ def test_limits_that_the_user_has_set_hold_and_those_of_a_parent_do_not(
     command = [sys.executable, "-c", _LIMITS, "10", "40"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == expected
+
+
+def test_pages_are_those_of_the_server_or_of_the_user_interface(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(MLFLOW_PAGES, raising=False)
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    assert Tracking("http://tracking:5000/").pages == "http://tracking:5000/#"
+    assert Tracking(store).pages is None
+    monkeypatch.setenv(MLFLOW_PAGES, "http://127.0.0.1:5000")
+    assert Tracking(store).pages == "http://127.0.0.1:5000/#"

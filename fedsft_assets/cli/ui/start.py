@@ -16,7 +16,7 @@ from types import FrameType
 from fedsft_assets.cli.ui.process import Start
 from fedsft_assets.cli.ui.token import link, new_token, read_token
 from fedsft_assets.federation.runtimes.processes import MARK, stop_marked
-from fedsft_assets.process_env import child_environment
+from fedsft_assets.process_env import DAGSTER_PAGES, MLFLOW_PAGES, child_environment
 from fedsft_assets.settings import PROJECT, Settings
 from fedsft_assets.tracking import Tracking
 
@@ -51,6 +51,7 @@ def serve(settings: Settings, servers: Sequence[Server]) -> None:
     token = read_token(settings.ui_token_file) if settings.ui_token_file else new_token()
     mark = f"ui of {settings.home} by {os.getpid()}"
     running: list[subprocess.Popen[bytes]] = []
+    pages = _pages(servers)
     # Private, unlike its parent folder, where other accounts could listen first.
     with tempfile.TemporaryDirectory(prefix="fedsft-", ignore_cleanup_errors=True) as folder:
         try:
@@ -60,7 +61,7 @@ def serve(settings: Settings, servers: Sequence[Server]) -> None:
                 elif server.url:
                     shown = server.url if settings.ui_token_file else link(server.url, token)
                     print(f"{server.title + ':':12} {shown}", flush=True)
-                running.append(_start(server, token, folder, mark))
+                running.append(_start(server, token, folder, {MARK: mark, **pages}))
             if settings.ui_token_file and not any(server.request for server in servers):
                 print(f"append ?token=… with the token in {settings.ui_token_file}", flush=True)
             print("ready in half a minute; stop with Ctrl-C", flush=True)
@@ -81,9 +82,16 @@ def _curl(server: Server, token: str, token_file: Path | None) -> str:
     )
 
 
-def _start(server: Server, token: str, folder: str, mark: str) -> "subprocess.Popen[bytes]":
+def _pages(servers: Sequence[Server]) -> dict[str, str]:
+    """The variables with the addresses of Dagster's and MLflow's pages."""
+    names = {"Dagster": DAGSTER_PAGES, "MLflow": MLFLOW_PAGES}
+    shown = [server for server in servers if server.title in names and server.listener]
+    return {names[server.title]: _address(server.listener) for server in shown if server.listener}
+
+
+def _start(server: Server, token: str, folder: str, variables: dict[str, str]) -> "subprocess.Popen[bytes]":
     # MLflow's job workers are for evaluating agents, which is not used here.
-    own = {MARK: mark, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    own = {**variables, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     environment = {**(os.environ if server.needs_secrets else child_environment()), **own}
     listener = server.listener.fileno() if server.listener else None
     start = Start(token, listener, folder).pipe()

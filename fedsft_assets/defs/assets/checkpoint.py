@@ -8,7 +8,7 @@ from typing import Any
 import dagster as dg
 
 from fedsft_assets.defs.failures import as_dagster_failure
-from fedsft_assets.defs.metadata import curve, image
+from fedsft_assets.defs.metadata import curve, image, run_tags
 from fedsft_assets.defs.resources import MLflowResource, ModelResource, RuntimeResource, StoreResource
 from fedsft_assets.execution import CHART_FILE, execute_job, stored_checkpoint
 from fedsft_assets.federation.protocol.events import JobError
@@ -76,7 +76,7 @@ def checkpoint_asset(spec: JobSpec, seeds: dg.PartitionsDefinition | None = None
                 files,
                 model.load(),
                 mlflow.tracking,
-                tags={"dagster.run_id": context.run_id, "dagster.asset": context.asset_key.to_user_string()},
+                tags=run_tags(context),
                 runtime=settings,
             )
         return _result(executed.folder, _links(executed.registered))

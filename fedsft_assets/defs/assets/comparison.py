@@ -7,7 +7,7 @@ import dagster as dg
 
 from fedsft_assets.champion import move_champion
 from fedsft_assets.defs.failures import as_dagster_failure
-from fedsft_assets.defs.metadata import image
+from fedsft_assets.defs.metadata import image, run_tags
 from fedsft_assets.defs.resources import MLflowResource, ModelResource, SourceResource, StoreResource
 from fedsft_assets.defs.seeds import by_seed
 from fedsft_assets.evaluation.comparison import NotComparableError, compare
@@ -63,8 +63,7 @@ def comparison_asset(jobs: Sequence[JobSpec], datasets: Sequence[DatasetSpec]) -
             plot([one for seeds in study.comparison.runs.values() for one in seeds], addition.folder / "comparison.png")
             write_report(study, addition.folder / "report.html")
         table, chart, report = (addition.version / name for name in ("comparison.md", "comparison.png", "report.html"))
-        tags = {"dagster.run_id": context.run_id, "dagster.asset": context.asset_key.to_user_string()}
-        record_study(study, addition.version, tags, files, mlflow.tracking)
+        record_study(study, addition.version, run_tags(context), files, mlflow.tracking)
         result = study.comparison
         return dg.MaterializeResult(
             value=addition.version,

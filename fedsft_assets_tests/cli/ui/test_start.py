@@ -25,6 +25,7 @@ from websockets.typing import Subprotocol
 from fedsft_assets.cli.ui.guard import FOREIGN, NO_TOKEN
 from fedsft_assets.cli.ui.start import Server, listen, serve, study_servers, tensorboard_server
 from fedsft_assets.defs.servers import CODE
+from fedsft_assets.process_env import DAGSTER_PAGES, MLFLOW_PAGES
 from fedsft_assets.settings import PROJECT, Settings
 from fedsft_assets.store import Store
 from fedsft_assets.tracking import EXPERIMENT, Tracking
@@ -180,6 +181,26 @@ def test_a_server_that_ends_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyP
     serve(Settings(home=tmp_path), [Server("a server", None, command) for command in commands])
     pid = int(here.read_text())
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_processes_know_the_addresses_of_both_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    heard = tmp_path / "heard"
+    program = f"import json, os, pathlib; pathlib.Path({str(heard)!r}).write_text(json.dumps(dict(os.environ)))"
+    dagster, mlflow = listen(0), listen(0)
+    ports = [listener.getsockname()[1] for listener in (dagster, mlflow)]
+    stays = [sys.executable, "-c", "import time; time.sleep(600)"]
+    serve(
+        Settings(home=tmp_path),
+        [
+            Server("MLflow", f"http://127.0.0.1:{ports[1]}/#/x", stays, listener=mlflow),
+            Server("Dagster", f"http://127.0.0.1:{ports[0]}/x", stays, listener=dagster),
+            Server("Dagster's daemon", None, [sys.executable, "-c", program]),
+        ],
+    )
+    environment = json.loads(heard.read_text())
+    assert environment[DAGSTER_PAGES] == f"http://127.0.0.1:{ports[0]}"
+    assert environment[MLFLOW_PAGES] == f"http://127.0.0.1:{ports[1]}"
 
 
 def test_token_file_that_others_can_read_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from fedsft_assets.execution import CheckpointInputs
 from fedsft_assets.federation.job_folder import JobFolder
 from fedsft_assets.federation.protocol.job_report import MODEL_FILE, JobReport
 from fedsft_assets.model.archive.nemo_archive import content_digest
+from fedsft_assets.process_env import DAGSTER_PAGES
 from fedsft_assets.settings import PROJECT, Settings
 from fedsft_assets.specs.job import JobSpec
 from fedsft_assets.store import Store, archive_file
@@ -96,7 +97,10 @@ def test_comparison_shows_what_the_home_keeps_of_benchmark_tasks(store: Store) -
     assert "0.6250 ± 0.0100" in (version / "comparison.md").read_text(encoding="utf-8")
 
 
-def test_mlflow_has_one_run_of_a_comparison_with_its_intervals_and_report(store: Store) -> None:
+def test_mlflow_has_one_run_of_a_comparison_with_its_intervals_and_report(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(DAGSTER_PAGES, "http://127.0.0.1:3000")
     for _ in range(2):
         assert _materialize(store).success
     tracking, version = Tracking.of(Settings(home=store.home)), current(store.report("comparison"))
@@ -105,6 +109,7 @@ def test_mlflow_has_one_run_of_a_comparison_with_its_intervals_and_report(store:
     (run,) = client.search_runs([tracking.experiment_id()], query)
     assert (run.info.run_name, run.info.status) == ("comparison", "FINISHED")
     assert run.data.tags["dagster.asset"] == "comparison"
+    assert run.data.tags["dagster.run_url"] == f"http://127.0.0.1:3000/runs/{run.data.tags['dagster.run_id']}"
     for model in ("fedavg", "base_model"):
         low, value, high = (run.data.metrics[f"{model}/test_loss{end}"] for end in ("_low", "", "_high"))
         assert low < value < high
