@@ -18,7 +18,7 @@ _FEDERATED_COLORS = ("#c2410c", "#7c3aed", "#0f766e")
 
 
 XAxis = Literal["records", "bytes", "seconds"]
-_LABELS: dict[XAxis, str] = {
+X_LABELS: dict[XAxis, str] = {
     "records": "records trained on, all sites together",
     "bytes": "MB sent by sites and to them, all sites together",
     "seconds": "seconds since the start of the job",
@@ -43,7 +43,7 @@ def plot(reports: Sequence[JobReport], path: Path, over: XAxis = "records") -> N
         if len(splits) > 1:
             axes.set_title(f"validation split {split[:12]}", loc="right", fontsize=9, color="#6b7280")
     panels[0].set_title("Validation loss of every job from the same base model", loc="left", fontweight="bold")
-    panels[-1].set_xlabel(_LABELS[over])
+    panels[-1].set_xlabel(X_LABELS[over])
     with publish_file(path) as fresh:
         figure.savefig(fresh, format="png")
 
@@ -57,11 +57,11 @@ def _draw(reports: Sequence[JobReport], axes: Axes, over: XAxis) -> None:
         if report.job not in styles:
             label = f"{report.job} ({report.kind}): best {report.best_val_loss:.3f}"
             styles[report.job] = _style(report.kind, *colors)
-        spent = _spent(report, over)
-        if spent is None:
+        costs = spent(report, over)
+        if costs is None:
             axes.plot([], [], label=label and f"{label}, {over} unknown", **styles[report.job])
         else:
-            axes.plot(spent, report.val_loss, markersize=5, label=label, **styles[report.job])
+            axes.plot(costs, report.val_loss, markersize=5, label=label, **styles[report.job])
     axes.axhline(reports[0].base_val_loss, color="#9ca3af", linewidth=1, linestyle=":")
     axes.annotate(
         "base model",
@@ -93,7 +93,7 @@ def _style(kind: str, local: Iterator[str], federated: Iterator[str]) -> dict[st
     return {"color": next(federated), "linewidth": 2.8, "marker": "D"}
 
 
-def _spent(report: JobReport, over: XAxis) -> Sequence[float] | None:
+def spent(report: JobReport, over: XAxis) -> Sequence[float] | None:
     """What the job had spent when each of its losses was known, or None if that is unknown."""
     match over:
         case "records":

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fedsft_assets.evaluation.curves import X_LABELS, XAxis, spent
 from fedsft_assets.federation.protocol.job_report import JobReport
 
 MOST_NAMED = 9  # jobs; of more, only kinds can be told apart
@@ -48,6 +49,7 @@ class Chart:
     right: float
     top: float
     bottom: float
+    x_label: str
     x_ticks: list[Tick]
     y_ticks: list[Tick]
     base_at: float
@@ -56,14 +58,20 @@ class Chart:
     labels: bool
 
 
-def chart(reports: Sequence[JobReport], width: int, height: int, labels: bool) -> Chart:
-    """The chart of these reports, all over one validation split; `labels` puts names beside the lines."""
+def chart(reports: Sequence[JobReport], width: int, height: int, labels: bool, over: XAxis = "records") -> Chart | None:
+    """The chart of these reports, all over one validation split; None if a report does not say what `over` asks for.
+
+    `labels` puts names beside the lines.
+    """
     from matplotlib.ticker import MaxNLocator
 
+    costs = [cost for report in reports if (cost := spent(report, over)) is not None]
+    if len(costs) < len(reports):
+        return None
     named = len(reports) <= MOST_NAMED
     margin = min(max(len(report.job) for report in reports) * 8.2 + 16, 160) if labels and named else _RIGHT
     losses = [loss for report in reports for loss in report.val_loss]
-    most = max(max(report.samples) for report in reports) or 1
+    most = max(map(max, costs)) or 1
     lowest = 0.0 if min(losses) < max(losses) / 2 else min(losses)
     steps = max(3, width // 130)
     y_values = [float(value) for value in MaxNLocator(5).tick_values(lowest, max(losses))]
@@ -81,23 +89,28 @@ def chart(reports: Sequence[JobReport], width: int, height: int, labels: bool) -
     for report in reports:
         styles.append(_style(report.kind, counts[report.kind], named))
         counts[report.kind] += 1
-    ends = _apart([(x(report.samples[-1]), y(report.val_loss[-1])) for report in reports], bottom)
+    last = [(x(cost[-1]), y(report.val_loss[-1])) for report, cost in zip(reports, costs, strict=True)]
+    ends = _apart(last, bottom)
     lines = [
         Line(
             job=report.job,
             kind=report.kind,
             style=style,
-            points=" ".join(f"{x(seen)},{y(loss)}" for seen, loss in zip(report.samples, report.val_loss, strict=True)),
-            best=(x(report.samples[report.best_round]), y(report.best_val_loss)),
+            points=" ".join(f"{x(so_far)},{y(loss)}" for so_far, loss in zip(cost, report.val_loss, strict=True)),
+            best=(x(cost[report.best_round]), y(report.best_val_loss)),
             label_at=end,
             title=f"{report.job} ({report.kind}): best {report.best_val_loss:.3f} after round {report.best_round}",
         )
-        for report, style, end in zip(reports, styles, ends, strict=True)
+        for report, cost, style, end in zip(reports, costs, styles, ends, strict=True)
     ]
     x_ticks = [Tick(x(value), f"{value:,.0f}") for value in x_values]
     y_ticks = [Tick(y(value), f"{value:g}") for value in y_values]
     base = y(reports[0].base_val_loss)
-    return Chart(width, height, left, right, top, bottom, x_ticks, y_ticks, base, lines, named, labels and named)
+    return Chart(
+        *(width, height, left, right, top, bottom, X_LABELS[over], x_ticks, y_ticks, base, lines),
+        named=named,
+        labels=labels and named,
+    )
 
 
 def _style(kind: str, number: int, named: bool) -> str:

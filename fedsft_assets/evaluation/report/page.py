@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fedsft_assets.evaluation.comparison import SHOWN_BASE_MODEL
+from fedsft_assets.evaluation.curves import X_LABELS
 from fedsft_assets.evaluation.report.curve_chart import Chart, chart
 from fedsft_assets.evaluation.report.heat_map import heat_map
 from fedsft_assets.evaluation.report.site_gains import dataset_scores, gain_sentences
@@ -139,11 +140,15 @@ def _outcomes(study: Study) -> dict[str, dict[str, int]]:
     return counts
 
 
-def _charts(reports: Sequence[JobReport]) -> Iterator[tuple[str, Chart, Chart]]:
-    """For each validation split its digest, a wide chart and one for a phone."""
+def _charts(reports: Sequence[JobReport]) -> Iterator[tuple[str, list[tuple[Chart, Chart]]]]:
+    """For each validation split its digest and pairs of charts: a wide one, and one for a phone.
+
+    The first is over records, the others over what else is known.
+    """
     for split in dict.fromkeys(report.validation_digest for report in reports):
         own = [report for report in reports if report.validation_digest == split]
-        yield split, chart(own, 760, 380, labels=True), chart(own, 350, 300, labels=False)
+        pairs = [(chart(own, 760, 380, True, over), chart(own, 350, 300, False, over)) for over in X_LABELS]
+        yield split, [(large, small) for large, small in pairs if large and small]
 
 
 def _task_columns(

@@ -13,6 +13,7 @@ from fedsft_assets.evaluation.report.heat_map import STEPS
 from fedsft_assets.evaluation.report.page import readable_duration, readable_size, render, write_report
 from fedsft_assets.evaluation.report.study import Study
 from fedsft_assets.evaluation.tasks import TaskResult
+from fedsft_assets.federation.protocol.job_report import JobReport
 from fedsft_assets.specs.job import BASE_MODEL
 from fedsft_assets_tests.evaluation.studies import (
     REPORTS,
@@ -229,3 +230,16 @@ def test_study_over_several_seeds_says_so_and_shows_means(tmp_path: Path) -> Non
     assert "1.050" in page.text
     assert "One seed for each job" not in page.text
     assert "Costs, answers and benchmark tasks are those of the first seed alone" in page.text
+
+
+def test_losses_are_drawn_over_bytes_and_time_too_where_all_jobs_say_them(folders: list[Path]) -> None:
+    def measured(report: JobReport) -> JobReport:
+        rounds = range(len(report.val_loss))
+        return replace(report, transferred=[5_000_000 * k for k in rounds], elapsed=[2.0 * k for k in rounds])
+
+    page = _Page(render(study([measured(report) for report in REPORTS], folders)))
+    assert len([tag for tag, _ in page.elements if tag == "polyline"]) == 3 * 2 * len(REPORTS)
+    for axis in ("records trained on", "MB sent by sites and to them", "seconds since the start of the job"):
+        assert axis in page.text
+    partly = _Page(render(study([measured(REPORTS[0]), *REPORTS[1:]], folders)))
+    assert len([tag for tag, _ in partly.elements if tag == "polyline"]) == 2 * len(REPORTS)
