@@ -99,14 +99,14 @@ def _over_others(
     nearest = min(local, key=lambda report: loss[report.job])
     every = "the one site's own model" if len(local) == 1 else f"each of the {len(local)} sites' own models"
     return (
-        f"{said} and than {every} (the nearest, {nearest.job}: {loss[nearest.job]:.3f}), with all data left at its site"
+        f"{said} and than {every} (the nearest, {nearest.job}: {loss[nearest.job]:.3f}), and all data stays at its site"
     )
 
 
 def _beside_bound(bound: JobReport, verdict: Verdict, loss: dict[str, float]) -> str:
     beside = {
         "better": "worse even so",
-        "worse": "measurably better, but no option where data may not leave its site",
+        "worse": "measurably better, but not an option where data may not leave its site",
         "not decidable": "not measurably different",
     }
     found = beside[verdict.outcome]
