@@ -16,6 +16,7 @@ from fedsft_assets.files import locked
 from fedsft_assets.store import Store
 from fedsft_assets.versions import CURRENT, current, remove_version, versions_of
 
+LAST_CHECKPOINTS = 3
 _GROUPS = ("raw", "processed", "base_models", "job_folders", "checkpoints", "evaluations", "reports")
 
 
@@ -28,12 +29,14 @@ class Unneeded:
     modified: float
 
 
-def unneeded(store: Store, registered: Iterable[Path], in_use: Iterable[Path]) -> list[Unneeded]:
+def unneeded(
+    store: Store, registered: Iterable[Path], in_use: Iterable[Path], last: int = LAST_CHECKPOINTS
+) -> list[Unneeded]:
     """Versions and workspaces that can be removed, by path.
 
-    Kept are current versions, those of each job's latest execution, `registered` checkpoints, versions `in_use` by
-    running Dagster runs, and everything that these were made from. Idle workspaces are removed if their execution is
-    not the job's latest.
+    Kept are current versions, those of each job's latest execution, the newest `last` checkpoints of each job,
+    `registered` ones, versions `in_use` by running Dagster runs, and everything that these were made from. Idle
+    workspaces are removed if their execution is not the job's latest.
     """
     families = list(_families(store))
     roots = [current(folder) for folder in families if (folder / CURRENT).is_symlink()]
@@ -43,6 +46,8 @@ def unneeded(store: Store, registered: Iterable[Path], in_use: Iterable[Path]) -
         execution = workspace.execution()
         if execution and "job_folder" in execution.subject:
             roots += (store.home / "job_folders").glob(f"*/{execution.subject['job_folder']}")
+    for folder in (store.home / "checkpoints").glob("*/"):
+        roots += versions_of(folder)[:last]
     needed = _with_origins(store, [*roots, *registered, *in_use])
     old = [version for folder in families for version in versions_of(folder) if version not in needed]
     over = [other.folder for folder in jobs for other in _idle(Workspaces(folder), latest)]

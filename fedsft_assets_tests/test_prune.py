@@ -1,8 +1,10 @@
 """Pruning: what is current, latest, registered or in use stays with all that it was made of; the rest goes."""
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,8 @@ from fedsft_assets.execution import CheckpointInputs
 from fedsft_assets.federation.job_folder import JobFolder, build_job_folder
 from fedsft_assets.federation.supervisor.launch import held_workspace
 from fedsft_assets.federation.supervisor.workspace import Workspaces
-from fedsft_assets.prune import remove, unneeded
+from fedsft_assets.prune import remove
+from fedsft_assets.prune import unneeded as unneeded_by_default
 from fedsft_assets.specs.dataset import COMBINED
 from fedsft_assets.specs.job import JobSpec, SiteSpec
 from fedsft_assets.specs.limits import SplitSettings
@@ -22,6 +25,7 @@ from fedsft_assets.versions import Verdict, adding, current, judge, make_current
 from fedsft_assets_tests.prepared import made_current
 
 TINY = PRESETS["tiny"]
+unneeded = partial(unneeded_by_default, last=0)
 SPEC = JobSpec(name="quick", description="", rounds=1, sites={"site-1": SiteSpec(dataset="dolly")})
 
 
@@ -92,6 +96,13 @@ def test_what_is_current_stays_and_what_was_before_goes(home: Home) -> None:
     assert unneeded(home.store, [], []) == []
 
 
+def test_last_three_checkpoints_of_a_job_stay_with_all_that_they_were_made_of(home: Home) -> None:
+    made = [home.make(content) for content in "12345"]
+    for age, versions in enumerate(reversed(made)):
+        os.utime(versions["checkpoint"], (0, 1e9 - age))
+    assert _paths(unneeded_by_default(home.store, [], [])) == {*made[0].values(), *made[1].values()}
+
+
 @pytest.mark.parametrize("why", ["registered", "in use"])
 def test_a_checkpoint_that_is_needed_keeps_all_that_it_was_made_of(home: Home, why: str) -> None:
     first, second = home.make("1"), home.make("2")
@@ -141,7 +152,7 @@ def test_the_command_lists_first_and_removes_only_when_told(home: Home, tmp_path
     home.make("2")
 
     def prune(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "fedsft_assets.cli", "prune", *arguments]
+        command = [sys.executable, "-m", "fedsft_assets.cli", "prune", "--keep", "0", *arguments]
         environment = {"PATH": "/usr/bin:/bin", "FEDSFT_HOME": str(home.store.home), "HOME": str(tmp_path)}
         return subprocess.run(
             command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False

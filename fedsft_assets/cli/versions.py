@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from fedsft_assets.credentials import redact
+from fedsft_assets.prune import LAST_CHECKPOINTS
 from fedsft_assets.settings import Settings
 from fedsft_assets.specs.limits import CheckName
 from fedsft_assets.store import Store
@@ -25,6 +26,9 @@ def add_commands(commands: Any) -> None:
     prune = commands.add_parser("prune", help="list, then remove, versions that are no longer needed")
     prune.add_argument("--yes", action="store_true", help="do not ask")
     prune.add_argument("--dry-run", action="store_true", help="list only")
+    prune.add_argument(
+        "--keep", type=int, default=LAST_CHECKPOINTS, help="checkpoints of each job to keep, the newest (%(default)s)"
+    )
 
 
 def run_accept(args: argparse.Namespace, settings: Settings) -> None:
@@ -41,12 +45,14 @@ def run_prune(args: argparse.Namespace, settings: Settings) -> None:
     from fedsft_assets.defs.run import versions_in_use
     from fedsft_assets.prune import remove, unneeded
 
+    if args.keep < 0:
+        sys.exit(f"--keep: {args.keep} checkpoints cannot be kept; expected 0 or more")
     prepare_instance(settings)
     try:
         registered = list(_registered(settings.store, Tracking.of(settings)))
     except Exception as error:  # MLflow may raise anything
         sys.exit(f"nothing removed, since MLflow did not return the registered versions: {redact(str(error))}")
-    found = unneeded(settings.store, registered, versions_in_use(settings.store))
+    found = unneeded(settings.store, registered, versions_in_use(settings.store), args.keep)
     for one in found:
         print(f"{_size(one.bytes):>10}  {one.path.relative_to(settings.home)}")
     total = _size(sum(one.bytes for one in found))
