@@ -18,8 +18,9 @@ _SECONDS = 15.0  # what is not delivered by then stays in the outbox
 def record_study(study: Study, version: Path, tags: dict[str, str], store: Store, tracking: Tracking) -> None:
     """Give MLflow the run of this comparison, now or later; a version has one run, however often it is made.
 
-    Metrics are `<job>/test_loss` with `_low` and `_high` of its 95 % interval, and `_deviation` over seeds, if there
-    are several. Artifacts are the files of the version.
+    Metrics are `system/study_<job>_test_loss` with `_low` and `_high` of its 95 % interval, and `_deviation` over
+    seeds, if there are several: MLflow shows other groups before the curves of jobs, and `system` after them. Artifacts
+    are the files of the version.
     """
     files = sorted(version.iterdir())
     at = round(files[0].stat().st_mtime, 3)
@@ -40,7 +41,7 @@ def _params(study: Study) -> dict[str, str]:
 def _metrics(study: Study) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for model, found in study.comparison.scores.items():
-        name = f"{model.removeprefix('the ').replace(' ', '_')}/test_loss"
+        name = f"system/study_{model.removeprefix('the ').replace(' ', '_')}_test_loss"
         values = {"": found.value, "_low": found.low, "_high": found.high, "_deviation": found.deviation}
         metrics |= {
             f"{name}{end}": value for end, value in values.items() if value is not None and math.isfinite(value)

@@ -10,6 +10,7 @@ from typing import Any
 import dagster as dg
 import pytest
 
+from fedsft_assets.cli.ui.start import ASSET_GROUPS
 from fedsft_assets.definitions import defs
 from fedsft_assets.settings import PROJECT
 
@@ -66,6 +67,11 @@ def test_graph_is_the_committed_one() -> None:
         f"the asset graph has changed; if that is meant, run `{RENEW}=1 pytest {Path(__file__).relative_to(PROJECT)}`"
         f" and commit {GRAPH_FILE.relative_to(PROJECT)}"
     )
+
+
+def test_user_interface_opens_with_all_groups_of_assets() -> None:
+    groups = {spec.group_name for spec in defs.resolve_all_asset_specs()}
+    assert groups == set(ASSET_GROUPS)
 
 
 def test_every_checkpoint_waits_for_a_gpu_and_nothing_else_does() -> None:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from urllib.parse import quote
 
 from fedsft_assets.cli.ui.process import Start
 from fedsft_assets.cli.ui.token import link, new_token, read_token
@@ -21,6 +22,7 @@ from fedsft_assets.settings import PROJECT, Settings
 from fedsft_assets.tracking import Tracking
 
 _HOST = "127.0.0.1"
+ASSET_GROUPS = ("raw", "processed", "combined", "model", "job_folders", "checkpoints", "evaluations", "comparison")
 
 
 @dataclass(frozen=True)
@@ -130,8 +132,12 @@ def model_server(folder: Path, listener: socket.socket | None, preferred: int, r
 
 
 def _dagster(listener: socket.socket) -> list[Server]:
-    """Dagster's three processes, as in `dagster dev`: webserver, code server and daemon."""
-    url = f"{_address(listener)}/asset-groups/~all"
+    """Dagster's three processes, as in `dagster dev`: webserver, code server and daemon.
+
+    The link opens the graph with all groups of assets expanded.
+    """
+    expanded = quote(",".join(f"global@global:{group}" for group in ASSET_GROUPS))
+    url = f"{_address(listener)}/asset-groups/~all?expanded={expanded}"
     return [
         Server("Dagster", url, _command("dagster"), needs_secrets=True, listener=listener),
         *(Server(f"Dagster's {name}", None, _command(name), needs_secrets=True) for name in ("code", "daemon")),

@@ -111,9 +111,9 @@ def test_mlflow_has_one_run_of_a_comparison_with_its_intervals_and_report(
     assert run.data.tags["dagster.asset"] == "comparison"
     assert run.data.tags["dagster.run_url"] == f"http://127.0.0.1:3000/runs/{run.data.tags['dagster.run_id']}"
     for model in ("fedavg", "base_model"):
-        low, value, high = (run.data.metrics[f"{model}/test_loss{end}"] for end in ("_low", "", "_high"))
+        low, value, high = (run.data.metrics[f"system/study_{model}_test_loss{end}"] for end in ("_low", "", "_high"))
         assert low < value < high
-    assert len(client.get_metric_history(run.info.run_id, "fedavg/test_loss")) == 1
+    assert len(client.get_metric_history(run.info.run_id, "system/study_fedavg_test_loss")) == 1
     artifacts = {file.path for file in client.list_artifacts(run.info.run_id)}
     assert artifacts == {"report.html", "comparison.md", "comparison.png"}
     assert Outbox(store.outbox).entries() == []
