@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedsft_assets.data.records import DataError
-from fedsft_assets.data.split_report import SplitReport
+from fedsft_assets.data.split_report import version_with
 from fedsft_assets.evaluation.champion import CHAMPION, Decision, decide, without_champion
 from fedsft_assets.evaluation.record_scores import LOSSES_FILE, Evaluation, evaluate, read_losses
 from fedsft_assets.federation.protocol.job_report import MODEL_FILE
@@ -69,7 +69,7 @@ def _scored(champion: Champion, store: Store, split: str, training: ResolvedTrai
     for version in versions_of(versions):
         if Evaluation.read(version) == wanted:
             return version
-    combined = next((one for one in versions_of(store.combined) if SplitReport.read(one).digest == split), None)
+    combined = version_with(store.combined, split)
     if combined is None:
         raise DataError(f"{store.combined}: has no version of the testing split {split[:12]}")
     registered = Path(champion.archive)

@@ -16,7 +16,7 @@ from fedsft_assets.defs.nemo_checks import nemo_checks
 from fedsft_assets.defs.poc_jobs import poc_start_job, poc_stop_job
 from fedsft_assets.defs.resources import resources
 from fedsft_assets.defs.seeds import seed_partitions
-from fedsft_assets.defs.study_jobs import first_job, study_jobs, study_sensors
+from fedsft_assets.defs.study_jobs import study_jobs, study_sensors
 from fedsft_assets.evaluation.prompts import load_prompts
 from fedsft_assets.home import check_home
 from fedsft_assets.settings import Settings
@@ -47,8 +47,8 @@ defs = dg.Definitions(
     ],
     asset_checks=[*data_checks(datasets), nemo_checks(jobs)],
     jobs=[*runs, poc_start_job, poc_stop_job],
-    schedules=[weekly_study(first_job(runs))],
-    sensors=[new_data_sensor(datasets, jobs, first_job(runs)), undelivered_tracking, *study_sensors(seeds, runs)],
+    schedules=[weekly_study(runs[0])],
+    sensors=[new_data_sensor(datasets, jobs, runs[0]), undelivered_tracking, *study_sensors(seeds, runs)],
     resources=resources(settings, sites_of(jobs)),
     # Steps are forked from a process with this module preloaded: half a second each instead of several.
     executor=dg.multiprocess_executor.configured(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from fedsft_assets.evaluation.comparison import SHOWN_BASE_MODEL
 from fedsft_assets.evaluation.report.study import Study
+from fedsft_assets.specs.job import BASE_MODEL
 from fedsft_assets.store import Store
 from fedsft_assets.tracking import Outbox, Tracking
 from fedsft_assets.tracking.promotion import within
@@ -24,8 +26,7 @@ def record_study(study: Study, version: Path, tags: dict[str, str], store: Store
     """
     files = sorted(version.iterdir())
     at = round(files[0].stat().st_mtime, 3)
-    chosen = study.recommendation
-    note = f"{chosen.headline}. {' '.join(f'{reason}.' for reason in chosen.reasons)}"
+    note = f"{study.recommendation.headline}. {study.recommendation.why}"
     execution = TrackedExecution(version.name, _NAME, [], _params(study), tags, note, at)
     outbox = Outbox(store.outbox)
     outbox.put(execution, [], Ending("FINISHED", at, _metrics(study)), files)
@@ -41,7 +42,7 @@ def _params(study: Study) -> dict[str, str]:
 def _metrics(study: Study) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for model, found in study.comparison.scores.items():
-        name = f"system/study_{model.removeprefix('the ').replace(' ', '_')}_test_loss"
+        name = f"system/study_{BASE_MODEL if model == SHOWN_BASE_MODEL else model}_test_loss"
         values = {"": found.value, "_low": found.low, "_high": found.high, "_deviation": found.deviation}
         metrics |= {
             f"{name}{end}": value for end, value in values.items() if value is not None and math.isfinite(value)

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from fedsft_assets.data.records import DataError
 from fedsft_assets.files import digest_of
 from fedsft_assets.specs.limits import SplitSettings
+from fedsft_assets.versions import versions_of
 
 REPORT_FILE = "report.json"
 
@@ -93,3 +94,14 @@ class SplitReport(BaseModel):
         except ValidationError as error:
             reason = error.errors()[0]["msg"]
             raise DataError(f"{path}: is not a split report ({reason}); regenerate the splits") from error
+
+
+def version_with(versions: Path, digest: str) -> Path | None:
+    """The version of splits with this digest; None if there is none that can be read."""
+    for version in versions_of(versions):
+        try:
+            if SplitReport.read(version).digest == digest:
+                return version
+        except DataError:
+            continue
+    return None

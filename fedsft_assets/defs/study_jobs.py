@@ -25,7 +25,7 @@ Job = Any  # Dagster does not export the type of an unresolved asset job
 
 
 def study_jobs(seeds: dg.PartitionsDefinition | None, base_seeds: dg.PartitionsDefinition | None) -> list[Job]:
-    """One job, or three; `base_seeds` are partitions of a base model with random weights."""
+    """One job, or three in their order; `base_seeds` are partitions of a base model with random weights."""
     if seeds is None:
         everything = "Everything from raw data to the comparison, for all jobs."
         return [dg.define_asset_job(FULL_STUDY, dg.AssetSelection.all(), description=everything)]
@@ -37,11 +37,6 @@ def study_jobs(seeds: dg.PartitionsDefinition | None, base_seeds: dg.PartitionsD
         dg.define_asset_job(TRAIN, seeded, description="Trains and evaluates all jobs with one seed."),
         dg.define_asset_job(COMPARE, REPORTS, description="The comparison over all seeds, and the answers."),
     ]
-
-
-def first_job(jobs: list[Job]) -> Job:
-    """The job that a study begins with."""
-    return jobs[0]
 
 
 def study_sensors(seeds: dg.PartitionsDefinition | None, jobs: list[Job]) -> list[dg.SensorDefinition]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from fedsft_assets.evaluation.comparison import SHOWN_BASE_MODEL
 from fedsft_assets.evaluation.record_scores import common_records
 from fedsft_assets.specs.job import BASE_MODEL
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from fedsft_assets.evaluation.statistics.verdicts import Verdict
 
 CHAMPION = "_champion"  # as a model in a table of losses; no job can have this name
-_SHOWN = {BASE_MODEL: "the base model", CHAMPION: "the champion"}
+_SHOWN = {BASE_MODEL: SHOWN_BASE_MODEL, CHAMPION: "the champion"}
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,7 @@ class Comparison:
     def _rows(self) -> list[tuple[str, ...]]:
         starts = {f"{report.base_val_loss:.4f}" for report in self.reports}
         start = starts.pop() if len(starts) == 1 else ""
-        base = ("base model", "", "", "", start, "", *self._scores(SHOWN_BASE_MODEL), "")
+        base = (shown(BASE_MODEL), "", "", "", start, "", *self._scores(SHOWN_BASE_MODEL), "")
         return [base, *(self._row(seeds) for seeds in self.runs.values())]
 
     def _row(self, seeds: Sequence[JobReport]) -> tuple[str, ...]:
@@ -146,10 +146,7 @@ class Comparison:
         return any(len(seeds) > 1 for seeds in self.runs.values())
 
     def _matrix_markdown(self) -> str:
-        rows = [
-            ("base model" if model == BASE_MODEL else str(model), *map("{:.4f}".format, losses))
-            for model, *losses in self.matrix.itertuples()
-        ]
+        rows = [(shown(str(model)), *map("{:.4f}".format, losses)) for model, *losses in self.matrix.itertuples()]
         return markdown_table(("test loss on", *map(str, self.matrix.columns)), rows, texts=1)
 
 
@@ -214,6 +211,11 @@ def _verdicts(reports: Sequence[JobReport], scores: PromptLosses) -> list[Verdic
 def as_scores(records: pd.DataFrame) -> pd.DataFrame:
     """Losses as the statistics take them."""
     return records.assign(job=records["model"].mask(records["model"] == BASE_MODEL, SHOWN_BASE_MODEL))
+
+
+def shown(model: str) -> str:
+    """A model's name in tables."""
+    return "base model" if model == BASE_MODEL else model
 
 
 def sort_key(kind: str, job: str) -> tuple[int, str]:

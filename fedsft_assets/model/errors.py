@@ -9,8 +9,8 @@ class ModelError(ValueError):
     """An unusable model, archive, tokenizer or set of weights."""
 
 
-def listed(names: Iterable[str], separator: str = ", ") -> str:
-    """The first names and the number of the others, for a message."""
+def listed(names: Iterable[str], separator: str = ", ", most: int = _MAX_LISTED) -> str:
+    """The first `most` names and the number of the others, for a message."""
     names = list(names)
-    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
-    return separator.join(names[:_MAX_LISTED]) + more
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return separator.join(names[:most]) + more

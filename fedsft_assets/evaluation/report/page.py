@@ -9,12 +9,12 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from fedsft_assets.evaluation.comparison import SHOWN_BASE_MODEL
+from fedsft_assets.evaluation.comparison import SHOWN_BASE_MODEL, shown
 from fedsft_assets.evaluation.curves import X_LABELS
 from fedsft_assets.evaluation.report.curve_chart import Chart, chart
 from fedsft_assets.evaluation.report.heat_map import heat_map
 from fedsft_assets.evaluation.report.site_gains import dataset_scores, gain_sentences
-from fedsft_assets.evaluation.report.study import Study, shown
+from fedsft_assets.evaluation.report.study import Study
 from fedsft_assets.evaluation.report.study_facts import terms, trained_on
 from fedsft_assets.evaluation.sample_answers import AnswerScores, how
 from fedsft_assets.evaluation.tasks import TaskResult

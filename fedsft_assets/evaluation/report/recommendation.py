@@ -7,6 +7,7 @@ from fedsft_assets.evaluation.comparison import SHOWN_BASE_MODEL, Comparison
 from fedsft_assets.evaluation.report.site_gains import SiteGain
 from fedsft_assets.evaluation.statistics.verdicts import Verdict
 from fedsft_assets.federation.protocol.job_report import JobReport
+from fedsft_assets.model.errors import listed
 
 _LISTED = 3  # names in a sentence
 
@@ -18,6 +19,11 @@ class Recommendation:
     job: str | None
     headline: str
     reasons: list[str]
+
+    @property
+    def why(self) -> str:
+        """The reasons as a text."""
+        return " ".join(f"{reason}." for reason in self.reasons)
 
 
 def recommend(comparison: Comparison, gains: Sequence[SiteGain]) -> Recommendation:
@@ -115,5 +121,5 @@ def _beside_bound(bound: JobReport, verdict: Verdict, loss: dict[str, float]) ->
 
 def _names(jobs: list[str]) -> str:
     if len(jobs) > _LISTED:
-        return f"{', '.join(jobs[:_LISTED])} and {len(jobs) - _LISTED} more"
+        return listed(jobs, most=_LISTED)
     return " and ".join([", ".join(jobs[:-1]), jobs[-1]] if len(jobs) > 1 else jobs)

@@ -8,14 +8,15 @@ from functools import cached_property
 from pathlib import Path
 
 from fedsft_assets.evaluation.answers import ANSWERS_FILE, Answers
-from fedsft_assets.evaluation.comparison import Comparison, NotComparableError
+from fedsft_assets.evaluation.comparison import Comparison, NotComparableError, shown
 from fedsft_assets.evaluation.report.recommendation import Recommendation, recommend
 from fedsft_assets.evaluation.report.site_gains import SiteGain, gains_table, site_gains
 from fedsft_assets.evaluation.report.study_facts import NOT_STATED, BaseModelFacts, DatasetFacts
 from fedsft_assets.evaluation.sample_answers import SampleAnswer, scores_table
 from fedsft_assets.evaluation.tasks import TASKS_FILE, TaskReport, TaskResult, task_table
 from fedsft_assets.files import publish_file
-from fedsft_assets.specs.job import BASE_MODEL, JobSpec
+from fedsft_assets.model.errors import listed
+from fedsft_assets.specs.job import JobSpec
 from fedsft_assets.store import Store
 from fedsft_assets.versions import NoVersionError, current
 
@@ -65,7 +66,7 @@ class Study:
     def markdown(self) -> str:
         """The content of `comparison.md`."""
         chosen = self.recommendation
-        parts = [f"**{chosen.headline}.** {' '.join(f'{reason}.' for reason in chosen.reasons)}"]
+        parts = [f"**{chosen.headline}.** {chosen.why}"]
         parts.append(self.comparison.markdown())
         if self.gains:
             parts.append(gains_table(self.gains))
@@ -84,7 +85,7 @@ class Study:
         """What the study does not know, in sentences without a full stop."""
         reports = self.comparison.reports
         if single := [job for job, seeds in self.comparison.runs.items() if len(seeds) == 1]:
-            jobs = "each job" if len(single) == len(self.comparison.runs) else _names(single)
+            jobs = "each job" if len(single) == len(self.comparison.runs) else listed(single, most=_LISTED)
             yield f"One seed for {jobs}: another training with another seed may differ"
         else:
             yield "Costs, answers and benchmark tasks are those of the first seed alone"
@@ -110,16 +111,11 @@ class Study:
             yield "No benchmark tasks: `fedsft tasks --checkpoint <job>`, then `comparison` again"
         yield "Answers were neither judged by people nor tested for safety"
         if unstated := [one.name for one in self.data or () if one.license == NOT_STATED]:
-            yield f"No license stated for {_names(unstated)}: add `license` to its file in datasets/"
+            yield f"No license stated for {listed(unstated, most=_LISTED)}: add `license` to its file in datasets/"
 
     def _without(self, what: str, found: Mapping[str, object]) -> Iterator[str]:
         if missing := [shown(model) for model in self.models if model not in found]:
-            yield f"No {what} of {_names(missing)}"
-
-
-def shown(model: str) -> str:
-    """A model's name in tables."""
-    return "base model" if model == BASE_MODEL else model
+            yield f"No {what} of {listed(missing, most=_LISTED)}"
 
 
 def kept_tasks(store: Store, digests: Mapping[str, str]) -> dict[str, tuple[TaskResult, ...]]:
@@ -140,8 +136,3 @@ def kept_answers(store: Store, versions: Mapping[str, str]) -> Answers | None:
         return None
     answers = Answers.read_json(path)
     return answers if answers.versions == versions else None
-
-
-def _names(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more

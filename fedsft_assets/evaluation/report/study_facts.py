@@ -5,11 +5,10 @@ from dataclasses import dataclass
 
 from fedsft_assets.data.records import DataError
 from fedsft_assets.data.sources.fetch import is_sampled
-from fedsft_assets.data.split_report import SplitReport
+from fedsft_assets.data.split_report import SplitReport, version_with
 from fedsft_assets.specs.dataset import COMBINED, HUB, SAMPLE, DatasetSpec
 from fedsft_assets.specs.job import JobSpec
 from fedsft_assets.store import Store
-from fedsft_assets.versions import versions_of
 
 NOT_STATED = "not stated"
 _GENERATED = "generated sample: the published license does not apply"
@@ -42,12 +41,12 @@ def dataset_facts(
 
     None if the home has these splits no longer.
     """
-    combined = next((report for report in _reports(store) if report.digest == testing_split), None)
+    combined = version_with(store.combined, testing_split)
     if combined is None:
         return None
     known = {spec.name: spec for spec in specs}
     found = []
-    for name, version in sorted(combined.parts.items()):
+    for name, version in sorted(SplitReport.read(combined).parts.items()):
         try:
             report = SplitReport.read(store.processed(name) / version)
         except DataError:
@@ -73,14 +72,6 @@ def terms(spec: JobSpec, datasets: Sequence[DatasetFacts]) -> str:
     if spec.private_sites:
         names["known to the sites alone"] = [spec.sites[site].dataset for site in spec.private_sites]
     return "; ".join(f"{license_} ({', '.join(of)})" for license_, of in names.items())
-
-
-def _reports(store: Store) -> Iterable[SplitReport]:
-    for version in versions_of(store.combined):
-        try:
-            yield SplitReport.read(version)
-        except DataError:
-            continue
 
 
 def _source(spec: DatasetSpec, data: str) -> tuple[str, str]:

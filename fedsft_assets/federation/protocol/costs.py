@@ -46,19 +46,20 @@ def costs_of(points: Collection[Point], rounds: int, missed: Collection[tuple[st
     steps = [one for one in points if one.name == TRAIN_LOSS and one.site and (one.site, one.round) not in missed]
     sent, received, cpu, memory = (_totals(points, name) for name in COSTS_OF_A_SITE)
     server = _totals(points, SERVER_CPU_SECONDS)
+    moved = [one for one in points if one.name in (SENT, RECEIVED)]
     traffic = {site: {"sent": int(sent[site]), "received": int(received[site])} for site in sorted(sent)}
     return Costs(
         steps=len(steps),
         traffic=traffic or None,
         cpu_seconds=round_to_ms(sum(cpu.values()) + sum(server.values())) if cpu else None,
         peak_memory=int(max(memory.values())) if memory else None,
-        transferred=[_transferred(points, k) for k in range(rounds + 1)] if traffic else None,
+        transferred=[_transferred(moved, k) for k in range(rounds + 1)] if traffic else None,
     )
 
 
 def _transferred(points: Iterable[Point], rounds: int) -> int:
-    """Bytes in both directions, as known when the model after `rounds` rounds was scored."""
-    by_then = [point for point in points if point.name in (SENT, RECEIVED) and point.round <= rounds]
+    """Bytes in both directions, as known when the model after `rounds` rounds was scored; `points` are of traffic."""
+    by_then = [point for point in points if point.round <= rounds]
     return int(sum(sum(_totals(by_then, name).values()) for name in (SENT, RECEIVED)))
 
 
