@@ -48,6 +48,14 @@ def small_splits(home: Path) -> Store:
     return store
 
 
+def small_home(home: Path) -> Store:
+    """A home of which job folders can be built, and nothing trained: small splits, and a text as its base model."""
+    store = small_splits(home)
+    with made_current(store.base_model(TINY.name)) as base_model:
+        (base_model / f"{TINY.name}.nemo").write_text("a base model")
+    return store
+
+
 @contextmanager
 def made_current(versions: Path) -> Iterator[Path]:
     """A folder to be filled, which becomes the current version."""

@@ -28,7 +28,7 @@ from fedsft_assets.specs.job import FedProx, JobSpec, PeftSpec, SiteSpec
 from fedsft_assets.specs.model_preset import PRESETS
 from fedsft_assets.store import SPLITS, Store, archive_file, split_file
 from fedsft_assets.versions import CURRENT, current
-from fedsft_assets_tests.prepared import made_current, small_splits
+from fedsft_assets_tests.prepared import made_current, small_home
 from fedsft_assets_tests.shipped import DATASETS
 
 TINY = PRESETS["tiny"]
@@ -38,10 +38,7 @@ Build = Callable[..., JobFolderReport]
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    store = small_splits(tmp_path / "home")
-    with made_current(store.base_model("tiny")) as base_model:
-        (base_model / "tiny.nemo").write_text("a base model")
-    return store
+    return small_home(tmp_path / "home")
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from fedsft_assets.specs.job import JobSpec
 from fedsft_assets.store import Store, split_file
 from fedsft_assets.versions import current
 from fedsft_assets_tests.federation.protocol.test_job_report import REPORT
-from fedsft_assets_tests.prepared import build_job, made_current, small_splits
+from fedsft_assets_tests.prepared import build_job, made_current, small_home
 from fedsft_assets_tests.shipped import DATASETS
 
 JOB = "alpaca"
@@ -28,9 +28,7 @@ JOB = "alpaca"
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     """A home with a checkpoint of the current job folder."""
-    store = small_splits(tmp_path / "home")
-    with made_current(store.base_model("tiny")) as base_model:
-        (base_model / "tiny.nemo").write_text("a base model")
+    store = small_home(tmp_path / "home")
     _train(store)
     return store
 

@@ -12,15 +12,12 @@ from fedsft_assets.specs.model_preset import PRESETS
 from fedsft_assets.specs.runtime import RuntimeSettings
 from fedsft_assets.store import Store
 from fedsft_assets.versions import current
-from fedsft_assets_tests.prepared import build_job, made_current, small_splits
+from fedsft_assets_tests.prepared import build_job, small_home
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    store = small_splits(tmp_path / "home")
-    with made_current(store.base_model("tiny")) as base_model:
-        (base_model / "tiny.nemo").write_text("a base model")
-    return store
+    return small_home(tmp_path / "home")
 
 
 def _threads(store: Store, monkeypatch: pytest.MonkeyPatch, job: str, cores: int, **settings: Any) -> int:
